@@ -1,0 +1,130 @@
+"""Where a mistake is, what was found, what was expected: spans, diagnostics and `PolicyError`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of source text: offsets from 0, lines and columns from 1, the end exclusive."""
+
+    start: int
+    end: int
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One finding: a stable code, a sentence, a place in the text and one way out.
+
+    Messages are lower case, without a full stop, with the user's own words in backticks.
+    `source` names the file (or `<text>`), `excerpt` holds the source lines that the span covers,
+    `label` stands under the underlined text.
+    """
+
+    code: str
+    message: str
+    severity: Severity = "error"
+    span: Span | None = None
+    source: str | None = None
+    excerpt: tuple[str, ...] = ()
+    label: str = ""
+    help: str | None = None
+
+
+class PolicyError(Exception):
+    """Everything that can be wrong with a policy, its settings or its use on a model.
+
+    `diagnostics` holds all findings of one attempt, in reading order; `str(error)` renders them
+    without colour.
+    """
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics: tuple[Diagnostic, ...] = tuple(diagnostics)
+        super().__init__(self.diagnostics)
+
+    def __str__(self) -> str:
+        return render(self.diagnostics)
+
+    @classmethod
+    def of(cls, code: str, message: str, *, help: str | None = None) -> PolicyError:
+        """An error that has no place in a text (a setting, a file, a model)."""
+        return cls([Diagnostic(code, message, help=help)])
+
+
+_RED, _YELLOW, _BLUE, _BOLD, _RESET = "\x1b[31;1m", "\x1b[33;1m", "\x1b[34;1m", "\x1b[1m", "\x1b[0m"
+
+
+def render(diagnostics: Iterable[Diagnostic], *, colour: bool = False) -> str:
+    """The findings as text for a person: a code frame with the span underlined, then the help."""
+    text = "\n\n".join(_render_one(each) for each in diagnostics)
+    if colour:
+        return text
+    for escape in (_RED, _YELLOW, _BLUE, _BOLD, _RESET):
+        text = text.replace(escape, "")
+    return text
+
+
+def _render_one(diagnostic: Diagnostic) -> str:
+    paint = _RED if diagnostic.severity == "error" else _YELLOW
+    lines = [f"{paint}{diagnostic.severity}[{diagnostic.code}]{_RESET}{_BOLD}: {diagnostic.message}{_RESET}"]
+    span = diagnostic.span
+    if span is None:
+        if diagnostic.source is not None:
+            lines.append(f" {_BLUE}-->{_RESET} {diagnostic.source}")
+        if diagnostic.help:
+            lines.append(f"  {_BLUE}={_RESET} {_BOLD}help{_RESET}: {diagnostic.help}")
+        return "\n".join(lines)
+    margin = " " * len(str(span.line))
+    lines.append(f"{margin}{_BLUE}-->{_RESET} {diagnostic.source or '<text>'}:{span.line}:{span.column}")
+    if diagnostic.excerpt:
+        lines += _frame(diagnostic, span, margin, paint)
+    if diagnostic.help:
+        lines.append(f"{margin} {_BLUE}={_RESET} {_BOLD}help{_RESET}: {diagnostic.help}")
+    return "\n".join(lines)
+
+
+def _frame(diagnostic: Diagnostic, span: Span, margin: str, paint: str) -> list[str]:
+    first = diagnostic.excerpt[0]
+    end = span.end_column if span.end_line == span.line else len(first) + 1
+    # A tab is kept in the padding, so that the underline stands below its text at any tab width.
+    padding = "".join("\t" if letter == "\t" else " " for letter in first[: span.column - 1])
+    underline = "^" * max(1, end - span.column)
+    label = f" {diagnostic.label}" if diagnostic.label else ""
+    return [
+        f"{margin} {_BLUE}|{_RESET}",
+        f"{_BLUE}{span.line} |{_RESET} {first}",
+        f"{margin} {_BLUE}|{_RESET} {padding}{paint}{underline}{label}{_RESET}",
+    ]
+
+
+def to_json(diagnostics: Iterable[Diagnostic]) -> str:
+    """The findings as a JSON list, one object each, for editors and scripts."""
+    return json.dumps([asdict(each) for each in diagnostics], ensure_ascii=False, indent=2)
+
+
+def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The candidate most like `word`, or None when nothing is near."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def suggestion(word: str, candidates: Sequence[str]) -> str | None:
+    """A help sentence: the nearest candidate, else the candidates themselves when they are few."""
+    near = nearest(word, candidates)
+    if near is not None:
+        return f"did you mean `{near}`?"
+    if 0 < len(candidates) <= 12:  # noqa: PLR2004
+        return "one of " + ", ".join(f"`{each}`" for each in candidates)
+    return None

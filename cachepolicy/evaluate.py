@@ -1,0 +1,276 @@
+"""The value of an expression, and expressions with their names replaced: total, pure, without eval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, assert_never
+
+from cachepolicy import ir
+
+Value = int | float | bool | str | tuple["Value", ...] | ir.Interval | None
+
+ACCUMULATORS = frozenset({"sum", "product"})
+MEMORIES = frozenset({"prev", "kept"})
+
+
+class Undefined(Exception):
+    """A number that the expression reads does not exist or is not finite; `args[0]` says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What names, tables, accumulators and memories are worth where an expression is evaluated.
+
+    `names` maps clock words, signals and externals to numbers (None: not known). `stateful` maps a `sum`, `product`,
+    `prev` or `kept` call to its present value.
+    """
+
+    names: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tables: Mapping[str, Sequence[int | float]] = field(default_factory=dict[str, Sequence[int | float]])
+    stateful: Mapping[ir.Call, float] = field(default_factory=dict[ir.Call, float])
+
+
+N = TypeVar("N", bound=ir.Node)
+
+EMPTY = Environment()
+
+
+def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any:
+    """The value of `expression`; every operand is read, so that one undefined number makes the whole undefined.
+
+    Raises:
+        Undefined: a number that it reads is missing, NaN or infinite, or an operation has no finite result.
+    """
+    match expression:
+        case ir.Number() | ir.Boolean() | ir.Text():
+            return expression.value
+        case ir.Off():
+            return None
+        case ir.Name():
+            return _named(expression.name, environment)
+        case ir.Lookup():
+            return _looked_up(expression, environment)
+        case ir.ListOf() | ir.SetOf():
+            return tuple(evaluate(item, environment) for item in expression.items)
+        case ir.Negative():
+            return -evaluate(expression.operand, environment)
+        case ir.Arithmetic():
+            return _arithmetic(expression, environment)
+        case ir.Comparison():
+            return _compared(expression, environment)
+        case ir.Both():
+            return all([evaluate(operand, environment) for operand in expression.operands])
+        case ir.Either():
+            return any([evaluate(operand, environment) for operand in expression.operands])
+        case ir.Negation():
+            return not evaluate(expression.operand, environment)
+        case ir.Conditional():
+            chosen = evaluate(expression.condition, environment)
+            return evaluate(expression.then if chosen else expression.otherwise, environment)
+        case ir.Interval():
+            return expression
+        case ir.Membership():
+            return _contained(expression, environment)
+        case ir.Call():
+            return _called(expression, environment)
+        case ir.Probe():
+            raise Undefined(f"`{expression.stream}(...)` is a tensor, not a number")
+        case _:
+            assert_never(expression)
+
+
+def constant(expression: ir.Expression) -> Value:
+    """The value of an expression without names, such as a parameter's default.
+
+    Raises:
+        Undefined: it reads a name after all.
+    """
+    return evaluate(expression)
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise Undefined(f"{what} is {value}")
+    return value
+
+
+def _named(name: str, environment: Environment) -> Any:
+    value = environment.names.get(name)
+    if value is None:
+        raise Undefined(f"`{name}` is not known here")
+    if isinstance(value, float):
+        return _finite(value, f"`{name}`")
+    return value
+
+
+def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
+    """The calibrated value at round(step * (len - 1) / (steps - 1)); other indices count from the table's start."""
+    values = environment.tables.get(expression.table)
+    if values is None:
+        raise Undefined(f"table `{expression.table}` is not known here")
+    index = evaluate(expression.index, environment)
+    steps = environment.names.get("steps")
+    if expression.index == ir.Name(name="step") and steps is not None:
+        # Half goes up: Python's round() would send it to the even neighbour.
+        index = math.floor(index * (len(values) - 1) / (steps - 1) + 0.5) if steps > 1 else 0
+    if index != int(index) or not 0 <= index < len(values):
+        raise Undefined(f"`{expression.table}[{index}]` is outside its {len(values)} values")
+    return values[int(index)]
+
+
+def _arithmetic(expression: ir.Arithmetic, environment: Environment) -> float:
+    left, right = evaluate(expression.left, environment), evaluate(expression.right, environment)
+    try:
+        match expression.operator:
+            case "+":
+                return _finite(left + right, "a sum")
+            case "-":
+                return _finite(left - right, "a difference")
+            case "*":
+                return _finite(left * right, "a product")
+            case "/":
+                return _finite(left / right, "a quotient")
+            case "%":
+                return _finite(left % right, "a remainder")
+            case _:
+                assert_never(expression.operator)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise Undefined(f"`{expression.operator}` has no finite result") from error
+
+
+_COMPARE = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}  # type: dict[str, Any]
+
+
+def _compared(expression: ir.Comparison, environment: Environment) -> bool:
+    values = [evaluate(operand, environment) for operand in expression.operands]
+    if any(value is None for value in values):
+        raise Undefined("a value that is compared is off")
+    pairs = zip(expression.operators, values, values[1:], strict=False)
+    return all(_COMPARE[operator](left, right) for operator, left, right in pairs)
+
+
+def _contained(expression: ir.Membership, environment: Environment) -> bool:
+    value = evaluate(expression.value, environment)
+    container = evaluate(expression.container, environment)
+    if container is None:
+        return False
+    if isinstance(container, ir.Interval):
+        low, high = evaluate(container.low, environment), evaluate(container.high, environment)
+        above = low <= value if container.low_closed else low < value
+        below = value <= high if container.high_closed else value < high
+        return above and below
+    return value in container
+
+
+def _called(expression: ir.Call, environment: Environment) -> float:
+    name = expression.function
+    if name in ACCUMULATORS or name in MEMORIES:
+        if expression not in environment.stateful:
+            raise Undefined(f"`{name}(...)` has no value yet")
+        return _finite(environment.stateful[expression], f"`{name}(...)`")
+    arguments = [evaluate(argument, environment) for argument in expression.arguments]
+    try:
+        return _finite(_FUNCTIONS[name](*arguments), f"`{name}(...)`")
+    except KeyError as error:
+        raise Undefined(f"`{name}(...)` reads tensors") from error
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
+        raise Undefined(f"`{name}(...)` has no finite result") from error
+
+
+def _poly(coefficients: Sequence[float], x: float) -> float:
+    """Horner's rule, the highest power first."""
+    total = 0.0
+    for coefficient in coefficients:
+        total = total * x + coefficient
+    return total
+
+
+def _clamp(x: float, low: float, high: float) -> float:
+    return max(low, min(high, x))
+
+
+_FUNCTIONS = {
+    "abs": abs,
+    "min": min,
+    "max": max,
+    "sqrt": math.sqrt,
+    "exp": math.exp,
+    "log": math.log,
+    "clamp": _clamp,
+    "poly": _poly,
+}  # type: dict[str, Any]
+NUMBER_FUNCTIONS = frozenset(_FUNCTIONS)
+
+
+# --- walking and rewriting -------------------------------------------------------------------------------
+
+
+def walk(node: ir.Node) -> Iterator[ir.Node]:
+    """`node` and every node below it, parents before children."""
+    yield node
+    for child in children(node):
+        yield from walk(child)
+
+
+def children(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes directly below `node`, in field order."""
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        if isinstance(value, ir.Node):
+            yield value
+        elif isinstance(value, tuple):
+            for item in value:  # pyright: ignore[reportUnknownVariableType]
+                if isinstance(item, ir.Node):
+                    yield item
+
+
+def substitute(node: N, names: Mapping[str, ir.Expression]) -> N:
+    """`node` with each name of `names` replaced by its expression; the original is not touched."""
+    if isinstance(node, ir.Name):
+        return names.get(node.name, node)  # pyright: ignore[reportReturnType]
+    changed = dict[str, object]()
+    for name in type(node).model_fields:
+        old: object = getattr(node, name)
+        new = _substitute_in(old, names)
+        if new is not old:
+            changed[name] = new
+    return node.model_copy(update=changed) if changed else node
+
+
+def _substitute_in(value: object, names: Mapping[str, ir.Expression]) -> object:
+    if isinstance(value, ir.Node):
+        return substitute(value, names)
+    if isinstance(value, tuple):
+        old: tuple[object, ...] = value
+        new = tuple(_substitute_in(item, names) for item in old)
+        return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
+    return value
+
+
+def names_in(node: ir.Node) -> set[str]:
+    """The names of clock words, parameters, lets, signals, externals and tables below `node`."""
+    found = {each.name for each in walk(node) if isinstance(each, ir.Name)}
+    return found | {each.table for each in walk(node) if isinstance(each, ir.Lookup)}
+
+
+def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
+    """The calls of `functions` below `expression`, each once, inner ones before those that contain them."""
+    found = dict[ir.Call, None]()
+
+    def visit(node: ir.Node) -> None:
+        for child in children(node):
+            visit(child)
+        if isinstance(node, ir.Call) and node.function in functions:
+            found[node] = None
+
+    visit(expression)
+    return tuple(found)

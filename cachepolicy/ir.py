@@ -1,0 +1,493 @@
+"""What a policy means: frozen models, and no behaviour.
+
+Every node knows the `span` of its text, where it came from one; spans count neither for equality nor in JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from cachepolicy.diagnostics import Span
+
+EDITION = 1
+
+ParamType = Literal["int", "float", "bool", "string", "range", "list"]
+Kind = Literal["attention", "self_attention", "cross_attention", "feedforward", "block", "model"]
+
+
+class Node(BaseModel):
+    """A part of a policy; two nodes are equal when they mean the same, wherever they stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    span: SkipJsonSchema[Span | None] = Field(default=None, exclude=True, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(
+            _same(value, other.__dict__[name]) for name, value in self.__dict__.items() if name not in _PLACES
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))
+
+
+_PLACES = frozenset({"span", "comments", "source_name"})
+
+
+def _same(one: object, other: object) -> bool:
+    """Equality that tells `1`, `1.0` and `True` apart, inside tuples too."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))  # pyright: ignore[reportUnknownArgumentType]
+    return type(one) is type(other) and one == other
+
+
+# --- expressions -----------------------------------------------------------------------------------------
+
+
+class Number(Node):
+    """A number, `inf` included."""
+
+    kind: Literal["number"] = "number"
+    value: int | float
+
+
+class Boolean(Node):
+    """`true` or `false`."""
+
+    kind: Literal["boolean"] = "boolean"
+    value: bool
+
+
+class Text(Node):
+    """A string, as in `branch == "cond"`."""
+
+    kind: Literal["text"] = "text"
+    value: str
+
+
+class Off(Node):
+    """`off`: the value of an optional parameter that is not set."""
+
+    kind: Literal["off"] = "off"
+
+
+class Name(Node):
+    """A clock word, parameter, let, signal or external."""
+
+    kind: Literal["name"] = "name"
+    name: str
+
+
+class Lookup(Node):
+    """`table[index]`: a calibrated constant."""
+
+    kind: Literal["lookup"] = "lookup"
+    table: str
+    index: Expression
+
+
+class ListOf(Node):
+    """`[1, 2, 3]`: a list of expressions."""
+
+    kind: Literal["list"] = "list"
+    items: tuple[Expression, ...]
+
+
+class Negative(Node):
+    """`-x`."""
+
+    kind: Literal["negative"] = "negative"
+    operand: Expression
+
+
+class Arithmetic(Node):
+    """`left + right`, likewise `- * / %`."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    operator: Literal["+", "-", "*", "/", "%"]
+    left: Expression
+    right: Expression
+
+
+class Comparison(Node):
+    """`a < b`, or a chain that runs one way: `100 < t < 800`."""
+
+    kind: Literal["comparison"] = "comparison"
+    operators: tuple[Literal["<", "<=", ">", ">=", "==", "!="], ...]
+    operands: tuple[Expression, ...]
+
+
+class Both(Node):
+    """`a and b and c`."""
+
+    kind: Literal["and"] = "and"
+    operands: tuple[Expression, ...]
+
+
+class Either(Node):
+    """`a or b or c`."""
+
+    kind: Literal["or"] = "or"
+    operands: tuple[Expression, ...]
+
+
+class Negation(Node):
+    """`not a`."""
+
+    kind: Literal["not"] = "not"
+    operand: Expression
+
+
+class Conditional(Node):
+    """`then if condition else otherwise`."""
+
+    kind: Literal["conditional"] = "conditional"
+    then: Expression
+    condition: Expression
+    otherwise: Expression
+
+
+class Interval(Node):
+    """`(100, 800)`, `[0, inf)`: the two ends, each open or closed."""
+
+    kind: Literal["interval"] = "interval"
+    low: Expression
+    high: Expression
+    low_closed: bool = False
+    high_closed: bool = False
+
+
+class SetOf(Node):
+    """`{0, 5, 7}`."""
+
+    kind: Literal["set"] = "set"
+    items: tuple[Expression, ...]
+
+
+class Membership(Node):
+    """`t in (100, 800)`, `step in {0, 5}`; a name stands for a `range` or `list` parameter."""
+
+    kind: Literal["membership"] = "membership"
+    value: Expression
+    container: Annotated[Interval | SetOf | Name | Off | ListOf, Field(discriminator="kind")]
+
+
+class Call(Node):
+    """A function of the language: a norm, `prev`, `kept`, `sum`, `product`, `poly`, `abs`, ..."""
+
+    kind: Literal["call"] = "call"
+    function: str
+    arguments: tuple[Expression, ...]
+
+
+class Probe(Node):
+    """`input(S)`, `output(S)`, `residual(S)`, `argument(S, "temb")`: a tensor seen at one site."""
+
+    kind: Literal["probe"] = "probe"
+    stream: Literal["input", "output", "residual", "argument"]
+    selector: Selector
+    argument: str | None = None
+
+
+Expression = Annotated[
+    Number
+    | Boolean
+    | Text
+    | Off
+    | Name
+    | Lookup
+    | ListOf
+    | Negative
+    | Arithmetic
+    | Comparison
+    | Both
+    | Either
+    | Negation
+    | Conditional
+    | Interval
+    | SetOf
+    | Membership
+    | Call
+    | Probe,
+    Field(discriminator="kind"),
+]
+
+
+# --- selectors -------------------------------------------------------------------------------------------
+
+
+class Pattern(Node):
+    """`"regex"`: modules whose qualified name contains a match, in RE2 syntax."""
+
+    kind: Literal["pattern"] = "pattern"
+    regex: str
+
+
+class PatternParam(Node):
+    """A `string` or `list` parameter that stands where a regex may."""
+
+    kind: Literal["pattern_param"] = "pattern_param"
+    name: str
+
+
+class OfKind(Node):
+    """`attention`, `feedforward`, `block`, `model`, ..."""
+
+    kind: Literal["of_kind"] = "of_kind"
+    of: Kind
+
+
+class OfClass(Node):
+    """`class "regex"`: modules whose class name contains a match."""
+
+    kind: Literal["of_class"] = "of_class"
+    regex: str
+
+
+class Blocks(Node):
+    """`blocks`, `blocks[a:b]`, `blocks[i]`, with `each` one site per block, with `of "regex"` other lists."""
+
+    kind: Literal["blocks"] = "blocks"
+    each: bool = False
+    index: Expression | None = None
+    start: Expression | None = None
+    stop: Expression | None = None
+    of: str | None = None
+
+
+class AllOf(Node):
+    """`S and T`."""
+
+    kind: Literal["all_of"] = "all_of"
+    selectors: tuple[Selector, ...]
+
+
+class AnyOf(Node):
+    """`S or T`."""
+
+    kind: Literal["any_of"] = "any_of"
+    selectors: tuple[Selector, ...]
+
+
+class NoneOf(Node):
+    """`not S`."""
+
+    kind: Literal["none_of"] = "none_of"
+    selector: Selector
+
+
+Selector = Annotated[
+    Pattern | PatternParam | OfKind | OfClass | Blocks | AllOf | AnyOf | NoneOf, Field(discriminator="kind")
+]
+
+
+# --- the clauses of a rule -------------------------------------------------------------------------------
+
+
+class Every(Node):
+    """`every N [offset K]`, `every N from end`, `every N since compute`: compute on these ticks."""
+
+    kind: Literal["every"] = "every"
+    interval: Expression
+    offset: Expression | None = None
+    anchor: Literal["start", "end", "compute"] = "start"
+
+
+class OnSteps(Node):
+    """`on {0, 1, 7}` or `on steps_param`: compute at these steps."""
+
+    kind: Literal["on"] = "on"
+    steps: Annotated[SetOf | Name | ListOf | Off, Field(discriminator="kind")]
+
+
+class Mask(Node):
+    """`mask "1101"` or a `string` parameter: 1 computes, past its end computes too."""
+
+    kind: Literal["mask"] = "mask"
+    mask: Annotated[Text | Name | Off, Field(discriminator="kind")]
+
+
+Schedule = Annotated[Every | OnSteps | Mask, Field(discriminator="kind")]
+
+
+class Bound(Node):
+    """`at most N in a row` (age at most N) or `at most N in all`."""
+
+    kind: Literal["bound"] = "bound"
+    count: Expression
+    scope: Literal["row", "all"]
+
+
+class Argument(Node):
+    """`label: value` of an action."""
+
+    label: str
+    value: Expression
+
+
+class Compute(Node):
+    """`compute`: run the site."""
+
+    kind: Literal["compute"] = "compute"
+
+
+class Skip(Node):
+    """`skip`: answer with the input."""
+
+    kind: Literal["skip"] = "skip"
+
+
+class Reuse(Node):
+    """`reuse`: the last output; `reuse residual`: the input plus the last residual."""
+
+    kind: Literal["reuse"] = "reuse"
+    residual: bool = False
+
+
+class Predict(Node):
+    """`predict NAME(...) [of residual]`: a sum of the history with weights that depend on the clock."""
+
+    kind: Literal["predict"] = "predict"
+    predictor: str
+    arguments: tuple[Argument, ...] = ()
+    residual: bool = False
+
+
+class ApproximateUncond(Node):
+    """`approximate uncond METHOD(...)`: run the conditional half of a guidance batch, rebuild the other."""
+
+    kind: Literal["approximate_uncond"] = "approximate_uncond"
+    method: str
+    arguments: tuple[Argument, ...] = ()
+
+
+Action = Annotated[Compute | Skip | Reuse | Predict | ApproximateUncond, Field(discriminator="kind")]
+
+
+# --- statements ------------------------------------------------------------------------------------------
+
+
+class Param(Node):
+    """`param NAME: TYPE = DEFAULT [in DOMAIN] ["doc"]`: a knob."""
+
+    kind: Literal["param"] = "param"
+    name: str
+    type: ParamType
+    optional: bool = False
+    default: Expression
+    domain: Annotated[Interval | SetOf, Field(discriminator="kind")] | None = None
+    doc: str | None = None
+
+
+class Let(Node):
+    """`let NAME = EXPR`: a named scalar of clock and params."""
+
+    kind: Literal["let"] = "let"
+    name: str
+    value: Expression
+
+
+class Table(Node):
+    """`table NAME = [...]`: constants calibrated on a run of as many steps."""
+
+    kind: Literal["table"] = "table"
+    name: str
+    values: tuple[int | float, ...]
+
+
+class Signal(Node):
+    """`signal NAME = STREAM`: a tensor or a number measured once a step and branch."""
+
+    kind: Literal["signal"] = "signal"
+    name: str
+    value: Expression
+
+
+class External(Node):
+    """`external NAME: float`: a number that the caller supplies."""
+
+    kind: Literal["external"] = "external"
+    name: str
+
+
+class Rule(Node):
+    """`match SELECTOR [when G] [SCHEDULE] [while C] [BOUND ...] -> ACTION [follow BRANCH]`."""
+
+    kind: Literal["match"] = "match"
+    selector: Selector
+    optional: bool = False
+    when: Expression | None = None
+    schedule: Schedule | None = None
+    condition: Expression | None = Field(default=None, description="the `while` clause")
+    bounds: tuple[Bound, ...] = ()
+    action: Action
+    follow: str | None = None
+
+
+class Setting(Node):
+    """`NAME = VALUE` after `use ... with` or `expect ... with`."""
+
+    name: str
+    value: Expression
+
+
+class Use(Node):
+    """`use POLICY [with A = V, ...]`: another policy's rules, here."""
+
+    kind: Literal["use"] = "use"
+    policy: str
+    settings: tuple[Setting, ...] = ()
+
+
+class Expect(Node):
+    """`expect SELECTOR over N steps [with ...]: C R R ...`: a test inside the file."""
+
+    kind: Literal["expect"] = "expect"
+    selector: Selector
+    steps: int
+    settings: tuple[Setting, ...] = ()
+    row: str = Field(pattern="^[CR]+$", description="one letter a step, C computes and R reuses")
+
+
+Statement = Annotated[Param | Let | Table | Signal | External | Rule | Use | Expect, Field(discriminator="kind")]
+
+
+class Comment(BaseModel):
+    """A comment of the text: before, or at the end of, the statement with this number.
+
+    Statement 0 is the first after the header; -1 stands for the header (edition, policy, source) and the number of
+    statements for the end of the file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    statement: int
+    place: Literal["before", "after"]
+    text: str
+
+
+class Policy(Node):
+    """A whole policy, in the order it was written."""
+
+    edition: int = EDITION
+    name: str | None = None
+    title: str | None = None
+    source: str | None = None
+    statements: tuple[Statement, ...] = ()
+    comments: SkipJsonSchema[tuple[Comment, ...]] = Field(default=(), exclude=True, repr=False)
+    source_name: SkipJsonSchema[str | None] = Field(
+        default=None, exclude=True, repr=False, description="file the text came from"
+    )
+
+
+for _model in (
+    Lookup, ListOf, Negative, Arithmetic, Comparison, Both, Either, Negation, Conditional, Interval, SetOf,
+    Membership, Call, Probe, Blocks, AllOf, AnyOf, NoneOf, Every, OnSteps, Mask, Bound, Argument, Predict,
+    ApproximateUncond, Param, Let, Signal, Rule, Setting, Use, Expect, Policy,
+):  # fmt: skip
+    _model.model_rebuild()

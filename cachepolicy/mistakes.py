@@ -1,0 +1,253 @@
+"""What to say about a statement that does not parse: the code, the sentence and the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from cachepolicy.diagnostics import Diagnostic, nearest
+from cachepolicy.source import Chunk, Source
+from cachepolicy.vocabulary import KINDS, RESERVED, STATEMENT_WORDS, TYPES
+
+RULE = "`match SELECTOR when G every N while C at most N in a row -> ACTION follow BRANCH`"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where the parser stopped inside a chunk, and the names of the terminals that it would have taken."""
+
+    offset: int
+    accepts: frozenset[str]
+    words: Mapping[str, str]
+    """The keyword that a terminal stands for."""
+
+
+def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
+    """A line in column 1 that no statement starts with."""
+    word = chunk.word
+    near = nearest(word.lower(), STATEMENT_WORDS)
+    if near:
+        help = f"did you mean `{near}`?"
+    else:
+        help = "one of " + ", ".join(f"`{each}`" for each in STATEMENT_WORDS)
+    if source.clean.startswith(("//", "--", "/*"), chunk.start):
+        help = "a comment starts with `#`"
+    message = f"`{word}` does not start a statement"
+    return source.finding("E007", message, chunk.start, chunk.start + len(word), help=help)
+
+
+def explain(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
+    """The finding for a chunk that the parser gave up."""
+    if stop.offset >= chunk.end:
+        return _cut_short(source, chunk, stop)
+    found = _found(source, chunk, stop.offset)
+    start, end = stop.offset, stop.offset + len(found)
+    if found[0] in "\"'" and _unclosed(found):
+        message = f"the string is not closed: a closing `{found[0]}` is missing on this line"
+        return source.finding("E003", message, start, end)
+    moved = _out_of_order(source, chunk, stop, found)
+    if moved:
+        message, help = moved
+        return source.finding("E020", message, start, end, help=help)
+    if found in RESERVED and "NAME" in stop.accepts and stop.accepts <= _NAME_ONLY:
+        message = f"`{found}` is a word of the language and cannot be a name"
+        return source.finding("E008", message, start, end, help=f"call it `{found}_` or something else")
+    expected = expectation(stop)
+    hint = _hint(source, stop, found)
+    if not re.match(_LEXABLE, found):
+        return source.finding("E002", f"`{found}` has no meaning here: expected {expected}", start, end, help=hint)
+    return source.finding("E001", f"expected {expected}, found `{found}`", start, end, help=hint)
+
+
+_NAME_ONLY = frozenset({"NAME", "STRING", "RPAR"})
+_LEXABLE = r"[A-Za-z_][A-Za-z0-9_]*$|[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$|[\"'()\[\]{},:?+*/%-]|->|[<>=!]=|<|>|="
+_WORD = re.compile(
+    r"""[A-Za-z_][A-Za-z0-9_]*|[0-9.][A-Za-z0-9_.]*|"(?:[^"\n]|"")*"?|'(?:[^'\n]|'')*'?|[-=]+>|[<>=!]=|&&|\|\||\*\*|//|\S"""
+)
+
+
+def _found(source: Source, chunk: Chunk, offset: int) -> str:
+    matched = _WORD.match(source.clean, offset, chunk.end)
+    text = matched[0] if matched else source.clean[offset : offset + 1]
+    return text if len(text) <= 60 else text[:60]  # noqa: PLR2004
+
+
+def _unclosed(found: str) -> bool:
+    return found.count(found[0]) % 2 == 1
+
+
+def _cut_short(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
+    opening = _open_bracket(source, chunk)
+    if opening is not None:
+        message = f"`{source.clean[opening]}` is never closed"
+        help = "a statement ends before the next line that starts in column 1; indent the lines that continue it"
+        return source.finding("E005", message, opening, opening + 1, help=help)
+    message = f"the statement ends too early: expected {expectation(stop)}"
+    return source.finding("E004", message, chunk.end, chunk.end + 1, help=_ending_hint(source, chunk, stop))
+
+
+def _ending_hint(source: Source, chunk: Chunk, stop: Stop) -> str | None:
+    following = source.clean[chunk.end :].lstrip()
+    if "_ARROW" in stop.accepts:
+        return "a rule says what answers: `-> reuse`"
+    if following.startswith(("when", "every", "while", "->", "at ")):
+        return "indent the lines that continue a statement"
+    return None
+
+
+def _open_bracket(source: Source, chunk: Chunk) -> int | None:
+    opened = list[int]()
+    for found in re.finditer(r"""#[^\n]*|"(?:[^"\n]|"")*"|'(?:[^'\n]|'')*'|[()\[\]{}]""", source.clean[: chunk.end]):
+        if found.start() < chunk.start:
+            continue
+        if found[0] in "([{":
+            opened.append(found.start())
+        elif found[0] in ")]}" and opened:
+            opened.pop()
+    return opened[-1] if opened else None
+
+
+# --- clauses in another order ----------------------------------------------------------------------------
+
+_ORDER = {"when": 0, "every": 1, "on": 1, "mask": 1, "while": 2, "at": 3}
+
+
+def _out_of_order(source: Source, chunk: Chunk, stop: Stop, found: str) -> tuple[str, str] | None:
+    if chunk.word != "match" or found not in _ORDER:
+        return None
+    earlier = re.sub(r""""[^"\n]*"|'[^'\n]*'|#[^\n]*""", "", source.clean[chunk.start : stop.offset])
+    if "->" in earlier and "_FOLLOW" in stop.accepts:
+        return f"`{found}` stands before `->`", f"the order is {RULE}"
+    if "_ARROW" not in stop.accepts:
+        return None
+    clauses = [word for word in re.findall(r"[a-z_]+", earlier) if word in _ORDER]
+    same = [word for word in clauses if _ORDER[word] == _ORDER[found]]
+    if same == [found]:
+        return f"a rule has one `{found}`", "join the conditions with `and`" if found != "every" else f"it is {RULE}"
+    if same:
+        return f"a rule has one schedule: `{same[0]}` and `{found}` cannot stand together", "write two rules"
+    later = [word for word in clauses if _ORDER[word] > _ORDER[found]]
+    return (f"`{found}` stands before `{later[0]}`", f"the order is {RULE}") if later else None
+
+
+# --- what was expected -----------------------------------------------------------------------------------
+
+_ENGLISH = {
+    "NAME": "a name",
+    "STRING": "a string",
+    "INT": "a whole number",
+    "FLOAT": "a number",
+    "KIND": "a kind such as `attention`",
+    "TYPE": "a type (" + ", ".join(f"`{each}`" for each in TYPES) + ")",
+    "LETTERS": "the letters `C` and `R`",
+    "PROBE": "a probe",
+    "COMPARE": "a comparison",
+    "OFFABLE": "`?`",
+    "COLON": "`:`",
+    "COMMA": "`,`",
+    "EQUAL": "`=`",
+    "LPAR": "`(`",
+    "RPAR": "`)`",
+    "LSQB": "`[`",
+    "RSQB": "`]`",
+    "LBRACE": "`{`",
+    "RBRACE": "`}`",
+    "PLUS": "`+`",
+    "MINUS": "`-`",
+    "STAR": "`*`",
+    "SLASH": "`/`",
+    "PERCENT": "`%`",
+    "_ARROW": "`->`",
+    "$END": "the end of the statement",
+    "_END": "the end of the statement",
+}
+_VALUES = frozenset({"INT", "FLOAT", "NAME", "STRING", "INF", "TRUE", "FALSE", "OFF", "PROBE", "MINUS", "LPAR", "LSQB"})
+_SELECTORS = frozenset({"STRING", "NAME", "KIND", "_CLASS", "EACH", "_BLOCKS", "_NOT", "LPAR"})
+_OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "PERCENT", "COMPARE", "_IF", "_AND", "_OR", "_IN"})
+
+
+def expectation(stop: Stop) -> str:
+    """What the parser would have taken, in words."""
+    left = set(stop.accepts)
+    said = list[str]()
+    if left >= _SELECTORS:
+        said.append("a selector")
+        left -= _SELECTORS
+    if left >= _VALUES:
+        said.append("a value")
+        left -= _VALUES | {"_NOT"}
+    elif left - _OPERATORS - {"LPAR", "LSQB"}:
+        left -= _OPERATORS | {"LPAR", "LSQB"} if len(left) > 4 else set[str]()  # noqa: PLR2004
+    ordered = sorted(left, key=lambda each: _POSITION.get(each, 50))
+    said += [_ENGLISH.get(each) or f"`{stop.words.get(each, each.strip('_').lower())}`" for each in ordered]
+    said = list(dict.fromkeys(said))
+    return said[0] if len(said) == 1 else ", ".join(said[:-1]) + f" or {said[-1]}"
+
+
+_POSITION = {"_WHEN": 60, "_EVERY": 61, "_ON": 62, "_MASK": 63, "_WHILE": 64, "_AT": 65, "_ARROW": 66, "$END": 90}
+
+
+# --- the way out -----------------------------------------------------------------------------------------
+
+_SIGNS = {
+    "=": "`==` compares; `=` only gives a value",
+    "===": "write `==`",
+    "&&": "write `and`",
+    "&": "write `and`",
+    "||": "write `or`",
+    "|": "write `or`",
+    "!": "write `not`",
+    "**": "there is no power: multiply, or use `exp` and `log`",
+    "^": "there is no power: multiply, or use `exp` and `log`",
+    "//": "a comment starts with `#`; `/` divides",
+    "=>": "write `->`",
+    "-->": "write `->`",
+    "==>": "write `->`",
+    ";": "a statement ends with its line",
+    ".": "there are no attributes in the language",
+    "“": 'write plain quotes: `"`',
+    "”": 'write plain quotes: `"`',
+    "‘": "write plain quotes: `'`",
+    "’": "write plain quotes: `'`",
+    "`": 'write plain quotes: `"`',
+    "×": "write `*`",
+    "≤": "write `<=`",
+    "≥": "write `>=`",
+    "≠": "write `!=`",
+    "∞": "write `inf`",
+    "→": "write `->`",
+    "−": "write `-`",
+}
+
+
+def _hint(source: Source, stop: Stop, found: str) -> str | None:
+    words = {stop.words[each] for each in stop.accepts if each in stop.words}
+    if "KIND" in stop.accepts:
+        words |= set(KINDS)
+    if "TYPE" in stop.accepts:
+        words |= set(TYPES)
+    if found in _SIGNS:
+        return _SIGNS[found]
+    if re.fullmatch(r"[A-Za-z_]\w*", found):
+        return _word_hint(stop, found, words)
+    if re.fullmatch(r"\.[0-9]+|[0-9]+\.", found):
+        return f"write `{'0' + found if found[0] == '.' else found + '0'}`"
+    if found[0].isalnum() and not found.isascii():
+        return "names are written in ASCII letters, digits and `_`"
+    if found[0].isdigit():
+        return "a name cannot start with a digit, and a number ends before a letter"
+    return None
+
+
+def _word_hint(stop: Stop, found: str, words: Collection[str]) -> str | None:
+    near = nearest(found.lower(), words)
+    if near:
+        return f"did you mean `{near}`?"
+    if "_ARROW" in stop.accepts and found in ("reuse", "skip", "compute", "predict", "approximate"):
+        return f"write `-> {found}`"
+    if found in RESERVED and "NAME" in stop.accepts:
+        return f"`{found}` is a word of the language and cannot be a name"
+    if "LETTERS" in stop.accepts or re.fullmatch(r"[A-Z]+", found):
+        return "`C` computes and `R` reuses, one letter a step"
+    return None

@@ -1,0 +1,367 @@
+"""Policy to canonical text, the inverse of `syntax`: one style, fewest parentheses, every comment kept."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import assert_never
+
+from cachepolicy import ir
+from cachepolicy.vocabulary import RESERVED
+
+WIDTH = 100
+"""Columns of a line, where its parts can be broken at all."""
+
+# How tightly an operator binds: a part below what its place asks for stands in parentheses.
+_LOWEST, _OR, _AND, _NOT, _COMPARE, _SUM, _TERM, _UNARY, _ATOM = range(9)
+
+
+def format(policy: ir.Policy | str) -> str:
+    """The canonical text of a policy, or of another text of it; it reads back as an equal policy.
+
+    Raises:
+        PolicyError: a text does not parse.
+    """
+    if isinstance(policy, str):
+        from cachepolicy.syntax import parse
+
+        policy = parse(policy)
+    lines = list(_lines(policy))
+    return "\n".join(lines) + "\n"
+
+
+# --- lines -----------------------------------------------------------------------------------------------
+
+
+def _lines(policy: ir.Policy) -> Iterator[str]:
+    before, after = defaultdict[int, list[str]](list), dict[int, str]()
+    for comment in policy.comments:
+        if comment.place == "before":
+            before[comment.statement].append(comment.text)
+        else:
+            after[comment.statement] = comment.text
+    last = ""
+    previous = None
+    for number, pieces, group in _statements(policy):
+        notes = _blanks_trimmed(before[number], first=previous is None)
+        if previous is not None and group != previous and "" not in notes[:1]:
+            notes.insert(0, "")
+        yield from notes
+        *lines, last = _packed(pieces)
+        yield from lines
+        yield f"{last}  {after[number]}" if number in after else last
+        previous = group
+    tail = _blanks_trimmed(before[len(policy.statements)], first=False)
+    while tail and not tail[-1]:
+        tail.pop()
+    yield from tail
+
+
+def _blanks_trimmed(notes: Sequence[str], *, first: bool) -> list[str]:
+    """The notes with single blank lines, and none at the top of the file."""
+    kept = list[str]()
+    for note in notes:
+        if note or (kept[-1:] != [""] if kept else not first):
+            kept.append(note)
+    return kept
+
+
+def _statements(policy: ir.Policy) -> Iterator[tuple[int, list[str], str]]:
+    """Each statement's number, pieces and the group that it stands with; a blank line parts the groups."""
+    yield -3, [f"cachepolicy {policy.edition}"], "header"
+    if policy.name is not None:
+        yield -2, [f"policy {policy.name}", *_quoted_all(policy.title)], "header"
+    if policy.source is not None:
+        yield -1, [f"source {quote(policy.source)}"], "header"
+    for number, statement in enumerate(policy.statements):
+        yield number, list(_pieces(statement)), _GROUPS[statement.kind]
+
+
+_GROUPS = {
+    "param": "param",
+    "let": "names",
+    "table": "names",
+    "signal": "names",
+    "external": "names",
+    "match": "rule",
+    "use": "rule",
+    "expect": "expect",
+}
+
+
+def _packed(pieces: Sequence[str]) -> list[str]:
+    """The pieces on one line, or on as few as hold them; what is too long itself is broken at its spaces."""
+    lines = [""]
+    for piece in pieces:
+        joined = f"{lines[-1]} {piece}" if lines[-1] else piece
+        if len(joined) <= WIDTH:
+            lines[-1] = joined
+            continue
+        for number, part in enumerate(_broken(piece) if len(piece) + 2 > WIDTH else [piece]):
+            indent = "    " if number else "  "
+            lines.append(indent + part if lines != [""] else part)
+            lines = [line for line in lines if line]
+    return lines
+
+
+_UNBROKEN = re.compile(r"""(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|[^\s"'])+""")
+
+
+def _broken(piece: str) -> list[str]:
+    lines = list[str]()
+    for word in _UNBROKEN.findall(piece):
+        if lines and len(lines[-1]) + len(word) + 5 <= WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+# --- statements ------------------------------------------------------------------------------------------
+
+
+def _pieces(statement: ir.Statement) -> Iterator[str]:
+    match statement:
+        case ir.Param():
+            yield f"param {statement.name}: {statement.type}{'?' * statement.optional} = {_value(statement.default)}"
+            if statement.domain is not None:
+                yield f"in {expression(statement.domain)}"
+            yield from _quoted_all(statement.doc)
+        case ir.Let():
+            yield f"let {statement.name} ="
+            yield expression(statement.value)
+        case ir.Signal():
+            yield f"signal {statement.name} ="
+            yield expression(statement.value)
+        case ir.Table():
+            yield f"table {statement.name} ="
+            numbers = [_number(value) for value in statement.values]
+            yield from _listed("[", numbers, "]")
+        case ir.External():
+            yield f"external {statement.name}: float"
+        case ir.Rule():
+            yield from _clauses(statement)
+        case ir.Use():
+            yield f"use {statement.policy if _is_name(statement.policy) else quote(statement.policy)}"
+            yield from _settings(statement.settings)
+        case ir.Expect():
+            yield f"expect {selector(statement.selector)} over {statement.steps} steps" + ":" * (not statement.settings)
+            yield from _settings(statement.settings, end=":")
+            yield from statement.row
+        case _:
+            assert_never(statement)
+
+
+def _settings(settings: Sequence[ir.Setting], end: str = "") -> Iterator[str]:
+    for number, each in enumerate(settings):
+        opening = "" if number else "with "
+        closing = end if number == len(settings) - 1 else ","
+        yield f"{opening}{each.name} = {_value(each.value)}{closing}"
+
+
+def _clauses(rule: ir.Rule) -> Iterator[str]:
+    yield f"match {'optional ' * rule.optional}{selector(rule.selector)}"
+    if rule.when is not None:
+        yield f"when {expression(rule.when)}"
+    if rule.schedule is not None:
+        yield _schedule(rule.schedule)
+    if rule.condition is not None:
+        yield f"while {expression(rule.condition)}"
+    for bound in rule.bounds:
+        yield f"at most {_expression(bound.count, _SUM)} in {'a row' if bound.scope == 'row' else 'all'}"
+    yield f"-> {_action(rule.action)}"
+    if rule.follow is not None:
+        yield f"follow {rule.follow}"
+
+
+def _schedule(schedule: ir.Schedule) -> str:
+    match schedule:
+        case ir.Every():
+            text = f"every {_expression(schedule.interval, _SUM)}"
+            if schedule.offset is not None:
+                text += f" offset {_expression(schedule.offset, _SUM)}"
+            return text + {"start": "", "end": " from end", "compute": " since compute"}[schedule.anchor]
+        case ir.OnSteps():
+            return f"on {expression(schedule.steps)}"
+        case ir.Mask():
+            return f"mask {expression(schedule.mask)}"
+        case _:
+            assert_never(schedule)
+
+
+def _action(action: ir.Action) -> str:
+    match action:
+        case ir.Compute():
+            return "compute"
+        case ir.Skip():
+            return "skip"
+        case ir.Reuse():
+            return "reuse residual" if action.residual else "reuse"
+        case ir.Predict():
+            residual = " of residual" if action.residual else ""
+            return f"predict {action.predictor}{_arguments(action.arguments)}{residual}"
+        case ir.ApproximateUncond():
+            return f"approximate uncond {action.method}{_arguments(action.arguments)}"
+        case _:
+            assert_never(action)
+
+
+def _arguments(arguments: Sequence[ir.Argument]) -> str:
+    if not arguments:
+        return ""
+    return "(" + ", ".join(f"{each.label}: {expression(each.value)}" for each in arguments) + ")"
+
+
+# --- selectors -------------------------------------------------------------------------------------------
+
+
+def selector(node: ir.Selector) -> str:
+    """The text of a selector."""
+    return _selector(node, _LOWEST)
+
+
+def _selector(node: ir.Selector, least: int) -> str:
+    text, level = _selected(node)
+    return text if level >= least else f"({text})"
+
+
+def _selected(node: ir.Selector) -> tuple[str, int]:
+    match node:
+        case ir.Pattern():
+            return quote(node.regex), _ATOM
+        case ir.PatternParam():
+            return node.name, _ATOM
+        case ir.OfKind():
+            return node.of, _ATOM
+        case ir.OfClass():
+            return f"class {quote(node.regex)}", _ATOM
+        case ir.Blocks():
+            return _blocks(node), _ATOM
+        case ir.AnyOf():
+            return " or ".join(_selector(each, _AND) for each in node.selectors), _OR
+        case ir.AllOf():
+            return " and ".join(_selector(each, _NOT) for each in node.selectors), _AND
+        case ir.NoneOf():
+            return f"not {_selector(node.selector, _NOT)}", _NOT
+        case _:
+            assert_never(node)
+
+
+def _blocks(node: ir.Blocks) -> str:
+    text = "each blocks" if node.each else "blocks"
+    if node.index is not None:
+        text += f"[{_expression(node.index, _SUM)}]"
+    elif node.start is not None or node.stop is not None:
+        ends = (node.start, node.stop)
+        text += "[" + ":".join("" if end is None else _expression(end, _SUM) for end in ends) + "]"
+    return text if node.of is None else f"{text} of {quote(node.of)}"
+
+
+# --- expressions -----------------------------------------------------------------------------------------
+
+
+def expression(node: ir.Expression) -> str:
+    """The text of an expression."""
+    return _expression(node, _LOWEST)
+
+
+def _value(node: ir.Expression) -> str:
+    return expression(node) if isinstance(node, ir.Interval) else _expression(node, _SUM)
+
+
+def _expression(node: ir.Expression, least: int) -> str:
+    text, level = _expressed(node)
+    return text if level >= least else f"({text})"
+
+
+def _all(nodes: Iterable[ir.Expression]) -> str:
+    return ", ".join(map(expression, nodes))
+
+
+def _expressed(node: ir.Expression) -> tuple[str, int]:  # noqa: C901, PLR0911, PLR0912
+    match node:
+        case ir.Number():
+            return _number(node.value), _UNARY if math.copysign(1, node.value) < 0 else _ATOM
+        case ir.Boolean():
+            return "true" if node.value else "false", _ATOM
+        case ir.Text():
+            return quote(node.value), _ATOM
+        case ir.Off():
+            return "off", _ATOM
+        case ir.Name():
+            return node.name, _ATOM
+        case ir.Lookup():
+            return f"{node.table}[{expression(node.index)}]", _ATOM
+        case ir.ListOf():
+            return f"[{_all(node.items)}]", _ATOM
+        case ir.SetOf():
+            return f"{{{_all(node.items)}}}", _ATOM
+        case ir.Interval():
+            opening, closing = "[" if node.low_closed else "(", "]" if node.high_closed else ")"
+            return f"{opening}{_all([node.low, node.high])}{closing}", _ATOM
+        case ir.Call():
+            return f"{node.function}({_all(node.arguments)})", _ATOM
+        case ir.Probe():
+            named = "" if node.argument is None else f", {quote(node.argument)}"
+            return f"{node.stream}({selector(node.selector)}{named})", _ATOM
+        case ir.Negative():
+            # `-5` is a number, `-(5)` its negation.
+            plain = isinstance(node.operand, ir.Number)
+            return f"-{_expression(node.operand, _ATOM + 1 if plain and _is_atom(node.operand) else _UNARY)}", _UNARY
+        case ir.Arithmetic():
+            level = _SUM if node.operator in "+-" else _TERM
+            left, right = _expression(node.left, level), _expression(node.right, level + 1)
+            return f"{left} {node.operator} {right}", level
+        case ir.Comparison():
+            first, *rest = [_expression(each, _SUM) for each in node.operands]
+            pairs = zip(node.operators, rest, strict=False)
+            return " ".join([first, *(f"{operator} {operand}" for operator, operand in pairs)]), _COMPARE
+        case ir.Membership():
+            return f"{_expression(node.value, _SUM)} in {expression(node.container)}", _COMPARE
+        case ir.Negation():
+            return f"not {_expression(node.operand, _NOT)}", _NOT
+        case ir.Both():
+            return " and ".join(_expression(each, _NOT) for each in node.operands), _AND
+        case ir.Either():
+            return " or ".join(_expression(each, _AND) for each in node.operands), _OR
+        case ir.Conditional():
+            then, condition = _expression(node.then, _OR), _expression(node.condition, _OR)
+            return f"{then} if {condition} else {expression(node.otherwise)}", _LOWEST
+        case _:
+            assert_never(node)
+
+
+def _is_atom(node: ir.Expression) -> bool:
+    return _expressed(node)[1] == _ATOM
+
+
+# --- words -----------------------------------------------------------------------------------------------
+
+
+def _number(value: float) -> str:
+    return repr(value)
+
+
+def quote(text: str) -> str:
+    """`text` as a string: in double quotes, in single ones if it has double ones, doubled if it has both."""
+    if '"' not in text:
+        return f'"{text}"'
+    if "'" not in text:
+        return f"'{text}'"
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _quoted_all(text: str | None) -> list[str]:
+    return [] if text is None else [quote(text)]
+
+
+def _listed(opening: str, items: Sequence[str], closing: str) -> Iterator[str]:
+    for number, item in enumerate(items):
+        start = opening if number == 0 else ""
+        yield start + item + (closing if number == len(items) - 1 else ",")
+
+
+def _is_name(text: str) -> bool:
+    return text not in RESERVED and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None

@@ -1,0 +1,26 @@
+"""Where the grammar, the shipped policies and the data are."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+SUFFIXES = (".cp", ".cachepolicy")
+
+
+def shipped(folder: str) -> Traversable:
+    """The folder `grammars`, `policies` or `examples`: inside an installed package, beside it in a checkout."""
+    packaged = files("cachepolicy") / folder
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / folder
+
+
+def shipped_policies() -> dict[str, Traversable]:
+    """The shipped policies by name, in alphabetical order: `{"pab": .../policies/pab.cp, ...}`."""
+    found = {
+        each.name.removesuffix(suffix): each
+        for each in shipped("policies").iterdir()
+        for suffix in SUFFIXES
+        if each.name.endswith(suffix)
+    }
+    return dict(sorted(found.items()))

@@ -1,0 +1,249 @@
+"""A policy's text, made ready to parse: decoded, bounded, cut into statements, its comments set aside."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from cachepolicy.diagnostics import Diagnostic, Span
+from cachepolicy.vocabulary import DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
+
+
+@dataclass(slots=True)
+class Chunk:
+    """One statement of the text, from its first token to its last, and what was noted about it."""
+
+    start: int
+    end: int
+    word: str
+    before: tuple[str, ...] = ()
+    """Comments on lines before it, and `""` for a blank line."""
+    after: str | None = None
+    """The comment at its end."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text under a name; offsets count its characters, a byte order mark included.
+
+    `clean` has the same offsets, with every line end a single newline and one more newline at the end.
+    """
+
+    name: str
+    text: str
+    clean: str
+    chunks: tuple[Chunk, ...] = ()
+    tail: tuple[str, ...] = ()
+    """Comments after the last statement."""
+
+    @cached_property
+    def _line_starts(self) -> list[int]:
+        first = [] if self.text.startswith("\ufeff") else [0]
+        return first + [found.end() for found in re.finditer("\n", self.clean) if found.end() <= len(self.text)]
+
+    def span(self, start: int, end: int) -> Span:
+        """The place between two offsets, the end exclusive."""
+        end = min(max(start, end), len(self.text))
+        start = min(start, end)
+        line, column = self._place(start)
+        end_line, end_column = self._place(end)
+        return Span(start, end, line, column, end_line, end_column)
+
+    def _place(self, offset: int) -> tuple[int, int]:
+        line = max(1, bisect_right(self._line_starts, offset))
+        return line, max(1, offset - self._line_starts[line - 1] + 1)
+
+    def narrow(self, span: Span, word: str) -> Span:
+        """The first place of `word` inside `span`, or `span` itself."""
+        found = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])").search(
+            self.clean, span.start, span.end
+        )
+        return self.span(*found.span()) if found else span
+
+    def excerpt(self, span: Span) -> tuple[str, ...]:
+        """The source lines that `span` covers, without anything that a terminal would act on."""
+        starts = self._line_starts
+        last = max(span.line, span.end_line - (span.end_column == 1))
+        ends = [*starts[1:], len(self.text) + 1]
+        return tuple(
+            _FORBIDDEN.sub("\ufffd", self.clean[starts[line - 1] : ends[line - 1] - 1]).rstrip()[:_EXCERPT_WIDTH]
+            for line in range(span.line, min(last, span.line + 7) + 1)
+        )
+
+    def locate(self, diagnostic: Diagnostic) -> Diagnostic:
+        """`diagnostic` with this source's name and lines."""
+        if diagnostic.span is None:
+            return replace(diagnostic, source=self.name)
+        return replace(diagnostic, source=self.name, excerpt=self.excerpt(diagnostic.span))
+
+    def finding(self, code: str, message: str, start: int, end: int, *, help: str | None = None) -> Diagnostic:
+        """An error between two offsets of this text."""
+        return self.locate(Diagnostic(code, message, span=self.span(start, end), help=help))
+
+
+_EXCERPT_WIDTH = 4000
+
+# Control characters, and what makes a text read otherwise than it is (CVE-2021-42574): bidirectional overrides, line
+# separators that Python and editors disagree about, byte order marks inside, halves of surrogate pairs.
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def is_writable(text: str) -> bool:
+    """Whether `text` may stand inside a string of a policy."""
+    return "\n" not in text and "\r" not in text and not _FORBIDDEN.search(text)
+
+
+def prepare(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnostic, ...], bool]:
+    """The text as a `Source`, what is wrong with its characters, bounds and lines, and whether to parse it at all."""
+    if len(text) > TEXT_LIMIT:
+        source = Source(name, "", "\n")
+        message = f"the text is {len(text)} long, the limit is {TEXT_LIMIT}"
+        return source, (source.locate(Diagnostic("E013", message, help="is this a policy file?")),), False
+    decoded, wrong = _decode(text)
+    clean = decoded.replace("\r\n", " \n").replace("\r", "\n") + "\n"
+    if clean.startswith("\ufeff"):
+        # A line start, so that the statement behind the mark stands in column 0.
+        clean = "\n" + clean[1:]
+    source = Source(name, decoded, clean)
+    if wrong is not None:
+        message = "the text is not UTF-8"
+        return source, (source.finding("E011", message, wrong, wrong + 1, help="save the file as UTF-8"),), False
+    forbidden = [_forbidden(source, found.start()) for found in _FORBIDDEN.finditer(clean)]
+    if forbidden:
+        return source, tuple(forbidden[:20]), False
+    return _Scanner(source).scan()
+
+
+def _decode(text: str | bytes) -> tuple[str, int | None]:
+    if isinstance(text, str):
+        return text, None
+    try:
+        return text.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        return text.decode("utf-8", "replace"), len(text[: error.start].decode("utf-8"))
+
+
+def _forbidden(source: Source, offset: int) -> Diagnostic:
+    letter = source.clean[offset]
+    named = f"U+{ord(letter):04X} {unicodedata.name(letter, '')}".strip()
+    message = f"the character {named} has no place in a policy"
+    return source.finding("E012", message, offset, offset + 1, help="delete it")
+
+
+_TOKENS = re.compile(
+    r"""(?P<newline>\n) | (?P<blank>[ \t]+) | (?P<comment>\#[^\n]*)
+      | (?P<token>"(?:[^"\n]|"")*" | '(?:[^'\n]|'')*' | [A-Za-z0-9_.]+)
+      | (?P<open>[(\[{]) | (?P<close>[)\]}]) | (?P<other>[^\n])""",
+    re.VERBOSE,
+)
+
+
+@dataclass
+class _Scanner:
+    """One pass over the text: statements by column 0, comments, counted tokens and brackets."""
+
+    source: Source
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    findings: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    notes: list[str] = field(default_factory=list[str])
+    brackets: list[int] = field(default_factory=list[int])
+    tokens: int = 0
+    deepest: int | None = None
+    fresh: bool = True
+    """Whether no token stood on this line yet."""
+    commented: bool = False
+
+    def scan(self) -> tuple[Source, tuple[Diagnostic, ...], bool]:
+        line = 0
+        for found in _TOKENS.finditer(self.source.clean):
+            match found.lastgroup:
+                case "newline":
+                    self._end_line()
+                    line = found.end()
+                case "blank":
+                    pass
+                case "comment":
+                    self._note(found[0].rstrip())
+                case _:
+                    if self.tokens == TOKEN_LIMIT:
+                        return self.source, (self._too_many(found.start()),), False
+                    self.tokens += 1
+                    self._token(found, line)
+        if self.deepest is not None:
+            self.findings.append(self._too_deep(self.deepest))
+        whole = replace(self.source, chunks=tuple(self.chunks), tail=tuple(_tidy(self.notes)))
+        return whole, tuple(self.findings), self.deepest is None
+
+    def _token(self, found: re.Match[str], line: int) -> None:
+        if self.fresh:
+            self._start_line(found, line)
+        if self.chunks:
+            self.chunks[-1].end = found.end()
+        if found.lastgroup == "open":
+            self.brackets.append(found.start())
+            if len(self.brackets) > DEPTH_LIMIT and self.deepest is None:
+                self.deepest = found.start()
+        elif found.lastgroup == "close" and self.brackets:
+            self.brackets.pop()
+
+    def _start_line(self, found: re.Match[str], line: int) -> None:
+        self.fresh = False
+        start, word = found.start(), found[0]
+        if start == line and self.brackets and word not in STATEMENT_WORDS:
+            # An open bracket and no keyword: the author took the bracket for what continues a line.
+            self.findings.append(self._finding("E006", "a line that continues a statement must be indented", found))
+        elif start == line:
+            self.brackets.clear()
+            self.chunks.append(Chunk(start, found.end(), word, tuple(_tidy(self.notes))))
+            self.notes.clear()
+        elif self.chunks:
+            self._continue()
+        elif not self.findings:
+            self.findings.append(self._finding("E006", "an indented line continues no statement", found))
+
+    def _continue(self) -> None:
+        """Comments inside a statement move before it."""
+        chunk = self.chunks[-1]
+        inner = [chunk.after] if chunk.after else []
+        inner += [note for note in self.notes if note]
+        self.notes.clear()
+        chunk.before, chunk.after = (*chunk.before, *inner), None
+
+    def _note(self, comment: str) -> None:
+        self.commented = True
+        if self.fresh:
+            self.notes.append(comment)
+        elif self.chunks:
+            self.chunks[-1].after = comment
+
+    def _end_line(self) -> None:
+        if self.fresh and not self.commented:
+            self.notes.append("")
+        self.fresh, self.commented = True, False
+
+    def _finding(self, code: str, message: str, found: re.Match[str]) -> Diagnostic:
+        help = "a statement starts in column 1 with its keyword; indented lines continue it"
+        return self.source.finding(code, message, found.start(), found.end(), help=help)
+
+    def _too_many(self, offset: int) -> Diagnostic:
+        message = f"more than {TOKEN_LIMIT} words and signs"
+        return self.source.finding("E014", message, offset, offset + 1, help="split the policy and `use` its parts")
+
+    def _too_deep(self, offset: int) -> Diagnostic:
+        message = f"brackets are nested deeper than {DEPTH_LIMIT}"
+        return self.source.finding("E015", message, offset, offset + 1, help="name a part with `let`")
+
+
+def _tidy(notes: list[str]) -> Iterator[str]:
+    """The notes with one blank line where there were several."""
+    last = None
+    for note in notes:
+        if note or last != "":
+            yield note
+        last = note

@@ -1,0 +1,267 @@
+"""Text to policy: the only file that knows the parser's library."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lark
+
+from cachepolicy import ir, mistakes
+from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.lowering import Lowering, depth
+from cachepolicy.resources import shipped
+from cachepolicy.source import Chunk, Source, prepare
+from cachepolicy.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
+
+__all__ = ["parse", "parse_selector", "parse_value", "recover"]
+
+
+def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
+    """The policy that `text` says; `source` names it in diagnostics.
+
+    Raises:
+        PolicyError: with every error of the text, in reading order.
+    """
+    policy, findings = recover(text, source=source)
+    if any(each.severity == "error" for each in findings):
+        raise PolicyError(findings)
+    return policy
+
+
+def recover(text: str | bytes, *, source: str = "<text>") -> tuple[ir.Policy, tuple[Diagnostic, ...]]:
+    """As much of a policy as `text` says, and everything that is wrong or doubtful about it; never raises.
+
+    A rule that does not parse keeps its selector where that did, and computes.
+    """
+    prepared, findings, parsable = prepare(text, source)
+    reading = _Reading(prepared, list(findings))
+    if parsable and not reading.unknown_edition():
+        reading.read()
+    return reading.policy(), tuple(sorted(reading.findings, key=_place))
+
+
+def parse_value(text: str) -> ir.Expression:
+    """The value of a setting, as in `--set NAME=TEXT`: a number, string, `off`, list or interval.
+
+    `[a, b]` is a list; who wants a range reads a list of two numbers as the closed interval.
+
+    Raises:
+        PolicyError: `text` is not a value.
+    """
+    return _parse_part(text, "value", Lowering.expression)
+
+
+def parse_selector(text: str) -> ir.Selector:
+    """The selector that `text` says.
+
+    Raises:
+        PolicyError: `text` is not a selector.
+    """
+    return _parse_part(text, "selector", Lowering.selector)
+
+
+def _place(finding: Diagnostic) -> tuple[int, int]:
+    return (finding.span.start, finding.span.end) if finding.span else (-1, -1)
+
+
+# --- the parser ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _parser() -> lark.Lark:
+    # Never `cache=True`: it unpickles a predictable path in the temporary folder before it checks it.
+    grammar = shipped("grammars").joinpath("cachepolicy.lark").read_text("utf-8")
+    return lark.Lark(
+        grammar,
+        parser="lalr",
+        lexer="contextual",
+        propagate_positions=True,
+        maybe_placeholders=False,
+        start=["start", "line", "selector", "value"],
+    )
+
+
+@functools.cache
+def _words() -> Mapping[str, str]:
+    """The keyword of each keyword terminal."""
+    patterns = ((each.name, str(each.pattern.value)) for each in _parser().terminals)
+    return {name: found[1] for name, pattern in patterns if (found := re.fullmatch(r"([a-z_]+)\\b", pattern))}
+
+
+def _stopped(error: lark.exceptions.UnexpectedInput, end: int) -> mistakes.Stop:
+    if isinstance(error, lark.UnexpectedToken):
+        offset = end if error.token.type == "$END" else error.token.start_pos
+        accepts = frozenset(error.accepts or error.expected)
+    elif isinstance(error, lark.UnexpectedCharacters):
+        offset, accepts = error.pos_in_stream, frozenset[str](error.allowed or ())
+    else:
+        offset, accepts = end, frozenset[str]()
+    return mistakes.Stop(end if offset is None else offset, accepts - _IGNORED, _words())
+
+
+_IGNORED = frozenset({"_SPACE", "_COMMENT", "_CONTINUATION"})
+
+
+def _parse_part(text: str, start: str, lower: Any) -> Any:
+    prepared, findings, parsable = prepare(text, f"<{start}>")
+    chunk = Chunk(len(text) - len(text.lstrip()), max(1, len(prepared.clean.rstrip())), "")
+    findings = [each for each in findings if each.code != "E006"]
+    if parsable and not findings:
+        try:
+            tree = _parser().parse(lark.TextSlice(prepared.clean, 0, chunk.end), start=start)
+        except lark.exceptions.UnexpectedInput as error:
+            findings = [mistakes.explain(prepared, chunk, _stopped(error, chunk.end))]
+        else:
+            lowering = Lowering(prepared)
+            if depth(tree) > DEPTH_LIMIT:
+                findings = [_too_deep(prepared, chunk)]
+            else:
+                part = lower(lowering, tree)
+                findings = lowering.findings
+                if not findings:
+                    return part
+    raise PolicyError(findings)
+
+
+def _too_deep(source: Source, chunk: Chunk) -> Diagnostic:
+    message = f"the statement is nested deeper than {DEPTH_LIMIT}"
+    return source.finding("E015", message, chunk.start, chunk.end, help="name a part with `let`")
+
+
+# --- a whole file ----------------------------------------------------------------------------------------
+
+
+class _Reading:
+    """One attempt at one source: the statements that parsed, and what was found."""
+
+    def __init__(self, source: Source, findings: list[Diagnostic]) -> None:
+        self.source, self.findings = source, findings
+        self.header = dict[str, Any]()
+        self.statements = list[ir.Statement]()
+        self.comments = list[ir.Comment]()
+        self.broken = set[str]()
+        self.lowering = Lowering(source, findings)
+
+    def policy(self) -> ir.Policy:
+        source = self.source
+        return ir.Policy(
+            **self.header,
+            statements=tuple(self.statements),
+            comments=tuple(self.comments),
+            source_name=source.name,
+            span=source.span(0, len(source.text)),
+        )
+
+    def unknown_edition(self) -> bool:
+        """Reports an edition that this version does not know; nothing else of such a file can be judged."""
+        if not self.source.chunks:
+            return False
+        chunk = self.source.chunks[0]
+        found = re.compile(r"cachepolicy\s+([0-9]+)\b").match(self.source.clean, chunk.start, chunk.end)
+        if not found or found[1].lstrip("0") == str(ir.EDITION):
+            return False
+        message = f"edition {found[1][:20]} of the language is not known here"
+        help = f"this version of cachepolicy reads edition {ir.EDITION}"
+        self.findings.append(self.source.finding("E010", message, *found.span(1), help=help))
+        return True
+
+    def read(self) -> None:
+        trees = self._whole() if not self.findings else None
+        pairs = zip(self.source.chunks, trees, strict=True) if trees is not None else self._by_statement()
+        for chunk, tree in pairs:
+            self._take(chunk, tree)
+        self._comment(len(self.statements), self.source.tail)
+
+    def _whole(self) -> Sequence[Any] | None:
+        """The fast path: all statements at once."""
+        try:
+            return _parser().parse(self.source.clean, start="start").children
+        except lark.exceptions.UnexpectedInput:
+            return None
+
+    def _by_statement(self) -> Iterator[tuple[Chunk, Any]]:
+        """The error path: each statement on its own, so that an error in one does not hide the next."""
+        reported = [each.span.start for each in self.findings if each.span]
+        for chunk in self.source.chunks:
+            if any(chunk.start <= offset < chunk.end for offset in reported):
+                self._give_up(chunk, None)
+            elif chunk.word not in STATEMENT_WORDS:
+                self._give_up(chunk, mistakes.unknown_statement(self.source, chunk))
+            else:
+                try:
+                    yield chunk, self._parse(chunk.start, chunk.end, "line")
+                except lark.exceptions.UnexpectedInput as error:
+                    stop = _stopped(error, chunk.end)
+                    self._give_up(chunk, mistakes.explain(self.source, chunk, stop), stop.offset)
+
+    def _parse(self, start: int, end: int, rule: str) -> Any:
+        return _parser().parse(lark.TextSlice(self.source.clean, start, end), start=rule)
+
+    def _take(self, chunk: Chunk, tree: Any) -> None:
+        if depth(tree) > DEPTH_LIMIT + 8:
+            self._give_up(chunk, _too_deep(self.source, chunk))
+        elif chunk.word in HEADER_WORDS:
+            self._take_header(chunk, tree)
+        else:
+            statement = self.lowering.statement(tree)
+            self._comment(len(self.statements), chunk.before, chunk.after)
+            self.statements.append(statement)
+
+    def _take_header(self, chunk: Chunk, tree: Any) -> None:
+        place = HEADER_WORDS.index(chunk.word)
+        key = ("edition", "name", "source")[place]
+        later = [
+            word
+            for word in HEADER_WORDS[place + 1 :]
+            if ("edition", "name", "source")[HEADER_WORDS.index(word)] in self.header
+        ]
+        if key in self.header:
+            self._misplaced(chunk, f"a policy has one `{chunk.word}` line")
+        elif self.statements or later:
+            self._misplaced(chunk, f"`{chunk.word}` stands before {f'`{later[0]}`' if later else 'the statements'}")
+        else:
+            self.header |= self.lowering.header(tree)
+            self._comment(place - len(HEADER_WORDS), chunk.before, chunk.after)
+
+    def _misplaced(self, chunk: Chunk, message: str) -> None:
+        help = 'a file starts with `cachepolicy 1`, `policy NAME`, `source "..."`, in this order'
+        self.findings.append(self.source.finding("E009", message, chunk.start, chunk.end, help=help))
+
+    def _comment(self, statement: int, before: Iterable[str], after: str | None = None) -> None:
+        self.comments += [ir.Comment(statement=statement, place="before", text=text) for text in before]
+        if after is not None:
+            self.comments.append(ir.Comment(statement=statement, place="after", text=after))
+
+    def _give_up(self, chunk: Chunk, finding: Diagnostic | None, stop: int | None = None) -> None:
+        """Notes what a broken statement still tells: the name that it declares, the selector of a rule."""
+        if finding is not None:
+            self.findings.append(finding)
+        clean = self.source.clean
+        declared = re.compile(r"\S+\s+([A-Za-z_][A-Za-z0-9_]*)").match(clean, chunk.start, chunk.end)
+        if chunk.word not in ("match", "use", "expect", *HEADER_WORDS) and declared:
+            self.broken.add(declared[1])
+        if chunk.word == "match" and stop is not None:
+            self._keep_selector(chunk, stop)
+
+    def _keep_selector(self, chunk: Chunk, stop: int) -> None:
+        head = re.compile(r"match\b\s*(optional\b\s*)?").match(self.source.clean, chunk.start, chunk.end)
+        if not head:
+            return
+        tokens = _CLAUSE_OR_TEXT.finditer(self.source.clean, head.end(), stop)
+        end = next((token.start() for token in tokens if token[0][0] not in "\"'"), stop)
+        try:
+            tree = self._parse(head.end(), end, "selector")
+        except lark.exceptions.UnexpectedInput:
+            return
+        if depth(tree) > DEPTH_LIMIT:
+            return
+        selector = self.lowering.selector(tree)
+        span = self.source.span(chunk.start, chunk.end)
+        self.statements.append(ir.Rule(selector=selector, optional=bool(head[1]), action=ir.Compute(), span=span))
+
+
+_CLAUSE_OR_TEXT = re.compile(r"""\b(?:when|every|on|mask|while|at)\b|->|"[^"\n]*"|'[^'\n]*'""")

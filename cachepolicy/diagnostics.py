@@ -128,3 +128,64 @@ def suggestion(word: str, candidates: Sequence[str]) -> str | None:
     if 0 < len(candidates) <= 12:  # noqa: PLR2004
         return "one of " + ", ".join(f"`{each}`" for each in candidates)
     return None
+
+
+# --- codes -----------------------------------------------------------------------------------------------
+
+CODES: dict[str, str] = {
+    # E0xx: the text.
+    "E001": "something else was expected here",
+    "E002": "a sign without a meaning here",
+    "E003": "a string is not closed",
+    "E004": "a statement ends too early",
+    "E005": "a bracket is never closed",
+    "E006": "a line is indented where it must not be, or not where it must",
+    "E007": "a line starts with no statement's keyword",
+    "E008": "a word of the language as a name",
+    "E009": "a header line in the wrong place, or twice",
+    "E010": "an edition that is not known",
+    "E011": "a text that is not UTF-8",
+    "E012": "a character that has no place in a policy",
+    "E013": "a text that is too long",
+    "E014": "a text with too many words",
+    "E015": "nested too deep",
+    "E016": "a number that is too large",
+    "E017": "a regular expression that RE2 cannot read",
+    "E018": "a regular expression that needs what RE2 does not have",
+    "E019": "a regular expression that is too long",
+    "E020": "a clause in the wrong place, or twice",
+    "E021": "a policy that no text can say",
+    # E10x to E14x: names, types and places.
+    "E101": "a name that nothing declares",
+    "E102": "a name that is declared twice",
+    "E103": "a name that belongs to the language",
+    "E104": "a parameter called like an argument of `apply`",
+    "E105": "a function that does not exist",
+    "E106": "a call with too few or too many arguments",
+    "E107": "a predictor or approximation that does not exist",
+    "E108": "an argument of an action that is unknown, missing or given twice",
+    "E109": "a name that is said in terms of itself",
+    "E110": "a name of another sort than its place asks for",
+    "E111": "a value of another type than its place asks for",
+    "E112": "a chain of comparisons that turns round",
+    "E113": "a decision that must be known ahead reads what a run measures",
+    "E114": "a probe outside `signal`",
+    "E115": "a memory or an accumulator where it has no meaning",
+    "E116": "an external that would decide",
+    "E117": "an expectation whose row has another length",
+    "E118": "a mask with other letters than 0 and 1",
+    "E119": "a span of blocks that does not stand alone",
+    "E120": "a value that may be `off` where off has no meaning",
+    "E121": "an action's argument that is not known ahead",
+    "E122": "`uncond_skipped` in a rule on the model",
+    "E123": "`approximate uncond` on something else than the model",
+    "E124": "a number outside what its place allows",
+    "E161": "a value of another type than its parameter",
+    "E162": "a value outside its parameter's domain",
+    # W5xx: doubtful, but a policy.
+    "W501": "a `sum` over a distance from the last compute",
+    "W502": "a distance from the step before, without a `sum`",
+    "W503": "a parameter that nothing reads",
+    "W504": "a let, table, signal or external that nothing reads",
+}
+"""Every code and its title; each has a page in `docs/diagnostics/`."""

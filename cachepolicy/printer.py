@@ -32,6 +32,34 @@ def format(policy: ir.Policy | str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def format_node(node: ir.Node) -> str:
+    """The canonical text of any part of a policy, on one line."""
+    match node:
+        case ir.Policy():
+            return " ".join(" ".join(pieces) for _, pieces, _ in _statements(node))
+        case ir.Every() | ir.OnSteps() | ir.Mask():
+            return _schedule(node)
+        case ir.Bound():
+            return _bound(node)
+        case ir.Argument():
+            return f"{node.label}: {expression(node.value)}"
+        case ir.Setting():
+            return f"{node.name} = {_value(node.value)}"
+        case _ if isinstance(node, _STATEMENTS):
+            return " ".join(_pieces(node))
+        case _ if isinstance(node, _ACTIONS):
+            return _action(node)
+        case _ if isinstance(node, _SELECTORS):
+            return selector(node)
+        case _:
+            return expression(node)  # pyright: ignore[reportArgumentType]
+
+
+_STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect)
+_ACTIONS = (ir.Compute, ir.Skip, ir.Reuse, ir.Predict, ir.ApproximateUncond)
+_SELECTORS = (ir.Pattern, ir.PatternParam, ir.OfKind, ir.OfClass, ir.Blocks, ir.AllOf, ir.AnyOf, ir.NoneOf)
+
+
 # --- lines -----------------------------------------------------------------------------------------------
 
 
@@ -170,7 +198,7 @@ def _clauses(rule: ir.Rule) -> Iterator[str]:
     if rule.condition is not None:
         yield f"while {expression(rule.condition)}"
     for bound in rule.bounds:
-        yield f"at most {_expression(bound.count, _SUM)} in {'a row' if bound.scope == 'row' else 'all'}"
+        yield _bound(bound)
     yield f"-> {_action(rule.action)}"
     if rule.follow is not None:
         yield f"follow {rule.follow}"
@@ -189,6 +217,10 @@ def _schedule(schedule: ir.Schedule) -> str:
             return f"mask {expression(schedule.mask)}"
         case _:
             assert_never(schedule)
+
+
+def _bound(bound: ir.Bound) -> str:
+    return f"at most {_expression(bound.count, _SUM)} in {'a row' if bound.scope == 'row' else 'all'}"
 
 
 def _action(action: ir.Action) -> str:

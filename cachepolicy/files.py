@@ -1,0 +1,241 @@
+"""Policies by name and by path: the shipped ones, the user's files, and the files that `use` may reach."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cachepolicy import ir
+from cachepolicy.diagnostics import Diagnostic, PolicyError, Span, suggestion
+from cachepolicy.printer import format as printed
+from cachepolicy.resources import SUFFIXES, shipped_policies
+from cachepolicy.source import prepare
+from cachepolicy.syntax import parse
+from cachepolicy.vocabulary import TEXT_LIMIT
+
+SHIPPED = "<shipped>/"
+"""What the names of shipped files begin with in `Policy.source_name`, so that no path is taken for one."""
+
+
+def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
+    """A policy by the name of a shipped one (`"pab"`, `"pab.cp"`) or by the path of a file; a `Policy` is given back.
+
+    `.json` holds the JSON form, `.cp` and `.cachepolicy` the text. A bare name that is both shipped and in the working
+    folder is refused: `./pab.cp` names the file.
+
+    Raises:
+        PolicyError: there is no such policy (E150), the name is ambiguous (E151), the file cannot be read (E152) or is too
+            large (E153), or what is wrong with its text.
+    """
+    if isinstance(source, ir.Policy):
+        return source
+    if not isinstance(source, str):
+        return read(Path(source), os.fspath(source))
+    if source.startswith(SHIPPED):
+        return _shipped(source.removeprefix(SHIPPED))
+    if "\n" in source:
+        raise PolicyError.of("E150", "a policy's text where its name or path stands", help="`parse(text)` reads a text")
+    if not _bare(source):
+        return read(Path(source), source)
+    return _named(source, Path())
+
+
+def _bare(name: str) -> bool:
+    return not any(separator in name for separator in ("/", os.sep))
+
+
+def _named(name: str, folder: Path) -> ir.Policy:
+    """A shipped policy, or a file of `folder`, by a bare name."""
+    stem = _stem(name)
+    beside = next((each for each in (name, *(stem + suffix for suffix in SUFFIXES)) if _is_file(folder / each)), None)
+    if stem in shipped_policies():
+        if beside is not None and not _same(folder / beside, shipped_policies()[stem]):
+            raise PolicyError.of(
+                "E151",
+                f"`{name}` is a shipped policy and a file here",
+                help=f"`./{beside}` is the file, `{SHIPPED}{stem}.cp` the shipped policy",
+            )
+        return _shipped(stem)
+    if _is_file(folder / name) or _is_there(folder / name):
+        return read(folder / name, name)
+    raise PolicyError.of("E150", f"no shipped policy and no file `{name}`", help=_near(stem, folder))
+
+
+def _stem(name: str) -> str:
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def _near(stem: str, folder: Path) -> str | None:
+    for suffix in (*SUFFIXES, ".json"):
+        if _is_file(folder / (stem + suffix)):
+            return f"there is a file `./{stem}{suffix}`"
+    return suggestion(stem, list(shipped_policies()))
+
+
+def _same(path: Path, policy: Traversable) -> bool:
+    """True inside the folder of the shipped policies themselves."""
+    return isinstance(policy, Path) and path.resolve() == policy.resolve()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _shipped(name: str) -> ir.Policy:
+    stem, policies = _stem(name), shipped_policies()
+    if stem not in policies:
+        raise PolicyError.of("E150", f"no shipped policy `{stem}`", help=suggestion(stem, list(policies)))
+    return parse(policies[stem].read_bytes(), source=f"{SHIPPED}{policies[stem].name}")
+
+
+def read(path: Path, shown: str) -> ir.Policy:
+    """The policy in the file at `path`, called `shown` in errors; it remembers its absolute path, for its `use`s.
+
+    Raises:
+        PolicyError: E150, E152 or E153, or what is wrong with the text.
+    """
+    content = _content(path, shown)
+    policy = _from_json(content, shown) if path.suffix == ".json" else parse(content, source=shown)
+    return policy.model_copy(update={"source_name": os.path.abspath(path)})
+
+
+def _content(path: Path, shown: str) -> bytes:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise PolicyError.of("E152", f"`{shown}` is a folder", help="a policy is a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise PolicyError.of("E152", f"`{shown}` is no regular file")
+        with path.open("rb") as file:
+            content = file.read(TEXT_LIMIT + 1)
+    except FileNotFoundError as error:
+        near = _near(_stem(path.name), path.parent)
+        raise PolicyError.of("E150", f"no file `{shown}`", help=near) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PolicyError.of("E152", f"`{shown}` cannot be read: {reason.lower()}") from error
+    if len(content) > TEXT_LIMIT:
+        raise PolicyError.of("E153", f"`{shown}` is too large: a policy has at most {TEXT_LIMIT} bytes")
+    return content
+
+
+def _from_json(content: bytes, shown: str) -> ir.Policy:
+    """The policy of a JSON text, held to every rule that a text is held to: it is printed and parsed."""
+    try:
+        given = ir.Policy.model_validate_json(content)
+        policy = parse(printed(given), source=shown)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the text"
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise PolicyError.of("E154", f"`{shown}` holds no policy: {where}: {message}") from error
+    except RecursionError as error:
+        raise PolicyError.of("E154", f"`{shown}` holds no policy: it is nested too deeply") from error
+    if policy != given:
+        raise PolicyError.of("E154", f"`{shown}` holds a policy that no text can say")
+    return policy
+
+
+# --- use -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a policy stands: `key` tells policies apart, `shown` is what chains of `use` print."""
+
+    key: str
+    shown: str
+
+
+def origin(policy: ir.Policy) -> Origin:
+    """Where `policy` came from: a shipped name, a file, or nowhere (a text)."""
+    name = policy.source_name
+    if name is not None and name.startswith(SHIPPED):
+        return Origin(name, name.removeprefix(SHIPPED))
+    if name is not None and os.path.isabs(name):
+        return Origin(os.path.realpath(name), os.path.basename(name))
+    return Origin(f"<text {id(policy)}>", policy.name or name or "<text>")
+
+
+def load_used(name: str, user: ir.Policy) -> ir.Policy:
+    """The policy that `use NAME` in `user` means: a shipped one, or a file in or below the user's own folder.
+
+    Raises:
+        PolicyError: E150 to E154 as for `load`; E155, the path is absolute, leads out of the folder, or the user is a text,
+            which no file stands beside.
+    """
+    folder = _folder(user)
+    if _bare(name) and (folder is None or _stem(name) in shipped_policies() or not _is_there(folder / name)):
+        return _named(name, folder) if folder is not None else _shipped(name)
+    if folder is None:
+        raise _outside(name, "a text has no folder, so it uses shipped policies only")
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or os.path.isabs(name) or name.startswith(("/", "\\")) or "\\" in name or ":" in parts[0]:
+        raise _outside(name, "write a shipped name, or a file beside this policy as `./other.cp`")
+    target = Path(os.path.realpath(folder / name))
+    if not target.is_relative_to(os.path.realpath(folder)):
+        raise _outside(name, "the link leads out of the policy's folder")
+    return read(target, name)
+
+
+def _outside(name: str, help: str) -> PolicyError:
+    return PolicyError.of("E155", f"`use` reaches files beside the policy only, not `{name}`", help=help)
+
+
+def _folder(policy: ir.Policy) -> Path | None:
+    name = policy.source_name
+    if name is None or name.startswith(SHIPPED) or not os.path.isabs(name):
+        return None
+    return Path(name).parent
+
+
+def chain(origins: Sequence[Origin]) -> str:
+    """`a.cp -> b.cp -> a.cp`, for errors."""
+    return " -> ".join(each.shown for each in origins)
+
+
+# --- places ----------------------------------------------------------------------------------------------
+
+
+def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagnostic:
+    """`finding` with its place in the policy's text: its own span, or else `span`.
+
+    The source lines are read again from the policy's file where it has one; a finding that has a source keeps it.
+    """
+    if finding.source is not None:
+        return finding
+    finding = replace(finding, span=finding.span or span)
+    name = policy.source_name
+    content = _text(name) if name is not None else None
+    if content is None or name is None:
+        return replace(finding, source=name)
+    shown = os.path.relpath(name) if os.path.isabs(name) else name
+    return prepare(content, shown if not shown.startswith("..") else name)[0].locate(finding)
+
+
+def _text(name: str) -> bytes | None:
+    try:
+        if name.startswith(SHIPPED):
+            return shipped_policies()[_stem(name.removeprefix(SHIPPED))].read_bytes()
+        return _content(Path(name), name) if os.path.isabs(name) and not name.endswith(".json") else None
+    except (PolicyError, KeyError, OSError):
+        return None

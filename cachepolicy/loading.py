@@ -1,0 +1,310 @@
+"""A policy made ready to bind: what it uses written out, its parameters set, its names replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from cachepolicy import ir
+from cachepolicy.clauses import faults
+from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.evaluate import Value, names_in
+from cachepolicy.files import Origin, chain, load, load_used, located, origin
+from cachepolicy.normal import digest
+from cachepolicy.rewrite import folded, measure, transform
+from cachepolicy.settings import python, settled
+
+__all__ = ["Resolved", "Source", "load", "resolve"]
+
+DEPTH_LIMIT = 16
+"""How deep `use` may reach."""
+USE_LIMIT = 256
+"""How many policies one policy may use, counting each time."""
+RULE_LIMIT = 10_000
+"""How many rules a policy may have with those it uses."""
+NODE_LIMIT = 300_000
+"""How large the rules may grow once lets and signals are written out."""
+NESTING_LIMIT = 160
+"""How deep an expression may grow so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The statement that a rule came from: its policy and its number among the policy's statements."""
+
+    policy: ir.Policy = field(repr=False)
+    statement: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A policy with everything that names stood for in place: only the clock, signals and externals are still names.
+
+    `rules` are those of the policy and of what it uses, in reading order, without those that are off; `sources` tells where
+    each came from. `signals` and `tables` of used policies keep their names unless those are taken, else they are called
+    `policy.name`. `settings` holds the parameters' Python values, `digest` the sha256 of what the rules mean.
+    """
+
+    policy: ir.Policy = field(repr=False)
+    rules: tuple[ir.Rule, ...]
+    sources: tuple[Source, ...] = field(repr=False)
+    signals: tuple[ir.Signal, ...]
+    tables: Mapping[str, tuple[int | float, ...]]
+    externals: tuple[str, ...]
+    expects: tuple[ir.Expect, ...]
+    settings: Mapping[str, Value]
+    digest: str
+
+
+def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> Resolved:
+    """Set the parameters, write out what the policy uses, and put constants for parameters and lets.
+
+    `settings` values are Python's (None for `off`, a tuple `(low, high)` for an open range) or expressions. The policy itself is
+    not changed.
+
+    Raises:
+        PolicyError: a setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
+            grows too large (E165), a used policy cannot be had (E150 to E155), uses itself (E156) or too many (E157).
+    """
+    flat = _Flat()
+    names = flat.add(policy, settings or {}, (origin(policy),), "")
+    if flat.findings:
+        raise PolicyError(flat.findings)
+    rules, signals = tuple(flat.rules), tuple(flat.signals.values())
+    flat.hold_to_size(policy)
+    return Resolved(
+        policy=policy,
+        rules=rules,
+        sources=tuple(flat.sources),
+        signals=signals,
+        tables=flat.tables,
+        externals=tuple(flat.externals),
+        expects=tuple(flat.expects),
+        settings={param.name: python(names[param.name]) for param in _of(policy, ir.Param)},
+        digest=digest(policy.edition, rules, signals, flat.tables),
+    )
+
+
+S = TypeVar("S", bound=ir.Node)
+
+
+def _of(policy: ir.Policy, kind: type[S]) -> list[S]:
+    return [statement for statement in policy.statements if isinstance(statement, kind)]
+
+
+@dataclass
+class _Flat:
+    """What has been written out so far, of the policy and of those it uses."""
+
+    rules: list[ir.Rule] = field(default_factory=list[ir.Rule])
+    sources: list[Source] = field(default_factory=list[Source])
+    signals: dict[str, ir.Signal] = field(default_factory=dict[str, ir.Signal])
+    tables: dict[str, tuple[int | float, ...]] = field(default_factory=dict[str, tuple[int | float, ...]])
+    externals: list[str] = field(default_factory=list[str])
+    expects: list[ir.Expect] = field(default_factory=list[ir.Expect])
+    findings: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    taken: set[str] = field(default_factory=set[str])
+    files: dict[tuple[str, str], ir.Policy] = field(default_factory=dict[tuple[str, str], ir.Policy])
+    uses: int = 0
+    nodes: int = 0
+
+    def add(
+        self, policy: ir.Policy, settings: Mapping[str, object], path: Sequence[Origin], prefix: str
+    ) -> dict[str, ir.Expression]:
+        """Write out one policy; gives what its names are worth."""
+        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings)
+        renamed = self._declare(policy, prefix)
+        names |= {old: ir.Name(name=new) for old, new in renamed.items()}
+        sizes = dict[str, tuple[int, int]]()
+        for let in _in_order(policy):
+            sizes[let.name] = self._size(policy, let, sizes)
+            names[let.name] = self._write(let.value, names, renamed)
+        for number, statement in enumerate(policy.statements):
+            match statement:
+                case ir.Rule():
+                    self._rule(policy, number, statement, names, renamed, sizes)
+                case ir.Signal():
+                    self._size(policy, statement, sizes)
+                    new = renamed[statement.name]
+                    value = self._write(statement.value, names, renamed)
+                    self.signals[new] = statement.model_copy(update={"name": new, "value": value})
+                case ir.Use():
+                    self._use(policy, statement, names, path)
+                case ir.Expect() if not prefix:
+                    selector = self._write(statement.selector, names, renamed)
+                    self.expects.append(statement.model_copy(update={"selector": selector}))
+                case _:
+                    pass
+        return names
+
+    def _declare(self, policy: ir.Policy, prefix: str) -> dict[str, str]:
+        """Names for signals, tables and externals that no other policy has taken."""
+        renamed = dict[str, str]()
+        for statement in policy.statements:
+            if not isinstance(statement, ir.Signal | ir.Table | ir.External):
+                continue
+            new, count = statement.name, 1
+            while prefix and new in self.taken:
+                new = f"{prefix}.{statement.name}" if count == 1 else f"{prefix}.{count}.{statement.name}"
+                count += 1
+            renamed[statement.name] = new
+            self.taken.add(new)
+            if isinstance(statement, ir.Table):
+                self.tables[new] = statement.values
+            elif isinstance(statement, ir.External):
+                self.externals.append(new)
+        if not prefix:
+            self.taken |= {each.name for each in policy.statements if isinstance(each, ir.Param | ir.Let)}
+        return renamed
+
+    def _write(self, node: Any, names: Mapping[str, ir.Expression], renamed: Mapping[str, str]) -> Any:
+        def rewrite(node: ir.Node) -> ir.Node:
+            match node:
+                case ir.Name():
+                    return names.get(node.name, node)
+                case ir.Lookup():
+                    return node.model_copy(update={"table": renamed.get(node.table, node.table)})
+                case ir.PatternParam():
+                    return self._pattern(node, names)
+                case _:
+                    return folded(node)
+
+        return transform(node, rewrite)
+
+    def _pattern(self, node: ir.PatternParam, names: Mapping[str, ir.Expression]) -> ir.Node:
+        """The regex that the parameter holds, or any of those in its list; `off` and an empty list match nothing."""
+        value = names.get(node.name)
+        match value:
+            case ir.Text():
+                return ir.Pattern(regex=value.value, span=node.span)
+            case ir.ListOf():
+                texts = [item.value for item in value.items if isinstance(item, ir.Text)]
+                if len(texts) < len(value.items):
+                    self.findings.append(
+                        Diagnostic("E161", f"`{node.name}` stands for regexes, so its items are strings", span=node.span)
+                    )
+                patterns = tuple(ir.Pattern(regex=text, span=node.span) for text in texts)
+                return patterns[0] if len(patterns) == 1 else ir.AnyOf(selectors=patterns, span=node.span)
+            case ir.Off():
+                return ir.AnyOf(selectors=(), span=node.span)
+            case _:
+                message = f"`{node.name}` is no string or list parameter, so it cannot stand for a regex"
+                self.findings.append(Diagnostic("E161", message, span=node.span))
+                return ir.AnyOf(selectors=(), span=node.span)
+
+    def _rule(
+        self,
+        policy: ir.Policy,
+        number: int,
+        rule: ir.Rule,
+        names: Mapping[str, ir.Expression],
+        renamed: Mapping[str, str],
+        sizes: Mapping[str, tuple[int, int]],
+    ) -> None:
+        self._size(policy, rule, sizes)
+        written: ir.Rule = self._write(rule, names, renamed)
+        if _is_absent(written):
+            return
+        bounds = tuple(bound for bound in written.bounds if not isinstance(bound.count, ir.Off))
+        if len(bounds) < len(written.bounds):
+            written = written.model_copy(update={"bounds": bounds})
+        self.findings += [located(each, policy, rule.span) for each in faults(written)]
+        self.rules.append(written)
+        self.sources.append(Source(policy, number))
+        if len(self.rules) > RULE_LIMIT:
+            raise PolicyError.of("E157", f"more than {RULE_LIMIT} rules, with those that are used")
+
+    def _use(
+        self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]
+    ) -> None:
+        try:
+            used = self._load(use.policy, policy, path)
+            settings = {each.name: self._write(each.value, names, {}) for each in use.settings}
+            self.add(used, settings, (*path, origin(used)), used.name or use.policy)
+        except PolicyError as error:
+            if len(path) > 1 and any(each.code in {"E156", "E157"} for each in error.diagnostics):
+                raise
+            self.findings += [located(each, policy, use.span) for each in error.diagnostics]
+
+    def _load(self, name: str, user: ir.Policy, path: Sequence[Origin]) -> ir.Policy:
+        self.uses += 1
+        if len(path) > DEPTH_LIMIT or self.uses > USE_LIMIT:
+            deep = f"`use` reaches deeper than {DEPTH_LIMIT}" if len(path) > DEPTH_LIMIT else f"over {USE_LIMIT} policies used"
+            raise PolicyError.of("E157", f"{deep}: {chain(path)}")
+        key = (path[-1].key, name)
+        if key not in self.files:
+            self.files[key] = load_used(name, user)
+        used = self.files[key]
+        here = origin(used)
+        if here.key in {each.key for each in path}:
+            raise PolicyError.of("E156", f"a policy uses itself: {chain([*path, here])}")
+        return used
+
+    def _size(self, policy: ir.Policy, node: ir.Node, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        nodes, depth = measure(node, sizes)
+        self.nodes += nodes
+        if self.nodes > NODE_LIMIT or depth > NESTING_LIMIT:
+            raise PolicyError([located(_TOO_LARGE, policy, node.span)])
+        return nodes, depth
+
+    def hold_to_size(self, policy: ir.Policy) -> None:
+        """Refuse signals that grow beyond all bounds where they are written out in one another."""
+        sizes = dict[str, tuple[int, int]]()
+        for name in _signal_order(self.signals):
+            sizes[name] = self._size(policy, self.signals[name].value, sizes)
+        for rule in self.rules:
+            self._size(policy, rule, sizes)
+
+
+_TOO_LARGE = Diagnostic("E165", "this grows too large once its names are written out", help="say it in fewer or smaller lets")
+
+
+def _is_absent(rule: ir.Rule) -> bool:
+    """A rule whose schedule is off is no rule."""
+    match rule.schedule:
+        case ir.Every(interval=ir.Off()) | ir.OnSteps(steps=ir.Off()) | ir.Mask(mask=ir.Off()):
+            return True
+        case _:
+            return False
+
+
+def _in_order(policy: ir.Policy) -> Iterator[ir.Let]:
+    """The lets, each after those it reads."""
+    lets = {let.name: let for let in _of(policy, ir.Let)}
+    for name in _ordered({name: names_in(let.value) for name, let in lets.items()}, policy):
+        yield lets[name]
+
+
+def _signal_order(signals: Mapping[str, ir.Signal]) -> list[str]:
+    return _ordered({name: names_in(signal.value) for name, signal in signals.items()}, None)
+
+
+def _ordered(reads: Mapping[str, set[str]], policy: ir.Policy | None) -> list[str]:
+    """The names, each after those it reads; without recursion, so that a long chain is no danger.
+
+    Raises:
+        PolicyError: E158, a name reads itself.
+    """
+    done = dict[str, None]()
+    for first in reads:
+        waiting, open_names = [first], dict[str, None]()
+        while waiting:
+            name = waiting[-1]
+            if name in done:
+                waiting.pop()
+                continue
+            open_names[name] = None
+            missing = sorted(each for each in reads[name] if each in reads and each not in done)
+            circle = [each for each in missing if each in open_names]
+            if circle:
+                loop = " -> ".join([*list(open_names)[list(open_names).index(circle[0]) :], circle[0]])
+                finding = Diagnostic("E158", f"`{circle[0]}` is said in terms of itself: {loop}")
+                raise PolicyError([replace(finding, source=policy.source_name if policy else None)])
+            if missing:
+                waiting += missing
+                continue
+            done[name] = None
+            del open_names[name]
+            waiting.pop()
+    return list(done)

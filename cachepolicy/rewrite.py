@@ -1,0 +1,82 @@
+"""Expressions and clauses rewritten from the leaves up: names replaced, constants folded, sizes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cachepolicy import ir
+from cachepolicy.evaluate import Undefined, children, constant
+
+Rewrite = Callable[[ir.Node], ir.Node]
+
+
+def transform(node: Any, rewrite: Rewrite) -> Any:
+    """`node` with `rewrite` applied to every node below it, then to itself; the original is not touched."""
+    changed = dict[str, object]()
+    for name in type(node).model_fields:
+        old: object = getattr(node, name)
+        new = _transform_in(old, rewrite)
+        if new is not old:
+            changed[name] = new
+    return rewrite(node.model_copy(update=changed) if changed else node)
+
+
+def _transform_in(value: object, rewrite: Rewrite) -> object:
+    if isinstance(value, ir.Node):
+        return transform(value, rewrite)
+    if isinstance(value, tuple):
+        old: tuple[object, ...] = value
+        new = tuple([_transform_in(item, rewrite) for item in old])
+        return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
+    return value
+
+
+def measure(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Nodes and depth of `node` once each name of `known`, with its own nodes and depth, is written out."""
+    if isinstance(node, ir.Name):
+        return known.get(node.name, (1, 1))
+    nodes, depth = 1, 0
+    for child in children(node):
+        size = measure(child, known)
+        nodes, depth = nodes + size[0], max(depth, size[1])
+    return nodes, depth + 1
+
+
+def folded(node: ir.Node) -> ir.Node:
+    """A node over constants as the constant that it is worth; any other node as it is.
+
+    Only whole constants are folded: `false and x` stays, since an undefined `x` makes a clause false, `not` included.
+    """
+    match node:
+        case ir.Membership(container=ir.Off()):
+            return ir.Boolean(value=False, span=node.span)
+        case ir.Conditional(condition=ir.Boolean()):
+            return node.then if node.condition.value else node.otherwise
+        case ir.Negative() | ir.Arithmetic() | ir.Comparison() | ir.Both() | ir.Either() | ir.Negation() | ir.Membership():
+            return _constant(node) if all(map(_is_constant, children(node))) else node
+        case ir.Call(function="sum" | "product" | "prev" | "kept"):
+            return node
+        case ir.Call():
+            return _constant(node) if all(map(_is_constant, node.arguments)) else node
+        case _:
+            return node
+
+
+def _is_constant(node: ir.Node) -> bool:
+    if isinstance(node, ir.ListOf | ir.SetOf):
+        return all(map(_is_constant, node.items))
+    if isinstance(node, ir.Interval):
+        return _is_constant(node.low) and _is_constant(node.high)
+    return isinstance(node, ir.Number | ir.Boolean | ir.Text)
+
+
+def _constant(node: Any) -> ir.Node:
+    try:
+        value = constant(node)
+    except (Undefined, TypeError):
+        # It stays, undefined or ill-typed, and makes its clause false where it is read.
+        return node
+    if isinstance(value, bool):
+        return ir.Boolean(value=value, span=node.span)
+    return ir.Number(value=value, span=node.span) if isinstance(value, int | float) else node

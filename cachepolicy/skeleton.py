@@ -1,0 +1,257 @@
+"""The modules of a model as data: names, classes and kinds, and which lists hold its blocks. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.ir import Kind
+
+FILE_LIMIT = 64 * 2**20
+"""Bytes of a skeleton file; the largest of diffusers' models takes about 1 MiB."""
+
+Text = Annotated[str, Field(max_length=1000)]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module: its qualified name (the root's is ""), its class, what it is, whether it can be called.
+
+    `is_list` marks a ModuleList; neither it nor any other container is `callable`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: Text
+    class_name: Text
+    kinds: frozenset[Kind] = frozenset()
+    is_list: bool = False
+    callable: bool = True
+
+    @property
+    def selectable(self) -> bool:
+        """True where a selector can take it."""
+        return self.callable and not self.is_list
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model as data: its modules in `named_modules` order, the root first, and the lists of its blocks.
+
+    `block_lists` names the ModuleLists directly under the root whose elements carry the hidden states, in the order
+    they run.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: Text
+    modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=200_000)]
+    block_lists: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """Where each module stands in `modules`, by name."""
+        return {module.name: index for index, module in enumerate(self.modules)}
+
+    @cached_property
+    def elements(self) -> Mapping[str, tuple[str, ...]]:
+        """The elements of each ModuleList, in their numeric order."""
+        lists: dict[str, list[str]] = {module.name: [] for module in self.modules if module.is_list}
+        for module in self.modules:
+            list_name, _, last = module.name.rpartition(".")
+            if list_name in lists and last.isdecimal():
+                lists[list_name].append(module.name)
+        return {name: tuple(sorted(each, key=_number)) for name, each in lists.items()}
+
+    def __getitem__(self, name: str) -> Module:
+        return self.modules[self.position[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.position
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition(".")[2])
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """The names of the modules around `name`, the nearest first, the root ("") last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+_FILE = TypeAdapter(Skeleton)
+
+
+def to_json(skeleton: Skeleton) -> str:
+    """The skeleton as JSON text, which `from_json` reads back."""
+    return _FILE.dump_json(skeleton, indent=1).decode()
+
+
+def from_json(text: str | bytes) -> Skeleton:
+    """The skeleton that a JSON text describes.
+
+    Raises:
+        PolicyError: E210, the text is too large, no JSON, or no skeleton.
+    """
+    if len(text) > FILE_LIMIT:
+        raise PolicyError.of("E210", f"a skeleton of {len(text)} bytes; at most {FILE_LIMIT} are read")
+    try:
+        skeleton = _FILE.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the text"
+        raise PolicyError.of("E210", f"no skeleton of a model: {where}: {_lower(first['msg'])}") from error
+    fault = _fault(skeleton)
+    if fault is not None:
+        raise PolicyError.of("E210", f"no skeleton of a model: {fault}")
+    return skeleton
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _fault(skeleton: Skeleton) -> str | None:
+    """What makes the modules no tree with a root, if anything."""
+    if skeleton.modules[0].name != "":
+        return 'the first module is the root, whose name is ""'
+    seen = set[str]()
+    for module in skeleton.modules:
+        if module.name in seen:
+            return f"`{module.name}` stands there twice"
+        parent = module.name.rpartition(".")[0]
+        if seen and parent not in seen:
+            return f"`{module.name}` comes before `{parent}`, which holds it"
+        seen.add(module.name)
+    for name in skeleton.block_lists:
+        if name not in seen or not skeleton[name].is_list:
+            return f"`{name}` of `block_lists` is no list among the modules"
+    return None
+
+
+def read(path: str | os.PathLike[str]) -> Skeleton:
+    """The skeleton in a JSON file.
+
+    Raises:
+        PolicyError: E210, the file cannot be read or holds no skeleton.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise PolicyError.of("E210", f"no file `{os.fspath(path)}`")
+        with open(path, "rb") as file:
+            return from_json(file.read(FILE_LIMIT + 1))
+    except (OSError, ValueError) as error:
+        raise PolicyError.of("E210", f"`{os.fspath(path)}` cannot be read: {_lower(str(error))}") from error
+
+
+def write(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:
+    """Write the skeleton to a JSON file, which `read` reads back."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(to_json(skeleton))
+
+
+# --- skeletons without a model ---------------------------------------------------------------------------
+
+
+def builtin() -> Skeleton:
+    """A generic diffusion transformer: what `plan`, `expect` and the examples run on where no model is given.
+
+    Eight blocks with self-attention, cross-attention and feed-forward, four temporal ones as Latte has them, four
+    single-stream ones as Flux has them.
+    """
+    modules = [Module("", "Transformer", frozenset({"model"})), Module("patch_embed", "PatchEmbed")]
+    modules += _block_list("transformer_blocks", 8, ("attn1", "attn2", "ff"))
+    modules += _block_list("temporal_transformer_blocks", 4, ("attn1", "ff"))
+    modules += _block_list("single_transformer_blocks", 4, ("attn",))
+    modules += [Module("norm_out", "LayerNorm"), Module("proj_out", "Linear")]
+    lists = ("transformer_blocks", "temporal_transformer_blocks", "single_transformer_blocks")
+    return Skeleton("builtin", tuple(modules), lists)
+
+
+def _block_list(name: str, count: int, parts: Sequence[str]) -> list[Module]:
+    modules = [Module(name, "ModuleList", is_list=True, callable=False)]
+    for index in range(count):
+        block = f"{name}.{index}"
+        modules.append(Module(block, "TransformerBlock", frozenset({"block"})))
+        for number, part in enumerate(parts, 1):
+            modules.append(Module(f"{block}.norm{number}", "LayerNorm"))
+            kinds = _guessed(part)
+            modules.append(Module(f"{block}.{part}", "FeedForward" if "feedforward" in kinds else "Attention", kinds))
+            if "attention" in kinds:
+                modules += [Module(f"{block}.{part}.{name}", "Linear") for name in ("to_q", "to_k", "to_v")]
+                modules.append(Module(f"{block}.{part}.to_out", "ModuleList", is_list=True, callable=False))
+                modules += [Module(f"{block}.{part}.to_out.0", "Linear"), Module(f"{block}.{part}.to_out.1", "Dropout")]
+            else:
+                modules.append(Module(f"{block}.{part}.net", "ModuleList", is_list=True, callable=False))
+                modules += [Module(f"{block}.{part}.net.{index}", "Linear") for index in (0, 2)]
+    return modules
+
+
+_CROSS = re.compile(r"(^|_)cross|^attn2$|encoder_attn")
+_ATTENTION = re.compile(r"attn|attention")
+_FEEDFORWARD = re.compile(r"^(img_|txt_)?(ff|ffn|mlp|feed_?forward)(_context)?\d*$")
+
+
+def _guessed(name: str) -> frozenset[Kind]:
+    """What a module is, told by the last part of its name alone."""
+    if _FEEDFORWARD.search(name):
+        return frozenset({"feedforward"})
+    if _ATTENTION.search(name):
+        return frozenset({"attention", "cross_attention" if _CROSS.search(name) else "self_attention"})
+    if name == "cross":
+        return frozenset({"attention", "cross_attention"})
+    return frozenset()
+
+
+def sites_skeleton(names: Sequence[str]) -> Skeleton:
+    """A skeleton around plain module names; kinds are guessed from the names.
+
+    A number after a dot makes what stands before it a list: the elements of a list directly under the root are blocks,
+    and the lists run in the order they are named.
+
+    Raises:
+        PolicyError: E214, a name is empty, repeated, or no dotted name.
+    """
+    modules = {"": Module("", "Model", frozenset({"model"}))}
+    for name in names:
+        parts = name.split(".")
+        if not all(parts) or len(name) > 1000:  # noqa: PLR2004
+            raise PolicyError.of("E214", f"`{name}` is no module name", help="write it as `transformer_blocks.0.attn1`")
+        for depth in range(1, len(parts) + 1):
+            _grow(modules, parts[:depth])
+    ordered = tuple(_in_tree_order(modules))
+    lists = tuple(module.name for module in ordered if module.is_list and "." not in module.name)
+    return Skeleton("names", ordered, lists)
+
+
+def _grow(modules: dict[str, Module], parts: Sequence[str]) -> None:
+    name, parent, last = ".".join(parts), ".".join(parts[:-1]), parts[-1]
+    if last.isdecimal() and parent:
+        modules[parent] = Module(parent, "ModuleList", is_list=True, callable=False)
+    if name not in modules:
+        block = last.isdecimal() and len(parts) == 2  # noqa: PLR2004
+        modules[name] = Module(name, "Module", frozenset({"block"}) if block else _guessed(last))
+
+
+def _in_tree_order(modules: Mapping[str, Module]) -> Iterator[Module]:
+    """Parents before children, children in the order they were named, as `named_modules` gives them."""
+    children: dict[str, list[str]] = {name: [] for name in modules}
+    for name in modules:
+        if name:
+            children[name.rpartition(".")[0]].append(name)
+    waiting = [""]
+    while waiting:
+        name = waiting.pop()
+        yield modules[name]
+        waiting += reversed(children[name])

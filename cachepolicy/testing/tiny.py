@@ -1,0 +1,147 @@
+"""What a tiny model of the zoo is: a diffusers class, a small config, and the arguments of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Arguments = dict[str, Any]
+"""The keyword arguments of one denoiser call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """How a pipeline gives the timestep to its denoiser, from `t` in training units (0..1000, noise at 1000).
+
+    Read from the pipelines of diffusers 0.42.1. The value is `t * scale`, or `(1000 - t) * scale` when reversed.
+    """
+
+    argument: str = "timestep"
+    scale: float = 1.0
+    reverse: bool = False
+    rank: Literal["scalar", "batch", "frames"] = "batch"
+
+    def value(self, t: float) -> float:
+        """The number that the model is called with at training timestep `t`."""
+        return (1000.0 - t if self.reverse else t) * self.scale
+
+
+RAW = Feed()
+UNIT = Feed(scale=1e-3)
+REVERSED_UNIT = Feed(scale=1e-3, reverse=True)
+
+
+class Draw:
+    """Seeded tensors of one call, in the order in which they are asked for."""
+
+    def __init__(self, batch: int, seed: int) -> None:
+        import torch
+
+        self.batch = batch
+        self._torch = torch
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers of one sample, with the batch in front."""
+        return self.free(self.batch, *shape)
+
+    def free(self, *shape: int) -> Tensor:
+        """Standard normal numbers of exactly this shape."""
+        return self._torch.randn(*shape, generator=self._generator)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers from 0 to below `high`, with the batch in front."""
+        return self._torch.randint(high, (self.batch, *shape), generator=self._generator)
+
+    def ones(self, *shape: int) -> Tensor:
+        """Ones, with the batch in front: a mask that hides nothing."""
+        return self._torch.ones(self.batch, *shape)
+
+    def true(self, *shape: int) -> Tensor:
+        """A boolean mask that hides nothing, with the batch in front."""
+        return self._torch.ones(self.batch, *shape, dtype=self._torch.bool)
+
+    def full(self, *values: float) -> Tensor:
+        """The same row of numbers for every sample."""
+        return self._torch.tensor([values] * self.batch)
+
+    def grid(self, *sizes: int, start: int = 0) -> Tensor:
+        """Coordinates of a grid as rows, the last axis fastest, padded with zeros in front for sizes of 1."""
+        axes = [self._torch.arange(size) for size in sizes]
+        rows = self._torch.stack(self._torch.meshgrid(*axes, indexing="ij"), dim=-1)
+        return rows.reshape(-1, len(sizes)).float() + start
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tiny seeded denoiser of one diffusers class.
+
+    `name` is unique in the zoo, `class_name` a class that diffusers exports, `config` its keyword arguments,
+    `arguments` gives all arguments of a call but the timestep. `latent` names the argument that a sampler updates;
+    where `batches` is false the class takes one sample a call and has no batched guidance. `notes` say what is special.
+    """
+
+    name: str
+    class_name: str
+    config: Mapping[str, object]
+    arguments: Callable[[Draw], Arguments]
+    latent: str = "hidden_states"
+    feed: Feed = RAW
+    batches: bool = True
+    notes: str = ""
+    tags: frozenset[str] = field(default_factory=frozenset[str])
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The model in eval mode, without gradients, every parameter drawn from `seed`."""
+        import diffusers
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = getattr(diffusers, self.class_name)(**self.config)
+        redraw(model, seed)
+        return model.eval().requires_grad_(False)
+
+    def inputs(self, *, batch: int = 1, t: float = 500.0, seed: int = 0, x: Any = None) -> Arguments:
+        """The keyword arguments of one call at training timestep `t`; `x` replaces the drawn latents."""
+        draw = Draw(batch, seed)
+        arguments = self.arguments(draw)
+        if x is not None:
+            arguments[self.latent] = x
+        return {**arguments, self.feed.argument: self._timestep(batch, t, arguments[self.latent])}
+
+    def _timestep(self, batch: int, t: float, latent: Any) -> Tensor:
+        import torch
+
+        value = self.feed.value(t)
+        match self.feed.rank:
+            case "scalar":
+                return torch.tensor(value)
+            case "batch":
+                return torch.full((batch,), value)
+            case "frames":
+                return torch.full((batch, latent.shape[1]), value)
+
+
+def redraw(model: nn.Module, seed: int) -> None:
+    """Give every parameter a seeded value.
+
+    Models start with zeros in gates and modulations, and some with uninitialised memory: a fresh one would ignore
+    its step or differ from run to run.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * max(1, parameter[0].numel()) ** -0.5)
+            elif name.endswith("weight"):
+                parameter.copy_(1 + 0.05 * noise)
+            else:
+                parameter.copy_(0.1 * noise)

@@ -1,0 +1,107 @@
+"""A zoo of tiny denoisers, one for each architecture of diffusers, to test schedules and engines against.
+
+Built from configs with seeded random weights: nothing is downloaded, a forward takes milliseconds on a CPU.
+Needs diffusers; torch and diffusers are imported when a model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from cachepolicy.testing import zoo_image, zoo_unet, zoo_video
+from cachepolicy.testing.tiny import Draw, Entry, Feed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["NOT_BUILT", "Draw", "Entry", "Feed", "Guidance", "build", "entry", "names", "output", "trajectory"]
+
+Guidance = Literal["none", "batched", "sequential"]
+"""Classifier-free guidance: no second branch, both branches in one batch, or two calls a step."""
+
+NOT_BUILT: dict[str, str] = {}
+"""Classes of diffusers that the zoo leaves out, with the reason."""
+
+_ENTRIES = {item.name: item for item in (*zoo_image.ENTRIES, *zoo_video.ENTRIES, *zoo_unet.ENTRIES)}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all entries."""
+    return tuple(_ENTRIES)
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name; KeyError for an unknown one."""
+    return _ENTRIES[name]
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """The model of that name in eval mode, without gradients, drawn from `seed`."""
+    return _ENTRIES[name].build(seed)
+
+
+def output(result: Any) -> Any:
+    """The prediction in what a denoiser returned: its first field, a tensor or a list of tensors."""
+    return result[0]
+
+
+def trajectory(
+    name: str,
+    model: nn.Module,
+    timesteps: Sequence[float],
+    *,
+    batch: int = 1,
+    guidance: Guidance = "none",
+    seed: int = 0,
+) -> Iterator[Any]:
+    """Sample without a scheduler, `x <- x - 0.1 * prediction`, and yield the prediction of each step.
+
+    `timesteps` are in training units and decrease. With guidance the yielded prediction is the guided one, at weight 2.
+    """
+    one = _ENTRIES[name]
+    x = one.inputs(batch=batch, seed=seed)[one.latent]
+    for t in timesteps:
+        prediction = _predict(one, model, x, t, batch, guidance, seed)
+        yield prediction
+        x = _step(x, prediction)
+
+
+def _predict(one: Entry, model: nn.Module, x: Any, t: float, batch: int, guidance: Guidance, seed: int) -> Any:
+    match guidance:
+        case "none":
+            return output(model(**one.inputs(batch=batch, t=t, seed=seed, x=x)))
+        case "batched":
+            both = output(model(**one.inputs(batch=2 * batch, t=t, seed=seed, x=_twice(x))))
+            half = len(both) // 2
+            return _guide(both[:half], both[half:])
+        case "sequential":
+            cond = output(model(**one.inputs(batch=batch, t=t, seed=seed, x=x)))
+            uncond = output(model(**one.inputs(batch=batch, t=t, seed=seed + 1, x=x)))
+            return _guide(uncond, cond)
+
+
+def _twice(x: Any) -> Any:
+    import torch
+
+    return x + x if isinstance(x, list) else torch.cat([x, x])
+
+
+def _guide(uncond: Any, cond: Any) -> Any:
+    if isinstance(uncond, (list, tuple)):
+        return [_guide(u, c) for u, c in zip(uncond, cond, strict=True)]
+    return uncond + 2.0 * (cond - uncond)
+
+
+def _step(x: Any, prediction: Any) -> Any:
+    if isinstance(x, list):
+        return [_step(old, new) for old, new in zip(x, prediction, strict=True)]
+    return _subtract(x, prediction)
+
+
+def _subtract(x: Tensor, prediction: Tensor) -> Tensor:
+    # Learned sigmas widen the output, conditions widen the input: only what both have is updated.
+    common = tuple(slice(0, min(a, b)) for a, b in zip(x.shape, prediction.shape, strict=True))
+    updated = x.clone()
+    updated[common] -= 0.1 * prediction[common]
+    return updated

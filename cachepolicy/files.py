@@ -151,7 +151,7 @@ def _from_json(content: bytes, shown: str) -> ir.Policy:
     except RecursionError as error:
         raise PolicyError.of("E154", f"`{shown}` holds no policy: it is nested too deeply") from error
     if policy != given:
-        raise PolicyError.of("E154", f"`{shown}` holds a policy that no text can say")
+        raise PolicyError.of("E021", f"`{shown}` holds a policy that no text can say")
     return policy
 
 

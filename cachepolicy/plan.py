@@ -258,9 +258,9 @@ def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
 def _warnings(plan: Plan) -> Iterator[Diagnostic]:
     if plan.rules and not plan.sites:
         message = f"no rule takes anything in `{plan.skeleton.name}`: every step is computed"
-        yield Diagnostic("W501", message, severity="warning", source=plan.policy.source_name)
+        yield Diagnostic("W511", message, severity="warning", source=plan.policy.source_name)
     for number, by in shadowed(plan.rules):
         others = " and ".join(f"rule {each + 1}, `{label(plan.rules[each].rule)}`" for each in by)
         message = f"this rule never decides: {others} come{'s' if len(by) == 1 else ''} first at all its sites"
         help = "the first rule whose `when` holds decides; move this one up, or narrow the other"
-        yield _at(plan.resolved, number, Diagnostic("W500", message, severity="warning", help=help))
+        yield _at(plan.resolved, number, Diagnostic("W510", message, severity="warning", help=help))

@@ -221,13 +221,13 @@ def sites_skeleton(names: Sequence[str]) -> Skeleton:
     and the lists run in the order they are named.
 
     Raises:
-        PolicyError: E214, a name is empty, repeated, or no dotted name.
+        PolicyError: E211, a name is empty, repeated, or no dotted name.
     """
     modules = {"": Module("", "Model", frozenset({"model"}))}
     for name in names:
         parts = name.split(".")
         if not all(parts) or len(name) > 1000:  # noqa: PLR2004
-            raise PolicyError.of("E214", f"`{name}` is no module name", help="write it as `transformer_blocks.0.attn1`")
+            raise PolicyError.of("E211", f"`{name}` is no module name", help="write it as `transformer_blocks.0.attn1`")
         for depth in range(1, len(parts) + 1):
             _grow(modules, parts[:depth])
     ordered = tuple(_in_tree_order(modules))

@@ -1,0 +1,445 @@
+"""The clock of a run: steps, branches and trajectories, from a scheduler, a caller's function or the root's argument.
+
+A step is a step of the scheduler, not a call of the model. Nothing is required of the caller; what is there is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES, Scale
+from cachepolicy.schedule import Tick
+from cachepolicy.swap import ATTRIBUTE, Method
+
+# --- what the caller says --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What `cache_context(name, ...)` says about the calls inside it; None where it says nothing."""
+
+    name: str
+    step_index: int | None = None
+    num_inference_steps: int | None = None
+    timestep: Any = None
+    sigma: float | None = None
+
+
+CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=None)
+
+
+class Follower:
+    """Counts the steps of one scheduler: `step` advances with each `scheduler.step`, `set_timesteps` starts anew."""
+
+    __slots__ = ("_numbers", "_source", "generation", "step")
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.generation = 0
+        self._source: Any = None
+        self._numbers: tuple[list[float], list[float] | None] = ([], None)
+
+    def restart(self) -> None:
+        """The next call is step 0 of a new trajectory."""
+        self.step = 0
+        self.generation += 1
+
+    def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
+        """The scheduler's timesteps and sigmas as plain numbers, read from the device once a trajectory."""
+        if scheduler.timesteps is not self._source:
+            self._source = scheduler.timesteps
+            sigmas = getattr(scheduler, "sigmas", None)
+            self._numbers = (_floats(scheduler.timesteps), None if sigmas is None else _floats(sigmas))
+        return self._numbers
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(each) for each in (values.tolist() if hasattr(values, "tolist") else values)]
+
+
+def step_override(original: Method) -> Method:
+    """`scheduler.step` that tells the follower."""
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        follower = self.__dict__.get(ATTRIBUTE)
+        if follower is not None:
+            follower.step += 1
+        return result
+
+    return step
+
+
+def set_timesteps_override(original: Method) -> Method:
+    """`scheduler.set_timesteps` that tells the follower."""
+
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        follower = self.__dict__.get(ATTRIBUTE)
+        if follower is not None:
+            follower.restart()
+        return result
+
+    return set_timesteps
+
+
+SCHEDULER_METHODS = {"step": step_override, "set_timesteps": set_timesteps_override}
+
+
+# --- one call of the root --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Arguments:
+    """The arguments of a root call by name, and which of them are the latents and the timestep."""
+
+    named: dict[str, Any]
+    latents: str | None
+    timestep: str | None
+
+    def signature(self) -> tuple[Any, ...]:
+        """Shapes, dtypes and devices of everything that goes in: histories fit only calls with the same."""
+        return tuple(
+            (name, tensor.shape, tensor.dtype, tensor.device)
+            for name, value in self.named.items()
+            for tensor in _tensors(value)
+            if name != self.timestep
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What is known of a root's forward before it runs: parameter names and the scale of its timestep."""
+
+    parameters: tuple[str, ...]
+    timestep: str | None
+    scale: Scale | None
+    class_name: str
+    listed: bool
+
+
+def inspect_root(module: torch.nn.Module) -> Root:
+    """Read the forward's parameters once."""
+    parameters = tuple(inspect.signature(module.forward).parameters)
+    timestep = next((name for name in TIMESTEP_NAMES if name in parameters), None)
+    class_name = type(module).__name__
+    return Root(parameters, timestep, SCALES.get(class_name, RAW), class_name, class_name in SCALES)
+
+
+def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """Bind a call's arguments to names; the latents are the first that holds a tensor."""
+    named: dict[str, Any] = dict(zip(root.parameters, args, strict=False))
+    named.update(kwargs)
+    latents = next((name for name, value in named.items() if name != root.timestep and _tensors(value)), None)
+    return Arguments(named, latents, root.timestep if root.timestep in named else None)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]  # pyright: ignore[reportUnknownVariableType]
+    return []
+
+
+# --- identities ------------------------------------------------------------------------------------------
+
+
+class Identity:
+    """Which objects an argument holds: equal only while the very same ones are alive and given again."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        parts = list[Any]()
+        for value in values:
+            _note(value, parts)
+        self._parts = tuple(parts)
+
+    def same(self, other: Identity) -> bool:
+        """True where both stand for the same living tensors and equal plain values."""
+        return len(self._parts) == len(other._parts) and all(map(_same, self._parts, other._parts))
+
+
+def _note(value: Any, parts: list[Any]) -> None:
+    if isinstance(value, torch.Tensor):
+        parts.append(weakref.ref(value))
+    elif isinstance(value, list | tuple):
+        for item in value:  # pyright: ignore[reportUnknownVariableType]
+            _note(item, parts)
+    elif isinstance(value, dict):
+        for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
+            parts.append(key)
+            _note(item, parts)
+    elif isinstance(value, str | int | float | bool | None):
+        parts.append(value)
+    else:
+        parts.append(id(value))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, weakref.ref) and isinstance(other, weakref.ref):
+        return one() is not None and one() is other()
+    return type(one) is type(other) and one == other
+
+
+# --- the clock -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Called:
+    """One call of the present step."""
+
+    branch: str
+    conditioning: Identity
+
+
+@dataclass(slots=True)
+class Clock:
+    """The steps and branches of one session on one root."""
+
+    step: int = -1
+    t: float | None = None
+    direction: int = 0
+    generation: int | None = None
+    begin: int = 0
+    extra: int = 0
+    calls: list[_Called] = field(default_factory=list[_Called])
+    known: dict[str, Identity] = field(default_factory=dict[str, Identity])
+    signatures: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the clock reads from, best first: the scheduler with its follower, the caller's function, the argument."""
+
+    scheduler: Any = None
+    follower: Follower | None = None
+    timestep: Callable[[], Any] | None = None
+    steps: int | None = None
+    reads_t: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One reading of the clock: the tick, and whether a trajectory starts or the histories no longer fit."""
+
+    tick: Tick
+    starts: bool
+    stale: bool
+
+
+def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Reading:
+    """Advance the clock by one call of the root.
+
+    Raises:
+        PolicyError: the timestep argument fits no known unit and the policy reads `t`.
+    """
+    context = CONTEXT.get()
+    conditioning = Identity(
+        [value for name, value in arguments.named.items() if name not in (arguments.latents, arguments.timestep)]
+    )
+    name = context.name if context is not None else None
+    repeated = _repeats(clock, name, conditioning)
+    if sources.scheduler is not None and sources.follower is not None:
+        starts, tick = _by_scheduler(clock, sources.scheduler, sources.follower, root, arguments, repeated=repeated)
+    else:
+        starts, tick = _by_value(clock, sources, context, root, arguments, repeated=repeated)
+    if starts:
+        clock.known.clear()
+        clock.signatures.clear()
+    branch = name if name is not None else _branch(clock, conditioning)
+    clock.calls.append(_Called(branch, conditioning))
+    clock.known[branch] = conditioning
+    signature = arguments.signature()
+    stale = not starts and clock.signatures.get(branch, signature) != signature
+    clock.signatures[branch] = signature
+    return Reading(_with_context(tick, branch, context), starts, stale)
+
+
+def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
+    sigma, steps = tick.sigma, tick.steps
+    if context is not None:
+        sigma = float(context.sigma) if context.sigma is not None else sigma
+        steps = context.num_inference_steps if context.num_inference_steps is not None else steps
+    return Tick(tick.step, tick.t, steps, sigma, branch)
+
+
+def _repeats(clock: Clock, name: str | None, conditioning: Identity) -> bool:
+    """True where this call repeats one of the present step, so that the step has moved on.
+
+    A second-order sampler calls twice at one timestep with the same conditioning; a branch brings its own.
+    """
+    if name is not None:
+        return any(called.branch == name for called in clock.calls)
+    return any(called.conditioning.same(conditioning) for called in clock.calls)
+
+
+def _branch(clock: Clock, conditioning: Identity) -> str:
+    """The branch of an unnamed call: the one whose conditioning it carries, else its place within the step."""
+    taken = {called.branch for called in clock.calls}
+    for name, identity in clock.known.items():
+        if name not in taken and identity.same(conditioning):
+            return name
+    ordinal = len(clock.calls)
+    while _ordinal(ordinal) in taken:
+        ordinal += 1
+    return _ordinal(ordinal)
+
+
+def _ordinal(number: int) -> str:
+    return str(number) if number else ""
+
+
+def _by_scheduler(
+    clock: Clock, scheduler: Any, follower: Follower, root: Root, arguments: Arguments, *, repeated: bool
+) -> tuple[bool, Tick]:
+    timesteps, sigmas = follower.numbers(scheduler)
+    if clock.begin + follower.step >= len(timesteps) and clock.generation == follower.generation:
+        follower.restart()
+    starts = clock.generation != follower.generation
+    if starts:
+        clock.generation, clock.extra = follower.generation, 0
+        clock.begin = _begin(scheduler, timesteps, root, arguments)
+    step = follower.step + clock.extra
+    if not starts and step == clock.step and repeated:
+        # The loop calls the model again for the same branch without stepping the scheduler: count the steps ourselves.
+        clock.extra += 1
+        step += 1
+    if starts or step != clock.step:
+        clock.calls.clear()
+    clock.step = step
+    index = min(clock.begin + step, len(timesteps) - 1)
+    sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
+    clock.t = timesteps[index]
+    return starts, Tick(step, timesteps[index], len(timesteps) - clock.begin, sigma)
+
+
+def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Arguments) -> int:
+    """Where in the scheduler's timesteps this trajectory starts: image-to-image runs start late."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return int(begin)
+    raw = arguments.named.get(arguments.timestep or "")
+    if raw is None or not timesteps:
+        return 0
+    if root.scale is None:
+        return 0
+    value = root.scale.to_training(_number(raw, lowest=root.scale.lowest))
+    nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
+    return nearest if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else 0
+
+
+_NEAR = 5e-3  # a timestep that went through bfloat16 is off by up to 1 in 256
+
+
+def _by_value(
+    clock: Clock, sources: Sources, context: Context | None, root: Root, arguments: Arguments, *, repeated: bool
+) -> tuple[bool, Tick]:
+    t, known = _timestep(sources, context, root, arguments)
+    index = context.step_index if context is not None else None
+    if clock.step < 0:
+        starts, moved = True, True
+    elif index is not None:
+        starts, moved = index < clock.step, index != clock.step
+    elif t is not None and clock.t is not None and t != clock.t:
+        starts, moved = _turns(clock, t, known=known), True
+    else:
+        starts, moved = len(clock.calls) >= _MOST_BRANCHES, repeated
+    if not starts and moved and sources.steps is not None and clock.step + 1 >= sources.steps:
+        starts = index is None
+    if starts or moved:
+        clock.calls.clear()
+        following = 0 if starts else clock.step + 1
+        clock.step = index if index is not None else following
+    clock.t = t
+    if starts:
+        clock.direction = 0
+    return starts, Tick(clock.step, t, sources.steps)
+
+
+_MOST_BRANCHES = 16  # a run without a clock looks like ever more branches of one step
+
+
+def _turns(clock: Clock, t: float, *, known: bool) -> bool:
+    """True where the timestep runs against its direction: a new trajectory. In training units it falls."""
+    assert clock.t is not None  # noqa: S101 (the caller has looked)
+    direction = 1 if t > clock.t else -1
+    if known:
+        return direction > 0
+    if clock.direction == 0:
+        clock.direction = direction
+    return direction != clock.direction
+
+
+def _timestep(
+    sources: Sources, context: Context | None, root: Root, arguments: Arguments
+) -> tuple[float | None, bool]:
+    """The timestep, and whether it is in training units."""
+    if sources.timestep is not None:
+        value = sources.timestep()
+        if value is None:
+            raise PolicyError.of(
+                "E320", "the `timestep=` function returned None", help="it must return the current timestep, a number or a tensor"
+            )
+        # Whatever the caller counts in: a pipeline's own timestep may even rise.
+        return _number(value), False
+    if context is not None and context.timestep is not None:
+        return _number(context.timestep), True
+    raw = arguments.named.get(arguments.timestep or "")
+    if raw is None:
+        return None, False
+    value = _number(raw, lowest=root.scale is not None and root.scale.lowest)
+    if sources.reads_t or (root.listed and root.scale is not None):
+        return _training(root, value), True
+    return value, False
+
+
+def _training(root: Root, value: float) -> float:
+    t = root.scale.to_training(value) if root.scale is not None else float("nan")
+    if not -_SLACK <= t <= _TOP + _SLACK:
+        raise PolicyError.of(
+            "E321",
+            f"`{root.class_name}` was called with the timestep {value:g}, which is not in 0..1000",
+            help="pass `timestep=` (a function that returns the current timestep) or `scheduler=` to `apply`",
+        )
+    return t
+
+
+_SLACK, _TOP = 1.0, 1000.0
+
+
+def _number(value: Any, *, lowest: bool = False) -> float:
+    """A timestep as a number: the largest (or lowest) where each sample, frame or token has its own."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.ndim == 0:
+        return _element(value)
+    if value.numel() == 1:
+        return float(value)
+    return float(value.min() if lowest else value.max())
+
+
+def _element(value: torch.Tensor) -> float:
+    """A scalar tensor's number; for an element of `timesteps` the whole tensor is read once, not once a step."""
+    base = value._base
+    if base is None or base.ndim != 1 or value.device.type == "cpu":
+        return float(value)
+    numbers = _read_once.get(base)
+    if numbers is None:
+        numbers = _read_once[base] = base.tolist()
+    return float(numbers[(value.storage_offset() - base.storage_offset()) // max(1, base.stride(0))])
+
+
+_read_once: Any = WeakIdKeyDictionary()

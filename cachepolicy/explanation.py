@@ -1,0 +1,155 @@
+"""Why a site computed or reused at a step: every rule that was asked, clause by clause, with the values it read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cachepolicy import ir
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.plan import BoundRule, Plan
+from cachepolicy.printer import format_node
+from cachepolicy.schedule import (
+    Decision,
+    Inputs,
+    accumulate,
+    due,
+    environment_of,
+    holds,
+    unfollowed,
+    within,
+)
+from cachepolicy.simulation import simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """One clause of a rule: its text, whether it speaks for reuse, and the numbers that it read."""
+
+    text: str
+    holds: bool
+    values: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self) -> str:
+        read = ", ".join(f"{name} = {_short(value)}" for name, value in self.values)
+        return f"{'yes' if self.holds else 'no '}  {self.text}" + (f"   ({read})" if read else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One rule of the site: whether it was asked and owns the step, and its clauses."""
+
+    rule: int
+    text: str
+    outcome: str
+    clauses: tuple[Clause, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why one site did what it did at one call."""
+
+    site: str
+    step: int
+    branch: str
+    decision: Decision
+    asked: tuple[Asked, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        verdict = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}[self.decision.verdict]
+        branch = f" on branch `{self.branch}`" if self.branch else ""
+        yield f"{self.site} {verdict} at step {self.step}{branch}: {self.decision.reason}"
+        for each in self.asked:
+            yield f"  rule {each.rule + 1}: {each.text}"
+            yield f"    {each.outcome}"
+            for clause in each.clauses:
+                yield f"      {clause}"
+
+
+def explain(
+    policy: str | os.PathLike[str] | ir.Policy | Plan, where: str, *, steps: int, branch: str | None = None, **options: Any
+) -> Explanation:
+    """Why a site computes or reuses: `where` is `SITE@STEP`; the other arguments are those of `simulate`.
+
+    Raises:
+        PolicyError: as `simulate`, or `where` names no site or step of the schedule.
+    """
+    site, at, number = where.rpartition("@")
+    if not at or not number.isdecimal():
+        raise PolicyError.of("E258", f"`{where}` is not a place in a schedule", help="write it as `transformer_blocks.0.attn1@17`")
+    schedule = simulate(policy, steps=steps, **options)
+    name = schedule.branches[0] if branch is None else branch
+    decision = schedule.decision(site, int(number), name)
+    return explain_decision(schedule.plan, site, int(number), name, decision)
+
+
+def explain_decision(plan: Plan, site: str, step: int, branch: str, decision: Decision) -> Explanation:
+    """The explanation of a decision that was made, from the inputs that it carries."""
+    inputs = decision.inputs
+    if inputs is None:
+        return Explanation(site, step, branch, decision, ())
+    index = next(each.index for each in plan.sites if each.name == site)
+    asked = list[Asked]()
+    for bound in (rule for rule in plan.rules if index in rule.sites):
+        asked.append(_asked(bound, inputs, decision))
+    return Explanation(site, step, branch, decision, tuple(asked))
+
+
+def _asked(bound: BoundRule, inputs: Inputs, decision: Decision) -> Asked:
+    text = format_node(bound.rule)
+    environment = environment_of(bound, inputs)
+    if decision.rule is not None and bound.index > decision.rule:
+        return Asked(bound.index, text, "was not asked: an earlier rule owns the step")
+    if bound.index != decision.rule:
+        return Asked(bound.index, text, "does not own the step", tuple(_when(bound.rule, environment)))
+    return Asked(bound.index, text, "owns the step", tuple(_clauses(bound, inputs, environment)))
+
+
+def _when(rule: ir.Rule, environment: Environment) -> Iterator[Clause]:
+    if rule.when is not None:
+        yield _clause(f"when {format_node(rule.when)}", holds(rule.when, environment), rule.when, environment)
+
+
+def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iterator[Clause]:
+    rule = bound.rule
+    yield from _when(rule, environment)
+    if rule.follow is not None and inputs.tick.branch != rule.follow:
+        reason = unfollowed(bound, inputs)
+        yield Clause(f"follow {rule.follow}", not reason, (("because", reason),) if reason else ())
+        return
+    if rule.schedule is not None:
+        text = f"{format_node(rule.schedule)} does not ask for a compute"
+        yield _clause(text, not due(rule.schedule, environment), rule.schedule, environment, extra=("step", "age"))
+    if rule.condition is not None:
+        environment, _ = accumulate(bound, inputs, environment)
+        yield _clause(f"while {format_node(rule.condition)}", holds(rule.condition, environment), rule.condition, environment)
+    for each in rule.bounds:
+        ok = within(each, bound.index, inputs.memory, inputs.tick, environment)
+        yield _clause(format_node(each), ok, each, environment, extra=("age",) if each.scope == "row" else ())
+    if not isinstance(rule.action, ir.Compute | ir.Skip):
+        yield Clause("something is kept from an earlier step", inputs.memory.computes > 0)
+    if inputs.fact is not None:
+        yield Clause(inputs.fact, holds=False)
+
+
+def _clause(
+    text: str, holds: bool, node: ir.Node, environment: Environment, *, extra: tuple[str, ...] = ()
+) -> Clause:
+    names = sorted(names_in(node) | {name for name in extra if name in environment.names})
+    values: list[tuple[str, object]] = [(name, environment.names[name]) for name in names if name in environment.names]
+    for call in (each for each in walk(node) if isinstance(each, ir.Call)):
+        try:
+            values.append((format_node(call), evaluate(call, environment)))
+        except Undefined as error:
+            values.append((format_node(call), f"undefined: {error}"))
+    return Clause(text, holds, tuple(values))
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else "not known" if value is None else str(value)

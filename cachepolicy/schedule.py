@@ -1,0 +1,467 @@
+"""The decision function: compute or reuse, for every site, step and branch, and why. Pure, total, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, assert_never
+
+from cachepolicy import ir
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.evaluate import (
+    ACCUMULATORS,
+    MEMORIES,
+    Environment,
+    Undefined,
+    evaluate,
+    stateful_calls,
+)
+from cachepolicy.plan import BoundRule, Plan
+
+Verdict = Literal["compute", "reuse", "hidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The clock at one call of the root model.
+
+    `step` counts scheduler steps from 0; `t` is the timestep in training units (0..1000); `steps` and `sigma` are None
+    where the run does not tell; `branch` names the guidance branch ("" where there is one).
+    """
+
+    step: int
+    t: float | None = None
+    steps: int | None = None
+    sigma: float | None = None
+    branch: str = ""
+    uncond_skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a decision knows of a site's past on one branch. Never changed, only replaced."""
+
+    last: int | None = None
+    computes: int = 0
+    reuses: Mapping[int, int] = field(default_factory=dict[int, int])
+    accumulated: Mapping[tuple[int, ir.Call], float] = field(default_factory=dict[tuple[int, ir.Call], float])
+    previous: Mapping[ir.Expression, float] = field(default_factory=dict[ir.Expression, float])
+    kept: Mapping[ir.Expression, tuple[float, ...]] = field(default_factory=dict[ir.Expression, tuple[float, ...]])
+    seen: int | None = None
+
+    def age(self, step: int) -> int:
+        """Steps since the last compute; before the first, step + 1."""
+        return step - self.last if self.last is not None else step + 1
+
+
+FRESH = Memory()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to a site at one call, by which rule, and why.
+
+    `rule` is the owner's number among the policy's rules (None: no rule owns the site), `action` what the owner does
+    when it reuses. `inputs` are the numbers the decision was made from; `explain` needs no others.
+    """
+
+    verdict: Verdict
+    reason: str
+    rule: int | None = None
+    action: ir.Action | None = None
+    accumulated: Mapping[tuple[int, ir.Call], float] = field(default_factory=dict[tuple[int, ir.Call], float])
+    inputs: Inputs | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def computes(self) -> bool:
+        """True where the site's own forward runs."""
+        return self.verdict == "compute"
+
+    @property
+    def letter(self) -> str:
+        """`C` computes, `R` reuses, `.` is hidden inside a site that reuses."""
+        return {"compute": "C", "reuse": "R", "hidden": "."}[self.verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything that one decision was made from."""
+
+    tick: Tick
+    memory: Memory
+    signals: Mapping[str, float]
+    tables: Mapping[str, Sequence[int | float]]
+    followed: Decision | None = None
+    fact: str | None = None
+
+
+HIDDEN = Decision("hidden", "inside a site that reuses")
+
+
+# --- one site --------------------------------------------------------------------------------------------
+
+
+def decide(rules: Sequence[BoundRule], inputs: Inputs) -> Decision:
+    """Compute or reuse, for one site at one call; the first rule whose `when` holds owns it.
+
+    `inputs.fact` is what only the run can know (the history does not fit, memory is short): it turns a reuse into a
+    compute and is the reason then.
+    """
+    for rule in rules:
+        environment = environment_of(rule, inputs)
+        if holds(rule.rule.when, environment):
+            return _owned(rule, inputs, environment)
+    return Decision("compute", "no rule owns it", inputs=inputs)
+
+
+def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decision:
+    rule, memory, tick = bound.rule, inputs.memory, inputs.tick
+    environment, accumulated = accumulate(bound, inputs, environment)
+
+    def verdict(verdict: Verdict, reason: str) -> Decision:
+        return Decision(verdict, reason, bound.index, rule.action, accumulated, inputs)
+
+    if isinstance(rule.action, ir.Compute):
+        return verdict("compute", "the rule computes")
+    if rule.follow is not None and tick.branch != rule.follow:
+        reason = unfollowed(bound, inputs)
+        return verdict("compute", reason) if reason else _answered(bound, inputs, verdict)
+    if rule.schedule is not None and due(rule.schedule, environment):
+        return verdict("compute", "its schedule says so")
+    if not holds(rule.condition, environment):
+        return verdict("compute", "its `while` is false")
+    for bound_clause in rule.bounds:
+        if not within(bound_clause, bound.index, memory, tick, environment):
+            scope = "in a row" if bound_clause.scope == "row" else "in all"
+            return verdict("compute", f"at most so many {scope}")
+    return _answered(bound, inputs, verdict)
+
+
+def _answered(bound: BoundRule, inputs: Inputs, verdict: Any) -> Decision:
+    if not isinstance(bound.rule.action, ir.Skip) and inputs.memory.computes == 0:
+        return verdict("compute", "nothing is kept yet")
+    if inputs.fact is not None:
+        return verdict("compute", inputs.fact)
+    return verdict("reuse", "the rule reuses")
+
+
+def unfollowed(bound: BoundRule, inputs: Inputs) -> str:
+    """Why a following branch computes; empty where it may reuse."""
+    followed = inputs.followed
+    if followed is None:
+        return f"`{bound.rule.follow}` has not run in this step"
+    if followed.rule != bound.index or followed.verdict != "reuse":
+        return f"`{bound.rule.follow}` computed"
+    return ""
+
+
+def due(schedule: ir.Schedule, environment: Environment) -> bool:
+    """True where the schedule says compute; also where a number that it reads is undefined."""
+    step: int = environment.names["step"]
+    try:
+        match schedule:
+            case ir.Every():
+                return _every(schedule, step, environment)
+            case ir.OnSteps():
+                steps = evaluate(schedule.steps, environment)
+                return steps is None or step in steps
+            case ir.Mask():
+                mask = evaluate(schedule.mask, environment)
+                return mask is None or step >= len(mask) or mask[step] == "1"
+            case _:
+                assert_never(schedule)
+    except Undefined:
+        return True
+
+
+def _every(schedule: ir.Every, step: int, environment: Environment) -> bool:
+    interval = evaluate(schedule.interval, environment)
+    if interval is None or interval <= 0:
+        return True
+    match schedule.anchor:
+        case "start":
+            offset = 0 if schedule.offset is None else evaluate(schedule.offset, environment)
+            return (step - offset) % interval == 0
+        case "end":
+            return (evaluate(_STEPS, environment) - 1 - step) % interval == 0
+        case "compute":
+            return environment.names["age"] >= interval
+        case _:
+            assert_never(schedule.anchor)
+
+
+_STEPS = ir.Name(name="steps")
+
+
+def within(bound: ir.Bound, rule: int, memory: Memory, tick: Tick, environment: Environment) -> bool:
+    """True where one more reuse stays within the bound."""
+    try:
+        count = evaluate(bound.count, environment)
+    except Undefined:
+        return False
+    if count is None:
+        return True
+    return memory.age(tick.step) <= count if bound.scope == "row" else memory.reuses.get(rule, 0) < count
+
+
+def holds(clause: ir.Expression | None, environment: Environment) -> bool:
+    """True where the clause is true; false where a number that it reads is undefined."""
+    if clause is None:
+        return True
+    try:
+        return bool(evaluate(clause, environment))
+    except Undefined:
+        return False
+
+
+def clock_words(tick: Tick, memory: Memory) -> dict[str, Any]:
+    """The clock as the names of the language; what the run does not tell is None."""
+    steps = tick.steps
+    progress = None if steps is None else tick.step / (steps - 1) if steps > 1 else 0.0
+    return {
+        "step": tick.step,
+        "t": tick.t,
+        "steps": steps,
+        "progress": progress,
+        "sigma": tick.sigma,
+        "branch": tick.branch,
+        "uncond_skipped": tick.uncond_skipped,
+        "age": memory.age(tick.step),
+    }
+
+
+def environment_of(bound: BoundRule, inputs: Inputs) -> Environment:
+    """What the clauses of a rule are evaluated in."""
+    names = {**inputs.signals, **clock_words(inputs.tick, inputs.memory)}
+    if bound.rule.condition is None:
+        return Environment(names, inputs.tables)
+    return Environment(names, inputs.tables, _remembered(bound.rule.condition, inputs, names))
+
+
+def _remembered(condition: ir.Expression, inputs: Inputs, names: Mapping[str, Any]) -> dict[ir.Call, float]:
+    """What each `prev` and `kept` of the clause is worth now; those without a value are left out."""
+    memory, step = inputs.memory, inputs.tick.step
+    values = dict[ir.Call, float]()
+    for call in stateful_calls(condition, MEMORIES):
+        what = call.arguments[0]
+        if call.function == "prev":
+            if memory.seen == step - 1 and what in memory.previous:
+                values[call] = memory.previous[what]
+            continue
+        depth = 1 if len(call.arguments) == 1 else int(evaluate(call.arguments[1], Environment(names)))
+        kept = memory.kept.get(what, ())
+        if 0 < depth <= len(kept):
+            values[call] = kept[depth - 1]
+    return values
+
+
+_Accumulated = dict[tuple[int, ir.Call], float]
+
+
+def accumulate(
+    bound: BoundRule, inputs: Inputs, environment: Environment
+) -> tuple[Environment, Mapping[tuple[int, ir.Call], float]]:
+    """The clause's `sum`s and `product`s advanced by this step, the inner ones first."""
+    condition = bound.rule.condition
+    if condition is None:
+        return environment, {}
+    calls = stateful_calls(condition, ACCUMULATORS)
+    if not calls:
+        return environment, {}
+    advanced: _Accumulated = {}
+    for call in calls:
+        key = (bound.index, call)
+        start = 0.0 if call.function == "sum" else 1.0
+        before = inputs.memory.accumulated.get(key, start)
+        try:
+            now = evaluate(call.arguments[0], environment)
+            value = before + now if call.function == "sum" else before * now
+        except Undefined:
+            value = float("nan")
+        advanced[key] = value
+        environment = replace(environment, stateful={**environment.stateful, call: value})
+    return environment, advanced
+
+
+def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> Memory:
+    """The site's memory after the call: ages count on, counts and kept values follow what was decided."""
+    memory, step = inputs.memory, inputs.tick.step
+    now = _measured(rules, inputs)
+    previous, seen = (now, step) if now else (memory.previous, memory.seen)
+    match decision.verdict:
+        case "hidden":
+            return memory if not now else replace(memory, previous=previous, seen=seen)
+        case "reuse":
+            owner = -1 if decision.rule is None else decision.rule
+            counted = {**memory.reuses, owner: memory.reuses.get(owner, 0) + 1}
+            kept_on = {**memory.accumulated, **decision.accumulated}
+            return replace(memory, reuses=counted, accumulated=kept_on, previous=previous, seen=seen)
+        case "compute":
+            kept = {what: (value, *memory.kept.get(what, ()))[:_DEPTH] for what, value in now.items()}
+            return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen)
+        case _:
+            assert_never(decision.verdict)
+
+
+_DEPTH = 4  # how many computes back `kept(x, n)` can reach
+
+
+def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression, float]:
+    """The numbers below `prev` and `kept` as they are at this step, also where no rule owns the site."""
+    values = dict[ir.Expression, float]()
+    for bound in rules:
+        if bound.rule.condition is None:
+            continue
+        calls = stateful_calls(bound.rule.condition, MEMORIES)
+        if not calls:
+            continue
+        environment = environment_of(bound, inputs)
+        for call in calls:
+            try:
+                values[call.arguments[0]] = evaluate(call.arguments[0], environment)
+            except Undefined:
+                values[call.arguments[0]] = float("nan")
+    return values
+
+
+# --- all sites of a call ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sites that share rules and past, so that one decision holds for all: its sites, and the groups around it."""
+
+    rules: tuple[BoundRule, ...]
+    sites: tuple[int, ...]
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """All sites of a plan in groups, outer groups before those that they can hide."""
+
+    groups: tuple[Group, ...]
+    group_of: tuple[int, ...]
+
+    def spread(self, decisions: Sequence[Decision]) -> list[Decision]:
+        """The decisions by site number, from those by group."""
+        return [decisions[group] for group in self.group_of]
+
+    def start(self) -> list[Memory]:
+        """The memories of a trajectory that has not begun, by group."""
+        return [FRESH] * len(self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A plan laid out for deciding: `coarse` while all sites of a group have the same past, else `fine`.
+
+    Sites of equal rules in equal surroundings differ only by facts of the run (`Inputs.fact`); after the first of those a
+    trajectory goes on with one group per site.
+    """
+
+    plan: Plan
+    coarse: Partition
+    fine: Partition
+    tables: Mapping[str, Sequence[int | float]]
+
+    def split(self, memories: Sequence[Memory]) -> list[Memory]:
+        """Memories by group of `coarse`, as memories by group of `fine`."""
+        return [memories[self.coarse.group_of[group.sites[0]]] for group in self.fine.groups]
+
+
+def prepare(plan: Plan) -> Program:
+    """Lay a plan out for `decide_all`."""
+    shared = dict[tuple[int, ...], tuple[BoundRule, ...]]()
+
+    def rules_of(site: int) -> tuple[BoundRule, ...]:
+        numbers = tuple(rule.index for rule in plan.rules if site in rule.sites)
+        return shared.setdefault(numbers, tuple(rule for rule in plan.rules if rule.index in numbers))
+
+    rules = [rules_of(site.index) for site in plan.sites]
+    return Program(plan, _partition(plan, rules, coarse=True), _partition(plan, rules, coarse=False), plan.resolved.tables)
+
+
+def _partition(plan: Plan, rules: Sequence[tuple[BoundRule, ...]], *, coarse: bool) -> Partition:
+    keys = dict[int, tuple[object, ...]]()
+    numbers = dict[tuple[object, ...], int]()
+    members = list[list[int]]()
+    around = list[tuple[int, ...]]()
+    for site in sorted(plan.sites, key=lambda site: len(site.parents)):
+        parents = tuple(numbers[keys[parent]] for parent in site.parents)
+        key = (id(rules[site.index]), parents) if coarse else (site.index,)
+        keys[site.index] = key
+        if key not in numbers:
+            numbers[key] = len(members)
+            members.append([])
+            around.append(parents)
+        members[numbers[key]].append(site.index)
+    groups = tuple(
+        Group(rules[sites[0]], tuple(sites), parents) for sites, parents in zip(members, around, strict=True)
+    )
+    return Partition(groups, tuple(numbers[keys[site.index]] for site in plan.sites))
+
+
+def decide_all(
+    program: Program,
+    partition: Partition,
+    memories: Sequence[Memory],
+    tick: Tick,
+    *,
+    signals: Mapping[str, float] | None = None,
+    followed: Sequence[Decision] | None = None,
+    facts: Mapping[int, str] | None = None,
+) -> tuple[list[Decision], list[Memory]]:
+    """Decide every group at one call; gives the decisions and the memories after it, by group number.
+
+    `followed` holds the followed branch's decisions by site number. `facts` by site number ask for `program.fine`.
+    """
+    given = signals or {}
+    decisions = list[Decision]()
+    after = list[Memory]()
+    for group, memory in zip(partition.groups, memories, strict=True):
+        site = group.sites[0]
+        leader = followed[site] if followed is not None else None
+        inputs = Inputs(tick, memory, given, program.tables, leader, facts.get(site) if facts else None)
+        hidden = group.parents and any(_hides(decisions[parent]) for parent in group.parents)
+        decision = HIDDEN if hidden else decide(group.rules, inputs)
+        decisions.append(decision)
+        after.append(advance(group.rules, inputs, decision))
+    return decisions, after
+
+
+def _hides(decision: Decision) -> bool:
+    return decision.verdict == "reuse" and not isinstance(decision.action, ir.ApproximateUncond)
+
+
+def follows(plan: Plan) -> frozenset[str]:
+    """The branches that some rule follows."""
+    return frozenset(rule.rule.follow for rule in plan.rules if rule.rule.follow is not None)
+
+
+def untold(plan: Plan, tick: Tick) -> PolicyError | None:
+    """The error to raise where the clock does not tell what the policy reads, or a mask has another length.
+
+    Called once at the start of a trajectory; `decide` itself computes when in doubt and never raises.
+    """
+    words = clock_words(tick, FRESH)
+    missing = [word for word in sorted(plan.needs) if words.get(word) is None]
+    if missing:
+        named = ", ".join(f"`{word}`" for word in missing)
+        return PolicyError.of("E250", f"the policy reads {named}, which this run does not tell", help=_HOW.get(missing[0]))
+    for bound in plan.rules:
+        schedule = bound.rule.schedule
+        if isinstance(schedule, ir.Mask) and isinstance(schedule.mask, ir.Text) and tick.steps is not None:
+            length = len(schedule.mask.value)
+            if length != tick.steps:
+                message = f"a mask of {length} letters on a run of {tick.steps} steps"
+                return PolicyError.of("E251", message, help="one letter a step: 1 computes, 0 reuses")
+    return None
+
+
+_HOW = {
+    "steps": "pass `steps=` to `apply`, or apply to the pipeline",
+    "progress": "pass `steps=` to `apply`, or apply to the pipeline",
+    "sigma": "pass `scheduler=` to `apply`, or apply to the pipeline",
+    "t": "pass `timestep=` to `apply`: a function that returns the current timestep",
+}

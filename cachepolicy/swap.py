@@ -1,0 +1,81 @@
+"""Interception: an object's class is swapped for a generated subclass that overrides one method, and swapped back.
+
+The subclass keeps the name, qualified name and module of its class, and on an instance without our attribute it does
+nothing but call through. The reasons for this mechanism are in docs/decisions/0003-class-swap.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+ATTRIBUTE = "_cachepolicy"
+"""The one attribute that an intercepted object carries in its `__dict__`."""
+
+Method = Callable[..., Any]
+Override = Callable[[Method], Method]
+
+_generated: dict[tuple[type, Override], type] = {}
+
+
+def swap(target: Any, methods: dict[str, Override], handle: object) -> None:
+    """Intercept `methods` of one object; each override is given the original and must call it to go through.
+
+    `handle` is what the overrides find under `target.__dict__[ATTRIBUTE]`.
+    """
+    base: type = type(target)
+    target.__dict__[ATTRIBUTE] = handle
+    target.__class__ = _subclass(base, tuple(methods.items()))
+
+
+def restore(target: Any) -> None:
+    """Give the object its own class and `__dict__` back.
+
+    Where somebody else has swapped the class after us, ours stays below theirs and calls through.
+    """
+    target.__dict__.pop(ATTRIBUTE, None)
+    base = type(target).__dict__.get("_cachepolicy_class")
+    if base is not None:
+        target.__class__ = base
+
+
+def is_swapped(target: Any) -> bool:
+    """True while the object carries a handle of ours."""
+    return ATTRIBUTE in getattr(target, "__dict__", ())
+
+
+@functools.cache
+def _subclass(base: type, methods: tuple[tuple[str, Override], ...]) -> type:
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_cachepolicy_class": base,
+    }
+    for name, override in methods:
+        original = getattr(base, name)
+        namespace[name] = functools.wraps(original)(override(original))
+    return type(base)(base.__name__, (base,), namespace)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """Copies and pickles are of the plain class, without us: they run with their own weights and no policy."""
+    state = self.__getstate__()
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != ATTRIBUTE}  # pyright: ignore[reportUnknownVariableType]
+    return _rebuild, (_plain(type(self)), state)
+
+
+def _plain(cls: type) -> type:
+    return cls.__dict__.get("_cachepolicy_class", cls)
+
+
+def _rebuild(cls: type, state: Any) -> Any:
+    instance = cls.__new__(cls)
+    if hasattr(instance, "__setstate__"):
+        instance.__setstate__(state)
+    else:
+        instance.__dict__.update(state)
+    return instance

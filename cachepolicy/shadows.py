@@ -40,9 +40,9 @@ def _follows(part: ir.Expression, given: Sequence[ir.Expression]) -> bool:
     """True where `part` holds whenever all of `given` hold, as far as equal texts and intervals tell."""
     if part in given:
         return True
-    outer = _interval(part)
+    outer = interval(part)
     return outer is not None and any(
-        inner is not None and inner[0] == outer[0] and _inside(inner, outer) for inner in map(_interval, given)
+        inner is not None and inner[0] == outer[0] and _inside(inner, outer) for inner in map(interval, given)
     )
 
 
@@ -50,7 +50,7 @@ Bounds = tuple[ir.Expression, float, bool, float, bool]
 """What is bounded, its lower end and whether that is in, its upper end and whether that is in."""
 
 
-def _interval(part: ir.Expression) -> Bounds | None:
+def interval(part: ir.Node) -> Bounds | None:
     match part:
         case ir.Membership(container=ir.Interval(low=ir.Number() as low, high=ir.Number() as high) as interval):
             return part.value, low.value, interval.low_closed, high.value, interval.high_closed

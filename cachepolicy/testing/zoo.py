@@ -6,7 +6,7 @@ Needs diffusers; torch and diffusers are imported when a model is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from cachepolicy.testing import zoo_image, zoo_unet, zoo_video
@@ -49,7 +49,7 @@ def output(result: Any) -> Any:
 def trajectory(
     name: str,
     model: nn.Module,
-    timesteps: Sequence[float],
+    timesteps: Iterable[float],
     *,
     batch: int = 1,
     guidance: Guidance = "none",

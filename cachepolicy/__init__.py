@@ -1,36 +1,35 @@
-"""Caching policies for diffusion models, written in a small rule language.
+"""Caching policies for diffusion models: a small language, a schedule that can be asked, an engine that runs it.
 
-    import cachepolicy
     with cachepolicy.apply(pipe, "pab.cp", spatial_every=3) as run:
-        image = pipe(...)
+        image = pipe("a lighthouse at dusk").images[0]
     print(run.trace)
 
-Importing this package, parsing, checking and simulating need no torch; `apply` imports it.
+Nothing heavy is imported here: `apply` and `remove` bring torch, everything else works without it.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cachepolicy.diagnostics import Diagnostic, PolicyError, Span
-from cachepolicy.explanation import explain
-from cachepolicy.ir import Policy
-from cachepolicy.loading import load
-from cachepolicy.printer import format
-from cachepolicy.simulation import plan, simulate
-from cachepolicy.syntax import parse
-from cachepolicy.version import __version__
-
 if TYPE_CHECKING:
-    from cachepolicy.runtime import Run, apply, remove
+    from cachepolicy.diagnostics import PolicyError
+    from cachepolicy.explanation import explain
+    from cachepolicy.files import load
+    from cachepolicy.ir import Policy
+    from cachepolicy.printer import format  # noqa: A004
+    from cachepolicy.runtime import apply, remove
+    from cachepolicy.simulation import plan, simulate
+    from cachepolicy.syntax import parse
+
+    __version__: str
 
 __all__ = [
-    "Diagnostic",
     "Policy",
     "PolicyError",
-    "Run",
-    "Span",
     "__version__",
     "apply",
     "explain",
@@ -42,16 +41,61 @@ __all__ = [
     "simulate",
 ]
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())
+_HOMES = {
+    "Policy": "ir",
+    "PolicyError": "diagnostics",
+    "apply": "runtime",
+    "explain": "explanation",
+    "format": "printer",
+    "load": "files",
+    "parse": "syntax",
+    "plan": "simulation",
+    "remove": "runtime",
+    "simulate": "simulation",
+}
+
+logging.getLogger("cachepolicy").addHandler(logging.NullHandler())
+
+
+def _version() -> str:
+    """The installed version; in a checkout that was never installed, the one that pyproject.toml states."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cachepolicy")
+    except PackageNotFoundError:
+        import tomllib
+        from pathlib import Path
+
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+        return str(project["project"]["version"])
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"Run", "apply", "remove"}:
-        from cachepolicy import runtime
-
-        return getattr(runtime, name)
-    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"cachepolicy.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module `cachepolicy` has no attribute `{name}`")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `cachepolicy.plan` the verb: importing the module of that name would else put itself in its place."""
+
+    @property
+    def plan(self) -> Any:
+        return importlib.import_module("cachepolicy.simulation").plan
+
+    @plan.setter
+    def plan(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

@@ -10,6 +10,18 @@ from cachepolicy.diagnostics import Diagnostic, nearest
 from cachepolicy.source import Chunk, Source
 from cachepolicy.vocabulary import KINDS, RESERVED, STATEMENT_WORDS, TYPES
 
+USAGE = {
+    "cachepolicy": "`cachepolicy 1`",
+    "policy": '`policy NAME "title"`',
+    "source": '`source "paper or repository"`',
+    "param": '`param NAME: TYPE = DEFAULT in DOMAIN "doc"`',
+    "let": "`let NAME = EXPRESSION`",
+    "table": "`table NAME = [1.0, 0.98, ...]`",
+    "signal": "`signal NAME = EXPRESSION`",
+    "external": "`external NAME: float`",
+    "use": "`use POLICY with NAME = VALUE, ...`",
+    "expect": "`expect SELECTOR over N steps with NAME = VALUE: C C R R`",
+}
 RULE = "`match SELECTOR when G every N while C at most N in a row -> ACTION follow BRANCH`"
 
 
@@ -54,7 +66,7 @@ def explain(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
         message = f"`{found}` is a word of the language and cannot be a name"
         return source.finding("E008", message, start, end, help=f"call it `{found}_` or something else")
     expected = expectation(stop)
-    hint = _hint(source, stop, found)
+    hint = _hint(source, chunk, stop, found) or _usage(chunk)
     if not re.match(_LEXABLE, found):
         return source.finding("E002", f"`{found}` has no meaning here: expected {expected}", start, end, help=hint)
     return source.finding("E001", f"expected {expected}, found `{found}`", start, end, help=hint)
@@ -84,15 +96,16 @@ def _cut_short(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
         help = "a statement ends before the next line that starts in column 1; indent the lines that continue it"
         return source.finding("E005", message, opening, opening + 1, help=help)
     message = f"the statement ends too early: expected {expectation(stop)}"
-    return source.finding("E004", message, chunk.end, chunk.end + 1, help=_ending_hint(source, chunk, stop))
+    help = _ending_hint(source, chunk, stop) or _usage(chunk)
+    return source.finding("E004", message, chunk.end, chunk.end + 1, help=help)
 
 
 def _ending_hint(source: Source, chunk: Chunk, stop: Stop) -> str | None:
     following = source.clean[chunk.end :].lstrip()
+    if re.match(r"(when|every|on|mask|while|at)\b|->", following):
+        return "indent the lines that continue a statement"
     if "_ARROW" in stop.accepts:
         return "a rule says what answers: `-> reuse`"
-    if following.startswith(("when", "every", "while", "->", "at ")):
-        return "indent the lines that continue a statement"
     return None
 
 
@@ -171,6 +184,10 @@ def expectation(stop: Stop) -> str:
     """What the parser would have taken, in words."""
     left = set(stop.accepts)
     said = list[str]()
+    for members, name in _GROUPED:
+        if left >= members:
+            said.append(name)
+            left -= members
     if left >= _SELECTORS:
         said.append("a selector")
         left -= _SELECTORS
@@ -185,11 +202,31 @@ def expectation(stop: Stop) -> str:
     return said[0] if len(said) == 1 else ", ".join(said[:-1]) + f" or {said[-1]}"
 
 
+_GROUPED = (
+    (
+        frozenset({"_COMPUTE", "_SKIP", "_REUSE", "_PREDICT", "_APPROXIMATE"}),
+        "an action (`compute`, `skip`, `reuse`, `predict` or `approximate`)",
+    ),
+    (frozenset({"LPAR", "LSQB", "LBRACE"}), "an interval, a set"),
+)
 _POSITION = {"_WHEN": 60, "_EVERY": 61, "_ON": 62, "_MASK": 63, "_WHILE": 64, "_AT": 65, "_ARROW": 66, "$END": 90}
 
 
 # --- the way out -----------------------------------------------------------------------------------------
 
+_AFTER = {
+    "each": "`each` stands before `blocks`",
+    "on": "steps stand in braces: `on {0, 1, 2}`",
+    "mask": 'a mask is a string: `mask "1101"`',
+    "class": 'a class is named by a regex in quotes: `class "Attention$"`',
+    "in": "after `in` stands an interval `(100, 800)`, a set `{0, 5}` or a parameter",
+}
+_WORDS = {
+    "not": "to negate `in`, write `not t in (100, 800)`",
+    "is": "write `==`",
+    "then": "write `a if condition else b`",
+    "elif": "write `a if x else b if y else c`",
+}
 _SIGNS = {
     "=": "`==` compares; `=` only gives a value",
     "===": "write `==`",
@@ -221,13 +258,23 @@ _SIGNS = {
 }
 
 
-def _hint(source: Source, stop: Stop, found: str) -> str | None:
+def _usage(chunk: Chunk) -> str | None:
+    if chunk.word == "match":
+        return f"a rule reads {RULE}"
+    return f"write {USAGE[chunk.word]}" if chunk.word in USAGE else None
+
+
+def _hint(source: Source, chunk: Chunk, stop: Stop, found: str) -> str | None:
+    preceding = source.clean[chunk.start : stop.offset].split()[-1:]
+    special = _AFTER.get("".join(preceding)) or _WORDS.get(found)
+    if special and found not in _SIGNS:
+        return special
     words = {stop.words[each] for each in stop.accepts if each in stop.words}
     if "KIND" in stop.accepts:
         words |= set(KINDS)
     if "TYPE" in stop.accepts:
         words |= set(TYPES)
-    if found in _SIGNS:
+    if found in _SIGNS and (found != "=" or "COMPARE" in stop.accepts):
         return _SIGNS[found]
     if re.fullmatch(r"[A-Za-z_]\w*", found):
         return _word_hint(stop, found, words)

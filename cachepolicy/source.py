@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cachepolicy.diagnostics import Diagnostic, Span
-from cachepolicy.vocabulary import DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
+from cachepolicy.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
 
 
 @dataclass(slots=True)
@@ -155,6 +155,7 @@ class _Scanner:
     brackets: list[int] = field(default_factory=list[int])
     tokens: int = 0
     deepest: int | None = None
+    unindented: int = -1
     fresh: bool = True
     """Whether no token stood on this line yet."""
     commented: bool = False
@@ -195,9 +196,12 @@ class _Scanner:
     def _start_line(self, found: re.Match[str], line: int) -> None:
         self.fresh = False
         start, word = found.start(), found[0]
-        if start == line and self.brackets and word not in STATEMENT_WORDS:
-            # An open bracket and no keyword: the author took the bracket for what continues a line.
-            self.findings.append(self._finding("E006", "a line that continues a statement must be indented", found))
+        continues = word in CONTINUING or self.source.clean.startswith("->", start)
+        if start == line and self.chunks and (continues or (self.brackets and word not in STATEMENT_WORDS)):
+            # A clause, or an open bracket and no keyword: the author took that for what continues a line.
+            if self.unindented != len(self.chunks):
+                self.findings.append(self._finding("E006", "a line that continues a statement must be indented", found))
+            self.unindented = len(self.chunks)
         elif start == line:
             self.brackets.clear()
             self.chunks.append(Chunk(start, found.end(), word, tuple(_tidy(self.notes))))

@@ -13,11 +13,12 @@ import lark
 from cachepolicy import ir, mistakes
 from cachepolicy.diagnostics import Diagnostic, PolicyError
 from cachepolicy.lowering import Lowering, depth
+from cachepolicy.meaning import check_names, judge
 from cachepolicy.resources import shipped
 from cachepolicy.source import Chunk, Source, prepare
 from cachepolicy.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
 
-__all__ = ["parse", "parse_selector", "parse_value", "recover"]
+__all__ = ["check_names", "parse", "parse_selector", "parse_value", "recover"]
 
 
 def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
@@ -41,7 +42,9 @@ def recover(text: str | bytes, *, source: str = "<text>") -> tuple[ir.Policy, tu
     reading = _Reading(prepared, list(findings))
     if parsable and not reading.unknown_edition():
         reading.read()
-    return reading.policy(), tuple(sorted(reading.findings, key=_place))
+    policy = reading.policy()
+    reading.judge(policy)
+    return policy, tuple(sorted(reading.findings, key=_place))
 
 
 def parse_value(text: str) -> ir.Expression:
@@ -92,29 +95,32 @@ def _words() -> Mapping[str, str]:
     return {name: found[1] for name, pattern in patterns if (found := re.fullmatch(r"([a-z_]+)\\b", pattern))}
 
 
-def _stopped(error: lark.exceptions.UnexpectedInput, end: int) -> mistakes.Stop:
-    if isinstance(error, lark.UnexpectedToken):
-        offset = end if error.token.type == "$END" else error.token.start_pos
-        accepts = frozenset(error.accepts or error.expected)
-    elif isinstance(error, lark.UnexpectedCharacters):
-        offset, accepts = error.pos_in_stream, frozenset[str](error.allowed or ())
-    else:
-        offset, accepts = end, frozenset[str]()
-    return mistakes.Stop(end if offset is None else offset, accepts - _IGNORED, _words())
+def _parse(source: Source, start: int, end: int, rule: str) -> Any:
+    return _parser().parse(lark.TextSlice(source.clean, start, end), start=rule)
 
 
-_IGNORED = frozenset({"_SPACE", "_COMMENT", "_CONTINUATION"})
+def _stop(source: Source, start: int, end: int, rule: str) -> mistakes.Stop:
+    """Where and why the parser gives this stretch up."""
+    parser = _parser().parse_interactive(lark.TextSlice(source.clean, start, end), start=rule)
+    offset = end
+    try:
+        parser.exhaust_lexer()
+    except lark.UnexpectedToken as error:
+        offset = error.token.start_pos or start
+    except lark.UnexpectedCharacters as error:
+        offset = error.pos_in_stream or start
+    return mistakes.Stop(offset, frozenset(parser.accepts()), _words())
 
 
 def _parse_part(text: str, start: str, lower: Any) -> Any:
     prepared, findings, parsable = prepare(text, f"<{start}>")
-    chunk = Chunk(len(text) - len(text.lstrip()), max(1, len(prepared.clean.rstrip())), "")
+    chunk = Chunk(0, len(prepared.clean.rstrip()), "")
     findings = [each for each in findings if each.code != "E006"]
     if parsable and not findings:
         try:
-            tree = _parser().parse(lark.TextSlice(prepared.clean, 0, chunk.end), start=start)
-        except lark.exceptions.UnexpectedInput as error:
-            findings = [mistakes.explain(prepared, chunk, _stopped(error, chunk.end))]
+            tree = _parse(prepared, 0, chunk.end, start)
+        except lark.exceptions.UnexpectedInput:
+            findings = [mistakes.explain(prepared, chunk, _stop(prepared, 0, chunk.end, start))]
         else:
             lowering = Lowering(prepared)
             if depth(tree) > DEPTH_LIMIT:
@@ -176,6 +182,15 @@ class _Reading:
             self._take(chunk, tree)
         self._comment(len(self.statements), self.source.tail)
 
+    def judge(self, policy: ir.Policy) -> None:
+        """Adds what is wrong with what the statements mean."""
+        partial = bool(self.findings)
+        for found in judge(policy, frozenset(self.broken), partial=partial):
+            diagnostic = found.diagnostic
+            if found.word is not None and diagnostic.span is not None:
+                diagnostic = replace(diagnostic, span=self.source.narrow(diagnostic.span, found.word))
+            self.findings.append(self.source.locate(diagnostic))
+
     def _whole(self) -> Sequence[Any] | None:
         """The fast path: all statements at once."""
         try:
@@ -187,19 +202,17 @@ class _Reading:
         """The error path: each statement on its own, so that an error in one does not hide the next."""
         reported = [each.span.start for each in self.findings if each.span]
         for chunk in self.source.chunks:
-            if any(chunk.start <= offset < chunk.end for offset in reported):
-                self._give_up(chunk, None)
+            within = [offset for offset in reported if chunk.start <= offset < chunk.end]
+            if within:
+                self._give_up(chunk, None, within[0])
             elif chunk.word not in STATEMENT_WORDS:
                 self._give_up(chunk, mistakes.unknown_statement(self.source, chunk))
             else:
                 try:
-                    yield chunk, self._parse(chunk.start, chunk.end, "line")
-                except lark.exceptions.UnexpectedInput as error:
-                    stop = _stopped(error, chunk.end)
+                    yield chunk, _parse(self.source, chunk.start, chunk.end, "line")
+                except lark.exceptions.UnexpectedInput:
+                    stop = _stop(self.source, chunk.start, chunk.end, "line")
                     self._give_up(chunk, mistakes.explain(self.source, chunk, stop), stop.offset)
-
-    def _parse(self, start: int, end: int, rule: str) -> Any:
-        return _parser().parse(lark.TextSlice(self.source.clean, start, end), start=rule)
 
     def _take(self, chunk: Chunk, tree: Any) -> None:
         if depth(tree) > DEPTH_LIMIT + 8:
@@ -213,12 +226,9 @@ class _Reading:
 
     def _take_header(self, chunk: Chunk, tree: Any) -> None:
         place = HEADER_WORDS.index(chunk.word)
-        key = ("edition", "name", "source")[place]
-        later = [
-            word
-            for word in HEADER_WORDS[place + 1 :]
-            if ("edition", "name", "source")[HEADER_WORDS.index(word)] in self.header
-        ]
+        key = _HEADER_FIELDS[place]
+        later = [word for word, each in zip(HEADER_WORDS, _HEADER_FIELDS, strict=True) if each in self.header]
+        later = [word for word in later if HEADER_WORDS.index(word) > place]
         if key in self.header:
             self._misplaced(chunk, f"a policy has one `{chunk.word}` line")
         elif self.statements or later:
@@ -254,7 +264,7 @@ class _Reading:
         tokens = _CLAUSE_OR_TEXT.finditer(self.source.clean, head.end(), stop)
         end = next((token.start() for token in tokens if token[0][0] not in "\"'"), stop)
         try:
-            tree = self._parse(head.end(), end, "selector")
+            tree = _parse(self.source, head.end(), end, "selector")
         except lark.exceptions.UnexpectedInput:
             return
         if depth(tree) > DEPTH_LIMIT:
@@ -264,4 +274,5 @@ class _Reading:
         self.statements.append(ir.Rule(selector=selector, optional=bool(head[1]), action=ir.Compute(), span=span))
 
 
+_HEADER_FIELDS = ("edition", "name", "source")
 _CLAUSE_OR_TEXT = re.compile(r"""\b(?:when|every|on|mask|while|at)\b|->|"[^"\n]*"|'[^'\n]*'""")

@@ -20,6 +20,8 @@ NUMBER_LIMIT = 2**53
 """Whole numbers up to here are exact as floats too."""
 REGEX_LIMIT = 1000
 """Characters of a regular expression."""
+KEPT_LIMIT = 16
+"""How many computes back `kept` reads."""
 STEPS_LIMIT = 10_000
 """Steps of an expectation."""
 
@@ -31,6 +33,8 @@ HEADER_WORDS = ("cachepolicy", "policy", "source")
 STATEMENT_WORDS = (*HEADER_WORDS, "param", "let", "table", "signal", "external", "match", "use", "expect")
 CLAUSE_WORDS = ("when", "every", "offset", "from", "since", "on", "mask", "while", "at", "follow", "with", "over")
 ACTION_WORDS = ("compute", "skip", "reuse", "predict", "approximate")
+CONTINUING = frozenset((*CLAUSE_WORDS, *ACTION_WORDS, "and", "or", "if", "else", "in"))
+"""Words that a statement never starts with, and that people put at the start of a line."""
 SELECTOR_WORDS = (*KINDS, "blocks", "each", "of", "class", "optional")
 VALUE_WORDS = ("and", "or", "not", "if", "else", "in", "off", "inf", "true", "false")
 PROBES = ("input", "output", "residual", "argument")

@@ -1,0 +1,283 @@
+"""Whether a policy makes sense by itself: names, types and places, before there is a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from cachepolicy import ir
+from cachepolicy.advice import advise
+from cachepolicy.diagnostics import Diagnostic, PolicyError, suggestion
+from cachepolicy.evaluate import walk
+from cachepolicy.places import ARGUMENT, BOUND, CONSTANT, EXPECTED, LITERAL, SCHEDULE, SETTING, WHEN, WHILE, Place
+from cachepolicy.scope import Finding, Report, Scope, Sort, scope_of
+from cachepolicy.selecting import judge_selector, takes_model
+from cachepolicy.settings import typed
+from cachepolicy.typecheck import Checker
+from cachepolicy.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label
+from cachepolicy.wellformed import judge_shapes, within_bounds
+
+
+def check_names(policy: ir.Policy) -> tuple[Diagnostic, ...]:
+    """Everything that is wrong or doubtful about a policy by itself, warnings included; never raises.
+
+    For policies that came from JSON or from Python: `parse` does the same for texts. Spans are those of the nodes.
+    """
+    return tuple(each.diagnostic for each in judge(policy))
+
+
+def judge(policy: ir.Policy, broken: frozenset[str] = frozenset(), *, partial: bool = False) -> list[Finding]:
+    """The findings of `check_names`; `broken` names are declared by statements that did not parse.
+
+    A `partial` policy misses statements, so that nobody can say what is not used.
+    """
+    report = Report()
+    if not within_bounds(policy, report):
+        return report.findings
+    judge_shapes(policy, report)
+    if report.findings:
+        # Other rules rely on the shapes.
+        return report.findings
+    scope = scope_of(policy, report, broken)
+    judgement = _Judgement(scope, report, Checker(scope, report))
+    judgement.checker.declare()
+    for statement in policy.statements:
+        judgement.statement(statement)
+    if not report.findings:
+        advise(policy, scope, report, partial=partial)
+    return report.findings
+
+
+@dataclass
+class _Judgement:
+    scope: Scope
+    report: Report
+    checker: Checker
+    masks: set[str] = field(default_factory=set[str])
+
+    def statement(self, statement: ir.Statement) -> None:
+        match statement:
+            case ir.Param():
+                self._param(statement)
+            case ir.Let() | ir.Table() | ir.External():
+                # Lets were judged in the order in which they read each other.
+                pass
+            case ir.Signal():
+                for node in walk(statement.value):
+                    if isinstance(node, ir.Probe):
+                        judge_selector(node.selector, self.checker)
+            case ir.Rule():
+                self._rule(statement)
+            case ir.Use():
+                self._settings(statement.settings, SETTING)
+            case ir.Expect():
+                self._expect(statement)
+            case _:
+                assert_never(statement)
+
+    # --- parameters
+
+    def _param(self, param: ir.Param) -> None:
+        before = len(self.report.findings)
+        if not isinstance(param.default, ir.Off):
+            self._constant(param.default, LITERAL)
+        if param.domain is not None:
+            self._domain(param, param.domain)
+        if len(self.report.findings) > before:
+            return
+        try:
+            typed(param, param.default)
+        except PolicyError as error:
+            for each in error.diagnostics:
+                self.report.adopt(each, param.default)
+
+    def _constant(self, node: ir.Expression, place: Place) -> None:
+        """Judges a default or setting: a list may hold strings, and a whole interval may stand."""
+        items = node.items if isinstance(node, ir.ListOf) else (node,)
+        for item in items:
+            self.checker.infer(item, place)
+
+    def _domain(self, param: ir.Param, domain: ir.Interval | ir.SetOf) -> None:
+        self.checker.infer(domain, LITERAL)
+        if isinstance(domain, ir.Interval) and param.type in ("string", "bool"):
+            help = 'name the values: `in {"a", "b"}`' if param.type == "string" else None
+            self.report.add("E111", f"a `{param.type}` has no interval for a domain", domain, help=help)
+
+    # --- rules
+
+    def _rule(self, rule: ir.Rule) -> None:
+        judge_selector(rule.selector, self.checker)
+        if rule.when is not None:
+            self.checker.expect(rule.when, "boolean", WHEN)
+        if rule.schedule is not None:
+            self._schedule(rule.schedule)
+        if rule.condition is not None:
+            self.checker.expect(rule.condition, "boolean", WHILE)
+        scopes = [bound.scope for bound in rule.bounds]
+        for number, bound in enumerate(rule.bounds):
+            self._number(bound.count, BOUND, "`at most`", least=0, off=True)
+            if bound.scope in scopes[:number]:
+                what = "in a row" if bound.scope == "row" else "in all"
+                self.report.add("E020", f"a rule has one `at most ... {what}`", bound)
+        self._action(rule.action)
+        self._model(rule)
+
+    def _schedule(self, schedule: ir.Schedule) -> None:
+        match schedule:
+            case ir.Every():
+                self._number(schedule.interval, SCHEDULE, "`every`", least=1, off=True)
+                if schedule.offset is not None:
+                    self._number(schedule.offset, SCHEDULE, "`offset`", least=None)
+            case ir.OnSteps(steps=ir.Name() as name):
+                self._param_of(name, ("list",), "`on`")
+            case ir.OnSteps(steps=ir.SetOf() as steps):
+                for item in steps.items:
+                    self._number(item, SCHEDULE, "`on`", least=0)
+            case ir.Mask(mask=ir.Text() as mask):
+                self._mask(mask)
+            case ir.Mask(mask=ir.Name() as name):
+                self._param_of(name, ("string",), "`mask`")
+                param = self.scope.param(name.name)
+                if param and isinstance(param.default, ir.Text) and name.name not in self.masks:
+                    self.masks.add(name.name)
+                    self._mask(param.default)
+            case _:
+                # What only parameters in place put there.
+                pass
+
+    def _number(self, node: ir.Expression, place: Place, what: str, *, least: int | None, off: bool = False) -> None:
+        """Judges a count; where `off` is allowed, it or an optional parameter may stand alone."""
+        if off and isinstance(node, ir.Off):
+            return
+        param = self.scope.param(node.name) if isinstance(node, ir.Name) else None
+        if param is None or not (off and param.optional):
+            self.checker.expect(node, "number", place, what)
+        if param is not None and param.type != "int" and (param.type == "float" or param.optional):
+            self.report.add("E111", f"{what} takes a whole number, and `{param.name}` is a `{param.type}`", node)
+        if isinstance(node, ir.Number):
+            value = node.value
+            if value != value // 1 or (least is not None and value < least):
+                lower = "" if least is None else f" from {least}"
+                self.report.add("E124", f"{what} takes a whole number{lower}, not {value}", node)
+
+    def _param_of(self, name: ir.Name, types: tuple[ir.ParamType, ...], what: str) -> None:
+        sort, param = self.scope.sort(name.name), self.scope.param(name.name)
+        wanted = " or ".join(f"`{each}`" for each in types)
+        if sort is None:
+            self.checker.unknown(name, name.name, frozenset({"parameter"}))
+        elif sort != "unknown" and (param is None or param.type not in types):
+            found = f"`{param.type}` parameter" if param else sort
+            self.report.add("E110", f"{what} takes a {wanted} parameter, and `{name.name}` is a {found}", name)
+
+    def _mask(self, mask: ir.Text) -> None:
+        if not mask.value or set(mask.value) - {"0", "1"}:
+            help = "1 computes, 0 reuses, one letter a step"
+            self.report.add("E118", "a mask holds the letters 0 and 1 alone", mask, help=help)
+
+    def _model(self, rule: ir.Rule) -> None:
+        """What only rules on the model may do, and what they may not."""
+        if isinstance(rule.action, ir.ApproximateUncond) and rule.selector != ir.OfKind(of="model"):
+            help = "write `match model ... -> approximate uncond ...`"
+            self.report.add("E123", "`approximate uncond` acts on the whole model", rule.selector, help=help)
+        if not takes_model(rule.selector):
+            return
+        for clause in (rule.when, rule.schedule, rule.condition, *rule.bounds):
+            if clause is not None and "uncond_skipped" in self.scope.clock_of(clause):
+                message = "a rule on `model` cannot read `uncond_skipped`, which follows from it"
+                self.report.add("E122", message, clause, word="uncond_skipped")
+
+    # --- actions
+
+    def _action(self, action: ir.Action) -> None:
+        match action:
+            case ir.Compute() | ir.Skip() | ir.Reuse():
+                pass
+            case ir.Predict():
+                self._method(action, action.predictor, action.arguments, PREDICTORS, "predictor")
+            case ir.ApproximateUncond():
+                self._method(action, action.method, action.arguments, APPROXIMATIONS, "approximation")
+            case _:
+                assert_never(action)
+
+    def _method(
+        self,
+        action: ir.Action,
+        name: str,
+        arguments: tuple[ir.Argument, ...],
+        known: Mapping[str, Mapping[str, Label]],
+        what: str,
+    ) -> None:
+        labels = known.get(name)
+        if labels is None:
+            self.report.add(
+                "E107", f"there is no {what} `{name}`", action, help=suggestion(name, list(known)), word=name
+            )
+            return
+        given = set[str]()
+        for argument in arguments:
+            label = labels.get(argument.label)
+            if label is None:
+                help = suggestion(argument.label, list(labels))
+                message = f"`{name}` has no argument `{argument.label}`"
+                self.report.add("E108", message, argument, help=help, word=argument.label)
+            elif argument.label in given:
+                self.report.add("E108", f"`{argument.label}` is given twice", argument, word=argument.label)
+            else:
+                self._argument(argument, label)
+            given.add(argument.label)
+        missing = [each for each, label in labels.items() if label.required and each not in given]
+        if missing and given <= set(labels):
+            shown = ", ".join(f"{each}: ..." for each in labels if labels[each].required)
+            message = f"`{name}` needs " + " and ".join(f"`{each}`" for each in missing)
+            self.report.add("E108", message, action, help=f"write `{name}({shown})`")
+
+    def _argument(self, argument: ir.Argument, label: Label) -> None:
+        value = argument.value
+        self.checker.expect(value, label.type, CONSTANT if label.constant else ARGUMENT, f"`{argument.label}`")
+        if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
+            help = "one of " + ", ".join(f'`"{each}"`' for each in label.choices)
+            self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)
+        if argument.label == "order" and isinstance(value, ir.Number):
+            if not (isinstance(value.value, int) and 0 <= value.value <= ORDER_LIMIT):
+                message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
+                self.report.add("E124", message, value)
+
+    # --- settings
+
+    def _settings(self, settings: tuple[ir.Setting, ...], place: Place) -> None:
+        seen = set[str]()
+        for setting in settings:
+            if setting.name in seen:
+                self.report.add("E102", f"`{setting.name}` is set twice", setting, word=setting.name)
+            seen.add(setting.name)
+            passed_on = isinstance(setting.value, ir.Name) and self.scope.param(setting.value.name)
+            if not isinstance(setting.value, ir.Off) and not (passed_on and place is SETTING):
+                self._constant(setting.value, place)
+
+    def _expect(self, expect: ir.Expect) -> None:
+        judge_selector(expect.selector, self.checker)
+        if not 1 <= expect.steps <= STEPS_LIMIT:
+            self.report.add("E124", f"an expectation has 1 to {STEPS_LIMIT} steps, not {expect.steps}", expect)
+        elif len(expect.row) != expect.steps:
+            message = f"the row has {len(expect.row)} letters for {expect.steps} steps"
+            help = "`C` computes and `R` reuses, one letter a step"
+            self.report.add("E117", message, expect, help=help)
+        self._settings(expect.settings, EXPECTED)
+        for setting in expect.settings:
+            self._expected(setting, expect.steps)
+
+    def _expected(self, setting: ir.Setting, steps: int) -> None:
+        sort = self.scope.sort(setting.name)
+        if sort is None or sort in ("function", "table", "let"):
+            help = self.scope.near(setting.name, _SETTABLE)
+            what = f"`{setting.name}` is a {sort}" if sort else f"nothing here is called `{setting.name}`"
+            code = "E110" if sort else "E101"
+            self.report.add(code, what, setting, help=help, word=setting.name, once=setting.name)
+        items = setting.value.items if isinstance(setting.value, ir.ListOf) else ()
+        if sort in ("clock word", "signal", "external") and items and len(items) != steps:
+            message = f"`{setting.name}` has {len(items)} values for {steps} steps"
+            self.report.add("E117", message, setting.value)
+
+
+_SETTABLE: frozenset[Sort] = frozenset({"clock word", "signal", "external", "parameter"})

@@ -1,0 +1,39 @@
+"""Where an expression stands, and what may be read there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cachepolicy.scope import Sort
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A kind of place for expressions: its name in messages, and what is known there."""
+
+    called: str
+    knows: frozenset[Sort]
+    memory: bool = False
+    """Whether `prev` and `kept` may stand there."""
+    accumulators: bool = False
+    probes: bool = False
+    refusal: str = "is decided ahead of the run"
+    """What is said of the place when something is not known there."""
+
+
+_PURE: frozenset[Sort] = frozenset({"clock word", "parameter", "let", "table"})
+
+WHEN = Place("`when`", _PURE)
+SCHEDULE = Place("a schedule", _PURE)
+BOUND = Place("`at most`", _PURE)
+LET = Place("`let`", _PURE, refusal="is a number of clock and parameters")
+WHILE = Place("`while`", _PURE | {"signal"}, memory=True, accumulators=True)
+SIGNAL = Place("`signal`", _PURE | {"signal"}, memory=True, probes=True)
+ARGUMENT = Place("an action's argument", _PURE | {"external"}, refusal="depends on the clock and externals alone")
+CONSTANT = Place("an action's constant", frozenset({"parameter", "let"}), refusal="is the same at every step")
+POSITION = Place(
+    "the position of a block", frozenset({"parameter", "let"}), refusal="is fixed when the policy meets its model"
+)
+SETTING = Place("a setting", frozenset({"parameter", "let"}), refusal="is fixed before the run")
+LITERAL = Place("a default", frozenset(), refusal="is a constant")
+EXPECTED = Place("an expectation's setting", frozenset(), refusal="is a constant")

@@ -1,0 +1,195 @@
+"""What the names of a policy stand for, and what is wrong with how they are declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from cachepolicy import ir
+from cachepolicy.diagnostics import Diagnostic, nearest
+from cachepolicy.evaluate import names_in
+from cachepolicy.vocabulary import APPLY_KEYWORDS, CLOCK, FUNCTIONS
+
+Declaration = ir.Param | ir.Let | ir.Table | ir.Signal | ir.External
+Sort = Literal["clock word", "parameter", "let", "table", "signal", "external", "function", "unknown"]
+
+SORTS: Mapping[str, Sort] = {
+    "param": "parameter",
+    "let": "let",
+    "table": "table",
+    "signal": "signal",
+    "external": "external",
+}
+
+SYNONYMS: Mapping[str, str] = {
+    "timestep": "t", "time": "t", "timesteps": "t", "i": "step", "index": "step", "step_index": "step",
+    "num_steps": "steps", "num_inference_steps": "steps", "total_steps": "steps", "True": "true", "False": "false",
+    "None": "off", "null": "off", "none": "off", "infinity": "inf",
+}  # fmt: skip
+"""What people who come from elsewhere write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A diagnostic, and the word that it is about where that is narrower than its span."""
+
+    diagnostic: Diagnostic
+    word: str | None = None
+
+
+@dataclass
+class Report:
+    """The findings so far."""
+
+    findings: list[Finding] = field(default_factory=list[Finding])
+    told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+
+    def add(
+        self,
+        code: str,
+        message: str,
+        node: ir.Node,
+        *,
+        help: str | None = None,
+        word: str | None = None,
+        label: str = "",
+        once: str | None = None,
+    ) -> None:
+        """Adds a finding about `node`; with `once`, only the first of this code about that word."""
+        if once is not None:
+            if (code, once) in self.told:
+                return
+            self.told.add((code, once))
+        severity = "warning" if code.startswith("W") else "error"
+        found = Diagnostic(code, message, severity, span=node.span, help=help, label=label)
+        self.findings.append(Finding(found, word))
+
+    def adopt(self, diagnostic: Diagnostic, node: ir.Node) -> None:
+        """Adds a finding that something else made about `node`."""
+        self.findings.append(Finding(replace(diagnostic, span=node.span)))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The names of one policy; `broken` ones are declared by statements that did not parse."""
+
+    declared: Mapping[str, Declaration]
+    broken: frozenset[str] = frozenset()
+    reads: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """The names that each let and signal reads, without circles."""
+    clock: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    """The clock words that each let and signal depends on, in an order where each comes after those it reads."""
+
+    def sort(self, name: str) -> Sort | None:
+        """What `name` is, or None if nothing declares it."""
+        if name in self.declared:
+            return SORTS[self.declared[name].kind]
+        if name in self.broken:
+            return "unknown"
+        if name in CLOCK:
+            return "clock word"
+        return "function" if name in FUNCTIONS else None
+
+    def param(self, name: str) -> ir.Param | None:
+        """The parameter of this name."""
+        found = self.declared.get(name)
+        return found if isinstance(found, ir.Param) else None
+
+    def clock_of(self, node: ir.Node) -> frozenset[str]:
+        """The clock words that `node` depends on, through lets and signals."""
+        names = names_in(node)
+        return frozenset(CLOCK.keys() & names).union(*(self.clock.get(name, frozenset()) for name in names))
+
+    def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
+        """A help sentence with the known name that is most like `name`."""
+        known = {each: SORTS[found.kind] for each, found in self.declared.items()}
+        known |= dict.fromkeys(CLOCK, "clock word")
+        candidates = [each for each, sort in known.items() if sort in sorts]
+        found = SYNONYMS.get(name)
+        if found not in candidates and found not in words:
+            found = nearest(name, [*words, *candidates])
+        if found is None:
+            return None
+        return f"did you mean the {known[found]} `{found}`?" if found in known else f"did you mean `{found}`?"
+
+
+def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozenset()) -> Scope:
+    """The names of `policy`; reports those declared twice, taken from the language, or in a circle."""
+    declared = dict[str, Declaration]()
+    for statement in policy.statements:
+        if not isinstance(statement, Declaration):
+            continue
+        _judge_name(statement, report)
+        first = declared.setdefault(statement.name, statement)
+        if first is not statement:
+            label = f"first in line {first.span.line}" if first.span else ""
+            report.add("E102", f"`{statement.name}` is declared twice", statement, word=statement.name, label=label)
+    reads = _without_circles(declared, report)
+    clock = {name: frozenset(CLOCK.keys() & set(names)) for name, names in reads.items()}
+    return Scope(declared, broken, reads, propagated(reads, clock))
+
+
+def _judge_name(statement: Declaration, report: Report) -> None:
+    name = statement.name
+    if name in CLOCK or name in FUNCTIONS:
+        what = "a clock word" if name in CLOCK else "a function"
+        report.add(
+            "E103", f"`{name}` is {what} and cannot be declared", statement, word=name, help="choose another name"
+        )
+    elif isinstance(statement, ir.Param) and name in APPLY_KEYWORDS:
+        message = f"`{name}` is an argument of `apply`, so that no parameter can have this name"
+        report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
+
+
+def propagated(direct: Mapping[str, Iterable[str]], facts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """Each name's own facts with those of the names it reads, directly or not, in an order where those come first.
+
+    `direct` must have no circle.
+    """
+    done = dict[str, frozenset[str]]()
+    for first in direct:
+        waiting = [first]
+        while waiting:
+            name = waiting[-1]
+            missing = [other for other in direct[name] if other in direct and other not in done]
+            waiting += missing
+            if not missing:
+                waiting.pop()
+                if name not in done:
+                    done[name] = facts[name].union(*(done[other] for other in direct[name] if other in direct))
+    return done
+
+
+def _without_circles(declared: Mapping[str, Declaration], report: Report) -> dict[str, list[str]]:
+    """What each let and signal reads; a name that closes a circle is reported and left out.
+
+    Depth first with a list for the stack: a chain of names may be as long as the file.
+    """
+    reads = {
+        name: sorted(names_in(statement.value))
+        for name, statement in declared.items()
+        if isinstance(statement, ir.Let | ir.Signal)
+    }
+    finished = set[str]()
+    for first in reads:
+        path = {first: iter([*reads[first]])} if first not in finished else {}
+        while path:
+            name = next(reversed(path))
+            other = next(path[name], None)
+            if other is None:
+                del path[name]
+                finished.add(name)
+            elif other in path:
+                _circle([*path][[*path].index(other) :], declared, report)
+                reads[name].remove(other)
+            elif other in reads and other not in finished:
+                path[other] = iter([*reads[other]])
+    return reads
+
+
+def _circle(names: list[str], declared: Mapping[str, Declaration], report: Report) -> None:
+    shown = names if len(names) < 8 else [*names[:6], "..."]  # noqa: PLR2004
+    loop = " -> ".join(f"`{name}`" for name in [*shown, names[0]])
+    message = f"`{names[0]}` is said in terms of itself: {loop}"
+    report.add("E109", message, declared[names[0]], word=names[0], once=names[0])

@@ -1,0 +1,139 @@
+"""Whether a selector makes sense by itself: its regexes, its parameters, where spans stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import assert_never
+
+from cachepolicy import ir
+from cachepolicy.patterns import searcher
+from cachepolicy.places import POSITION
+from cachepolicy.scope import Report
+from cachepolicy.typecheck import Checker
+from cachepolicy.vocabulary import KINDS, REGEX_LIMIT
+
+
+def judge_selector(selector: ir.Selector, checker: Checker) -> None:
+    """Reports what is wrong with `selector` before there is a model."""
+    for node, alone in _parts(selector, alone=True):
+        match node:
+            case ir.Pattern() | ir.OfClass():
+                judge_regex(node.regex, node, checker.report)
+            case ir.PatternParam():
+                _judge_param(node, checker)
+            case ir.Blocks():
+                _judge_blocks(node, checker, alone=alone)
+            case _:
+                pass
+
+
+def takes_model(selector: ir.Selector) -> bool:
+    """Whether `selector` is one that takes the root of the model."""
+    match selector:
+        case ir.OfKind(of="model"):
+            return True
+        case ir.AnyOf():
+            return any(map(takes_model, selector.selectors))
+        case ir.AllOf():
+            return all(map(takes_model, selector.selectors))
+        case _:
+            return False
+
+
+def _parts(selector: ir.Selector, *, alone: bool) -> Iterator[tuple[ir.Selector, bool]]:
+    match selector:
+        case ir.AnyOf() | ir.AllOf():
+            for each in selector.selectors:
+                yield from _parts(each, alone=False)
+        case ir.NoneOf():
+            yield from _parts(selector.selector, alone=False)
+        case ir.Pattern() | ir.PatternParam() | ir.OfKind() | ir.OfClass() | ir.Blocks():
+            yield selector, alone
+        case _:
+            assert_never(selector)
+
+
+def _judge_blocks(blocks: ir.Blocks, checker: Checker, *, alone: bool) -> None:
+    if not alone and not blocks.each:
+        help = "a span is one site; `each blocks[...]` takes the blocks one by one and combines with others"
+        checker.report.add("E119", "a span of blocks stands alone in its selector", blocks, help=help)
+    if blocks.of is not None:
+        judge_regex(blocks.of, blocks, checker.report)
+    for position in (blocks.index, blocks.start, blocks.stop):
+        if position is None:
+            continue
+        checker.expect(position, "number", POSITION)
+        if isinstance(position, ir.Number) and position.value != position.value // 1:
+            message = f"the position of a block is a whole number, not {position.value}"
+            checker.report.add("E124", message, position)
+
+
+# --- parameters for regexes ------------------------------------------------------------------------------
+
+
+def _judge_param(node: ir.PatternParam, checker: Checker) -> None:
+    name, sort = node.name, checker.scope.sort(node.name)
+    param = checker.scope.param(name)
+    if sort is None:
+        checker.unknown(node, name, frozenset({"parameter"}), *KINDS, "blocks")
+    elif sort == "unknown":
+        pass
+    elif param is None or param.type not in ("string", "list"):
+        found = f"`{param.type}` parameter" if param else sort
+        message = f"a selector takes a regex, or a `string` or `list` parameter; `{name}` is a {found}"
+        checker.report.add("E110", message, node, help=f'modules are named in quotes: `"{name}"`')
+    elif param.optional:
+        checker.off(node, f"`{name}`, which may be off,")
+    elif ("regex", name) not in checker.report.told:
+        checker.report.told.add(("regex", name))
+        _judge_default(param, checker.report)
+
+
+def _judge_default(param: ir.Param, report: Report) -> None:
+    items = param.default.items if isinstance(param.default, ir.ListOf) else (param.default,)
+    for item in items:
+        if isinstance(item, ir.Text):
+            judge_regex(item.value, item, report)
+        elif param.type == "list" and isinstance(item, ir.Number | ir.Boolean):
+            message = f"`{param.name}` stands for regexes in a selector, so its items are strings"
+            report.add("E111", message, item)
+
+
+# --- regexes ---------------------------------------------------------------------------------------------
+
+_BEYOND = (
+    (r"\(\?<?[=!]", "lookaround", 'say it with `and not`: `attention and not "^single_"`'),
+    (r"\\[1-9]|\\k|\(\?P=", "backreferences", "write out what repeats"),
+    (
+        r"\(\?>|[*+?}]\+",
+        "atomic groups and possessive repeats",
+        "plain repeats are safe here: matching takes linear time",
+    ),
+    (
+        r"\(\?\(|\(\?R\)|\(\?#",
+        "conditionals, recursion and comments",
+        "the syntax is https://github.com/google/re2/wiki/Syntax",
+    ),
+)
+
+
+def judge_regex(regex: str, node: ir.Node, report: Report) -> None:
+    """Reports a regular expression that RE2 refuses, and says so of what RE2 does not have."""
+    if len(regex) > REGEX_LIMIT:
+        message = f"the regular expression has {len(regex)} characters, the limit is {REGEX_LIMIT}"
+        report.add("E019", message, node, help="take a list parameter, or kinds such as `attention`")
+        return
+    try:
+        searcher(regex)
+    except ValueError as error:
+        # An escaped backslash opens no escape, nor does a bracket in a character class open a group.
+        bare = re.sub(r"\\\\|\\[^1-9k]|\[[^]]*\]", "_", regex)
+        for pattern, what, help in _BEYOND:
+            if re.search(pattern, bare):
+                report.add("E018", f"RE2, which matches names here, has no {what}", node, help=help)
+                return
+        report.add("E017", f"RE2 cannot read this regular expression: {error}", node, help=_SYNTAX)
+
+
+_SYNTAX = "the syntax is https://github.com/google/re2/wiki/Syntax"

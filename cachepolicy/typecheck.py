@@ -1,0 +1,379 @@
+"""The type of an expression, and what in it does not fit its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from cachepolicy import ir
+from cachepolicy.diagnostics import nearest
+from cachepolicy.places import LET, SIGNAL, Place
+from cachepolicy.scope import Report, Scope, Sort
+from cachepolicy.vocabulary import (
+    ACCUMULATORS,
+    CLOCK,
+    FUNCTIONS,
+    KEPT_LIMIT,
+    MEMORIES,
+    PROBES,
+    Signature,
+    Type,
+)
+
+_PARAM_TYPES: dict[ir.ParamType, Type] = {
+    "int": "number",
+    "float": "number",
+    "bool": "boolean",
+    "string": "text",
+    "range": "range",
+    "list": "list",
+}
+_NAMED: dict[Type, str] = {
+    "number": "a number",
+    "boolean": "true or false",
+    "text": "a string",
+    "tensor": "a tensor",
+    "list": "a list",
+    "range": "a range",
+    "any": "a value",
+}
+
+
+@dataclass
+class Checker:
+    """Judges expressions of one policy; the type `any` fits everywhere, so that one mistake is told once."""
+
+    scope: Scope
+    report: Report
+    types: dict[str, Type] = field(default_factory=dict[str, Type])
+    """The types of lets and signals that have been judged."""
+
+    def declare(self) -> None:
+        """Judges the lets and signals, each after those it reads."""
+        for name in self.scope.clock:
+            statement = self.scope.declared[name]
+            if isinstance(statement, ir.Let):
+                self._scalar(statement)
+            elif isinstance(statement, ir.Signal):
+                self._stream(statement)
+
+    def _scalar(self, let: ir.Let) -> None:
+        found = self.infer(let.value, LET)
+        if found in ("list", "range"):
+            help = f"`param {let.name}: {found} = ...` names one"
+            self.report.add("E111", f"a `let` is a single value, not {_NAMED[found]}", let.value, help=help)
+            found = "any"
+        self.types[let.name] = found
+
+    def _stream(self, signal: ir.Signal) -> None:
+        found = self.infer(signal.value, SIGNAL)
+        if found not in ("tensor", "number", "any"):
+            self.report.add("E111", f"a signal is a tensor or a number, not {_NAMED[found]}", signal.value)
+            found = "any"
+        self.types[signal.name] = found
+
+    def expect(self, node: ir.Expression, wanted: Type, place: Place, what: str | None = None) -> None:
+        """Judges `node` where a value of type `wanted` must stand; `what` names it in the message."""
+        found = self.infer(node, place)
+        if "any" in (found, wanted) or found == wanted:
+            return
+        help = None
+        if found == "tensor":
+            help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`"
+        elif found == "number" and wanted == "tensor":
+            help = "norms compare tensors; for numbers write `abs(x - y)`"
+        elif found == "number" and wanted == "boolean":
+            help = "compare it with something: `x > 0`"
+        message = f"{what or place.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
+        self.report.add("E111", message, node, help=help)
+
+    def infer(self, node: ir.Expression, place: Place) -> Type:  # noqa: C901, PLR0911, PLR0912
+        """The type of `node`, `any` where it is wrong; reports what is wrong below it."""
+        match node:
+            case ir.Number():
+                return "number"
+            case ir.Boolean():
+                return "boolean"
+            case ir.Text():
+                return "text"
+            case ir.Off():
+                self.off(node, "`off`")
+                return "any"
+            case ir.Name():
+                return self._named(node, place)
+            case ir.Lookup():
+                return self._looked_up(node, place)
+            case ir.ListOf():
+                for item in node.items:
+                    self.expect(item, "number", place, "a list here")
+                return "list"
+            case ir.Negative():
+                self.expect(node.operand, "number", place, "`-`")
+                return "number"
+            case ir.Arithmetic():
+                for side in (node.left, node.right):
+                    self.expect(side, "number", place, f"`{node.operator}`")
+                return "number"
+            case ir.Comparison():
+                return self._compared(node, place)
+            case ir.Both() | ir.Either():
+                for operand in node.operands:
+                    self.expect(operand, "boolean", place, f"`{node.kind}`")
+                return "boolean"
+            case ir.Negation():
+                self.expect(node.operand, "boolean", place, "`not`")
+                return "boolean"
+            case ir.Conditional():
+                return self._chosen(node, place)
+            case ir.Interval():
+                self.interval(node, place)
+                return "range"
+            case ir.SetOf():
+                return self._items(node, place)
+            case ir.Membership():
+                return self._contained(node, place)
+            case ir.Call():
+                return self._called(node, place)
+            case ir.Probe():
+                return self._probed(node, place)
+            case _:
+                assert_never(node)
+
+    # --- names
+
+    def off(self, node: ir.Node, what: str) -> None:
+        """Reports a value that is or may be off."""
+        help = "off has a meaning after `every`, `on`, `mask`, `at most` and `in`, standing alone there"
+        self.report.add("E120", f"{what} has no meaning here", node, help=help)
+
+    def _named(self, node: ir.Name, place: Place) -> Type:
+        name, sort = node.name, self.scope.sort(node.name)
+        if sort is None:
+            self.unknown(node, name, place.knows)
+            return "any"
+        if sort == "unknown" or self.forbidden(node, name, sort, place):
+            return "any"
+        if sort == "table":
+            self.report.add("E110", f"`{name}` is a table", node, help=f"write `{name}[step]`")
+            return "any"
+        if sort == "function":
+            self.report.add("E110", f"`{name}` is a function", node, help=f"write `{name}(...)`")
+            return "any"
+        if sort == "clock word":
+            return CLOCK[name]
+        if sort == "external":
+            return "number"
+        param = self.scope.param(name)
+        if param is None:
+            return self.types.get(name, "any")
+        if param.optional:
+            self.off(node, f"`{name}`, which may be off,")
+            return "any"
+        return _PARAM_TYPES[param.type]
+
+    def unknown(self, node: ir.Node, name: str, sorts: frozenset[Sort], *words: str, help: str | None = None) -> None:
+        """Reports a name that nothing declares, once."""
+        help = help or self.scope.near(name, sorts, *words, "true", "false", "off", "inf")
+        self.report.add("E101", f"nothing here is called `{name}`", node, help=help, word=name, once=name)
+
+    def forbidden(self, node: ir.Node, name: str, sort: Sort, place: Place) -> bool:
+        """Whether a name of this sort may not be read in this place; reports it."""
+        if sort == "function":
+            return False
+        if sort in place.knows:
+            late = sorted(self.scope.clock.get(name, ())) if "clock word" not in place.knows else []
+            if not late:
+                return False
+            message = f"{place.called} {place.refusal}, and `{name}` reads the clock (`{late[0]}`)"
+            self.report.add("E113", message, node, word=name)
+        elif sort == "external" and place.called != "an action's constant":
+            message = f"`{name}` is an external: it may weigh an answer, never decide"
+            self.report.add("E116", message, node, help="use it in the arguments of an action", word=name)
+        elif place.called.startswith("an action's"):
+            message = f"{place.called} {place.refusal}, and `{name}` is a {sort}"
+            self.report.add("E121", message, node, word=name)
+        else:
+            help = (
+                "conditions on signals stand after `while`" if sort == "signal" and place.called == "`when`" else None
+            )
+            message = f"{place.called} {place.refusal}, and `{name}` is a {sort}"
+            self.report.add("E113", message, node, help=help, word=name)
+        return True
+
+    def _looked_up(self, node: ir.Lookup, place: Place) -> Type:
+        sort = self.scope.sort(node.table)
+        if sort is None:
+            self.unknown(node, node.table, frozenset({"table"}))
+        elif sort not in ("table", "unknown"):
+            self.report.add("E110", f"`{node.table}` is a {sort}, not a table", node, word=node.table)
+        elif sort == "table":
+            self.forbidden(node, node.table, sort, place)
+        self.expect(node.index, "number", place, f"`{node.table}[...]`")
+        return "number"
+
+    # --- operators
+
+    def _compared(self, node: ir.Comparison, place: Place) -> Type:
+        self._one_way(node)
+        if "==" in node.operators or "!=" in node.operators:
+            self._alike(node.operands, place, f"`{node.operators[0]}`")
+        else:
+            for operand in node.operands:
+                self.expect(operand, "number", place, f"`{node.operators[0]}`")
+        return "boolean"
+
+    def _one_way(self, node: ir.Comparison) -> None:
+        operators = set(node.operators)
+        if len(node.operators) > 1 and not (operators <= {"<", "<="} or operators <= {">", ">="}):
+            help = "a chain runs one way: `100 < t < 800`; join others with `and`"
+            shown = " and ".join(f"`{each}`" for each in dict.fromkeys(node.operators))
+            message = f"{shown} cannot stand in one chain" if len(operators) > 1 else f"{shown} cannot be chained"
+            self.report.add("E112", message, node, help=help)
+
+    def _alike(self, nodes: Sequence[ir.Expression], place: Place, what: str) -> Type:
+        """Judges values that must be of one type: numbers, booleans or strings."""
+        if any(isinstance(each, ir.Name) and each.name == "branch" for each in nodes):
+            self._branch_names(nodes)
+        found = [self.infer(each, place) for each in nodes]
+        first = next((each for each in found if each != "any"), "any")
+        for node, type_ in zip(nodes, found, strict=True):
+            if type_ not in ("any", "number", "boolean", "text"):
+                help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`" if type_ == "tensor" else None
+                self.report.add("E111", f"{what} takes single values, not {_NAMED[type_]}", node, help=help)
+                return "any"
+            if "any" not in (type_, first) and type_ != first:
+                self.report.add("E111", f"{what} takes {_NAMED[first]} here, not {_NAMED[type_]}", node)
+                return "any"
+        return first
+
+    def _branch_names(self, nodes: Sequence[ir.Expression]) -> None:
+        for node in nodes:
+            if isinstance(node, ir.Name) and self.scope.sort(node.name) is None:
+                help = f'the name of a branch is a string: `"{node.name}"`'
+                self.unknown(node, node.name, frozenset(), help=help)
+
+    def _chosen(self, node: ir.Conditional, place: Place) -> Type:
+        self.expect(node.condition, "boolean", place, "`if`")
+        return self._alike((node.then, node.otherwise), place, "`if ... else`")
+
+    def interval(self, node: ir.Interval, place: Place) -> None:
+        """Judges the ends of an interval."""
+        self.expect(node.low, "number", place, "an interval")
+        self.expect(node.high, "number", place, "an interval")
+        if isinstance(node.low, ir.Number) and isinstance(node.high, ir.Number):
+            low, high = node.low.value, node.high.value
+            if low > high or (low == high and not (node.low_closed and node.high_closed)):
+                self.report.add(
+                    "E124", f"nothing lies between {low} and {high}", node, help="the lower end stands first"
+                )
+
+    def _items(self, node: ir.SetOf, place: Place) -> Type:
+        self._alike(node.items, place, "a set")
+        return "any"
+
+    def _contained(self, node: ir.Membership, place: Place) -> Type:
+        container = node.container
+        match container:
+            case ir.Name():
+                self._container(container, place)
+                if self.infer(node.value, place) not in ("number", "text", "any"):
+                    self.report.add("E111", "`in` takes a number or a string", node.value)
+            case ir.Interval():
+                self.expect(node.value, "number", place, "`in` an interval")
+                self.interval(container, place)
+            case ir.SetOf():
+                self._alike((node.value, *container.items), place, "`in` a set")
+            case ir.ListOf() | ir.Off():
+                # Only parameters in place put these here; no text says them.
+                self.infer(node.value, place)
+            case _:
+                assert_never(container)
+        return "boolean"
+
+    def _container(self, node: ir.Name, place: Place) -> None:
+        sort = self.scope.sort(node.name)
+        param = self.scope.param(node.name)
+        if sort is None:
+            self.unknown(node, node.name, frozenset({"parameter"}))
+        elif sort != "unknown" and not self.forbidden(node, node.name, sort, place):
+            if param is None or param.type not in ("range", "list"):
+                what = f"`{param.type}` parameter" if param else sort
+                message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {what}"
+                self.report.add("E110", message, node)
+
+    # --- calls
+
+    def _called(self, node: ir.Call, place: Place) -> Type:
+        signature = FUNCTIONS.get(node.function)
+        if signature is None:
+            self._no_function(node)
+            return "any"
+        if node.function in MEMORIES and not place.memory:
+            message = f"`{node.function}` is known in `signal` and `while` only, and {place.called} {place.refusal}"
+            self.report.add("E115", message, node, word=node.function)
+            return "any"
+        if node.function in ACCUMULATORS and not place.accumulators:
+            help = "accumulators belong to a rule: write them after `while`" if place.probes else None
+            message = (
+                f"`{node.function}` is known in `while` only"
+                if place.called != "memory"
+                else (f"`{node.function}` belongs to the rule, so that `prev` and `kept` cannot read it")
+            )
+            self.report.add("E115", message, node, word=node.function, help=help)
+            return "any"
+        if not self._counted(node, signature):
+            return "any" if node.function in MEMORIES else signature.gives
+        if node.function in MEMORIES:
+            return self._remembered(node, place)
+        takes = signature.takes + signature.takes[-1:] * (len(node.arguments) - len(signature.takes))
+        for argument, wanted in zip(node.arguments, takes, strict=False):
+            self.expect(argument, wanted, place, f"`{node.function}`")
+        return signature.gives
+
+    def _no_function(self, node: ir.Call) -> None:
+        name, sort = node.function, self.scope.sort(node.function)
+        near = nearest(name, [*FUNCTIONS, *PROBES])
+        help = f"did you mean `{near}`?" if near else None
+        if sort is not None and sort != "unknown":
+            message = f"`{name}` is a {sort}, not a function"
+            help = f"write `{name}[step]`" if sort == "table" else help
+        else:
+            message = f"there is no function `{name}`"
+        self.report.add("E105", message, node, help=help, word=name, once=name)
+
+    def _counted(self, node: ir.Call, signature: Signature) -> bool:
+        least, most = signature.least, len(signature.takes)
+        count = len(node.arguments)
+        if least <= count and (count <= most or signature.more):
+            return True
+        wanted = f"at least {least}" if signature.more else f"{least}" if least == most else f"{least} to {most}"
+        plural = "" if wanted == "1" else "s"
+        self.report.add("E106", f"`{node.function}` takes {wanted} argument{plural}, not {count}", node)
+        return False
+
+    def _remembered(self, node: ir.Call, place: Place) -> Type:
+        inner = Place("memory", place.knows, memory=True, probes=place.probes)
+        found = self.infer(node.arguments[0], inner)
+        if found not in ("number", "tensor", "any"):
+            message = f"`{node.function}` takes a tensor or a number, not {_NAMED[found]}"
+            self.report.add("E111", message, node.arguments[0])
+            found = "any"
+        for back in node.arguments[1:]:
+            whole = isinstance(back, ir.Number) and isinstance(back.value, int) and 1 <= back.value <= KEPT_LIMIT
+            if not whole:
+                message = f"the second argument of `kept` is a whole number from 1 to {KEPT_LIMIT}"
+                self.report.add("E124", message, back, help="`kept(x, 2)` is the compute before the last")
+        return found
+
+    def _probed(self, node: ir.Probe, place: Place) -> Type:
+        if not place.probes:
+            help = f"write `signal NAME = {node.stream}(...)` and read NAME after `while`"
+            self.report.add("E114", f"`{node.stream}(...)` stands in `signal` only", node, help=help)
+        if node.stream == "argument" and node.argument is None:
+            help = '`argument(model, "temb")` is the argument `temb` of the model\'s forward'
+            self.report.add("E106", "`argument` takes a selector and the name of the argument", node, help=help)
+        elif node.stream != "argument" and node.argument is not None:
+            help = "`argument(S, NAME)` reads an argument by its name"
+            self.report.add("E106", f"`{node.stream}` takes a selector alone", node, help=help)
+        return "tensor" if place.probes else "any"

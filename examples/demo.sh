@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Draw emoji with the small model of this repository, without and with a policy, and compare time, work and pictures.
+# Options go to `cachepolicy demo`: `bash examples/demo.sh --policy pab --set spatial_every=3 --seed 7`.
+set -euo pipefail
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# shellcheck disable=SC1091
+. .ci/venv
+python -m pip install -q -e ".[diffusers]"
+cd "$here"
+exec cachepolicy demo "$@"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cachepolicy import ir
 from cachepolicy.diagnostics import Diagnostic, PolicyError
 from cachepolicy.evaluate import Undefined, constant, walk
 from cachepolicy.files import load, located
 from cachepolicy.loading import Resolved, resolve
+from cachepolicy.meaning import check_names
 from cachepolicy.plan import BoundRule, Plan, bind, label
-from cachepolicy.printer import format as printed
 from cachepolicy.shadows import interval, shadowed
 from cachepolicy.simulation import Schedule, simulate
 from cachepolicy.sites import Modules, select, why_nothing
@@ -29,7 +29,8 @@ def check(policy: str | os.PathLike[str] | ir.Policy) -> tuple[Diagnostic, ...]:
         loaded = load(policy)
     except PolicyError as error:
         return error.diagnostics
-    return (*_own(loaded), *_whole(loaded))
+    own = tuple(located(each, loaded, None) for each in check_names(loaded))
+    return own if any(each.severity == "error" for each in own) else (*own, *_whole(loaded))
 
 
 def check_text(text: str | bytes, *, source: str = "<text>") -> tuple[Diagnostic, ...]:
@@ -38,11 +39,6 @@ def check_text(text: str | bytes, *, source: str = "<text>") -> tuple[Diagnostic
     if any(each.severity == "error" for each in findings):
         return findings
     return (*findings, *_whole(policy))
-
-
-def _own(policy: ir.Policy) -> tuple[Diagnostic, ...]:
-    """The warnings about the policy's own names; its places are those of the text, where the printer would put them."""
-    return tuple(located(replace(each, excerpt=(), source=None), policy, None) for each in recover(printed(policy))[1])
 
 
 def _whole(policy: ir.Policy) -> tuple[Diagnostic, ...]:

@@ -217,6 +217,7 @@ CODES: dict[str, str] = {
     "W504": "a let, table, signal or external that nothing reads",
     "W510": "a rule that never decides",
     "W511": "a policy that takes nothing in the model",
+    "W512": "an interval in which no number lies",
     "W520": "a rule that no expectation reaches",
 }
 """Every code and its title; each has a page in `docs/diagnostics/`."""

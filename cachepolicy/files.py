@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cachepolicy import ir
 from cachepolicy.diagnostics import Diagnostic, PolicyError, Span, suggestion
-from cachepolicy.printer import format as printed
+from cachepolicy.meaning import check_names
 from cachepolicy.resources import SUFFIXES, shipped_policies
 from cachepolicy.source import prepare
 from cachepolicy.syntax import parse
@@ -139,19 +139,17 @@ def _content(path: Path, shown: str) -> bytes:
 
 
 def _from_json(content: bytes, shown: str) -> ir.Policy:
-    """The policy of a JSON text, held to every rule that a text is held to: it is printed and parsed."""
+    """The policy of a JSON text, held to every rule that a text is held to."""
     try:
-        given = ir.Policy.model_validate_json(content)
-        policy = parse(printed(given), source=shown)
+        policy = ir.Policy.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the text"
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise PolicyError.of("E154", f"`{shown}` holds no policy: {where}: {message}") from error
-    except RecursionError as error:
-        raise PolicyError.of("E154", f"`{shown}` holds no policy: it is nested too deeply") from error
-    if policy != given:
-        raise PolicyError.of("E021", f"`{shown}` holds a policy that no text can say")
+    errors = [replace(each, source=shown) for each in check_names(policy) if each.severity == "error"]
+    if errors:
+        raise PolicyError(errors)
     return policy
 
 
@@ -183,13 +181,15 @@ def load_used(name: str, user: ir.Policy) -> ir.Policy:
         PolicyError: E150 to E154 as for `load`; E155, the path is absolute, leads out of the folder, or the user is a text,
             which no file stands beside.
     """
+    if "\\" in name:
+        raise _outside(name, "folders are separated by `/`")
     folder = _folder(user)
     if _bare(name) and (folder is None or _stem(name) in shipped_policies() or not _is_there(folder / name)):
         return _named(name, folder) if folder is not None else _shipped(name)
     if folder is None:
         raise _outside(name, "a text has no folder, so it uses shipped policies only")
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or os.path.isabs(name) or name.startswith(("/", "\\")) or "\\" in name or ":" in parts[0]:
+    parts = name.split("/")
+    if ".." in parts or os.path.isabs(name) or name.startswith("/") or ":" in parts[0]:
         raise _outside(name, "write a shipped name, or a file beside this policy as `./other.cp`")
     target = Path(os.path.realpath(folder / name))
     if not target.is_relative_to(os.path.realpath(folder)):

@@ -11,6 +11,7 @@ from cachepolicy.clauses import faults
 from cachepolicy.diagnostics import Diagnostic, PolicyError
 from cachepolicy.evaluate import Value, names_in
 from cachepolicy.files import Origin, chain, load, load_used, located, origin
+from cachepolicy.meaning import check_names
 from cachepolicy.normal import digest
 from cachepolicy.rewrite import folded, measure, transform
 from cachepolicy.settings import python, settled
@@ -67,6 +68,11 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> 
         PolicyError: a setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
             grows too large (E165), a used policy cannot be had (E150 to E155), uses itself (E156) or too many (E157).
     """
+    if policy.source_name is None:
+        # Built by hand or read from JSON: a text was held to the rules when it was parsed.
+        errors = [each for each in check_names(policy) if each.severity == "error"]
+        if errors:
+            raise PolicyError(errors)
     flat = _Flat()
     names = flat.add(policy, settings or {}, (origin(policy),), "")
     if flat.findings:
@@ -223,9 +229,10 @@ class _Flat:
             settings = {each.name: self._write(each.value, names, {}) for each in use.settings}
             self.add(used, settings, (*path, origin(used)), used.name or use.policy)
         except PolicyError as error:
-            if len(path) > 1 and any(each.code in {"E156", "E157"} for each in error.diagnostics):
-                raise
-            self.findings += [located(each, policy, use.span) for each in error.diagnostics]
+            findings = [located(each, policy, use.span) for each in error.diagnostics]
+            if any(each.code == "E157" for each in findings):
+                raise PolicyError(findings) from error
+            self.findings += findings
 
     def _load(self, name: str, user: ir.Policy, path: Sequence[Origin]) -> ir.Policy:
         self.uses += 1

@@ -25,6 +25,16 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """What is sampled: denoising steps, the seed of the noise, pictures at a time, and how often each way is timed."""
+
+    steps: int = 50
+    seed: int = 0
+    pictures: int = 12
+    pairs: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Spread:
     """The median of a ratio over all rounds, and its least and largest value."""
 
@@ -37,8 +47,9 @@ class Spread:
 class Row:
     """One way to sample, against the uncached run.
 
-    `wall` and `cpu` are the uncached run's seconds over its own (above 1 is faster); `flops` and `calls` are the shares of
-    the uncached run's FLOPs and site calls that really ran; `psnr` is in dB, infinite where every picture is bitwise equal.
+    `wall` and `cpu` are the uncached run's seconds over its own (above 1 is faster); `flops` and `calls` are the shares
+    of the uncached run's FLOPs and site calls that really ran; `psnr` is in dB, infinite where every picture is bitwise
+    equal.
     """
 
     name: str
@@ -58,7 +69,7 @@ class Demo:
     policy: Row
     fewer_steps: Row
     digest: str
-    pairs: int
+    sampling: Sampling
     seconds: float
     uncached: torch.Tensor = field(repr=False)
     cached: torch.Tensor = field(repr=False)
@@ -67,7 +78,7 @@ class Demo:
         """The numbers as plain data; infinity becomes None."""
         rows = {"policy": self.policy, "fewer_steps": self.fewer_steps}
         numbers = {name: {key: _finite(value) for key, value in asdict(row).items()} for name, row in rows.items()}
-        return {**numbers, "digest": self.digest, "pairs": self.pairs, "uncached_seconds": self.seconds}
+        return {**numbers, "digest": self.digest, "uncached_seconds": self.seconds, **asdict(self.sampling)}
 
 
 def _finite(value: object) -> object:
@@ -77,22 +88,21 @@ def _finite(value: object) -> object:
 def measure(
     policy: str | os.PathLike[str] | ir.Policy,
     settings: Mapping[str, Any] | None = None,
+    sampling: Sampling | None = None,
     *,
-    steps: int = 50,
-    seed: int = 0,
-    pairs: int = 4,
-    pictures: int = 12,
     progress: Progress | None = None,
 ) -> Demo:
-    """Sample the emoji model uncached, with the policy and with fewer steps, `pairs` times in turn.
+    """Sample the emoji model uncached, with the policy and with fewer steps, all in turn.
 
-    A first pass of each, untimed, counts the FLOPs of what really ran and warms up. `progress` hears of every step: steps
-    done, steps in all, what is sampled.
+    A first pass of each, untimed, counts the FLOPs of what really ran and warms up. `progress` hears of every step:
+    steps done, steps in all, what is sampled.
 
     Raises:
         PolicyError: the policy or a setting is wrong, or nothing in the model fits it.
     """
-    bench = _Bench(load_pipeline(), policy, settings or {}, seed, pictures, progress)
+    sampling = sampling or Sampling()
+    steps, pairs = sampling.steps, sampling.pairs
+    bench = _Bench(load_pipeline(), policy, settings or {}, sampling, progress)
     bench.total = (3 + 3 * pairs) * steps
     sites, digest = bench.check()
     plain, cached = bench.counted(steps, cached=False), bench.counted(steps, cached=True)
@@ -120,7 +130,7 @@ def measure(
         policy=row("policy", "with the policy", cached),
         fewer_steps=row("fewer steps", f"{fewer} steps", short),
         digest=digest,
-        pairs=pairs,
+        sampling=sampling,
         seconds=statistics.median(one["uncached"].wall for one in rounds),
         uncached=last["uncached"].images,
         cached=last["policy"].images,
@@ -160,8 +170,7 @@ class _Bench:
     pipe: EmojiPipeline
     policy: str | os.PathLike[str] | ir.Policy
     settings: Mapping[str, Any]
-    seed: int
-    pictures: int
+    sampling: Sampling
     progress: Progress | None
     done: int = 0
     total: int = 0
@@ -193,7 +202,7 @@ class _Bench:
         return apply(self.pipe, self.policy, **self.settings) if cached else contextlib.nullcontext()
 
     def _sample(self, steps: int, what: str) -> torch.Tensor:
-        labels = [(7 * number) % len(NAMES) for number in range(self.pictures)]
+        labels = [(7 * number) % len(NAMES) for number in range(self.sampling.pictures)]
 
         def advance(_pipe: object, _step: int, _t: object, _tensors: object) -> None:
             self.done += 1
@@ -201,7 +210,7 @@ class _Bench:
                 self.progress(self.done, self.total, what)
 
         return self.pipe(
-            labels, steps, seed=self.seed, output_type="pt", callback_on_step_end=advance, return_dict=False
+            labels, steps, seed=self.sampling.seed, output_type="pt", callback_on_step_end=advance, return_dict=False
         )[0]
 
 
@@ -224,7 +233,9 @@ def save(demo: Demo, path: str | os.PathLike[str], headings: tuple[str, str]) ->
 def _grid(heading: str, pictures: torch.Tensor) -> Any:
     from PIL import Image, ImageDraw, ImageFont
 
-    tiles = [tile.resize((tile.width * _SCALE, tile.height * _SCALE), Image.Resampling.NEAREST) for tile in to_pil(pictures)]
+    tiles = [
+        tile.resize((tile.width * _SCALE, tile.height * _SCALE), Image.Resampling.NEAREST) for tile in to_pil(pictures)
+    ]
     pitch = tiles[0].width + _GAP
     grid = Image.new("RGB", (_COLUMNS * pitch + _GAP, _HEAD + math.ceil(len(tiles) / _COLUMNS) * pitch + _GAP), "white")
     ImageDraw.Draw(grid).text((_GAP, _GAP), heading, fill="black", font=ImageFont.load_default(16))

@@ -15,10 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from cachepolicy.resources import shipped
 
 NAMES = (
-    "grin", "heart_eyes", "sunglasses", "crying", "angry", "devil", "alien", "skull", "ghost", "robot", "fox", "panda",
-    "lion", "pig", "frog", "chick", "penguin", "octopus", "fish", "ladybug", "apple", "lemon", "banana", "watermelon",
-    "grapes", "strawberry", "pineapple", "mushroom", "burger", "donut", "soccer", "red_heart", "star", "rainbow", "earth",
-    "tree",
+    "grin", "heart_eyes", "sunglasses", "crying", "angry", "devil", "alien", "skull", "ghost", "robot", "fox",
+    "panda", "lion", "pig", "frog", "chick", "penguin", "octopus", "fish", "ladybug", "apple", "lemon", "banana",
+    "watermelon", "grapes", "strawberry", "pineapple", "mushroom", "burger", "donut", "soccer", "red_heart",
+    "star", "rainbow", "earth", "tree",
 )  # fmt: skip
 UNCONDITIONAL = len(NAMES)
 
@@ -48,11 +48,12 @@ class EmojiPipeline(DiffusionPipeline):
         return self._current_timestep
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # noqa: PLR0913 - the arguments that diffusers' pipelines take, and that one calls them with
         self,
         class_labels: Sequence[int | str],
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
+        *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seed: int | None = None,
         latents: torch.Tensor | None = None,
@@ -63,9 +64,10 @@ class EmojiPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Images]:
         """Draw one picture a label, a class number or a name of `NAMES`.
 
-        `guidance_scale` of at most 1 runs the conditional half alone. `sequential_guidance` calls the model twice a step
-        instead of once on a batch `[uncond; cond]`. `seed` starts each picture from noise of its own, the same whatever
-        the number of pictures. `output_type` is `"pil"`, or `"pt"` for a tensor of n, 3, 32, 32 numbers in [-1, 1].
+        `guidance_scale` of at most 1 runs the conditional half alone. `sequential_guidance` calls the model twice a
+        step instead of once on a batch `[uncond; cond]`. `seed` starts each picture from noise of its own, the same
+        whatever the number of pictures. `output_type` is `"pil"`, or `"pt"` for a tensor of n, 3, 32, 32 numbers in
+        [-1, 1].
         """
         classes = [NAMES.index(each) if isinstance(each, str) else each for each in class_labels]
         labels = torch.tensor(classes, device=self._execution_device)

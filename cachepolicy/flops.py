@@ -66,7 +66,7 @@ def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -
         yield
 
 
-def _attention(query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+def _attention(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
     """Two products a head: queries with keys, weights with values. The arguments arrive as shapes."""
     *batch, queries, width = query
     heads = 1
@@ -76,4 +76,4 @@ def _attention(query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = N
 
 
 # The attention kernel that CPUs run has no formula in torch, so that attention would count as nothing there.
-_MISSING: Mapping[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+_MISSING: Mapping[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # noqa: SLF001

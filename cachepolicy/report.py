@@ -28,7 +28,9 @@ def draw(outcome: Outcome, *, width: int = 80, colour: bool = False) -> str:
     legend = f"C computes  R reuses{'  . hidden in a site that reuses' if tally(outcome).calls['hidden'] else ''}"
     if not outcome.branches or not plan_of(outcome).sites:
         parts, legend = [], "no site: every module computes at every step"
-    return "\n".join([*parts, f"{_DIM}{legend}{_RESET}" if colour else legend, "", *_shares(outcome, width), summary(outcome)])
+    return "\n".join(
+        [*parts, f"{_DIM}{legend}{_RESET}" if colour else legend, "", *_shares(outcome, width), summary(outcome)]
+    )
 
 
 def summary(outcome: Outcome) -> str:

@@ -1,0 +1,292 @@
+"""The commands of `cachepolicy`: each a few lines over the library. None but `demo` and `--model` imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cachepolicy import ir, options, terminal
+from cachepolicy.blueprint import read_model
+from cachepolicy.check import Expectations, check_text, run_expectations
+from cachepolicy.check import check as check_policy
+from cachepolicy.diagnostics import Diagnostic, PolicyError, to_json
+from cachepolicy.explanation import Explanation
+from cachepolicy.explanation import explain as explain_place
+from cachepolicy.files import load, read
+from cachepolicy.loading import resolve
+from cachepolicy.plan import Plan, bind
+from cachepolicy.printer import format as printed
+from cachepolicy.printer import format_node
+from cachepolicy.report import draw
+from cachepolicy.report import to_json as report_json
+from cachepolicy.resources import shipped_policies
+from cachepolicy.simulation import simulate
+from cachepolicy.syntax import parse, recover
+from cachepolicy.vocabulary import TEXT_LIMIT
+
+STDIN = "-"
+
+
+def _version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from cachepolicy import __version__
+
+        terminal.say(f"cachepolicy {__version__}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print it.")
+def main() -> None:
+    """Caching policies for diffusion models: check them, see what they do, try one on a small model.
+
+    A policy is a shipped name (`cachepolicy list`), the path of a file, or `-` for standard input. Exit codes: 0 fine,
+    1 something is wrong with a policy or an expectation fails, 2 the command or a file cannot be used.
+    """
+
+
+_files = click.argument("files", nargs=-1, required=True, metavar="FILE...")
+_file = click.argument("file", metavar="FILE")
+
+
+# --- policies --------------------------------------------------------------------------------------------
+
+
+def _standard_input() -> bytes:
+    return click.get_binary_stream("stdin").read(TEXT_LIMIT + 1)
+
+
+def _opened(name: str) -> ir.Policy:
+    return parse(_standard_input(), source="<stdin>") if name == STDIN else load(name)
+
+
+def _bound(name: str, wanted: options.Trajectory) -> Plan:
+    """The policy on the model; of a text with errors also what its other rules would find there."""
+    text = _standard_input() if name == STDIN else None
+    try:
+        policy = load(name) if text is None else parse(text, source="<stdin>")
+    except PolicyError as error:
+        raise PolicyError([*error.diagnostics, *_further(name, text, wanted, error.diagnostics)]) from error
+    return bind(resolve(policy, wanted.settings), wanted.skeleton)
+
+
+def _further(
+    name: str, text: bytes | None, wanted: options.Trajectory, known: Sequence[Diagnostic]
+) -> list[Diagnostic]:
+    """What binding finds in the sound part of a broken text; codes of other kinds would only repeat what is known."""
+    if not any(each.span for each in known):
+        return []
+    shown = "<stdin>" if text is not None else name
+    try:
+        policy, _ = recover(Path(name).read_bytes() if text is None else text, source=shown)
+        if text is None:
+            policy = policy.model_copy(update={"source_name": str(Path(name).absolute())})
+        bind(resolve(policy, wanted.settings), wanted.skeleton)
+    except OSError:
+        return []
+    except PolicyError as error:
+        return [each for each in error.diagnostics if each.code.startswith("E20")]
+    return []
+
+
+# --- commands --------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_files
+@options.json_form
+@terminal.guarded
+def check(*, files: Sequence[str], as_json: bool) -> None:
+    """Find what is wrong or doubtful in policies."""
+    found = {name: _checked(name) for name in files}
+    everything = [each for findings in found.values() for each in findings]
+    if as_json:
+        terminal.say(to_json(everything))
+    else:
+        terminal.report(everything)
+        for name in (name for name, findings in found.items() if not findings):
+            terminal.say(f"{name}: fine")
+    raise SystemExit(max(terminal.exit_code(findings) for findings in found.values()))
+
+
+def _checked(name: str) -> tuple[Diagnostic, ...]:
+    return check_text(_standard_input(), source="<stdin>") if name == STDIN else check_policy(name)
+
+
+@main.command()
+@_files
+@click.option("--check", "only_check", is_flag=True, help="Write nothing; name what would change, and exit with 1.")
+@terminal.guarded
+def fmt(*, files: Sequence[str], only_check: bool) -> None:
+    """Write policy files in the canonical style, comments kept; `-` goes to standard output."""
+    worst = terminal.FINE
+    for name in files:
+        try:
+            worst = max(worst, _formatted(name, only_check=only_check))
+        except PolicyError as error:
+            terminal.report(error.diagnostics, error=True)
+            worst = max(worst, terminal.exit_code(error.diagnostics))
+    raise SystemExit(worst)
+
+
+def _formatted(name: str, *, only_check: bool) -> int:
+    if name.endswith(".json"):
+        raise click.UsageError(f"`{name}` is the JSON form of a policy; `cachepolicy show {name}` prints its text")
+    before = _standard_input() if name == STDIN else b""
+    policy = parse(before, source="<stdin>") if name == STDIN else read(Path(name), name)
+    after = printed(policy).encode()
+    if name == STDIN and not only_check:
+        click.get_binary_stream("stdout").write(after)
+        return terminal.FINE
+    if after == (before if name == STDIN else Path(name).read_bytes()):
+        return terminal.FINE
+    if only_check:
+        terminal.say(f"{'<stdin>' if name == STDIN else name}: would be reformatted")
+        return terminal.FINDINGS
+    try:
+        Path(name).write_bytes(after)
+    except OSError as error:
+        raise PolicyError.of("E152", f"`{name}` cannot be written: {(error.strerror or str(error)).lower()}") from error
+    terminal.say(f"{name}: reformatted")
+    return terminal.FINE
+
+
+@main.command()
+@_file
+@options.schedule
+@terminal.guarded
+def plan(*, file: str, as_json: bool, **given: Any) -> None:
+    """Draw what will be computed and reused, sites by steps, before anything is run.
+
+    Without --model or --site the model is a generic diffusion transformer.
+    """
+    wanted = options.trajectory(given)
+    schedule = simulate(_bound(file, wanted), **wanted.arguments)
+    if as_json:
+        terminal.say_json(report_json(schedule))
+        return
+    terminal.report(schedule.plan.warnings, error=True)
+    terminal.say(draw(schedule, width=terminal.columns(), colour=terminal.coloured(click.get_text_stream("stdout"))))
+
+
+@main.command()
+@_file
+@click.argument("place", metavar="SITE@STEP")
+@options.schedule
+@terminal.guarded
+def explain(*, file: str, place: str, as_json: bool, **given: Any) -> None:
+    """Say why a site computes or reuses at a step: the rule that decided, clause by clause."""
+    wanted = options.trajectory(given)
+    explanation = explain_place(_bound(file, wanted), place, **wanted.arguments)
+    if as_json:
+        terminal.say_json(_explained(explanation))
+    else:
+        terminal.say(str(explanation))
+
+
+def _explained(explanation: Explanation) -> dict[str, object]:
+    decision = explanation.decision
+    return {
+        "site": explanation.site,
+        "step": explanation.step,
+        "branch": explanation.branch,
+        "verdict": decision.verdict,
+        "reason": decision.reason,
+        "rule": None if decision.rule is None else decision.rule + 1,
+        "asked": [{**asdict(each), "rule": each.rule + 1} for each in explanation.asked],
+    }
+
+
+@main.command()
+@_files
+@options.model
+@options.json_form
+@terminal.guarded
+def test(*, files: Sequence[str], model: str | None, as_json: bool) -> None:
+    """Run the `expect` statements of policies, and name the rules that none of them reaches."""
+    skeleton = read_model(model) if model else None
+    ran = {name: run_expectations(_opened(name), skeleton) for name in files}
+    if as_json:
+        terminal.say_json({name: _expectations_json(each) for name, each in ran.items()})
+    else:
+        for name, each in ran.items():
+            _say_expectations(name, each)
+    raise SystemExit(terminal.FINE if all(each.hold for each in ran.values()) else terminal.FINDINGS)
+
+
+def _say_expectations(name: str, ran: Expectations) -> None:
+    held = sum(each.holds for each in ran.outcomes)
+    for each in ran.outcomes:
+        terminal.say(f"{'ok    ' if each.holds else 'FAILED'}  {format_node(each.expect)}")
+    terminal.report(ran.findings)
+    uncovered = f", {len(ran.uncovered)} rules not reached" if ran.uncovered else ""
+    terminal.say(f"{name}: {held} of {len(ran.outcomes)} expectations hold{uncovered}")
+
+
+def _expectations_json(ran: Expectations) -> dict[str, object]:
+    outcomes = [
+        {"text": format_node(each.expect), "holds": each.holds, "rows": dict(each.rows)} for each in ran.outcomes
+    ]
+    return {"hold": ran.hold, "expectations": outcomes, "findings": json.loads(to_json(ran.findings))}
+
+
+@main.command("list")
+@options.json_form
+@terminal.guarded
+def list_shipped(*, as_json: bool) -> None:
+    """Name the shipped policies."""
+    policies = {name: load(f"{name}.cp") for name in shipped_policies()}
+    if as_json:
+        terminal.say_json(
+            [{"name": name, **each.model_dump(include={"title", "source"})} for name, each in policies.items()]
+        )
+        return
+    width = max(map(len, policies), default=0)
+    for name, each in policies.items():
+        terminal.say(f"{name:<{width}}  {each.title or each.name or ''}{f'  ({each.source})' if each.source else ''}")
+
+
+@main.command()
+@click.argument("name", required=False)
+@options.json_form
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the JSON form.")
+@terminal.guarded
+def show(*, name: str | None, as_json: bool, schema: bool) -> None:
+    """Print a policy: its text, or its JSON form, which says the same and can be loaded too."""
+    if schema:
+        terminal.say_json(ir.Policy.model_json_schema())
+        return
+    if name is None:
+        raise click.UsageError("name a policy, or ask for --schema")
+    policy = _opened(name)
+    terminal.say(policy.model_dump_json(indent=2) if as_json else printed(policy).rstrip("\n"))
+
+
+@main.command()
+@click.option("--policy", default="pab.cp", show_default=True, metavar="FILE", help="The policy to try.")
+@options.set_param
+@click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="Sampling steps.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--pairs", type=click.IntRange(1, 1000), default=4, show_default=True, help="Timings of each way, in turn."
+)
+@click.option("--pictures", type=click.IntRange(1, 36), default=12, show_default=True, help="Pictures at a time.")
+@click.option("--output", type=click.Path(dir_okay=False), default="demo.png", show_default=True, help="PNG to write.")
+@options.json_form
+@terminal.guarded
+def demo(
+    *, policy: str, settings: Sequence[tuple[str, ir.Expression]], output: str, as_json: bool, **given: int
+) -> None:
+    """Draw emoji with a small model, uncached and with a policy: time, FLOPs and pictures compared.
+
+    The same model with fewer steps, at nearly the policy's cost, is the row that a policy has to beat.
+    """
+    from cachepolicy.demo import Sampling
+    from cachepolicy.showing import show_demo
+
+    show_demo(_opened(policy), policy, dict(settings), Sampling(**given), Path(output), as_json=as_json)

@@ -1,0 +1,109 @@
+"""The options that several commands share, and what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from cachepolicy import ir
+from cachepolicy.blueprint import read_model
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.evaluate import constant
+from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
+from cachepolicy.syntax import parse_value
+
+Decorated = Callable[..., Any]
+
+json_form = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+model = click.option(
+    "--model", metavar="PATH", help="A diffusers config.json or folder (no weights are read), or a skeleton file."
+)
+
+
+class Setting(click.ParamType[Any]):
+    """`NAME=VALUE`, the value as the language writes it."""
+
+    name = "NAME=VALUE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ir.Expression]:
+        """The name and the value's expression; anything else is a usage error."""
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.strip():
+            self.fail(f"`{value}` is not NAME=VALUE", param, ctx)
+        try:
+            return name.strip(), parse_value(text)
+        except PolicyError as error:
+            hint = " (a string stands in quotes of its own)" if text.isidentifier() else ""
+            self.fail(f"`{name}`: {error.diagnostics[0].message}{hint}", param, ctx)
+
+
+class Numbers(click.ParamType[Any]):
+    """Numbers between commas."""
+
+    name = "A,B,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers; anything else is a usage error."""
+        try:
+            return tuple(float(each) for each in str(value).strip("[] ").split(","))
+        except ValueError:
+            self.fail(f"`{value}` is no list of numbers between commas", param, ctx)
+
+
+set_param = click.option("--set", "settings", type=Setting(), multiple=True, help="Set a parameter of the policy.")
+
+
+def schedule(command: Decorated) -> Decorated:
+    """The options that say which trajectory, on which model."""
+    options = (
+        click.option("--steps", type=click.IntRange(1, 100_000), help="Steps of the trajectory (default 50)."),
+        click.option("--timesteps", type=Numbers(), help="Their timesteps, 0..1000 (default: evenly from 999 to 0)."),
+        click.option("--sigmas", type=Numbers(), help="Their sigmas, for a policy that reads `sigma`."),
+        click.option("--signal", "signals", type=Setting(), multiple=True, help="A signal's number, or a list."),
+        click.option("--branch", "branches", multiple=True, metavar="NAME", help="A branch, such as cond; repeatable."),
+        click.option("--site", "sites", multiple=True, metavar="NAME", help="A module of the model; repeatable."),
+        model,
+        set_param,
+        json_form,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The options of `schedule`, as `simulate` takes them."""
+
+    skeleton: Skeleton
+    settings: Mapping[str, ir.Expression]
+    arguments: Mapping[str, Any]
+
+
+def trajectory(given: Mapping[str, Any]) -> Trajectory:
+    """The model and the clock that the options of `schedule` ask for.
+
+    Raises:
+        PolicyError: the model cannot be read, or a site is no module name.
+        click.UsageError: two options exclude each other.
+    """
+    if given["model"] and given["sites"]:
+        raise click.UsageError("--model and --site exclude each other")
+    if given["model"]:
+        skeleton = read_model(given["model"])
+    else:
+        skeleton = sites_skeleton(given["sites"]) if given["sites"] else builtin()
+    series = next((len(given[name]) for name in ("timesteps", "sigmas") if given[name]), 50)
+    arguments = {
+        "steps": given["steps"] or series,
+        "timesteps": given["timesteps"],
+        "sigmas": given["sigmas"],
+        "signals": {name: constant(value) for name, value in given["signals"]},
+        "branches": given["branches"] or ("",),
+    }
+    return Trajectory(skeleton, dict(given["settings"]), arguments)

@@ -1,0 +1,102 @@
+"""What the `demo` command shows: a progress bar, the table of ratios, the picture."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cachepolicy import ir, terminal
+from cachepolicy.demo import Demo, Row, Sampling, Spread, measure, save
+from cachepolicy.diagnostics import PolicyError
+
+
+def show_demo(
+    policy: ir.Policy,
+    name: str,
+    settings: Mapping[str, ir.Expression],
+    sampling: Sampling,
+    output: Path,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure, write the pictures to `output`, and print the outcome; the bar goes to standard error.
+
+    Raises:
+        PolicyError: the policy does not fit the model, or the file cannot be written (E152).
+    """
+    if not output.parent.is_dir():
+        raise PolicyError.of("E152", f"`{output}` cannot be written: there is no folder `{output.parent}`")
+    with tqdm(total=0, unit="step", file=sys.stderr, desc="loading the model", leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+
+        demo = measure(policy, settings, sampling, progress=progress)
+    headings = (f"uncached, {sampling.steps} steps", f"{Path(name).name}, PSNR {_decibels(demo.policy.psnr)}")
+    try:
+        save(demo, output, headings)
+    except (OSError, ValueError) as error:
+        raise PolicyError.of("E152", f"`{output}` cannot be written: {str(error).lower()}") from error
+    if as_json:
+        terminal.say_json({**demo.to_json(), "output": str(output)})
+    else:
+        terminal.say(f"{table(demo, name)}\nThe pictures are side by side in {output}.")
+
+
+def table(demo: Demo, name: str) -> str:
+    """The outcome for a person."""
+    sampling, rows = demo.sampling, (demo.policy, demo.fewer_steps)
+    names = [f"{name}, {demo.policy.steps} steps", f"no policy, {demo.fewer_steps.steps} steps"]
+    width = max(map(len, names))
+    return "\n".join(
+        [
+            f"{sampling.pictures} pictures, {sampling.steps} steps uncached: {demo.seconds:.2f} s",
+            "",
+            f"{'':<{width}}  {'speed-up, wall':<19}  {'speed-up, CPU':<19}  FLOPs skipped  calls skipped  PSNR",
+            *(f"{label:<{width}}  {_cells(row)}" for label, row in zip(names, rows, strict=True)),
+            "",
+            _verdict(demo.policy),
+            f"Speed-ups are medians of {sampling.pairs} interleaved pairs (least..most). {_expected(demo.policy)}",
+            f"The policy's hash is {demo.digest[:12]}.",
+        ]
+    )
+
+
+def _cells(row: Row) -> str:
+    skipped = f"{_percent(1 - row.flops):>13}  {_percent(1 - row.calls):>13}"
+    worst = f" (worst picture {_decibels(row.worst_psnr)})" if math.isfinite(row.psnr) else " (bitwise equal)"
+    return f"{_ratio(row.wall):<19}  {_ratio(row.cpu):<19}  {skipped}  {_decibels(row.psnr)}{worst}"
+
+
+def _ratio(spread: Spread) -> str:
+    return f"{spread.median:.2f}x ({spread.least:.2f}..{spread.most:.2f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f} dB" if math.isfinite(value) else "infinite"
+
+
+def _expected(row: Row) -> str:
+    if row.flops == 0:
+        return "No FLOPs are left."
+    return f"FLOPs alone would give {1 / row.flops:.2f}x."
+
+
+def _verdict(row: Row) -> str:
+    """Whether the wall clock agrees; a spread across 1 is said to tell nothing."""
+    wall = row.wall
+    if wall.least <= 1 <= wall.most:
+        return "Here the wall clock does not tell the policy from the uncached run: the spread reaches across 1."
+    if wall.median < 1:
+        return f"Here the policy is SLOWER than the uncached run: {wall.median:.2f}x."
+    return f"Here the policy is faster than the uncached run: {wall.median:.2f}x."

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import assert_never
 
 from cachepolicy import ir
@@ -120,31 +121,53 @@ _GROUPS = {
 
 
 def _packed(pieces: Sequence[str]) -> list[str]:
-    """The pieces on one line, or on as few as hold them; what is too long itself is broken at its spaces."""
-    lines = [""]
-    for piece in pieces:
-        joined = f"{lines[-1]} {piece}" if lines[-1] else piece
-        if len(joined) <= WIDTH:
-            lines[-1] = joined
-            continue
-        for number, part in enumerate(_broken(piece) if len(piece) + 2 > WIDTH else [piece]):
-            indent = "    " if number else "  "
-            lines.append(indent + part if lines != [""] else part)
-            lines = [line for line in lines if line]
-    return lines
-
-
-_UNBROKEN = re.compile(r"""(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|[^\s"'])+""")
-
-
-def _broken(piece: str) -> list[str]:
+    """The pieces on one line, or on as few as hold them; what is too long itself is broken where it has a space."""
+    whole = " ".join(pieces)
+    if len(whole) <= WIDTH:
+        return [whole]
     lines = list[str]()
-    for word in _UNBROKEN.findall(piece):
-        if lines and len(lines[-1]) + len(word) + 5 <= WIDTH:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+    for piece in pieces:
+        if lines and len(lines[-1]) + 1 + len(piece) <= WIDTH:
+            lines[-1] += f" {piece}"
+            continue
+        first = "  " if lines else ""
+        lines += _broken(first + piece, "    ") if len(first + piece) > WIDTH else [first + piece]
     return lines
+
+
+_WORDS = re.compile(r"""\s*(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|[^\s"'])+""")
+
+
+def _broken(piece: str, indent: str) -> list[str]:
+    """A piece over several lines: behind an argument where one ends, else at any space."""
+    lines = [""]
+    for part in _parts(piece):
+        if len(lines[-1]) + len(part) <= WIDTH:
+            lines[-1] += part
+        elif lines[-1].strip() and len(indent) + len(part.lstrip()) <= WIDTH:
+            lines.append(indent + part.lstrip())
+        else:
+            _add_words(lines, part, indent)
+    return lines
+
+
+def _add_words(lines: list[str], part: str, indent: str) -> None:
+    for word in _WORDS.findall(part):
+        if not lines[-1].strip() or len(lines[-1]) + len(word) <= WIDTH:
+            lines[-1] += word
+        else:
+            lines.append(indent + word.lstrip())
+
+
+def _parts(piece: str) -> Iterator[str]:
+    """The arguments of an action, with what stands before the first; any other piece whole."""
+    labels = [found.start() for found in _LABEL.finditer(piece) if found[0][0] not in "\"'"]
+    starts = [0, *labels[1:]] if piece.lstrip().startswith("-> ") else [0]
+    for start, end in pairwise([*starts, len(piece)]):
+        yield piece[start:end]
+
+
+_LABEL = re.compile(r"""\s?[A-Za-z_][A-Za-z0-9_]*: |"(?:[^"]|"")*"|'(?:[^']|'')*'""")
 
 
 # --- statements ------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ class _Reading:
             self._take_header(chunk, tree)
         else:
             statement = self.lowering.statement(tree)
-            self._comment(len(self.statements), chunk.before, chunk.after)
+            self._comment(len(self.statements), self._about(chunk), chunk.after)
             self.statements.append(statement)
 
     def _take_header(self, chunk: Chunk, tree: Any) -> None:
@@ -235,11 +235,19 @@ class _Reading:
             self._misplaced(chunk, f"`{chunk.word}` stands before {f'`{later[0]}`' if later else 'the statements'}")
         else:
             self.header |= self.lowering.header(tree)
-            self._comment(place - len(HEADER_WORDS), chunk.before, chunk.after)
+            self._comment(place - len(HEADER_WORDS), self._about(chunk), chunk.after)
 
     def _misplaced(self, chunk: Chunk, message: str) -> None:
         help = 'a file starts with `cachepolicy 1`, `policy NAME`, `source "..."`, in this order'
         self.findings.append(self.source.finding("E009", message, chunk.start, chunk.end, help=help))
+
+    def _about(self, chunk: Chunk) -> tuple[str, ...]:
+        """The comments of a statement; before the first, what a blank line parts from it is about the file."""
+        if chunk is not self.source.chunks[0] or chunk.word == HEADER_WORDS[0] or "" not in chunk.before:
+            return chunk.before
+        end = len(chunk.before) - chunk.before[::-1].index("")
+        self._comment(-len(HEADER_WORDS), chunk.before[:end])
+        return chunk.before[end:]
 
     def _comment(self, statement: int, before: Iterable[str], after: str | None = None) -> None:
         self.comments += [ir.Comment(statement=statement, place="before", text=text) for text in before]

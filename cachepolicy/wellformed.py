@@ -59,6 +59,12 @@ def faults(node: ir.Node) -> Iterator[Fault]:
     match node:
         case ir.Policy(edition=edition) if edition != ir.EDITION:
             yield "E010", f"edition {edition} of the language is not known here"
+        case ir.Policy(name=None, title=str()):
+            yield "E021", "a title stands behind the policy's name"
+        case ir.Param(type="range", default=ir.ListOf(items=(_, _))):
+            yield "E021", "the closed interval `[low, high]` is an interval here, not a list"
+        case ir.Param(type=type_, default=ir.Interval(low_closed=True, high_closed=True)) if type_ != "range":
+            yield "E021", f"a `{type_}` has no interval for a default"
         case ir.Number(value=value):
             yield from _number(value)
         case ir.Table(values=values):

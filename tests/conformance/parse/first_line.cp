@@ -1,0 +1,1 @@
+match "^transformer_blocks.*attn" when 100<t<800 every 2 -> reuse

@@ -1,4 +1,4 @@
-"""What can be judged of a policy without a model: its names and types, what it uses, doubtful rules, its expectations."""
+"""What can be judged of a policy without a model: names, types, what it uses, doubtful rules, expectations."""
 
 from __future__ import annotations
 
@@ -52,12 +52,7 @@ def _whole(policy: ir.Policy) -> tuple[Diagnostic, ...]:
 def _doubts(resolved: Resolved) -> Iterator[Diagnostic]:
     for number, rule in enumerate(resolved.rules):
         source = resolved.sources[number].policy
-        for node in walk(rule.when) if rule.when is not None else ():
-            bounds = interval(node)
-            if bounds is not None and not _is_possible(*bounds[1:]):
-                message = "no number lies in this interval, so the rule never decides"
-                found = Diagnostic("W512", message, severity="warning", span=node.span, help="the lower end comes first")
-                yield located(found, source, rule.span)
+        yield from (located(each, source, rule.span) for each in _empty_intervals(rule))
     numbers = dict[ir.Selector, int]()
     alike = [
         BoundRule(number, rule, (numbers.setdefault(rule.selector, len(numbers)),))
@@ -67,6 +62,14 @@ def _doubts(resolved: Resolved) -> Iterator[Diagnostic]:
         message = f"this rule never decides: `{label(resolved.rules[by[0]])}` comes first and takes the same"
         found = Diagnostic("W510", message, severity="warning", help="the first rule whose `when` holds decides")
         yield located(found, resolved.sources[number].policy, resolved.rules[number].span)
+
+
+def _empty_intervals(rule: ir.Rule) -> Iterator[Diagnostic]:
+    for node in walk(rule.when) if rule.when is not None else ():
+        bounds = interval(node)
+        if bounds is not None and not _is_possible(*bounds[1:]):
+            message = "no number lies in this interval, so the rule never decides"
+            yield Diagnostic("W512", message, severity="warning", span=node.span, help="the lower end comes first")
 
 
 def _is_possible(low: float, low_in: bool, high: float, high_in: bool) -> bool:
@@ -183,7 +186,8 @@ def _row(plan: Plan, schedule: Schedule, modules: Modules) -> str:
     for site in plan.sites:
         if site.modules == modules:
             return schedule.rows[site.name]
-    around = [site.name for site in plan.sites if any(name in site.modules for name in (modules[0], *ancestors(modules[0])))]
+    holders = {modules[0], *ancestors(modules[0])}
+    around = [site.name for site in plan.sites if holders.intersection(site.modules)]
     letters = zip(*(schedule.rows[name] for name in around), strict=True) if around else [()] * schedule.steps
     return "".join("." if set(column) - {"C"} else "C" for column in letters)
 
@@ -196,9 +200,8 @@ def _difference(
     more = f", as do {len(wrong) - 1} more of {total} sites" if len(wrong) > 1 else ""
     step = next(step for step, (is_, wanted) in enumerate(zip(row, expect.row, strict=True)) if is_ != wanted)
     message = f"`{name or 'model'}` gives {' '.join(row)}{more}"
-    return located(
-        Diagnostic("E220", message, label=f"step {step} differs", help=_why(schedule, modules, step)), policy, expect.span
-    )
+    found = Diagnostic("E220", message, label=f"step {step} differs", help=_why(schedule, modules, step))
+    return located(found, policy, expect.span)
 
 
 def _why(schedule: Schedule, modules: Modules, step: int) -> str:

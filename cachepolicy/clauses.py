@@ -1,4 +1,4 @@
-"""What must hold of a rule's clauses once their constants are known: whole intervals, masks of 0 and 1, sound regexes."""
+"""What must hold of a rule's clauses once their constants are known: whole intervals, masks, sound regexes."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TypeGuard
 
 from pydantic import ValidationError
 
@@ -30,8 +31,8 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
     folder is refused: `./pab.cp` names the file.
 
     Raises:
-        PolicyError: there is no such policy (E150), the name is ambiguous (E151), the file cannot be read (E152) or is too
-            large (E153), or what is wrong with its text.
+        PolicyError: there is no such policy (E150), the name is ambiguous (E151), the file cannot be read (E152), is
+            too large (E153) or holds no JSON of a policy (E154), or what is wrong with its text.
     """
     if isinstance(source, ir.Policy):
         return source
@@ -115,7 +116,7 @@ def read(path: Path, shown: str) -> ir.Policy:
     """
     content = _content(path, shown)
     policy = _from_json(content, shown) if path.suffix == ".json" else parse(content, source=shown)
-    return policy.model_copy(update={"source_name": os.path.abspath(path)})
+    return policy.model_copy(update={"source_name": str(path.absolute())})
 
 
 def _content(path: Path, shown: str) -> bytes:
@@ -169,8 +170,8 @@ def origin(policy: ir.Policy) -> Origin:
     name = policy.source_name
     if name is not None and name.startswith(SHIPPED):
         return Origin(name, name.removeprefix(SHIPPED))
-    if name is not None and os.path.isabs(name):
-        return Origin(os.path.realpath(name), os.path.basename(name))
+    if _is_file_name(name):
+        return Origin(os.path.realpath(name), Path(name).name)
     return Origin(f"<text {id(policy)}>", policy.name or name or "<text>")
 
 
@@ -178,8 +179,8 @@ def load_used(name: str, user: ir.Policy) -> ir.Policy:
     """The policy that `use NAME` in `user` means: a shipped one, or a file in or below the user's own folder.
 
     Raises:
-        PolicyError: E150 to E154 as for `load`; E155, the path is absolute, leads out of the folder, or the user is a text,
-            which no file stands beside.
+        PolicyError: E150 to E154 as for `load`; E155, the path is absolute or leads out of the folder, or the user is a
+            text, which no file stands beside.
     """
     if "\\" in name:
         raise _outside(name, "folders are separated by `/`")
@@ -189,7 +190,7 @@ def load_used(name: str, user: ir.Policy) -> ir.Policy:
     if folder is None:
         raise _outside(name, "a text has no folder, so it uses shipped policies only")
     parts = name.split("/")
-    if ".." in parts or os.path.isabs(name) or name.startswith("/") or ":" in parts[0]:
+    if ".." in parts or name.startswith("/") or ":" in parts[0]:
         raise _outside(name, "write a shipped name, or a file beside this policy as `./other.cp`")
     target = Path(os.path.realpath(folder / name))
     if not target.is_relative_to(os.path.realpath(folder)):
@@ -203,9 +204,12 @@ def _outside(name: str, help: str) -> PolicyError:
 
 def _folder(policy: ir.Policy) -> Path | None:
     name = policy.source_name
-    if name is None or name.startswith(SHIPPED) or not os.path.isabs(name):
-        return None
-    return Path(name).parent
+    return Path(name).parent if _is_file_name(name) else None
+
+
+def _is_file_name(name: str | None) -> TypeGuard[str]:
+    """Only `read` gives absolute names; a relative one is whatever the caller of `parse` said."""
+    return name is not None and Path(name).is_absolute()
 
 
 def chain(origins: Sequence[Origin]) -> str:
@@ -228,14 +232,14 @@ def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagno
     content = _text(name) if name is not None else None
     if content is None or name is None:
         return replace(finding, source=name)
-    shown = os.path.relpath(name) if os.path.isabs(name) else name
-    return prepare(content, shown if not shown.startswith("..") else name)[0].locate(finding)
+    shown = os.path.relpath(name) if _is_file_name(name) else name
+    return prepare(content, name if shown.startswith("..") else shown)[0].locate(finding)
 
 
 def _text(name: str) -> bytes | None:
     try:
         if name.startswith(SHIPPED):
             return shipped_policies()[_stem(name.removeprefix(SHIPPED))].read_bytes()
-        return _content(Path(name), name) if os.path.isabs(name) and not name.endswith(".json") else None
+        return _content(Path(name), name) if _is_file_name(name) and not name.endswith(".json") else None
     except (PolicyError, KeyError, OSError):
         return None

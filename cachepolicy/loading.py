@@ -42,9 +42,9 @@ class Source:
 class Resolved:
     """A policy with everything that names stood for in place: only the clock, signals and externals are still names.
 
-    `rules` are those of the policy and of what it uses, in reading order, without those that are off; `sources` tells where
-    each came from. `signals` and `tables` of used policies keep their names unless those are taken, else they are called
-    `policy.name`. `settings` holds the parameters' Python values, `digest` the sha256 of what the rules mean.
+    `rules` are those of the policy and of what it uses, in reading order, without those that are off; `sources` tells
+    where each came from. `signals` and `tables` of used policies keep their names unless those are taken, else they are
+    called `policy.name`. `settings` holds the parameters' Python values, `digest` the sha256 of what the rules mean.
     """
 
     policy: ir.Policy = field(repr=False)
@@ -61,8 +61,8 @@ class Resolved:
 def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> Resolved:
     """Set the parameters, write out what the policy uses, and put constants for parameters and lets.
 
-    `settings` values are Python's (None for `off`, a tuple `(low, high)` for an open range) or expressions. The policy itself is
-    not changed.
+    `settings` values are Python's (None for `off`, a tuple `(low, high)` for an open range) or expressions. The policy
+    itself is not changed.
 
     Raises:
         PolicyError: a setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
@@ -187,9 +187,8 @@ class _Flat:
             case ir.ListOf():
                 texts = [item.value for item in value.items if isinstance(item, ir.Text)]
                 if len(texts) < len(value.items):
-                    self.findings.append(
-                        Diagnostic("E161", f"`{node.name}` stands for regexes, so its items are strings", span=node.span)
-                    )
+                    message = f"`{node.name}` stands for regexes, so its items are strings"
+                    self.findings.append(Diagnostic("E161", message, span=node.span))
                 patterns = tuple(ir.Pattern(regex=text, span=node.span) for text in texts)
                 return patterns[0] if len(patterns) == 1 else ir.AnyOf(selectors=patterns, span=node.span)
             case ir.Off():
@@ -221,9 +220,7 @@ class _Flat:
         if len(self.rules) > RULE_LIMIT:
             raise PolicyError.of("E157", f"more than {RULE_LIMIT} rules, with those that are used")
 
-    def _use(
-        self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]
-    ) -> None:
+    def _use(self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]) -> None:
         try:
             used = self._load(use.policy, policy, path)
             settings = {each.name: self._write(each.value, names, {}) for each in use.settings}
@@ -236,9 +233,10 @@ class _Flat:
 
     def _load(self, name: str, user: ir.Policy, path: Sequence[Origin]) -> ir.Policy:
         self.uses += 1
-        if len(path) > DEPTH_LIMIT or self.uses > USE_LIMIT:
-            deep = f"`use` reaches deeper than {DEPTH_LIMIT}" if len(path) > DEPTH_LIMIT else f"over {USE_LIMIT} policies used"
-            raise PolicyError.of("E157", f"{deep}: {chain(path)}")
+        if len(path) > DEPTH_LIMIT:
+            raise PolicyError.of("E157", f"`use` reaches deeper than {DEPTH_LIMIT}: {chain(path)}")
+        if self.uses > USE_LIMIT:
+            raise PolicyError.of("E157", f"more than {USE_LIMIT} policies are used: {chain(path)}")
         key = (path[-1].key, name)
         if key not in self.files:
             self.files[key] = load_used(name, user)
@@ -264,7 +262,9 @@ class _Flat:
             self._size(policy, rule, sizes)
 
 
-_TOO_LARGE = Diagnostic("E165", "this grows too large once its names are written out", help="say it in fewer or smaller lets")
+_TOO_LARGE = Diagnostic(
+    "E165", "this grows too large once its names are written out", help="say it in fewer or smaller lets"
+)
 
 
 def _is_absent(rule: ir.Rule) -> bool:

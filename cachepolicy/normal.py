@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from cachepolicy import ir
 from cachepolicy.evaluate import names_in
@@ -15,16 +16,16 @@ Tables = Mapping[str, Sequence[int | float]]
 def digest(edition: int, rules: Sequence[ir.Rule], signals: Sequence[ir.Signal], tables: Tables) -> str:
     """The sha256 of what the rules mean, in hexadecimal.
 
-    Equal for policies that differ in the names of parameters, lets, signals and tables, in comments, titles and layout, in the
-    order of declarations, in what no rule reads, or in whether rules are written out or come by `use`. Externals count by
-    their names, since the caller gives them so.
+    Equal for policies that differ in the names of parameters, lets, signals and tables, in comments, titles and layout,
+    in the order of declarations, in what no rule reads, or in whether rules are written out or come by `use`. Externals
+    count by their names, since the caller gives them so.
     """
     values = {name: _hash(["table", *(_number(value) for value in table)]) for name, table in tables.items()}
     reads = {signal.name: signal.value for signal in signals}
     waiting = list(reads)
     while waiting:
         name = waiting[-1]
-        missing = [each for each in sorted(names_in(reads[name])) if each in reads and each not in values and each != name]
+        missing = [each for each in sorted(names_in(reads[name])) if each in reads and each not in values]
         if missing:
             waiting += missing
             continue
@@ -59,7 +60,7 @@ def _normal(node: object, values: Mapping[str, str]) -> object:
         case ir.Node():
             return [type(node).__name__, *(_normal(getattr(node, name), values) for name in _fields(node))]
         case tuple():
-            return [_normal(item, values) for item in node]  # pyright: ignore[reportUnknownVariableType]
+            return [_normal(item, values) for item in cast("tuple[object, ...]", node)]
         case _:
             return node
 

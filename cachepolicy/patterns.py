@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, cast
 
-import re2
+import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 
+re2 = cast("Any", _re2)
 _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False
 

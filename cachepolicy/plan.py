@@ -25,8 +25,8 @@ CLOCK = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"
 class Site:
     """What rules act on: one module, or a span of blocks that is decided as one.
 
-    `index` is its place in `Plan.sites`; `modules` are the names of what it covers, in the order they run (the root's is "");
-    `parents` are the sites that hide it when they reuse, the outermost first.
+    `index` is its place in `Plan.sites`; `modules` are the names of what it covers, in the order they run (the root's
+    is ""); `parents` are the sites that hide it when they reuse, the outermost first.
     """
 
     index: int
@@ -49,8 +49,8 @@ class BoundRule:
 class Plan:
     """Everything about a policy on a model that does not depend on the clock.
 
-    `sites` stand in model order, an outer one before those inside it. `needs` names the clock words that the rules with sites
-    read. `warnings` holds what is doubtful but not wrong.
+    `sites` stand in model order, an outer one before those inside it. `needs` names the clock words that the rules with
+    sites read, `probes` the modules that each probe measures. `warnings` holds what is doubtful but not wrong.
     """
 
     policy: ir.Policy = field(repr=False)
@@ -85,14 +85,15 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
     """Find the sites of every rule in a model.
 
     Raises:
-        PolicyError: all that does not fit, at once: a rule that takes nothing (E200), blocks that the model has not (E201,
-            E202, E205, E206), spans that overlap (E203) or stand among other selectors (E204), a probe that takes not exactly
-            one site (E207) or that the rule may skip (E208), an action that another site is for (E209).
+        PolicyError: all that does not fit, at once: a rule that takes nothing (E200), blocks that the model has not
+            (E201, E202, E205, E206), spans that overlap (E203) or stand among other selectors (E204), a probe that
+            takes not exactly one site (E207) or that the rule may skip (E208), an action that another site is for
+            (E209).
     """
     findings = list[Diagnostic]()
     taken = [_taken(resolved, number, skeleton, findings) for number in range(len(resolved.rules))]
     sites = _sites({modules for each in taken for modules in each}, skeleton)
-    findings += _overlaps(sites, skeleton)
+    findings += _overlaps(sites)
     if not findings:
         findings += _misplaced(resolved, taken)
     by_modules = {site.modules: site.index for site in sites}
@@ -110,9 +111,7 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
     return replace(plan, warnings=tuple(_warnings(plan)))
 
 
-def _taken(
-    resolved: Resolved, number: int, skeleton: Skeleton, findings: list[Diagnostic]
-) -> tuple[Modules, ...]:
+def _taken(resolved: Resolved, number: int, skeleton: Skeleton, findings: list[Diagnostic]) -> tuple[Modules, ...]:
     rule = resolved.rules[number]
     try:
         taken = select(rule.selector, skeleton)
@@ -148,13 +147,13 @@ def _sites(taken: Iterable[Modules], skeleton: Skeleton) -> tuple[Site, ...]:
             holders.setdefault(name, []).append(index)
     around = [set(_around(modules[0], holders)) - {index} for index, modules in enumerate(ordered)]
     for index, modules in enumerate(ordered):
-        around[index] = {outer for outer in around[index] if len(ordered[outer]) > len(modules) or _is_above(ordered[outer], modules)}
+        around[index] = {outer for outer in around[index] if _holds(ordered[outer], modules)}
     return tuple(
         Site(
             index,
             site_name(modules, skeleton),
             modules,
-            frozenset.intersection(*(skeleton[name].kinds for name in modules)),
+            frozenset[ir.Kind].intersection(*(skeleton[name].kinds for name in modules)),
             tuple(sorted(around[index], key=lambda outer: (len(around[outer]), outer))),
         )
         for index, modules in enumerate(ordered)
@@ -168,8 +167,9 @@ def _around(name: str, holders: Mapping[str, Sequence[int]]) -> Iterator[int]:
         yield from holders.get(outer, ())
 
 
-def _is_above(outer: Modules, inner: Modules) -> bool:
-    return inner[0] not in outer
+def _holds(outer: Modules, inner: Modules) -> bool:
+    """Of two sites around one module, whether the first holds the other: it is longer, or further up."""
+    return len(outer) > len(inner) or inner[0] not in outer
 
 
 def site_name(modules: Modules, skeleton: Skeleton) -> str:
@@ -187,7 +187,7 @@ def _slice(name: str, blocks: Sequence[str], skeleton: Skeleton) -> str:
     return f"{name}[{first}:{first + len(blocks)}]"
 
 
-def _overlaps(sites: Sequence[Site], skeleton: Skeleton) -> Iterator[Diagnostic]:
+def _overlaps(sites: Sequence[Site]) -> Iterator[Diagnostic]:
     """Spans that share a block though neither stands in the other."""
     spans = [site for site in sites if len(site.modules) > 1]
     for number, one in enumerate(spans):

@@ -37,7 +37,8 @@ def measured(
             found[probe] = Measured(taken[0])
         else:
             names = ", ".join(f"`{modules[0]}`" for modules in taken[:3])
-            help = why_nothing(probe.selector, skeleton) if not taken else f"it takes {names}, ...: write `^...$` around one name"
+            several = f"it takes {names}, ...: write `^...$` around one name"
+            help = several if taken else why_nothing(probe.selector, skeleton)
             count = "nothing" if not taken else f"{len(taken)} sites"
             message = f"`{text}` takes {count} in `{skeleton.name}`, and a probe takes exactly one"
             findings.append(Diagnostic("E207", message, span=probe.span, help=help))
@@ -90,7 +91,8 @@ def _within(name: str, site: Modules) -> bool:
 
 def _is_later(name: str, site: Modules, skeleton: Skeleton) -> bool:
     """True where a module's block runs after the site; only the order of blocks is known without a run."""
-    order = {block: index for index, block in enumerate(b for each in skeleton.block_lists for b in skeleton.elements[each])}
+    blocks = [block for name in skeleton.block_lists for block in skeleton.elements[name]]
+    order = {block: index for index, block in enumerate(blocks)}
 
     def block(name: str) -> int | None:
         return next((order[each] for each in (name, *ancestors(name)) if each in order), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from cachepolicy import ir
 from cachepolicy.evaluate import Undefined, children, constant
@@ -14,8 +14,8 @@ Rewrite = Callable[[ir.Node], ir.Node]
 def transform(node: Any, rewrite: Rewrite) -> Any:
     """`node` with `rewrite` applied to every node below it, then to itself; the original is not touched."""
     changed = dict[str, object]()
-    for name in type(node).model_fields:
-        old: object = getattr(node, name)
+    for name in type(node).model_fields:  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        old: object = getattr(node, name)  # pyright: ignore[reportUnknownArgumentType]
         new = _transform_in(old, rewrite)
         if new is not old:
             changed[name] = new
@@ -26,7 +26,7 @@ def _transform_in(value: object, rewrite: Rewrite) -> object:
     if isinstance(value, ir.Node):
         return transform(value, rewrite)
     if isinstance(value, tuple):
-        old: tuple[object, ...] = value
+        old = cast("tuple[object, ...]", value)
         new = tuple([_transform_in(item, rewrite) for item in old])
         return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
     return value
@@ -51,9 +51,17 @@ def folded(node: ir.Node) -> ir.Node:
     match node:
         case ir.Membership(container=ir.Off()):
             return ir.Boolean(value=False, span=node.span)
-        case ir.Conditional(condition=ir.Boolean()):
-            return node.then if node.condition.value else node.otherwise
-        case ir.Negative() | ir.Arithmetic() | ir.Comparison() | ir.Both() | ir.Either() | ir.Negation() | ir.Membership():
+        case ir.Conditional(condition=ir.Boolean(value=chosen)):
+            return node.then if chosen else node.otherwise
+        case (
+            ir.Negative()
+            | ir.Arithmetic()
+            | ir.Comparison()
+            | ir.Membership()
+            | ir.Both()
+            | ir.Either()
+            | ir.Negation()
+        ):
             return _constant(node) if all(map(_is_constant, children(node))) else node
         case ir.Call(function="sum" | "product" | "prev" | "kept"):
             return node

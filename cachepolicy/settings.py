@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import assert_never
+from typing import assert_never, cast
 
 from cachepolicy import ir
 from cachepolicy.diagnostics import Diagnostic, PolicyError, suggestion
@@ -18,7 +18,7 @@ LIST_LIMIT = 100_000
 def settled(params: Sequence[ir.Param], settings: Mapping[str, object]) -> dict[str, ir.Expression]:
     """The constant that each parameter is worth, as `settings` or else its default says.
 
-    A setting is a Python value (None for `off`, a tuple `(low, high)` for an open range) or an expression of the language.
+    A setting is a Python value (None for `off`, a tuple `(low, high)` for an open range) or an expression.
 
     Raises:
         PolicyError: E160, no such parameter; E161, another type; E162, outside the domain. All of them at once.
@@ -97,7 +97,7 @@ def _shown(given: object) -> str:
         except Undefined:
             given = given.name if isinstance(given, ir.Name) else type(given).__name__.lower()
     text = given if isinstance(given, str) else repr(given)
-    return text if len(text) <= 60 else text[:59] + "…"  # noqa: PLR2004
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _plain(given: object) -> object:
@@ -146,12 +146,12 @@ def _range(param: ir.Param, given: object) -> ir.Interval:
     if isinstance(given, ir.Interval):
         low, high = given.low, given.high
         closed = given.low_closed, given.high_closed
-    elif isinstance(given, ir.ListOf) and len(given.items) == 2:  # noqa: PLR2004
+    elif isinstance(given, ir.ListOf) and len(given.items) == 2:
         (low, high), closed = given.items, (True, True)
-    elif isinstance(given, tuple) and len(given) == 2:  # noqa: PLR2004  # pyright: ignore[reportUnknownArgumentType]
-        low, high, closed = given[0], given[1], (False, False)  # pyright: ignore[reportUnknownVariableType]
+    elif isinstance(given, tuple) and len(pair := cast("tuple[object, ...]", given)) == 2:
+        (low, high), closed = pair, (False, False)
     else:
-        raise _mistyped(param, given, "write the tuple `(low, high)`; both ends stay outside")
+        raise _mistyped(param, cast("object", given), "write the tuple `(low, high)`; both ends stay outside")
     first, last = _real(param, low), _real(param, high)
     if first > last or (first == last and closed != (True, True)):
         raise PolicyError.of("E162", f"the range of `{param.name}` is empty: {first} to {last}")
@@ -165,9 +165,9 @@ def _list(param: ir.Param, given: object) -> ir.ListOf:
     if isinstance(given, ir.ListOf | ir.SetOf):
         items = given.items
     elif isinstance(given, list | tuple | range):
-        items = given  # pyright: ignore[reportUnknownVariableType]
+        items = cast("Sequence[object]", given)
     else:
-        help = f'write `["{given}"]`' if isinstance(given, str) and len(given) < 60 else None  # noqa: PLR2004
+        help = f'write `["{given}"]`' if isinstance(given, str) and len(given) < 60 else None
         raise _mistyped(param, given, help)
     if len(items) > LIST_LIMIT:
         raise PolicyError.of("E162", f"the list `{param.name}` has {len(items)} items; at most {LIST_LIMIT} are taken")

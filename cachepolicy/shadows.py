@@ -51,13 +51,14 @@ Bounds = tuple[ir.Expression, float, bool, float, bool]
 
 
 def interval(part: ir.Node) -> Bounds | None:
+    """What a comparison with constants, or a membership in a constant interval, bounds."""
     match part:
         case ir.Membership(container=ir.Interval(low=ir.Number() as low, high=ir.Number() as high) as interval):
             return part.value, low.value, interval.low_closed, high.value, interval.high_closed
-        case ir.Comparison(operands=(ir.Number() as low, value, ir.Number() as high), operators=("<" | "<=", "<" | "<=")):
-            return value, low.value, part.operators[0] == "<=", high.value, part.operators[1] == "<="
-        case ir.Comparison(operands=(ir.Number() as high, value, ir.Number() as low), operators=(">" | ">=", ">" | ">=")):
-            return value, low.value, part.operators[1] == ">=", high.value, part.operators[0] == ">="
+        case ir.Comparison(operands=(ir.Number(value=first), value, ir.Number(value=last)), operators=(left, right)):
+            if {left, right} <= {"<", "<="}:
+                return value, first, left == "<=", last, right == "<="
+            return (value, last, right == ">=", first, left == ">=") if {left, right} <= {">", ">="} else None
         case ir.Comparison(operands=(value, ir.Number() as end), operators=(operator,)):
             return _half(value, operator, end.value)
         case ir.Comparison(operands=(ir.Number() as end, value), operators=(operator,)):

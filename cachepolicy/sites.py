@@ -18,8 +18,8 @@ def select(selector: ir.Selector, skeleton: Skeleton) -> tuple[Modules, ...]:
     """The sites that the selector takes, in model order: the outermost of its whole result, or one span of blocks.
 
     Raises:
-        PolicyError: a position or slice of blocks that the model has not (E201, E202), a span among other selectors (E204), a
-            model or list without blocks (E205, E206).
+        PolicyError: a position or slice of blocks that the model has not (E201, E202), a span among other selectors
+            (E204), a model or list without blocks (E205, E206).
     """
     if isinstance(selector, ir.Blocks) and not selector.each:
         return (_blocks(selector, skeleton),)
@@ -33,7 +33,7 @@ def outermost(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in taken if not any(outer in taken for outer in ancestors(name)))
 
 
-def _members(selector: ir.Selector, skeleton: Skeleton) -> frozenset[str]:
+def _members(selector: ir.Selector, skeleton: Skeleton) -> frozenset[str]:  # noqa: C901  a case for each node
     match selector:
         case ir.Pattern():
             matches = searcher(selector.regex)
@@ -170,7 +170,7 @@ def near_name(regex: str, names: Iterable[str]) -> str | None:
 
 
 def _words(regex: str) -> list[str]:
-    """The words of a regex that could be meant as names: its letters, without escapes such as `\\d`."""
+    """The words of a regex that could be meant as names: its letters, without escapes."""
     words, word = list[str](), ""
     escaped = False
     for letter in regex + " ":
@@ -193,4 +193,4 @@ def _roots(skeleton: Skeleton) -> list[str]:
 
 def _few(what: str, names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:8])
-    return f"{what} {shown}" + (", ..." if len(names) > 8 else "")  # noqa: PLR2004
+    return f"{what} {shown}" + (", ..." if len(names) > 8 else "")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -147,9 +148,9 @@ def read(path: str | os.PathLike[str]) -> Skeleton:
         PolicyError: E210, the file cannot be read or holds no skeleton.
     """
     try:
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             raise PolicyError.of("E210", f"no file `{os.fspath(path)}`")
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return from_json(file.read(FILE_LIMIT + 1))
     except (OSError, ValueError) as error:
         raise PolicyError.of("E210", f"`{os.fspath(path)}` cannot be read: {_lower(str(error))}") from error
@@ -157,8 +158,7 @@ def read(path: str | os.PathLike[str]) -> Skeleton:
 
 def write(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:
     """Write the skeleton to a JSON file, which `read` reads back."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(to_json(skeleton))
+    Path(path).write_text(to_json(skeleton), encoding="utf-8")
 
 
 # --- skeletons without a model ---------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def sites_skeleton(names: Sequence[str]) -> Skeleton:
     modules = {"": Module("", "Model", frozenset({"model"}))}
     for name in names:
         parts = name.split(".")
-        if not all(parts) or len(name) > 1000:  # noqa: PLR2004
+        if not all(parts) or len(name) > 1000:
             raise PolicyError.of("E211", f"`{name}` is no module name", help="write it as `transformer_blocks.0.attn1`")
         for depth in range(1, len(parts) + 1):
             _grow(modules, parts[:depth])
@@ -240,7 +240,7 @@ def _grow(modules: dict[str, Module], parts: Sequence[str]) -> None:
     if last.isdecimal() and parent:
         modules[parent] = Module(parent, "ModuleList", is_list=True, callable=False)
     if name not in modules:
-        block = last.isdecimal() and len(parts) == 2  # noqa: PLR2004
+        block = last.isdecimal() and len(parts) == 2
         modules[name] = Module(name, "Module", frozenset({"block"}) if block else _guessed(last))
 
 

@@ -304,7 +304,7 @@ def test_bounds_and_ranges_that_are_off() -> None:
 def test_names_as_parameters(names: Any, selector: str) -> None:
     """A string or list parameter stands for its regexes, any of them."""
     type = "string" if isinstance(names, str) else "list"
-    text = f'param names: {type} = {"[]" if type == "list" else repr("x")}\nmatch names every 2 -> reuse\n'
+    text = f"param names: {type} = {'[]' if type == 'list' else repr('x')}\nmatch names every 2 -> reuse\n"
     (rule,) = resolve(parse(text), {"names": names}).rules
     assert parse(f"match {selector} every 2 -> reuse\n").statements[0] == rule
 
@@ -338,15 +338,21 @@ def test_a_nested_regex_is_harmless() -> None:
 
 def test_use_is_the_same_as_writing_it_out(folder: Path) -> None:
     """The used rules stand where `use` stands, with their settings."""
-    (folder / "part.cp").write_text("param n: int = 2\nparam r: range = (0, 9)\nmatch attention when t in r every n -> reuse\n")
+    (folder / "part.cp").write_text(
+        "param n: int = 2\nparam r: range = (0, 9)\nmatch attention when t in r every n -> reuse\n"
+    )
     (folder / "whole.cp").write_text(
-        "param outer: int = 4\nmatch feedforward every 3 -> reuse\nuse 'part.cp' with n = outer, r = (5, 7)\nmatch block every 9 -> reuse\n"
+        "param outer: int = 4\nmatch feedforward every 3 -> reuse\n"
+        "use 'part.cp' with n = outer, r = (5, 7)\nmatch block every 9 -> reuse\n"
     )
     resolved = resolve(load("./whole.cp"), {"outer": 7})
-    expected = "match feedforward every 3 -> reuse\nmatch attention when t in (5, 7) every 7 -> reuse\nmatch block every 9 -> reuse\n"
+    expected = (
+        "match feedforward every 3 -> reuse\nmatch attention when t in (5, 7) every 7 -> reuse\n"
+        "match block every 9 -> reuse\n"
+    )
     assert parse(expected).statements == resolved.rules
     assert resolve(parse(expected), {}).digest == resolved.digest
-    assert [0, 2, 0] != [source.statement for source in resolved.sources]
+    assert [1, 2, 3] == [source.statement for source in resolved.sources]
     assert ["whole.cp", "part.cp", "whole.cp"] == [Path(s.policy.source_name or "").name for s in resolved.sources]
 
 
@@ -473,7 +479,9 @@ EQUAL = {
     "signals": TEACACHE.replace("modulated", "m").replace("change", "c").replace("weights", "w"),
     "layout": printed(parse(TEACACHE)),
     "header": "\n".join(TEACACHE.splitlines()[7:]) + '\nparam names: list = ["norm1"]\nparam threshold: float = 0.2\n',
-    "constants": TEACACHE.replace("while sum(change) < threshold", "while sum(change) < 0.2").replace("match names", "match 'norm1'"),
+    "constants": TEACACHE.replace("while sum(change) < threshold", "while sum(change) < 0.2").replace(
+        "match names", "match 'norm1'"
+    ),
     "intervals": TEACACHE.replace("100 < t < 800", "t in (100, 800)"),
     "turned": TEACACHE.replace("100 < t < 800", "800 > t > 100"),
     "unused": TEACACHE + "param unused: int = 3\nlet nothing = 4\nsignal unread = l1(output('b'))\n",

@@ -66,21 +66,27 @@ def skeletons(draw: st.DrawFn) -> Skeleton:
         kinds = frozenset[ir.Kind]() if is_list else draw(st.frozensets(st.sampled_from(KINDS), max_size=2))
         modules.append(Module(name, draw(st.sampled_from(CLASSES)), kinds, is_list, not is_list))
     order = {module.name: index for index, module in enumerate(modules)}
-    ordered = sorted(modules, key=lambda module: [order[each] for each in [*ancestors(module.name)][::-1]] + [order[module.name]])
+    ordered = sorted(
+        modules, key=lambda module: [order[each] for each in [*ancestors(module.name)][::-1]] + [order[module.name]]
+    )
     return Skeleton("random", tuple(ordered))
 
 
 leaves = (
-    st.sampled_from(["attn", "ff", "blocks", "^blocks", "norm.$", r"\d", ".", "attn.*ff"]).map(lambda r: ir.Pattern(regex=r))
+    st.sampled_from(["attn", "ff", "blocks", "^blocks", "norm.$", r"\d", ".", "attn.*ff"]).map(
+        lambda r: ir.Pattern(regex=r)
+    )
     | st.sampled_from(KINDS).map(lambda kind: ir.OfKind(of=kind))
     | st.just(ir.OfKind(of="model"))
     | st.sampled_from(["Attention", "e", "^B"]).map(lambda r: ir.OfClass(regex=r))
 )
 selectors = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, min_size=2, max_size=3).map(lambda each: ir.AllOf(selectors=tuple(each)))
-    | st.lists(inner, min_size=2, max_size=3).map(lambda each: ir.AnyOf(selectors=tuple(each)))
-    | inner.map(lambda each: ir.NoneOf(selector=each)),
+    lambda inner: (
+        st.lists(inner, min_size=2, max_size=3).map(lambda each: ir.AllOf(selectors=tuple(each)))
+        | st.lists(inner, min_size=2, max_size=3).map(lambda each: ir.AnyOf(selectors=tuple(each)))
+        | inner.map(lambda each: ir.NoneOf(selector=each))
+    ),
     max_leaves=6,
 )
 
@@ -135,7 +141,10 @@ def test_operands_may_stand_in_any_order(parts: list[ir.Selector], skeleton: Ske
 def test_plans_do_not_depend_on_the_order_of_rules(parts: list[ir.Selector], skeleton: Skeleton) -> None:
     """Sites, their numbers and what hides them are the same in whatever order the rules stand."""
     rules = [ir.Rule(selector=each, optional=True, action=ir.Skip()) for each in parts]
-    plans = [bind(resolve(ir.Policy(statements=tuple(order), source_name="<test>"), {}), skeleton) for order in (rules, rules[::-1])]
+    plans = [
+        bind(resolve(ir.Policy(statements=tuple(order), source_name="<test>"), {}), skeleton)
+        for order in (rules, rules[::-1])
+    ]
     assert plans[0].sites == plans[1].sites
     for number, rule in enumerate(plans[0].rules):
         assert rule.sites == plans[1].rules[len(rules) - 1 - number].sites
@@ -260,7 +269,9 @@ def test_the_line_that_started_it() -> None:
 
 def test_outermost_of_the_whole_result() -> None:
     """`not` works on all modules before the outermost are taken."""
-    assert [f"transformer_blocks.{n}.attn1.to_q" for n in range(3)] == taken('"^transformer_blocks.*attn1" and "to_q"', LATTE)
+    assert [f"transformer_blocks.{n}.attn1.to_q" for n in range(3)] == taken(
+        '"^transformer_blocks.*attn1" and "to_q"', LATTE
+    )
     assert taken('"attn1" and not "temporal"', LATTE) == [f"transformer_blocks.{n}.attn1" for n in range(3)]
 
 
@@ -274,7 +285,9 @@ def test_the_root_only_by_its_kind() -> None:
 
 def test_lists_are_no_sites() -> None:
     """A ModuleList is never called, so its elements are taken instead."""
-    assert ["transformer_blocks.0", "transformer_blocks.1", "transformer_blocks.2"] == taken('"^transformer_blocks"', LATTE)
+    assert ["transformer_blocks.0", "transformer_blocks.1", "transformer_blocks.2"] == taken(
+        '"^transformer_blocks"', LATTE
+    )
 
 
 def test_pab_on_latte() -> None:
@@ -404,7 +417,8 @@ def test_shadowed_rules(first: str, second: str, shadowed: bool) -> None:
 def test_shadowed_by_several() -> None:
     """Rules that take all sites between them shadow a rule together."""
     plan = bound(
-        "match self_attention every 2 -> reuse\nmatch cross_attention every 2 -> reuse\nmatch attention every 3 -> reuse"
+        "match self_attention every 2 -> reuse\nmatch cross_attention every 2 -> reuse\n"
+        "match attention every 3 -> reuse\n"
     )
     (warning,) = plan.warnings
     assert "rule 1" in warning.message

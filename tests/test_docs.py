@@ -1,0 +1,149 @@
+"""The documents hold: their policies parse and pass their expectations, their Python runs, their lists are the code's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cachepolicy import ir, loading, vocabulary
+from cachepolicy.check import check_text, run_expectations
+from cachepolicy.syntax import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Fence:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def fences(page: Path) -> Iterator[Fence]:
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        yield Fence(page, text.count("\n", 0, found.start()) + 2, found[1], found[2])
+
+
+POLICIES = [fence for page in PAGES for fence in fences(page) if fence.language == "cachepolicy"]
+SCRIPTS = {page: script for page in PAGES if (script := [each for each in fences(page) if each.language == "python"])}
+
+
+@pytest.mark.parametrize("fence", POLICIES, ids=str)
+def test_a_policy_in_the_documents_is_sound(fence: Fence) -> None:
+    """Every policy that is shown parses, and the checker finds no error in it."""
+    parse(fence.text, source=str(fence))
+    found = check_text(fence.text, source=str(fence))
+    assert [] == [each for each in found if each.severity == "error"]
+
+
+@pytest.mark.parametrize("fence", [each for each in POLICIES if "\nexpect" in each.text], ids=str)
+def test_an_expectation_in_the_documents_holds(fence: Fence) -> None:
+    """The rows that the documents show are the rows that come out."""
+    ran = run_expectations(parse(fence.text, source=str(fence)))
+    assert [] == [each.message for outcome in ran.outcomes for each in outcome.findings]
+
+
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of a page runs from top to bottom, where `pipe` is a pipeline and the files it writes do not matter."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__", "pipe": _pipeline()}
+    for fence in SCRIPTS[page]:
+        code = compile("\n" * (fence.line - 1) + fence.text, str(page), "exec")
+        exec(code, names)
+
+
+def _pipeline() -> object:
+    """A real pipeline, few steps long, that takes whatever the documents' reader would ask for."""
+    pytest.importorskip("diffusers")
+    from cachepolicy.emoji import EmojiPipeline, load_pipeline
+
+    class AnyPipeline(EmojiPipeline):
+        def __call__(self, *_prompt: object, **options: object) -> object:
+            steps = options.get("num_inference_steps", 8)
+            return super().__call__([0], num_inference_steps=steps, guidance_scale=options.get("guidance_scale", 2.0))
+
+    loaded = load_pipeline()
+    pipe = AnyPipeline(loaded.transformer, loaded.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_links_lead_somewhere() -> None:
+    """Relative links of the documents name files that are there."""
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in PAGES
+        for target in LINK.findall(page.read_text(encoding="utf-8"))
+        if "://" not in target and not target.startswith("#") and not (page.parent / target.partition("#")[0]).exists()
+    ]
+    assert [] == broken
+
+
+def language() -> str:
+    return (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_lists_the_reserved_words() -> None:
+    """The reserved words of the reference are those of the language."""
+    listed = language().partition("## Reserved words")[2].partition("```text")[2].partition("```")[0]
+    assert vocabulary.RESERVED == set(listed.split())
+
+
+def test_the_reference_states_the_limits() -> None:
+    """The limits of the reference are those that are counted."""
+    table = language().partition("## Limits")[2]
+    stated = {row[0]: int(row[1].replace(",", "")) for row in re.findall(r"^\| (.+?) \| ([0-9,]+) \|$", table, re.MULTILINE)}
+    from cachepolicy.settings import LIST_LIMIT
+
+    assert [
+        vocabulary.TEXT_LIMIT,
+        vocabulary.TOKEN_LIMIT,
+        vocabulary.DEPTH_LIMIT,
+        vocabulary.NUMBER_LIMIT,
+        vocabulary.REGEX_LIMIT,
+        vocabulary.KEPT_LIMIT,
+        vocabulary.STEPS_LIMIT,
+        vocabulary.ORDER_LIMIT,
+        LIST_LIMIT,
+        loading.DEPTH_LIMIT,
+        loading.USE_LIMIT,
+        loading.RULE_LIMIT,
+    ] == list(stated.values())
+
+
+def test_the_reference_names_every_word() -> None:
+    """Every kind, clock word, function, probe, predictor and approximation is explained in the reference."""
+    text = language()
+    words = {
+        *vocabulary.KINDS,
+        *vocabulary.CLOCK,
+        *vocabulary.FUNCTIONS,
+        *vocabulary.PROBES,
+        *vocabulary.PREDICTORS,
+        *vocabulary.APPROXIMATIONS,
+        *vocabulary.TYPES,
+    }
+    assert [] == sorted(word for word in words if not re.search(rf"`[^`\n]*\b{word}\b[^`\n]*`", text))
+
+
+def test_the_example_policies_are_what_the_reference_shows() -> None:
+    """`fora`, which opens the reference, is shipped under this name and means the same."""
+    shown = next(each.text for each in POLICIES if "policy fora" in each.text)
+    rules = [
+        [each for each in policy.statements if isinstance(each, ir.Rule)]
+        for policy in (parse(shown), loading.load("fora"))
+    ]
+    assert rules[0] == rules[1]

@@ -31,8 +31,8 @@ def read_model(path: str | os.PathLike[str]) -> Skeleton:
             content = opened.read(FILE_LIMIT + 1)
         config = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it holds no JSON"
-        raise PolicyError.of("E210", f"`{file}` cannot be read: {reason.lower()}") from error
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it holds no JSON"
+        raise PolicyError.of("E210", f"`{file}` cannot be read: {reason}") from error
     if not isinstance(config, dict) or "_class_name" not in config:
         return from_json(content)
     return _built(config, str(file))  # pyright: ignore[reportUnknownArgumentType]
@@ -50,17 +50,19 @@ def _config_file(path: Path) -> Path:
 def _built(config: Mapping[str, Any], shown: str) -> Skeleton:
     import diffusers
     import torch
+    from diffusers.models.modeling_utils import ModelMixin
 
     from cachepolicy.modules import describe
 
     name = config["_class_name"]
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     # The name comes from a file: nothing but a model class of diffusers is ever called.
-    if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
+    if not isinstance(found, type) or not issubclass(found, ModelMixin):
         raise PolicyError.of("E210", f"`{shown}`: diffusers {diffusers.__version__} has no model class `{name}`")
     try:
         with torch.device("meta"):
-            return describe(found.from_config(dict(config)))  # pyright: ignore[reportUnknownMemberType]
+            build: Any = found
+            return describe(build.from_config(dict(config)))
     except PolicyError:
         raise
     except Exception as error:

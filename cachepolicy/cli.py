@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from cachepolicy.check import check as check_policy
 from cachepolicy.diagnostics import Diagnostic, PolicyError, to_json
 from cachepolicy.explanation import Explanation
 from cachepolicy.explanation import explain as explain_place
-from cachepolicy.files import load, read
+from cachepolicy.files import SHIPPED, load, read
 from cachepolicy.loading import resolve
 from cachepolicy.plan import Plan, bind
 from cachepolicy.printer import format as printed
@@ -58,7 +59,7 @@ _file = click.argument("file", metavar="FILE")
 
 
 def _standard_input() -> bytes:
-    return click.get_binary_stream("stdin").read(TEXT_LIMIT + 1)
+    return sys.stdin.buffer.read(TEXT_LIMIT + 1)
 
 
 def _opened(name: str) -> ir.Policy:
@@ -141,7 +142,7 @@ def _formatted(name: str, *, only_check: bool) -> int:
     policy = parse(before, source="<stdin>") if name == STDIN else read(Path(name), name)
     after = printed(policy).encode()
     if name == STDIN and not only_check:
-        click.get_binary_stream("stdout").write(after)
+        sys.stdout.buffer.write(after)
         return terminal.FINE
     if after == (before if name == STDIN else Path(name).read_bytes()):
         return terminal.FINE
@@ -171,7 +172,7 @@ def plan(*, file: str, as_json: bool, **given: Any) -> None:
         terminal.say_json(report_json(schedule))
         return
     terminal.report(schedule.plan.warnings, error=True)
-    terminal.say(draw(schedule, width=terminal.columns(), colour=terminal.coloured(click.get_text_stream("stdout"))))
+    terminal.say(draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
 
 
 @main.command()
@@ -240,7 +241,7 @@ def _expectations_json(ran: Expectations) -> dict[str, object]:
 @terminal.guarded
 def list_shipped(*, as_json: bool) -> None:
     """Name the shipped policies."""
-    policies = {name: load(f"{name}.cp") for name in shipped_policies()}
+    policies = {name: load(f"{SHIPPED}{name}") for name in shipped_policies()}
     if as_json:
         terminal.say_json(
             [{"name": name, **each.model_dump(include={"title", "source"})} for name, each in policies.items()]

@@ -143,7 +143,7 @@ def psnr(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     Both are infinite where no picture differs.
     """
     errors = (reference.double() - other.double()).square().flatten(1).mean(1)
-    each = [10 * math.log10(4 / error) for error in errors.tolist() if error > 0]
+    each = [10 * math.log10(4 / float(error)) for error in errors if error > 0]
     return (statistics.fmean(each), min(each)) if each else (math.inf, math.inf)
 
 
@@ -177,7 +177,7 @@ class _Bench:
 
     def check(self) -> tuple[list[str], str]:
         """The names of the modules that the policy decides on, and the policy's semantic hash."""
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.set_progress_bar_config(disable=True)  # pyright: ignore[reportUnknownMemberType]
         with apply(self.pipe, self.policy, **self.settings) as run:
             return [name for site in run.plan.sites for name in site.modules], run.plan.resolved.digest
 
@@ -188,7 +188,7 @@ class _Bench:
 
     def round(self, ways: Mapping[str, tuple[int, bool]], *, backwards: bool) -> dict[str, _Sampled]:
         """One timed sampling of each; every second round runs in the other order."""
-        order = reversed(ways) if backwards else iter(ways)
+        order = reversed(list(ways)) if backwards else iter(ways)
         return {way: self._timed(way, *ways[way]) for way in order}
 
     def _timed(self, way: str, steps: int, cached: bool) -> _Sampled:
@@ -209,9 +209,11 @@ class _Bench:
             if self.progress is not None:
                 self.progress(self.done, self.total, what)
 
-        return self.pipe(
+        images = self.pipe(
             labels, steps, seed=self.sampling.seed, output_type="pt", callback_on_step_end=advance, return_dict=False
         )[0]
+        assert isinstance(images, torch.Tensor)
+        return images
 
 
 # --- the picture -----------------------------------------------------------------------------------------

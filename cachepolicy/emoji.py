@@ -1,3 +1,5 @@
+# diffusers comes without complete types: what it returns is not known in the strict sense.
+# pyright: basic, reportPrivateImportUsage=false
 """The pipeline of the shipped emoji model: a small real `DiffusionPipeline`, for the demo, examples and tests."""
 
 from __future__ import annotations
@@ -75,18 +77,17 @@ class EmojiPipeline(DiffusionPipeline):
             latents = self._noise(len(classes), generator if seed is None else _generators(seed, len(classes)))
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            for step, t in enumerate(self.scheduler.timesteps):
-                self._current_timestep = t
-                velocity = self._velocity(latents, t, labels, guidance_scale, sequential=sequential_guidance)
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, step, t, {"latents": latents}) or {}).pop("latents", latents)
-                bar.update()
+        x: torch.Tensor = latents
+        bar: Any = self.progress_bar
+        for step, t in enumerate(bar(self.scheduler.timesteps)):
+            self._current_timestep = t
+            velocity = self._velocity(x, t, labels, guidance_scale, sequential=sequential_guidance)
+            x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
         self._current_timestep = None
-        pictures = latents.clamp(-1, 1)
         self.maybe_free_model_hooks()
-        images: Images = pictures if output_type == "pt" else to_pil(pictures)
+        images: Any = x.clamp(-1, 1) if output_type == "pt" else to_pil(x.clamp(-1, 1))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:

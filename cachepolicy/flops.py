@@ -7,7 +7,7 @@ multiply-add; element-wise work is left out. A module that a policy answered has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ def count(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Flops:
 
 
 @contextmanager
-def counting(model: torch.nn.Module) -> Iterator[Flops]:
+def counting(model: torch.nn.Module) -> Generator[Flops]:
     """Count everything that runs inside the `with`; `total` is complete when it ends.
 
     Modules are told by their names in `model`. Slower than a plain run by the cost of a Python call an operation.
@@ -46,9 +46,9 @@ def counting(model: torch.nn.Module) -> Iterator[Flops]:
 
 
 @contextmanager
-def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -> Iterator[None]:
+def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -> Generator[None]:
     """Read the counter before and after each module; hooks on all modules see those that swapped their class too."""
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[torch.nn.Module, str] = {module: name for name, module in model.named_modules()}  # pyright: ignore[reportUnknownVariableType]
     started = list[int]()
 
     def enter(module: torch.nn.Module, _args: object) -> None:

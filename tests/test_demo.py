@@ -1,0 +1,188 @@
+# ruff: noqa: E402 - the imports below need diffusers, and the tests are skipped without it
+"""The emoji pipeline is a real one, and the demo measures what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from PIL import Image
+
+import cachepolicy
+from cachepolicy import report
+from cachepolicy.demo import Sampling, measure, psnr, save
+from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline
+from cachepolicy.flops import count, counting
+from cachepolicy.showing import table
+
+SMALL = Sampling(steps=5, pictures=2, pairs=1)
+REUSE_ALL_BUT_FIRST = 'match "attn1$" on {0} -> reuse'
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, **options):
+    options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt"} | options
+    return pipe(["grin", "tree"], **options).images
+
+
+def test_the_model_draws_its_classes(pipe):
+    """A picture is nearer to another of its own class than to one of another class."""
+    one = pipe(["apple", "frog"], num_inference_steps=8, seed=0, output_type="pt").images
+    other = pipe(["apple", "frog"], num_inference_steps=8, seed=1, output_type="pt").images
+    distance = torch.cdist(one.flatten(1), other.flatten(1))
+    assert [0, 1] == distance.argmin(1).tolist()
+
+
+def test_sequential_guidance_draws_the_same(pipe):
+    """Two calls a step give the pictures of one call on a batch, up to rounding."""
+    assert torch.allclose(draw(pipe), draw(pipe, sequential_guidance=True), atol=1e-4)
+
+
+def test_no_guidance_runs_the_conditional_half(pipe):
+    """A guidance of 1 calls the model on single pictures."""
+    with counting(pipe.transformer) as halved:
+        alone = draw(pipe, guidance_scale=1.0)
+    with counting(pipe.transformer) as full:
+        assert not torch.equal(alone, draw(pipe))
+    assert full.total == 2 * halved.total
+
+
+def test_a_seed_gives_each_picture_its_own_noise(pipe):
+    """How many pictures are drawn changes none of them, and latents may be given instead."""
+    noise = torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    assert torch.equal(draw(pipe), draw(pipe, seed=None, latents=noise))
+    alone = pipe(["grin"], num_inference_steps=4, seed=0, output_type="pt").images
+    assert torch.allclose(draw(pipe)[:1], alone, atol=1e-4)
+
+
+def test_a_generator_is_taken(pipe):
+    """One generator draws the noise of all pictures."""
+    one = draw(pipe, seed=None, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(one, draw(pipe, seed=None, generator=torch.Generator().manual_seed(3)))
+    assert not torch.equal(one, draw(pipe, seed=None, generator=torch.Generator().manual_seed(4)))
+
+
+def test_the_pipeline_tells_where_it_is(pipe):
+    """Step callbacks see the timestep, may change the latents, and afterwards no timestep is current."""
+    seen = []
+
+    def look(pipe, step, t, tensors):
+        seen.append((step, float(t), float(pipe.current_timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else None
+
+    pictures = draw(pipe, callback_on_step_end=look)
+    assert [0, 1, 2, 3] == [step for step, _, _ in seen]
+    assert all(t == current for _, t, current in seen)
+    assert 0 == pictures.abs().max()
+    assert pipe.current_timestep is None
+    assert 4 == pipe.num_timesteps
+
+
+def test_it_saves_and_loads_like_any_pipeline(pipe, tmp_path):
+    """`save_pretrained` and `from_pretrained` of diffusers work on it."""
+    pipe.save_pretrained(tmp_path)
+    again = EmojiPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipe), draw(again))
+    assert {"transformer", "scheduler"} == set(pipe.components)
+
+
+def test_pictures_come_as_pil_images(pipe):
+    """The default output is a list of 32 by 32 images."""
+    images = draw(pipe, output_type="pil")
+    assert [(32, 32), (32, 32)] == [image.size for image in images]
+    assert len(NAMES) == 36
+
+
+def test_psnr_of_equal_pictures_is_infinite():
+    """Equal pictures give infinity; those that differ are averaged without them."""
+    one = torch.zeros(3, 3, 4, 4)
+    other = one.clone()
+    assert (math.inf, math.inf) == psnr(one, other)
+    other[0] += 0.2
+    other[1] += 0.02
+    mean, worst = psnr(one, other)
+    assert (pytest.approx(30, abs=1e-4), pytest.approx(20, abs=1e-4)) == (mean, worst)
+
+
+@pytest.mark.filterwarnings("ignore:the policy reused nothing")
+def test_a_policy_that_computes_all_is_bitwise_the_bare_model():
+    """Nothing skipped, infinite PSNR, and as many steps in the other row."""
+    demo = measure(cachepolicy.parse('match "attn1$" -> compute'), sampling=SMALL)
+    assert (1.0, 1.0, math.inf) == (demo.policy.flops, demo.policy.calls, demo.policy.psnr)
+    assert 5 == demo.fewer_steps.steps
+    assert torch.equal(demo.uncached, demo.cached)
+    assert demo.to_json()["policy"]["psnr"] is None
+    assert "bitwise equal" in table(demo, "all.cp")
+
+
+def test_the_shares_are_those_of_what_ran():
+    """Calls and FLOPs skipped agree with the schedule and with the FLOPs of one module."""
+    demo = measure(cachepolicy.parse(REUSE_ALL_BUT_FIRST), sampling=SMALL)
+    pipe = load_pipeline()
+    one = count(
+        pipe.transformer,
+        hidden_states=torch.zeros(2, 3, 32, 32),
+        timestep=torch.zeros(2),
+        class_labels=torch.zeros(2, dtype=torch.long),
+    )
+    attention = sum(one.modules[f"transformer_blocks.{block}.attn1"] for block in range(8))
+    assert pytest.approx(1 / 5) == demo.policy.calls
+    assert pytest.approx(1 - 4 / 5 * attention / one.total) == demo.policy.flops
+    assert pytest.approx(demo.fewer_steps.steps / 5) == demo.fewer_steps.flops
+    assert 5 < demo.policy.psnr < math.inf
+    assert demo.policy.worst_psnr <= demo.policy.psnr
+
+
+def test_the_picture_shows_both_grids(tmp_path):
+    """The file holds the uncached grid on the left and the policy's on the right."""
+    demo = measure(cachepolicy.parse(REUSE_ALL_BUT_FIRST), sampling=SMALL)
+    save(demo, tmp_path / "out.png", ("uncached", "cached"))
+    with Image.open(tmp_path / "out.png") as sheet:
+        left, right = (sheet.crop((x, 30, x + 198, 125)).tobytes() for x in (0, sheet.width - 399))
+        assert left != right
+    same = dataclasses.replace(demo, cached=demo.uncached)
+    save(same, tmp_path / "same.png", ("uncached", "cached"))
+    with Image.open(tmp_path / "same.png") as sheet:
+        left, right = (sheet.crop((x, 30, x + 198, 125)).tobytes() for x in (0, sheet.width - 399))
+        assert left == right
+
+
+def test_progress_ends_at_its_total():
+    """The bar's last step is the last of all."""
+    heard = []
+    measure("pab", {"spatial_every": 3}, SMALL, progress=lambda done, total, _: heard.append((done, total)))
+    assert list(range(1, len(heard) + 1)) == [done for done, _ in heard]
+    assert heard[-1][0] == heard[-1][1]
+
+
+@pytest.mark.filterwarnings("ignore:the policy reused nothing")
+def test_a_slower_policy_is_called_slower():
+    """A ratio below 1 is shown as it is."""
+    demo = measure(cachepolicy.parse('match "attn1$" -> compute'), sampling=SMALL)
+    row = dataclasses.replace(demo.policy, wall=dataclasses.replace(demo.policy.wall, median=0.8, least=0.7, most=0.9))
+    text = table(dataclasses.replace(demo, policy=row), "all.cp")
+    assert "0.80x (0.70..0.90)" in text
+    assert "SLOWER" in text
+
+
+def test_a_trace_is_drawn_as_the_schedule_is(pipe):
+    """What happened on the real pipeline reads like what was simulated."""
+    with cachepolicy.apply(pipe, "pab", spatial_every=3) as run:
+        draw(pipe, num_inference_steps=10)
+    trajectory = run.trace.last
+    schedule = cachepolicy.simulate(run.plan, steps=10, timesteps=pipe.scheduler.timesteps.tolist())
+    assert report.to_json(schedule)["rows"] == report.to_json(trajectory)["rows"]
+    assert report.summary(schedule) == report.summary(trajectory)
+    assert "transformer_blocks.0-7.attn1" in report.draw(trajectory)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from cachepolicy.explanation import explain
     from cachepolicy.files import load
     from cachepolicy.ir import Policy
-    from cachepolicy.printer import format  # noqa: A004
-    from cachepolicy.runtime import apply, remove
+    from cachepolicy.printer import format
+    from cachepolicy.runtime import Run, apply, remove
     from cachepolicy.simulation import plan, simulate
     from cachepolicy.syntax import parse
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Policy",
     "PolicyError",
+    "Run",
     "__version__",
     "apply",
     "explain",
@@ -44,6 +45,7 @@ __all__ = [
 _HOMES = {
     "Policy": "ir",
     "PolicyError": "diagnostics",
+    "Run": "runtime",
     "apply": "runtime",
     "explain": "explanation",
     "format": "printer",

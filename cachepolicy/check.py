@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cachepolicy import ir
 from cachepolicy.diagnostics import Diagnostic, PolicyError
 from cachepolicy.evaluate import Undefined, constant, walk
-from cachepolicy.files import load, located
+from cachepolicy.files import is_file, load, located
 from cachepolicy.loading import Resolved, resolve
 from cachepolicy.meaning import check_names
 from cachepolicy.plan import BoundRule, Plan, bind, label
@@ -38,6 +39,8 @@ def check_text(text: str | bytes, *, source: str = "<text>") -> tuple[Diagnostic
     policy, findings = recover(text, source=source)
     if any(each.severity == "error" for each in findings):
         return findings
+    if is_file(Path(source)):
+        policy = policy.model_copy(update={"source_name": str(Path(source).absolute())})
     return (*findings, *_whole(policy))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from pydantic import ValidationError
 
@@ -37,7 +37,7 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
     if isinstance(source, ir.Policy):
         return source
     if not isinstance(source, str):
-        return read(Path(source), os.fspath(source))
+        return _from_path(source)
     if source.startswith(SHIPPED):
         return _shipped(source.removeprefix(SHIPPED))
     if "\n" in source:
@@ -47,6 +47,14 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
     return _named(source, Path())
 
 
+def _from_path(source: object) -> ir.Policy:
+    if not isinstance(source, os.PathLike):
+        given = type(source).__name__
+        raise PolicyError.of("E150", f"a policy is a name, a path or a `Policy`, not a `{given}`")
+    name = os.fsdecode(cast("os.PathLike[str]", source))
+    return read(Path(name), name)
+
+
 def _bare(name: str) -> bool:
     return not any(separator in name for separator in ("/", os.sep))
 
@@ -54,7 +62,7 @@ def _bare(name: str) -> bool:
 def _named(name: str, folder: Path) -> ir.Policy:
     """A shipped policy, or a file of `folder`, by a bare name."""
     stem = _stem(name)
-    beside = next((each for each in (name, *(stem + suffix for suffix in SUFFIXES)) if _is_file(folder / each)), None)
+    beside = next((each for each in (name, *(stem + suffix for suffix in SUFFIXES)) if is_file(folder / each)), None)
     if stem in shipped_policies():
         if beside is not None and not _same(folder / beside, shipped_policies()[stem]):
             raise PolicyError.of(
@@ -63,7 +71,7 @@ def _named(name: str, folder: Path) -> ir.Policy:
                 help=f"`./{beside}` is the file, `{SHIPPED}{stem}.cp` the shipped policy",
             )
         return _shipped(stem)
-    if _is_file(folder / name) or _is_there(folder / name):
+    if is_file(folder / name) or _is_there(folder / name):
         return read(folder / name, name)
     raise PolicyError.of("E150", f"no shipped policy and no file `{name}`", help=_near(stem, folder))
 
@@ -77,7 +85,7 @@ def _stem(name: str) -> str:
 
 def _near(stem: str, folder: Path) -> str | None:
     for suffix in (*SUFFIXES, ".json"):
-        if _is_file(folder / (stem + suffix)):
+        if is_file(folder / (stem + suffix)):
             return f"there is a file `./{stem}{suffix}`"
     return suggestion(stem, list(shipped_policies()))
 
@@ -87,7 +95,8 @@ def _same(path: Path, policy: Traversable) -> bool:
     return isinstance(policy, Path) and path.resolve() == policy.resolve()
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """True for a regular file; a name that the system cannot look up is none."""
     try:
         return path.is_file()
     except (OSError, ValueError):

@@ -74,7 +74,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> 
         if errors:
             raise PolicyError(errors)
     flat = _Flat()
-    names = flat.add(policy, settings or {}, (origin(policy),), "")
+    names = flat.add(policy, settings or {}, (origin(policy),))
     if flat.findings:
         raise PolicyError(flat.findings)
     rules, signals = tuple(flat.rules), tuple(flat.signals.values())
@@ -116,16 +116,22 @@ class _Flat:
     nodes: int = 0
 
     def add(
-        self, policy: ir.Policy, settings: Mapping[str, object], path: Sequence[Origin], prefix: str
+        self,
+        policy: ir.Policy,
+        settings: Mapping[str, object],
+        path: Sequence[Origin],
+        use: ir.Use | None = None,
     ) -> dict[str, ir.Expression]:
-        """Write out one policy; gives what its names are worth."""
-        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings)
+        """Write out one policy, or the one that `use` names; gives what its names are worth."""
+        places = {each.name: each.span for each in use.settings} if use else {}
+        prefix = (policy.name or use.policy) if use else ""
+        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings, places)
         renamed = self._declare(policy, prefix)
         names |= {old: ir.Name(name=new) for old, new in renamed.items()}
         sizes = dict[str, tuple[int, int]]()
         for let in _in_order(policy):
             sizes[let.name] = self._size(policy, let, sizes)
-            names[let.name] = self._write(let.value, names, renamed)
+            names[let.name] = self._write(policy, let.value, names, renamed)
         for number, statement in enumerate(policy.statements):
             match statement:
                 case ir.Rule():
@@ -133,12 +139,12 @@ class _Flat:
                 case ir.Signal():
                     self._size(policy, statement, sizes)
                     new = renamed[statement.name]
-                    value = self._write(statement.value, names, renamed)
+                    value = self._write(policy, statement.value, names, renamed)
                     self.signals[new] = statement.model_copy(update={"name": new, "value": value})
                 case ir.Use():
                     self._use(policy, statement, names, path)
                 case ir.Expect() if not prefix:
-                    selector = self._write(statement.selector, names, renamed)
+                    selector = self._write(policy, statement.selector, names, renamed)
                     self.expects.append(statement.model_copy(update={"selector": selector}))
                 case _:
                     pass
@@ -164,7 +170,9 @@ class _Flat:
             self.taken |= {each.name for each in policy.statements if isinstance(each, ir.Param | ir.Let)}
         return renamed
 
-    def _write(self, node: Any, names: Mapping[str, ir.Expression], renamed: Mapping[str, str]) -> Any:
+    def _write(
+        self, policy: ir.Policy, node: Any, names: Mapping[str, ir.Expression], renamed: Mapping[str, str]
+    ) -> Any:
         def rewrite(node: ir.Node) -> ir.Node:
             match node:
                 case ir.Name():
@@ -172,13 +180,13 @@ class _Flat:
                 case ir.Lookup():
                     return node.model_copy(update={"table": renamed.get(node.table, node.table)})
                 case ir.PatternParam():
-                    return self._pattern(node, names)
+                    return self._pattern(policy, node, names)
                 case _:
                     return folded(node)
 
         return transform(node, rewrite)
 
-    def _pattern(self, node: ir.PatternParam, names: Mapping[str, ir.Expression]) -> ir.Node:
+    def _pattern(self, policy: ir.Policy, node: ir.PatternParam, names: Mapping[str, ir.Expression]) -> ir.Node:
         """The regex that the parameter holds, or any of those in its list; `off` and an empty list match nothing."""
         value = names.get(node.name)
         match value:
@@ -188,14 +196,14 @@ class _Flat:
                 texts = [item.value for item in value.items if isinstance(item, ir.Text)]
                 if len(texts) < len(value.items):
                     message = f"`{node.name}` stands for regexes, so its items are strings"
-                    self.findings.append(Diagnostic("E161", message, span=node.span))
+                    self.findings.append(located(Diagnostic("E161", message), policy, node.span))
                 patterns = tuple(ir.Pattern(regex=text, span=node.span) for text in texts)
                 return patterns[0] if len(patterns) == 1 else ir.AnyOf(selectors=patterns, span=node.span)
             case ir.Off():
                 return ir.AnyOf(selectors=(), span=node.span)
             case _:
                 message = f"`{node.name}` is no string or list parameter, so it cannot stand for a regex"
-                self.findings.append(Diagnostic("E161", message, span=node.span))
+                self.findings.append(located(Diagnostic("E161", message), policy, node.span))
                 return ir.AnyOf(selectors=(), span=node.span)
 
     def _rule(
@@ -208,7 +216,7 @@ class _Flat:
         sizes: Mapping[str, tuple[int, int]],
     ) -> None:
         self._size(policy, rule, sizes)
-        written: ir.Rule = self._write(rule, names, renamed)
+        written: ir.Rule = self._write(policy, rule, names, renamed)
         if _is_absent(written):
             return
         bounds = tuple(bound for bound in written.bounds if not isinstance(bound.count, ir.Off))
@@ -223,8 +231,8 @@ class _Flat:
     def _use(self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]) -> None:
         try:
             used = self._load(use.policy, policy, path)
-            settings = {each.name: self._write(each.value, names, {}) for each in use.settings}
-            self.add(used, settings, (*path, origin(used)), used.name or use.policy)
+            settings = {each.name: self._write(policy, each.value, names, {}) for each in use.settings}
+            self.add(used, settings, (*path, origin(used)), use)
         except PolicyError as error:
             findings = [located(each, policy, use.span) for each in error.diagnostics]
             if any(each.code == "E157" for each in findings):

@@ -93,7 +93,7 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
     findings = list[Diagnostic]()
     taken = [_taken(resolved, number, skeleton, findings) for number in range(len(resolved.rules))]
     sites = _sites({modules for each in taken for modules in each}, skeleton)
-    findings += _overlaps(sites)
+    findings += _overlaps(resolved, sites, taken)
     if not findings:
         findings += _misplaced(resolved, taken)
     by_modules = {site.modules: site.index for site in sites}
@@ -101,12 +101,15 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
         BoundRule(number, rule, tuple(sorted(by_modules[modules] for modules in taken[number])))
         for number, rule in enumerate(resolved.rules)
     )
-    probes, errors = measured([each.rule for each in rules if each.sites], resolved.signals, skeleton)
-    findings += errors
+    probes = dict[ir.Probe, Measured]()
+    for each in rules:
+        if each.sites:
+            errors = measured(each.rule, resolved.signals, skeleton, probes)
+            findings += [_at(resolved, each.index, error) for error in errors]
     if not findings:
         findings += _unmeasurable(resolved, rules, sites, probes, skeleton)
     if findings:
-        raise PolicyError(findings)
+        raise PolicyError(dict.fromkeys(findings))
     plan = Plan(resolved.policy, resolved, skeleton, sites, rules, needs(rules, resolved.signals), probes)
     return replace(plan, warnings=tuple(_warnings(plan)))
 
@@ -187,16 +190,19 @@ def _slice(name: str, blocks: Sequence[str], skeleton: Skeleton) -> str:
     return f"{name}[{first}:{first + len(blocks)}]"
 
 
-def _overlaps(sites: Sequence[Site]) -> Iterator[Diagnostic]:
+def _overlaps(resolved: Resolved, sites: Sequence[Site], taken: Sequence[Sequence[Modules]]) -> Iterator[Diagnostic]:
     """Spans that share a block though neither stands in the other."""
     spans = [site for site in sites if len(site.modules) > 1]
-    for number, one in enumerate(spans):
-        for other in spans[number + 1 :]:
+    for index, one in enumerate(spans):
+        for other in spans[index + 1 :]:
             shared = set(one.modules) & set(other.modules)
             if shared and shared != set(one.modules) and shared != set(other.modules):
                 message = f"`{one.name}` and `{other.name}` overlap, and neither stands inside the other"
                 help = "one decision and one history belong to a span; cut the spans so that they meet or nest"
-                yield Diagnostic("E203", message, help=help)
+                rule = max(number for number, each in enumerate(taken) if one.modules in each or other.modules in each)
+                yield _at(
+                    resolved, rule, Diagnostic("E203", message, span=resolved.rules[rule].selector.span, help=help)
+                )
 
 
 def _misplaced(resolved: Resolved, taken: Sequence[Sequence[Modules]]) -> Iterator[Diagnostic]:
@@ -258,7 +264,7 @@ def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
 def _warnings(plan: Plan) -> Iterator[Diagnostic]:
     if plan.rules and not plan.sites:
         message = f"no rule takes anything in `{plan.skeleton.name}`: every step is computed"
-        yield Diagnostic("W511", message, severity="warning", source=plan.policy.source_name)
+        yield located(Diagnostic("W511", message, severity="warning"), plan.policy, None)
     for number, by in shadowed(plan.rules):
         others = " and ".join(f"rule {each + 1}, `{label(plan.rules[each].rule)}`" for each in by)
         message = f"this rule never decides: {others} come{'s' if len(by) == 1 else ''} first at all its sites"

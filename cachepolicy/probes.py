@@ -21,12 +21,12 @@ class Measured:
 
 
 def measured(
-    rules: Sequence[ir.Rule], signals: Sequence[ir.Signal], skeleton: Skeleton
-) -> tuple[dict[ir.Probe, Measured], list[Diagnostic]]:
-    """The place of every probe that the rules read, and the probes that take not exactly one site (E207)."""
+    rule: ir.Rule, signals: Sequence[ir.Signal], skeleton: Skeleton, found: dict[ir.Probe, Measured]
+) -> list[Diagnostic]:
+    """Add the place of every probe that the rule reads to `found`; gives those that take not just one site (E207)."""
     values = {signal.name: signal for signal in signals}
-    found, findings = dict[ir.Probe, Measured](), list[Diagnostic]()
-    for probe in dict.fromkeys(probe for rule in rules for probe, _ in _probes(rule.condition, values)):
+    findings = list[Diagnostic]()
+    for probe in dict.fromkeys(probe for probe, _ in _probes(rule.condition, values)):
         text = format_node(probe)
         try:
             taken = select(probe.selector, skeleton)
@@ -42,7 +42,7 @@ def measured(
             count = "nothing" if not taken else f"{len(taken)} sites"
             message = f"`{text}` takes {count} in `{skeleton.name}`, and a probe takes exactly one"
             findings.append(Diagnostic("E207", message, span=probe.span, help=help))
-    return found, findings
+    return findings
 
 
 def unmeasurable(

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import assert_never, cast
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError, suggestion
+from cachepolicy.diagnostics import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.evaluate import Undefined, Value, constant
 
 LIST_LIMIT = 100_000
 """Items of a list parameter: more than any run has steps or any model modules."""
 
 
-def settled(params: Sequence[ir.Param], settings: Mapping[str, object]) -> dict[str, ir.Expression]:
+def settled(
+    params: Sequence[ir.Param], settings: Mapping[str, object], places: Mapping[str, Span | None] | None = None
+) -> dict[str, ir.Expression]:
     """The constant that each parameter is worth, as `settings` or else its default says.
 
-    A setting is a Python value (None for `off`, a tuple `(low, high)` for an open range) or an expression.
+    A setting is a Python value (None for `off`, a tuple `(low, high)` for an open range) or an expression; `places`
+    tells where in a text it stands.
 
     Raises:
         PolicyError: E160, no such parameter; E161, another type; E162, outside the domain. All of them at once.
     """
-    known = {param.name: param for param in params}
-    findings = [_unknown(name, list(known)) for name in settings if name not in known]
+    known, at = {param.name: param for param in params}, places or {}
+    findings = [replace(_unknown(name, list(known)), span=at.get(name)) for name in settings if name not in known]
     values = dict[str, ir.Expression]()
     for name, param in known.items():
         try:
             values[name] = typed(param, settings.get(name, param.default))
         except PolicyError as error:
-            findings += error.diagnostics
+            findings += [replace(each, span=at.get(name)) for each in error.diagnostics]
     if findings:
         raise PolicyError(findings)
     return values

@@ -112,11 +112,13 @@ def _lists(node: ir.Blocks, skeleton: Skeleton) -> tuple[str, ...]:
     lists = tuple(sorted(named, key=skeleton.position.__getitem__))
     if not lists:
         every = [module.name for module in skeleton.modules if module.is_list]
-        help = near_name(node.of, every) or _few("the lists are", every)
+        outer = sorted(outermost(every), key=skeleton.position.__getitem__)
+        help = near_name(node.of, every) or (_few("the outermost lists are", outer) if outer else None)
         raise _error("E205", f'no list of blocks matches `of "{node.of}"`', node, help)
     if len({name.rpartition(".")[0] for name in lists}) > 1:
         shown = ", ".join(f"`{name}`" for name in lists[:3])
-        help = f'name one: `of "^{lists[0]}$"`'
+        escaped = lists[0].replace(".", r"\.")
+        help = f'name one: `of "^{escaped}$"`'
         raise _error("E206", f"the lists {shown} do not run one after another", node, help)
     return lists
 

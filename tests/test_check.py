@@ -199,6 +199,15 @@ def test_check(text: str, expected: list[str], tmp_path: Path) -> None:
         assert expected == codes(check(parse(text)))
 
 
+def test_a_text_under_its_path_uses_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editor's text is checked as the file it will be."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part.cp").write_text(RULE)
+    (tmp_path / "policy.cp").write_text("")
+    assert [] == codes(check_text("use 'part.cp'\n", source="policy.cp"))
+    assert ["E150"] == codes(check_text("use 'part.cp'\n"))
+
+
 def test_warnings_of_names_are_checked_too() -> None:
     """What nothing reads is doubtful, told once."""
     assert ["W503"] == codes(check(parse("param unread: int = 2\n" + RULE)))

@@ -121,6 +121,12 @@ def test_near_misses(folder: Path, name: str, help: str) -> None:
     assert help in (error.diagnostics[0].help or "")
 
 
+@pytest.mark.parametrize("wrong", [None, 5, b"pab", ["pab"]])
+def test_what_is_no_policy_at_all(wrong: Any) -> None:
+    """Anything that is neither name, path nor policy is an error of the one kind."""
+    assert ["E150"] == codes(refused(load, wrong))
+
+
 def test_forgotten_suffix(folder: Path) -> None:
     """`mine` where `mine.cp` lies here is told so."""
     (folder / "mine.cp").write_text(FORA)

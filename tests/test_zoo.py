@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
 
+from diffusers.models import ModelMixin, transformers, unets  # noqa: E402
+
+from cachepolicy.modules import describe  # noqa: E402
+from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES  # noqa: E402
 from cachepolicy.testing import zoo  # noqa: E402
 
 
@@ -42,6 +47,36 @@ def test_entry_depends_on_its_seed_only(name: str) -> None:
     assert not torch.equal(first, _call(name, zoo.build(name, seed=2), 500.0))
 
 
+@pytest.mark.parametrize("name", zoo.names())
+def test_cross_attention_is_told_from_the_live_model(name: str) -> None:
+    """Attention whose keys come from elsewhere is known as such, and joint and self attention is not."""
+    kinds = {each.name: each.kinds for each in describe(zoo.build(name)).modules if "attention" in each.kinds}
+    cross = {path for path, labels in kinds.items() if "cross_attention" in labels}
+    assert cross == {path for path in kinds if re.search(zoo.entry(name).cross, path)}
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_timesteps_are_read_in_training_units(name: str) -> None:
+    """The engine's table of scales undoes what a pipeline does to the timestep of each class."""
+    feed, scale = zoo.entry(name).feed, SCALES.get(zoo.entry(name).class_name, RAW)
+    if scale is None:
+        pytest.skip("this class is called with what is no timestep")
+    assert feed.argument in TIMESTEP_NAMES
+    assert [scale.to_training(feed.value(t)) for t in (0.0, 250.0, 999.0)] == pytest.approx([0.0, 250.0, 999.0])
+
+
+def test_every_denoiser_is_in_the_zoo_or_left_out_for_a_reason() -> None:
+    """No class of diffusers' transformers and UNets is forgotten."""
+    found = {name for module in (transformers, unets) for name, each in vars(module).items() if _is_model(each)}
+    built = {zoo.entry(name).class_name for name in zoo.names()}
+    assert found - built <= zoo.NOT_BUILT.keys()
+    assert not built & zoo.NOT_BUILT.keys()
+
+
+def _is_model(each: object) -> bool:
+    return isinstance(each, type) and issubclass(each, ModelMixin)
+
+
 def test_building_leaves_the_global_generator_alone() -> None:
     """Building a model draws nothing from the caller's generator."""
     torch.manual_seed(0)
@@ -57,9 +92,10 @@ def test_batched_and_sequential_guidance_cost_the_same_samples(name: str) -> Non
     model = zoo.build(name)
     calls: list[int] = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    for guidance, expected in (("none", 3), ("batched", 3), ("sequential", 6)):
+    expectations: dict[zoo.Guidance, int] = {"none": 3, "batched": 3, "sequential": 6}
+    for guidance, expected in expectations.items():
         calls.clear()
-        outputs = list(zoo.trajectory(name, model, [900.0, 500.0, 100.0], guidance=guidance))  # pyright: ignore
+        outputs = list(zoo.trajectory(name, model, [900.0, 500.0, 100.0], guidance=guidance))
         assert (len(outputs), len(calls)) == (3, expected)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -18,12 +18,17 @@ class Feed:
     """How a pipeline gives the timestep to its denoiser, from `t` in training units (0..1000, noise at 1000).
 
     Read from the pipelines of diffusers 0.42.1. The value is `t * scale`, or `(1000 - t) * scale` when reversed.
+    `shape` says whether it comes as one number, once a sample, once a frame (dimension 1 of the latents), or as
+    `rows` copies whatever the batch, with the numbers of `tail` behind. `also` names arguments that get the same.
     """
 
     argument: str = "timestep"
     scale: float = 1.0
     reverse: bool = False
-    rank: Literal["scalar", "batch", "frames"] = "batch"
+    shape: Literal["scalar", "batch", "frames", "rows"] = "batch"
+    rows: int = 1
+    tail: tuple[float, ...] = ()
+    also: tuple[str, ...] = ()
 
     def value(self, t: float) -> float:
         """The number that the model is called with at training timestep `t`."""
@@ -33,6 +38,13 @@ class Feed:
 RAW = Feed()
 UNIT = Feed(scale=1e-3)
 REVERSED_UNIT = Feed(scale=1e-3, reverse=True)
+
+
+def embedding(name: str) -> Any:
+    """A function of diffusers by which its pipelines make position embeddings."""
+    from diffusers.models import embeddings
+
+    return getattr(embeddings, name)
 
 
 class Draw:
@@ -70,7 +82,7 @@ class Draw:
         return self._torch.tensor([values] * self.batch)
 
     def grid(self, *sizes: int, start: int = 0) -> Tensor:
-        """Coordinates of a grid as rows, the last axis fastest, padded with zeros in front for sizes of 1."""
+        """Coordinates of a grid as rows, the last axis fastest, counted from `start` on each axis."""
         axes = [self._torch.arange(size) for size in sizes]
         rows = self._torch.stack(self._torch.meshgrid(*axes, indexing="ij"), dim=-1)
         return rows.reshape(-1, len(sizes)).float() + start
@@ -81,8 +93,10 @@ class Entry:
     """A tiny seeded denoiser of one diffusers class.
 
     `name` is unique in the zoo, `class_name` a class that diffusers exports, `config` its keyword arguments,
-    `arguments` gives all arguments of a call but the timestep. `latent` names the argument that a sampler updates;
-    where `batches` is false the class takes one sample a call and has no batched guidance. `notes` say what is special.
+    `arguments` gives all arguments of a call but the timestep. `latent` names the argument that a sampler updates.
+    `cross` is a regex of the attention modules whose keys come from elsewhere than their queries; joint attention, over
+    text and picture in one sequence, is not among them. Where `batches` is false the class takes one sample a call and
+    has no batched guidance. `notes` say what is special.
     """
 
     name: str
@@ -91,17 +105,17 @@ class Entry:
     arguments: Callable[[Draw], Arguments]
     latent: str = "hidden_states"
     feed: Feed = RAW
+    cross: str = "$^"
     batches: bool = True
     notes: str = ""
-    tags: frozenset[str] = field(default_factory=frozenset[str])
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model in eval mode, without gradients, every parameter drawn from `seed`."""
         import diffusers
         import torch
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+            torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             model: nn.Module = getattr(diffusers, self.class_name)(**self.config)
         redraw(model, seed)
         return model.eval().requires_grad_(False)
@@ -112,19 +126,22 @@ class Entry:
         arguments = self.arguments(draw)
         if x is not None:
             arguments[self.latent] = x
-        return {**arguments, self.feed.argument: self._timestep(batch, t, arguments[self.latent])}
+        timestep = self._timestep(batch, t, arguments[self.latent])
+        return {**arguments, **dict.fromkeys((self.feed.argument, *self.feed.also), timestep)}
 
     def _timestep(self, batch: int, t: float, latent: Any) -> Tensor:
         import torch
 
         value = self.feed.value(t)
-        match self.feed.rank:
+        match self.feed.shape:
             case "scalar":
                 return torch.tensor(value)
             case "batch":
                 return torch.full((batch,), value)
             case "frames":
                 return torch.full((batch, latent.shape[1]), value)
+            case "rows":
+                return torch.tensor([value] * self.feed.rows + list(self.feed.tail))
 
 
 def redraw(model: nn.Module, seed: int) -> None:
@@ -140,7 +157,7 @@ def redraw(model: nn.Module, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.copy_(noise * max(1, parameter[0].numel()) ** -0.5)
+                parameter.copy_(noise * (parameter.numel() / max(1, len(parameter)) + 1e-9) ** -0.5)
             elif name.endswith("weight"):
                 parameter.copy_(1 + 0.05 * noise)
             else:

@@ -7,23 +7,77 @@ Needs diffusers; torch and diffusers are imported when a model is built.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from cachepolicy.testing import zoo_image, zoo_unet, zoo_video
+from cachepolicy.testing import zoo_audio, zoo_image, zoo_joint, zoo_unet, zoo_video, zoo_wan
 from cachepolicy.testing.tiny import Draw, Entry, Feed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["NOT_BUILT", "Draw", "Entry", "Feed", "Guidance", "build", "entry", "names", "output", "trajectory"]
+__all__ = [
+    "NOT_BUILT",
+    "Draw",
+    "Entry",
+    "Feed",
+    "Guidance",
+    "Latents",
+    "build",
+    "entry",
+    "names",
+    "output",
+    "trajectory",
+]
+    "NOT_BUILT",
+    "Draw",
+    "Entry",
+    "Feed",
+    "Guidance",
+    "Latents",
+    "build",
+    "entry",
+    "names",
+    "output",
+    "trajectory",
+]
+
+Latents: TypeAlias = "Tensor | list[Tensor]"
+"""What is sampled: a batch in one tensor, or a list of samples."""
 
 Guidance = Literal["none", "batched", "sequential"]
 """Classifier-free guidance: no second branch, both branches in one batch, or two calls a step."""
 
-NOT_BUILT: dict[str, str] = {}
-"""Classes of diffusers that the zoo leaves out, with the reason."""
+NOT_BUILT = {
+    "AnyFlowFARTransformer3DModel": "its causal attention needs compiled flex attention",
+    "DreamLiteTransformer2DModel": "a part of DreamLiteUNetModel",
+    "DreamLiteUNetModel": "close to UNet2DConditionModel, with blocks of its own: not yet written",
+    "JoyImageEditPlusTransformer3DModel": "JoyImageEditTransformer3DModel with packed pictures: not yet written",
+    "Kandinsky6SRTransformer3DModel": "its sparse attention needs compiled flex attention and tiles of 512 pixels",
+    "MiniMaxMusic3RVQDepthDecoder": "autoregressive, no denoiser",
+    "MotionAdapter": "weights to be put into UNetMotionModel, no denoiser",
+    "RFD4ProteinaTransformer": "two latents with a timestep each",
+    "SanaWMLTX2RefinerTransformer3DModel": "LTX2VideoTransformer3DModel's blocks with a cache of keys: not yet written",
+    "SanaWMTransformer3DModel": "recurrent attention with camera poses: not yet written",
+    "T5FilmDecoder": "autoregressive music decoder, deprecated",
+    "Transformer2DModel": "a part of UNet2DConditionModel, and generic",
+    "TransformerTemporalModel": "a part of UNetMotionModel and UNet3DConditionModel; ignores its timestep",
+    "UNet1DModel": "attention that is no module of diffusers' attention classes",
+    "UVit2DModel": "predicts tokens, has no timestep",
+    "WanAnimate2Transformer3DModel": "takes a cache of keys filled by calls before the loop: not yet written",
+}
+"""Classes of diffusers' transformers and UNets that the zoo leaves out, with the reason."""
 
-_ENTRIES = {item.name: item for item in (*zoo_image.ENTRIES, *zoo_video.ENTRIES, *zoo_unet.ENTRIES)}
+_ENTRIES = {
+    item.name: item
+    for item in (
+        *zoo_image.ENTRIES,
+        *zoo_joint.ENTRIES,
+        *zoo_video.ENTRIES,
+        *zoo_wan.ENTRIES,
+        *zoo_audio.ENTRIES,
+        *zoo_unet.ENTRIES,
+    )
+}
 
 
 def names() -> tuple[str, ...]:
@@ -54,7 +108,7 @@ def trajectory(
     batch: int = 1,
     guidance: Guidance = "none",
     seed: int = 0,
-) -> Iterator[Any]:
+) -> Iterator[Latents]:
     """Sample without a scheduler, `x <- x - 0.1 * prediction`, and yield the prediction of each step.
 
     `timesteps` are in training units and decrease. With guidance the yielded prediction is the guided one, at weight 2.
@@ -67,7 +121,7 @@ def trajectory(
         x = _step(x, prediction)
 
 
-def _predict(one: Entry, model: nn.Module, x: Any, t: float, batch: int, guidance: Guidance, seed: int) -> Any:
+def _predict(one: Entry, model: nn.Module, x: Latents, t: float, batch: int, guidance: Guidance, seed: int) -> Latents:
     match guidance:
         case "none":
             return output(model(**one.inputs(batch=batch, t=t, seed=seed, x=x)))
@@ -81,21 +135,21 @@ def _predict(one: Entry, model: nn.Module, x: Any, t: float, batch: int, guidanc
             return _guide(uncond, cond)
 
 
-def _twice(x: Any) -> Any:
+def _twice(x: Latents) -> Latents:
     import torch
 
     return x + x if isinstance(x, list) else torch.cat([x, x])
 
 
-def _guide(uncond: Any, cond: Any) -> Any:
-    if isinstance(uncond, (list, tuple)):
-        return [_guide(u, c) for u, c in zip(uncond, cond, strict=True)]
+def _guide(uncond: Latents, cond: Latents) -> Latents:
+    if isinstance(uncond, list) or isinstance(cond, list):
+        return [u + 2.0 * (c - u) for u, c in zip(uncond, cond, strict=True)]
     return uncond + 2.0 * (cond - uncond)
 
 
-def _step(x: Any, prediction: Any) -> Any:
-    if isinstance(x, list):
-        return [_step(old, new) for old, new in zip(x, prediction, strict=True)]
+def _step(x: Latents, prediction: Latents) -> Latents:
+    if isinstance(x, list) or isinstance(prediction, list):
+        return [_subtract(old, new) for old, new in zip(x, prediction, strict=True)]
     return _subtract(x, prediction)
 
 

@@ -14,10 +14,10 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_pyramid_attention_broadcast
 from diffusers.hooks._common import (
-    _ATTENTION_CLASSES,  # pyright: ignore[reportPrivateUsage]
-    _CROSS_TRANSFORMER_BLOCK_IDENTIFIERS,  # pyright: ignore[reportPrivateUsage]
-    _SPATIAL_TRANSFORMER_BLOCK_IDENTIFIERS,  # pyright: ignore[reportPrivateUsage]
-    _TEMPORAL_TRANSFORMER_BLOCK_IDENTIFIERS,  # pyright: ignore[reportPrivateUsage]
+    _ATTENTION_CLASSES,
+    _CROSS_TRANSFORMER_BLOCK_IDENTIFIERS,
+    _SPATIAL_TRANSFORMER_BLOCK_IDENTIFIERS,
+    _TEMPORAL_TRANSFORMER_BLOCK_IDENTIFIERS,
 )
 from torch import Tensor, nn
 
@@ -47,13 +47,13 @@ class Knobs:
             spatial_attention_block_skip_range=self.spatial,
             temporal_attention_block_skip_range=self.temporal,
             cross_attention_block_skip_range=self.cross,
-            spatial_attention_timestep_skip_range=self.spatial_window,  # pyright: ignore[reportArgumentType]
-            temporal_attention_timestep_skip_range=self.temporal_window,  # pyright: ignore[reportArgumentType]
-            cross_attention_timestep_skip_range=self.cross_window,  # pyright: ignore[reportArgumentType]
+            spatial_attention_timestep_skip_range=self.spatial_window,
+            temporal_attention_timestep_skip_range=self.temporal_window,
+            cross_attention_timestep_skip_range=self.cross_window,
             spatial_attention_block_identifiers=self.spatial_names,
             temporal_attention_block_identifiers=self.temporal_names,
             cross_attention_block_identifiers=self.cross_names,
-            current_timestep_callback=timestep,  # pyright: ignore[reportArgumentType]
+            current_timestep_callback=timestep,
         )
 
     def params(self) -> dict[str, Any]:
@@ -91,6 +91,7 @@ class Clock:
         self.t = 0.0
 
     def __call__(self) -> float:
+        """The current timestep."""
         return self.t
 
     def over(self, timesteps: Sequence[float]) -> Iterator[float]:

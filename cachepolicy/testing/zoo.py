@@ -28,18 +28,6 @@ __all__ = [
     "output",
     "trajectory",
 ]
-    "NOT_BUILT",
-    "Draw",
-    "Entry",
-    "Feed",
-    "Guidance",
-    "Latents",
-    "build",
-    "entry",
-    "names",
-    "output",
-    "trajectory",
-]
 
 Latents: TypeAlias = "Tensor | list[Tensor]"
 """What is sampled: a batch in one tensor, or a list of samples."""

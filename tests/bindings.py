@@ -1,0 +1,30 @@
+"""What is found in a policy file once its text is sound: in what it uses, on the built-in model, in expectations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from cachepolicy import ir
+from cachepolicy.check import check, run_expectations
+from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.loading import load, resolve
+from cachepolicy.plan import bind
+from cachepolicy.skeleton import builtin
+
+
+def findings(path: Path) -> Sequence[Diagnostic]:
+    """The findings of the first stage that has any, with the file shown by its name alone."""
+    with contextlib.chdir(path.parent):
+        found = check(Path(path.name))
+        if found:
+            return found
+        policy = load(Path(path.name))
+        try:
+            plan = bind(resolve(policy), builtin())
+        except PolicyError as error:
+            return error.diagnostics
+        if plan.warnings or not any(isinstance(each, ir.Expect) for each in policy.statements):
+            return plan.warnings
+        return run_expectations(policy).findings

@@ -1,0 +1,1 @@
+use pab with spatial_evry = 3

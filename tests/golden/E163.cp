@@ -1,0 +1,3 @@
+param warmup: int = 2
+
+match attention when step >= warmup every warmup - 2 -> reuse

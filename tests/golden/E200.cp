@@ -1,0 +1,1 @@
+match "^transfomer_blocks.*attn" when 100 < t < 800 every 2 -> reuse

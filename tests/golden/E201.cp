@@ -1,0 +1,1 @@
+match blocks[40] every 2 -> reuse

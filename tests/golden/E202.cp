@@ -1,0 +1,1 @@
+match blocks[20:] every 2 -> reuse

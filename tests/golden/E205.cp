@@ -1,0 +1,1 @@
+match blocks of "^layers$" every 2 -> reuse

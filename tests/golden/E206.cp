@@ -1,0 +1,1 @@
+match blocks of "to_out" every 2 -> reuse

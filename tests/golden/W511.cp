@@ -1,0 +1,1 @@
+match optional "^down_blocks" every 2 -> reuse

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from cachepolicy import ir, loading, vocabulary
 from cachepolicy.check import check_text, run_expectations
+from cachepolicy.cli import main
 from cachepolicy.diagnostics import render
 from cachepolicy.report import draw
 from cachepolicy.simulation import simulate
@@ -18,7 +21,7 @@ from cachepolicy.syntax import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"(?:Save this as `(\S+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -28,6 +31,8 @@ class Fence:
     line: int
     language: str
     text: str
+    file: str | None = None
+    """The file that the reader was told to save it as."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -36,11 +41,11 @@ class Fence:
 def fences(page: Path) -> Iterator[Fence]:
     text = page.read_text(encoding="utf-8")
     for found in FENCE.finditer(text):
-        yield Fence(page, text.count("\n", 0, found.start()) + 2, found[1], found[2])
+        yield Fence(page, text.count("\n", 0, found.start(3)) + 1, found[2], found[3], found[1])
 
 
 POLICIES = [fence for page in PAGES for fence in fences(page) if fence.language == "cachepolicy"]
-SCRIPTS = {page: script for page in PAGES if (script := [each for each in fences(page) if each.language == "python"])}
+PLAYED = [page for page in PAGES if any(fence.language in {"python", "console"} for fence in fences(page))]
 
 
 @pytest.mark.parametrize("fence", POLICIES, ids=str)
@@ -58,14 +63,32 @@ def test_an_expectation_in_the_documents_holds(fence: Fence) -> None:
     assert [] == [each.message for outcome in ran.outcomes for each in outcome.findings]
 
 
-@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of a page runs from top to bottom, where `pipe` is some pipeline."""
+@pytest.mark.parametrize("page", PLAYED, ids=lambda page: page.name)
+def test_a_page_can_be_played(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom, a page's files can be saved, its Python runs, and its commands print what the page says."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     names: dict[str, object] = {"__name__": "__main__", "pipe": _pipeline()}
-    for fence in SCRIPTS[page]:
-        code = compile("\n" * (fence.line - 1) + fence.text, str(page), "exec")
-        exec(code, names)
+    for fence in fences(page):
+        if fence.file is not None:
+            Path(fence.file).write_text(fence.text, encoding="utf-8")
+        elif fence.language == "python":
+            exec(compile("\n" * (fence.line - 1) + fence.text, str(page), "exec"), names)
+        elif fence.language == "console":
+            printed = "".join(map(_printed, re.findall(r"^\$ (.*)$", fence.text, re.MULTILINE)))
+            assert without_hash(fence.text) == without_hash(printed)
+
+
+def without_hash(text: str) -> str:
+    """The text without hashes of policies, which a document need not follow."""
+    return re.sub(r"\b[0-9a-f]{12}\b", "...", text)
+
+
+def _printed(command: str) -> str:
+    """The command behind its prompt, and what it prints."""
+    name, *arguments = shlex.split(command)
+    assert name == "cachepolicy"
+    return f"$ {command}\n{CliRunner().invoke(main, arguments).output}"
 
 
 def _pipeline() -> object:
@@ -100,7 +123,8 @@ def test_the_plan_in_the_readme_is_what_plan_draws() -> None:
     readme = ROOT / "README.md"
     rule = next(fence for fence in fences(readme) if fence.language == "cachepolicy")
     shown = next(fence for fence in fences(readme) if "C computes" in fence.text)
-    assert draw(simulate(parse(rule.text), steps=20), width=120).strip() == shown.text.strip("\n").strip()
+    drawn = draw(simulate(parse(rule.text), steps=20), width=120)
+    assert without_hash(drawn).strip() == without_hash(shown.text).strip()
 
 
 def test_the_error_in_the_readme_is_what_check_says() -> None:

@@ -108,7 +108,11 @@ def simulate(
     error = untold(bound, ticks[0]) if ticks else None
     if error is not None:
         raise error
-    values = {name: _by_branch(name, value, steps, branches) for name, value in (signals or {}).items()}
+    series = {name: _by_branch(name, value, steps, branches) for name, value in (signals or {}).items()}
+    values = {
+        (tick.step, tick.branch): {name: numbers[tick.branch][tick.step] for name, numbers in series.items()}
+        for tick in ticks
+    }
     return Schedule(bound, tuple(ticks), _run(bound, ticks, values, facts or {}))
 
 
@@ -129,15 +133,38 @@ def plan(
     return bind(resolve(load(policy), settings), skeleton)
 
 
+def replay(
+    bound: Plan,
+    ticks: Sequence[Tick],
+    *,
+    signals: Mapping[str, Mapping[tuple[int, str], float]] | None = None,
+    facts: Facts | None = None,
+) -> Schedule:
+    """The schedule of a plan over any clock, such as that of a run's trace: a branch may miss steps.
+
+    `signals` gives numbers by name and (step, branch); one that is missing there is undefined.
+    """
+    numbers = signals or {}
+    values = {
+        (tick.step, tick.branch): {
+            name: by_call[tick.step, tick.branch]
+            for name, by_call in numbers.items()
+            if (tick.step, tick.branch) in by_call
+        }
+        for tick in ticks
+    }
+    return Schedule(bound, tuple(ticks), _run(bound, ticks, values, facts or {}))
+
+
 def _run(
-    bound: Plan, ticks: Sequence[Tick], values: Mapping[str, Mapping[str, Sequence[float]]], facts: Facts
+    bound: Plan, ticks: Sequence[Tick], values: Mapping[tuple[int, str], Mapping[str, float]], facts: Facts
 ) -> dict[tuple[str, int], Sequence[Decision]]:
     program, followed = prepare(bound), follows(bound)
     partition = program.fine if facts else program.coarse
     memories = {tick.branch: partition.start() for tick in ticks}
     decided = dict[tuple[str, int], Sequence[Decision]]()
     for tick in ticks:
-        now = {name: by_branch[tick.branch][tick.step] for name, by_branch in values.items()}
+        now = values[tick.step, tick.branch]
         leader = next((decided[name, tick.step] for name in followed if (name, tick.step) in decided), None)
         here = {
             site.index: facts[site.name, tick.step, tick.branch]

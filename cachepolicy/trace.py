@@ -20,6 +20,7 @@ class Call:
     decided: Sequence[Decision]
     facts: Mapping[int, str]
     seconds: float
+    signals: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
 
     @property
     def decisions(self) -> list[Decision]:
@@ -56,6 +57,11 @@ class Trajectory:
             for site, fact in call.facts.items()
         }
 
+    def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
+        """The calls in the order they ran, each with its decisions by site number."""
+        for call in self.calls:
+            yield call.tick, call.decisions
+
     def counts(self) -> Counter[str]:
         """How many site calls were computed, reused and hidden."""
         return Counter(decision.verdict for call in self.calls for decision in call.decisions)
@@ -83,8 +89,8 @@ class Trace:
     def drop(self, trajectory: Trajectory) -> None:
         """Forget a trajectory that failed."""
         with self._lock:
-            if trajectory in self._trajectories:
-                self._trajectories.remove(trajectory)
+            kept = [each for each in self._trajectories if each is not trajectory]
+            self._trajectories = deque(kept, maxlen=self._trajectories.maxlen)
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:

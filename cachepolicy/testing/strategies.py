@@ -1,0 +1,152 @@
+"""Hypothesis strategies: clocks, policies that engine and simulator can run, and toys to run them on.
+
+Policies are drawn as texts and parsed, so that a failing example prints as something that can be saved and run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from cachepolicy import ir
+from cachepolicy.syntax import parse
+
+Text = st.SearchStrategy[str]
+
+SELECTORS = (
+    "attention", "self_attention", "cross_attention", "feedforward", "block", "model", "each blocks[0:1]",
+    '"attn"', r'"\.0\."', '"ff$"', '"blocks.*(attn|ff)"', '"^stages.0$"', "attention or feedforward",
+    'attention and not "0"', 'block and "1$"', '"to_q$"',
+)  # fmt: skip
+"""Selectors that take something in most of the toys and in the built-in skeleton."""
+
+ACTIONS = ("reuse", "reuse", "reuse residual", "skip", "compute")
+
+
+def timesteps(least: int = 1, most: int = 12) -> st.SearchStrategy[list[float]]:
+    """The clock of one trajectory: distinct timesteps in training units, 0 to 1000, that fall."""
+    numbers = st.integers(0, 1000).map(float) | st.floats(0, 1000, width=32)
+    drawn = st.lists(numbers, min_size=least, max_size=most, unique=True)
+    return drawn.map(lambda values: sorted(values, reverse=True))
+
+
+def branches() -> st.SearchStrategy[tuple[str, ...]]:
+    """The branches of a run: none, or sequential guidance in either order."""
+    return st.sampled_from([("",), ("cond", "uncond"), ("uncond", "cond")])
+
+
+# --- clauses ---------------------------------------------------------------------------------------------
+
+_count = st.integers(1, 6)
+_step = st.integers(0, 11)
+_number = st.integers(0, 1000)
+_set = st.lists(_step, min_size=1, max_size=4).map(lambda steps: "{" + ", ".join(map(str, steps)) + "}")
+_order = st.sampled_from(["<", "<=", ">", ">=", "==", "!="])
+_interval = st.tuples(st.sampled_from("(["), _number, st.integers(1, 900), st.sampled_from(")]")).map(
+    lambda parts: f"{parts[0]}{parts[1]}, {parts[1] + parts[2]}{parts[3]}"
+)
+
+
+def _when() -> Text:
+    simple = st.one_of(
+        _interval.map(lambda interval: f"t in {interval}"),
+        st.builds("{} < t <= {}".format, _number, _number),
+        _set.map(lambda steps: f"step in {steps}"),
+        st.builds("step {} {}".format, _order, _step),
+        st.builds("step % {} == {}".format, _count, _step),
+        st.builds("progress {} {}".format, _order, st.sampled_from(["0.25", "0.5", "1"])),
+        st.builds("age {} {}".format, _order, _count),
+        st.builds("steps - step > {}".format, _count),
+        st.builds("t / (step - {}) > {}".format, _step, _number),
+        st.sampled_from(["cond", "uncond"]).map(lambda name: f'branch == "{name}"'),
+    )
+    return st.recursive(
+        simple,
+        lambda inner: st.one_of(
+            inner.map(lambda clause: f"not ({clause})"),
+            st.builds("({}) and ({})".format, inner, inner),
+            st.builds("({}) or ({})".format, inner, inner),
+        ),
+        max_leaves=3,
+    )
+
+
+def _schedule(steps: int) -> Text:
+    return st.one_of(
+        _count.map(lambda interval: f"every {interval}"),
+        st.builds("every {} offset {}".format, _count, _step),
+        _count.map(lambda interval: f"every {interval} from end"),
+        _count.map(lambda interval: f"every {interval} since compute"),
+        _count.map(lambda interval: f"every step - {interval}"),
+        _set.map(lambda at: f"on {at}"),
+        st.text("01", min_size=steps, max_size=steps).map(lambda mask: f'mask "{mask}"'),
+    )
+
+
+def _while() -> Text:
+    simple = st.one_of(
+        _count.map(lambda most: f"sum(1) <= {most}"),
+        _number.map(lambda most: f"sum(t) < {most * 4}"),
+        _number.map(lambda most: f"sum(abs(t - prev(t))) < {most}"),
+        _count.map(lambda most: f"product(1.5) < {most}"),
+        st.builds("sum(product(2)) {} {}".format, _order, st.integers(1, 30)),
+        _number.map(lambda most: f"abs(t - kept(t)) < {most}"),
+        st.builds("step - kept(step, 2) {} {}".format, _order, _count),
+        st.builds("kept(age) {} {}".format, _order, _count),
+        st.builds("prev(t) - t {} {}".format, _order, _number),
+        st.builds("prev(prev(step)) {} {}".format, _order, _step),
+        st.builds("step {} {}".format, _order, _step),
+    )
+    return st.recursive(
+        simple,
+        lambda inner: inner.map(lambda clause: f"not ({clause})") | st.builds("{} and {}".format, simple, inner),
+        max_leaves=2,
+    )
+
+
+_bounds = st.sampled_from(["", "", "at most {} in a row", "at most {} in all", "at most {} in all at most {} in a row"])
+
+
+@st.composite
+def rules(
+    draw: st.DrawFn,
+    *,
+    steps: int = 12,
+    selectors: Sequence[str] = SELECTORS,
+    actions: Sequence[str] = ACTIONS,
+    stateful: bool = True,
+    follow: str | None = None,
+) -> str:
+    """One `match` line for a run of `steps` steps; `stateful` allows `while` clauses, `follow` names a branch."""
+    parts = ["match optional", draw(st.sampled_from(list(selectors)))]
+    if draw(st.booleans()):
+        parts.append(f"when {draw(_when())}")
+    if draw(st.booleans()):
+        parts.append(draw(_schedule(steps)))
+    if stateful and draw(st.booleans()):
+        parts.append(f"while {draw(_while())}")
+    parts.append(draw(_bounds).format(draw(_count), draw(_count)))
+    action = draw(st.sampled_from(list(actions)))
+    parts.append(f"-> {action}")
+    if follow is not None and draw(st.booleans()):
+        parts.append(f"follow {follow}")
+    return " ".join(part for part in parts if part)
+
+
+@st.composite
+def policies(
+    draw: st.DrawFn,
+    *,
+    steps: int = 12,
+    least: int = 1,
+    most: int = 4,
+    selectors: Sequence[str] = SELECTORS,
+    actions: Sequence[str] = ACTIONS,
+    stateful: bool = True,
+    follow: str | None = None,
+) -> ir.Policy:
+    """A policy of a few rules for a run of `steps` steps; every rule is optional, so it fits any model."""
+    one = rules(steps=steps, selectors=selectors, actions=actions, stateful=stateful, follow=follow)
+    lines = draw(st.lists(one, min_size=least, max_size=most))
+    return parse("\n".join(["policy drawn", *lines, ""]))

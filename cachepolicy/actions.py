@@ -1,71 +1,171 @@
-"""What each action does with a history: the tensor side of `skip`, `reuse` and `reuse residual`."""
+"""What each action does with a history: the tensor side of `reuse`, `predict` and their residual forms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.spans import Chain
 
 COMPUTE = "compute"
 STORE = "store"
 STORE_CLONE = "store a clone"
 REUSE = "reuse"
-REUSE_CLONE = "reuse a clone"
-RESIDUAL = "reuse residual"
-SKIP = "skip"
-ANSWERS = frozenset({REUSE, REUSE_CLONE, RESIDUAL, SKIP})
+ANSWER = "answer"
+PENDING = "pending"
 
 
 class Slot:
-    """What one site keeps on one branch: its last output, its last residual, and what they were computed from.
+    """What one site keeps on one branch: its last outputs, the newest first, or the chain of its segments.
 
-    `shape`, `dtype` and `device` are those of the hidden states that went in; an answer is given only to a call with
-    the same ones. `version` is the output's write counter when it was kept, where it is one tensor that may be handed
-    out as it is; `versions` are those of its tensors elsewhere. `clones` is set once somebody wrote into an answer.
+    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from, and an
+    answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is one tensor
+    that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once somebody wrote into
+    an answer.
     """
 
-    __slots__ = ("clones", "device", "dtype", "output", "residual", "shape", "streams", "version", "versions")
+    __slots__ = (
+        "chain", "clones", "device", "dtype", "full", "older", "output", "shape", "step", "version", "versions",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.output: Any = None
-        self.residual: tuple[torch.Tensor, ...] | None = None
-        self.streams: Streams | None = None
+        self.older: list[Kept] = []
+        self.chain: Chain | None = None
         self.shape: Any = None
         self.dtype: Any = None
         self.device: Any = None
         self.version: int | None = None
         self.versions: tuple[int, ...] | None = None
         self.clones = False
+        self.step = -1
+        self.full = True
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
-    """How a module's outputs continue its inputs: for each output tensor the position or name of its input."""
+class Kept:
+    """An earlier output: the step that computed it, and whether it holds both halves of a guidance batch."""
 
-    inputs: tuple[int | str, ...]
-    single: bool
+    output: Any
+    step: int
+    full: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What a site has to keep for the actions of its rules."""
+    """What a site has to keep: how many outputs, how many residuals, and whether it must know its streams at all."""
 
-    output: bool
-    residual: bool
+    outputs: int
+    residuals: int
     streams: bool
+    halves: bool
+
+    @property
+    def plain(self) -> bool:
+        """True where the newest output alone is kept."""
+        return self.outputs == 1 and not self.streams and not self.halves
 
 
-def keeping(actions: list[ir.Action]) -> Keeping:
+def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
     """What the actions of a site's rules read from its history."""
-    output = any(isinstance(action, ir.Reuse) and not action.residual for action in actions)
-    residual = any(isinstance(action, ir.Reuse) and action.residual for action in actions)
-    skip = any(isinstance(action, ir.Skip) for action in actions)
-    return Keeping(output, residual, residual or skip)
+    outputs = residuals = 0
+    skips = False
+    for rule in rules:
+        match rule.action:
+            case ir.Reuse(residual=True):
+                residuals = max(residuals, 1)
+            case ir.Reuse():
+                outputs = max(outputs, 1)
+            case ir.Predict(residual=True):
+                residuals = max(residuals, depth(rule.action))
+            case ir.Predict():
+                outputs = max(outputs, depth(rule.action))
+            case ir.Skip():
+                skips = True
+            case _:
+                pass
+    return Keeping(outputs, residuals, span or residuals > 0 or skips, halves)
+
+
+def depth(action: ir.Predict) -> int:
+    """How many computed results a predictor reads at most."""
+    for argument in action.arguments:
+        if argument.label == "order" and isinstance(argument.value, ir.Number):
+            return int(argument.value.value) + 1
+    return 2
+
+
+def feedback(action: ir.Action | None) -> bool:
+    """True where the action's answers enter the history too."""
+    return isinstance(action, ir.Predict) and any(
+        argument.label == "feedback" and isinstance(argument.value, ir.Boolean) and argument.value.value
+        for argument in action.arguments
+    )
+
+
+# --- predictors ------------------------------------------------------------------------------------------
+
+Arguments = Mapping[str, Any]
+
+
+def predict(
+    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
+) -> torch.Tensor:
+    """The value at `step` from computed ones at `steps`, the newest first; a short history lowers the order."""
+    return _PREDICTORS[predictor](history, steps, step, arguments)
+
+
+def _linear(
+    history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
+) -> torch.Tensor:
+    """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
+    newest, older = history[0], history[min(1, len(history) - 1)]
+    return newest + (newest - older) * arguments["weight"]
+
+
+def _taylor(
+    history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
+) -> torch.Tensor:
+    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
+    k = step - steps[0]
+    answer = history[0]
+    for order, difference in enumerate(_differences(history, steps, arguments["order"]), 1):
+        answer = answer + difference * (k**order / math.factorial(order))
+    return answer
+
+
+def _hermite(
+    history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
+) -> torch.Tensor:
+    """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
+    scale = arguments["scale"]
+    x = scale * (step - steps[0])
+    before, polynomial = 1.0, 2.0 * x
+    answer = history[0]
+    for order, difference in enumerate(_differences(history, steps, arguments["order"]), 1):
+        answer = answer + difference * (scale**order * polynomial / math.factorial(order))
+        before, polynomial = polynomial, 2.0 * x * polynomial - 2.0 * order * before
+    return answer
+
+
+def _differences(history: Sequence[torch.Tensor], steps: Sequence[int], order: int) -> list[torch.Tensor]:
+    level = list(history[: order + 1])
+    found = list[torch.Tensor]()
+    while len(level) > 1:
+        level = [(new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(zip(level, level[1:], strict=False))]
+        found.append(level[0])
+    return found
+
+
+_PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}
+
+
+# --- outputs ---------------------------------------------------------------------------------------------
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -81,21 +181,25 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
     return None
 
 
-def fits(slot: Slot, states: torch.Tensor | None) -> bool:
-    """True where the kept history was computed from hidden states like these."""
+def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bool:
+    """True where the kept output was computed from hidden states like these, or from both halves of these."""
     if states is None:
         return slot.shape is None
-    return states.shape == slot.shape and states.dtype is slot.dtype and states.device == slot.device
+    if slot.shape is None or states.dtype is not slot.dtype or states.device != slot.device:
+        return False
+    shape = slot.shape
+    if halved and slot.full and len(shape) > 0:
+        shape = (shape[0] // 2, *shape[1:])
+    return tuple(states.shape) == tuple(shape)
 
 
-def unfit(slot: Slot, code: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why the slot cannot answer this call; None where it can."""
-    kept = slot.streams if code == SKIP else slot.residual if code == RESIDUAL else slot.output
-    if kept is None:
+def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> str | None:
+    """Why the kept output cannot answer this call; None where it can."""
+    if slot.output is None:
         return "nothing is kept yet"
-    if code != SKIP and not fits(slot, hidden_states(args, kwargs)):
+    if not fits(slot, states, halved=halved):
         return "the history does not fit this call"
-    if code == REUSE and _overwritten(slot):
+    if not slot.clones and _overwritten(slot):
         # From now on this site keeps and gives copies: somebody downstream writes into what it returns.
         slot.clones = True
         return "the history was overwritten in place"
@@ -109,83 +213,57 @@ def _overwritten(slot: Slot) -> bool:
 
 
 def keep(
-    slot: Slot, what: Keeping, code: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str
+    slot: Slot, what: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
 ) -> None:
-    """Put a computed output into the slot.
-
-    Raises:
-        PolicyError: a residual is wanted and it is not clear which output continues which input.
-    """
-    states = hidden_states(args, kwargs)
+    """Put a computed output into the slot, the older ones behind it."""
     if states is None:
         slot.shape = slot.dtype = slot.device = None
     else:
         slot.shape, slot.dtype, slot.device = states.shape, states.dtype, states.device
-    if what.streams:
-        if slot.streams is None:
-            slot.streams = streams_of(args, kwargs, output, name)
-        if what.residual:
-            befores = _befores(slot.streams, args, kwargs)
-            slot.residual = tuple((a - b).detach() for a, b in zip(_flat(output), befores, strict=True))
-    if not what.output:
-        return
+    push(slot, what, code, output, step=step, full=full)
+
+
+def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
+    """Make `output` the newest of the history."""
+    if what.outputs > 1 and slot.output is not None:
+        slot.older = [Kept(slot.output, slot.step, slot.full), *slot.older][: what.outputs - 1]
     clone = slot.clones or code == STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
+    slot.step, slot.full = step, full
     # Inside a graph there are no write counters; there the graph itself owns its outputs.
-    slot.version, slot.versions = None, None if torch.compiler.is_compiling() else versions(kept)
+    slot.version, slot.versions = None, None if clone or torch.compiler.is_compiling() else versions(kept)
 
 
-def answer(slot: Slot, code: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The site's answer from its history, in the structure of its output."""
-    if code == REUSE and not slot.clones:
-        output = slot.output
-        # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
-        return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)
-    if code in (REUSE, REUSE_CLONE):
-        return cloned(slot.output)
-    streams = slot.streams
-    assert streams is not None  # noqa: S101 (the root answers only with slots that know their streams)
-    befores = _befores(streams, args, kwargs)
-    if code == SKIP:
-        return befores[0] if streams.single else tuple(befores)
-    sums = [before + kept for before, kept in zip(befores, slot.residual or (), strict=True)]
-    return sums[0] if streams.single else tuple(sums)
+def reused(slot: Slot, *, halved: bool, inference: bool) -> Any:
+    """The newest output, as it may be handed out."""
+    output = slot.output
+    if halved and slot.full:
+        output = map_tensors(_half, output)
+    if slot.clones or inference:
+        return cloned(output)
+    # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
+    return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)
 
 
-def streams_of(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str) -> Streams:
-    """Which output tensor continues which input tensor, told by their shapes.
-
-    Raises:
-        PolicyError: an output has the shape of no input, or of more than one.
-    """
-    inputs: dict[int | str, torch.Tensor] = {
-        key: value for key, value in (*enumerate(args), *kwargs.items()) if isinstance(value, torch.Tensor)
-    }
-    found = list[int | str]()
-    outputs = _flat(output)
-    for tensor in outputs:
-        same = [key for key, value in inputs.items() if value.shape == tensor.shape and key not in found]
-        if isinstance(output, torch.Tensor):
-            same = same[:1]  # a module with one output continues its first input of that shape
-        if len(same) != 1:
-            problem = "no input" if not same else "more than one input"
-            raise PolicyError.of(
-                "E310",
-                f"an output of `{name}` has the shape of {problem}, so its residual is not defined",
-                help="`reuse` keeps the output itself and needs no input",
-            )
-        found.append(same[0])
-    return Streams(tuple(found), isinstance(output, torch.Tensor))
+def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool) -> Any:
+    """The predictor's answer, tensor by tensor of the output."""
+    kept = [Kept(slot.output, slot.step, slot.full), *slot.older]
+    columns = [_flat(map_tensors(_half, each.output) if halved and each.full else each.output) for each in kept]
+    steps = [each.step for each in kept]
+    answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
+    given = iter(answers)
+    return map_tensors(lambda _: next(given), slot.output)
 
 
-def _befores(streams: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [args[key] if isinstance(key, int) else kwargs[key] for key in streams.inputs]
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    """The conditional half of a guidance batch with the unconditional half first."""
+    return tensor.chunk(2, dim=0)[1]
 
 
-def _flat(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    return [each for each in output if isinstance(each, torch.Tensor)]
+def _flat(value: Any) -> list[torch.Tensor]:
+    found = list[torch.Tensor]()
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,13 +302,4 @@ def cloned(value: Any) -> Any:
 
 def versions(value: Any) -> tuple[int, ...]:
     """The write counters of all tensors in `value`; an inference tensor has none and counts as 0."""
-    if isinstance(value, torch.Tensor):
-        return (0,) if value.is_inference() else (value._version,)  # pyright: ignore[reportPrivateUsage]
-    found = list[int]()
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(0 if tensor.is_inference() else tensor._version)
-        return tensor
-
-    map_tensors(note, value)
-    return tuple(found)
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in _flat(value))

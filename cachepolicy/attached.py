@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,48 +17,39 @@ import torch
 
 from cachepolicy import ir
 from cachepolicy.actions import (
-    ANSWERS,
+    ANSWER,
     COMPUTE,
-    RESIDUAL,
+    PENDING,
     REUSE,
-    REUSE_CLONE,
-    SKIP,
     STORE,
     STORE_CLONE,
     Keeping,
     Slot,
-    answer,
-    keep,
     keeping,
-    unfit,
 )
-from cachepolicy.clock import Clock, Follower, Sources, arguments_of, inspect_root, read
+from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
-from cachepolicy.intercept import Frame
+from cachepolicy.evaluate import Environment
+from cachepolicy.guidance import Guide
+from cachepolicy.intercept import Frame, Site
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import (
+    WAITING,
     Decision,
     Memory,
-    Partition,
     Tick,
-    decide_all,
+    clock_words,
     follows,
     prepare,
     untold,
 )
+from cachepolicy.signals import Measuring, signals_of
+from cachepolicy.spans import Continuations
 from cachepolicy.trace import Call, Trace, Trajectory
+from cachepolicy.turn import Branch, Turn
 
 SESSION: ContextVar[Hashable] = ContextVar("cachepolicy_session", default=None)
 DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
-
-
-@dataclass(slots=True)
-class Branch:
-    """The state of one branch: what the decision function remembers by group, and what the sites keep."""
-
-    partition: Partition
-    memories: list[Memory]
-    slots: list[Slot]
 
 
 @dataclass(slots=True)
@@ -67,44 +59,91 @@ class State:
     clock: Clock = field(default_factory=Clock)
     branches: dict[str, Branch] = field(default_factory=dict[str, Branch])
     decided: dict[str, Sequence[Decision]] = field(default_factory=dict[str, Sequence[Decision]])
+    guide: Guide = field(default_factory=Guide)
     step: int = -1
     reused: bool = False
     calls: int = 0
     trajectory: Trajectory | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a root is told by its run: where the clock reads, whether batches are guidance batches, what externals are."""
+
+    sources: Callable[[], Sources]
+    guided: Callable[[], bool | None]
+    refuted: Callable[[], None]
+    externals: Mapping[str, Callable[[], float]]
+    trace: Trace | None
+    most_sessions: int
+
+
 class Attached:
     """One root of a run: a denoiser with its plan, its sites and the sessions that go through it."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        plan: Plan,
-        sources: Callable[[], Sources],
-        refuted: Callable[[], None],
-        trace: Trace | None,
-        most_sessions: int,
-    ) -> None:
+    def __init__(self, run: Any, module: torch.nn.Module, plan: Plan, around: Surroundings) -> None:
+        self.run = run
         self.module = module
         self.plan = plan
+        self.around = around
         self.program = prepare(plan)
         self.followed = follows(plan)
+        self.signals = signals_of(plan)
         self.root = inspect_root(module)
-        self.sources = sources
-        self.refuted = refuted
-        self.trace = trace
+        self.channels = _channels(module)
         self.identity = id(self)
         self.active = 0
+        self.continuations = Continuations()
+        self.externals = around.externals
+        self.names = {site.index: site.modules for site in plan.sites}
+        self.inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
+        halves = any(isinstance(bound.rule.action, ir.ApproximateUncond) for bound in plan.rules)
         self.keepings = [
-            keeping([rule.rule.action for rule in plan.rules if site.index in rule.sites]) for site in plan.sites
+            keeping(
+                [bound.rule for bound in plan.rules if site.index in bound.sites],
+                span=len(site.modules) > 1 or bool(self.inside[site.index]),
+                halves=halves,
+            )
+            for site in plan.sites
         ]
-        self._codes: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         self.itself = next((site.index for site in plan.sites if site.modules == ("",)), None)
+        self.handles = self._handles()
+        self._codes: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         self._states: OrderedDict[Hashable, State] = OrderedDict()
-        self._most_sessions = most_sessions
         self._lock = threading.Lock()
         self._warned = False
-        self.run: Any = None
+
+    def _handles(self) -> dict[str, Site]:
+        """What each intercepted module has to know, by the module's name; the root's is ""."""
+        handles = dict[str, Site]()
+
+        def at(name: str) -> Site:
+            if name not in handles:
+                forward = self.module.get_submodule(name).forward
+                handles[name] = Site(self, name or "model", tuple(inspect.signature(forward).parameters))
+            return handles[name]
+
+        at("")
+        for site in sorted(self.plan.sites, key=lambda site: len(site.parents)):
+            what = self.keepings[site.index]
+            if what.streams:
+                for position, name in enumerate(site.modules):
+                    at(name).members.append((site.index, position))
+            if len(site.modules) == 1:
+                handle = at(site.modules[0])
+                handle.index, handle.keeping, handle.plain = site.index, what, what.plain
+        for probe, place in self.plan.probes.items():
+            before = probe.stream in {"input", "argument"}
+            handle = at(place.modules[0 if before else -1])
+            (handle.inputs if before else handle.outputs).append(probe)
+        if any(what.streams for what in self.keepings) or self.plan.probes:
+            # Watched blocks teach which output continues which input.
+            for name in self.plan.skeleton.block_lists:
+                for block in self.plan.skeleton.elements[name]:
+                    at(block).special = True
+        for handle in handles.values():
+            handle.special |= bool(handle.members or handle.inputs or handle.outputs)
+        return handles
 
     # --- sessions ----------------------------------------------------------------------------------------
 
@@ -113,7 +152,7 @@ class Attached:
         with self._lock:
             state = self._states.setdefault(key, State())
             self._states.move_to_end(key)
-            while len(self._states) > self._most_sessions:
+            while len(self._states) > self.around.most_sessions:
                 self._states.popitem(last=False)
             return state
 
@@ -149,17 +188,19 @@ class Attached:
 
     # --- one call ----------------------------------------------------------------------------------------
 
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall | None:
         """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
         if self.identity in DISABLED.get() or torch.compiler.is_exporting():
             return None
         key = session_key()
         state = self.state(key)
-        reading = read(state.clock, self.sources(), self.root, arguments_of(self.root, args, kwargs))
+        arguments = arguments_of(self.root, args, kwargs)
+        reading = read(state.clock, self.around.sources(), self.root, arguments)
         if reading.starts:
             self._start(state, key, reading.tick)
         elif reading.stale:
             state.branches.clear()
+            state.guide = Guide()
         tick = reading.tick
         branch = state.branches.get(tick.branch)
         if branch is None:
@@ -168,70 +209,104 @@ class Attached:
         if tick.step != state.step:
             state.decided.clear()
             state.step = tick.step
-        turn = self._decide(key, state, branch, tick, args, kwargs)
+        leader = next((state.decided[name] for name in self.followed if name in state.decided), None)
+        measuring = None
+        if self.plan.probes or self.signals.numbers:
+            environment = Environment(clock_words(tick, Memory(tick.step)), self.program.tables)
+            measuring = Measuring(self.signals, branch.remembered, environment, tick.step)
+        call = RootCall(key, state, Turn(self, branch, tick, leader, measuring), arguments, args, kwargs)
+        self._open(call)
+        call.frame = self._frame(call.turn)
+        call.turn.frame = call.frame
         with self._lock:
             self.active += 1
-        return turn
+        return call
 
     def _start(self, state: State, key: Hashable, tick: Tick) -> None:
         if state.calls:
             self._finished(state)
         state.branches.clear()
         state.decided.clear()
+        state.guide = Guide()
         state.reused, state.calls = False, 0
         error = untold(self.plan, tick)
         if error is not None:
             self.drop(key)
             raise error
-        state.trajectory = self.trace.begin(key, self.plan) if self.trace is not None else None
+        trace = self.around.trace
+        state.trajectory = trace.begin(key, self.plan) if trace is not None else None
 
-    def _decide(
-        self,
-        key: Hashable,
-        state: State,
-        branch: Branch,
-        tick: Tick,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> RootTurn:
-        leader = next((state.decided[name] for name in self.followed if name in state.decided), None)
-        decisions, after = decide_all(self.program, branch.partition, branch.memories, tick, followed=leader)
-        turn = RootTurn(key, state, branch, tick, decisions, after, leader)
-        turn.frame = self._frame(turn)
-        if self.itself is not None and turn.frame.codes[self.itself] in ANSWERS:
-            slot, code = branch.slots[self.itself], turn.frame.codes[self.itself]
-            reason = unfit(slot, code, args, kwargs)
-            if reason is None:
-                turn.answered, turn.output = True, answer(slot, code, args, kwargs)
+    def _open(self, call: RootCall) -> None:
+        """What the root itself does, where it is a site or probed."""
+        site, turn = self.handles[""], call.turn
+        if not site.special and self.itself is None:
+            return
+        turn.enter(site, call.arguments.named, call.args, call.kwargs)
+        if self.itself is None:
+            return
+        action = turn.decision(self.itself).action
+        if isinstance(action, ir.ApproximateUncond):
+            self._open_guidance(call, action)
+        else:
+            call.answered, call.output = turn.open(site, call.arguments.named, call.args, call.kwargs)
+
+    def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
+        turn = call.turn
+        assert self.itself is not None  # noqa: S101 (the caller has looked)
+        settings = turn.arguments(action)
+        guide = call.state.guide
+        call.guidance = settings
+        guided = self._guided()
+        if guided is None and not guide.named(turn.tick.branch):
+            raise PolicyError.of(
+                "E330",
+                "nothing tells whether this batch holds both halves of guidance",
+                help="apply the policy to the pipeline, or say `guidance=True` (or False) to `apply`",
+            )
+        problem = guide.problem(turn.tick, call.arguments, guided=guided is True, calls=len(call.state.clock.calls))
+        if problem is not None:
+            call.guidance = None if problem.final else settings
+            if turn.decision(self.itself).verdict == "reuse":
+                turn.refuse(self.itself, problem.reason)
+                turn.decide_again()
+        elif turn.decision(self.itself).verdict == "reuse":
+            if guide.named(turn.tick.branch):
+                call.answered, call.output = True, guide.answered(settings, self.channels)
             else:
-                self._correct(turn, [(self.itself, reason)])
-                turn.frame = self._frame(turn)
-        return turn
+                turn.halved = True
+                call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
 
-    def _frame(self, turn: RootTurn) -> Frame:
+    def _guided(self) -> bool | None:
+        context = CONTEXT.get()
+        return True if context is not None and context.name == "cond_uncond" else self.around.guided()
+
+    def _frame(self, turn: Turn) -> Frame:
         """The codes of all sites; those of equal decisions are laid out once."""
-        inference = torch.is_inference_mode_enabled()
         partition = turn.branch.partition
         by_group = tuple(
-            _code(decision, self.keepings[group.sites[0]], inference=inference)
+            _code(decision, self.keepings[group.sites[0]], inference=turn.inference)
             for decision, group in zip(turn.decisions, partition.groups, strict=True)
         )
-        codes = self._codes.get((partition is self.program.coarse, by_group))
+        key = (partition is self.program.coarse, by_group)
+        codes = self._codes.get(key)
         if codes is None:
             if len(self._codes) >= _MOST_SIGNATURES:
                 self._codes.clear()
-            codes = [by_group[group] for group in partition.group_of]
-            self._codes[partition is self.program.coarse, by_group] = codes
-        return Frame(self, codes, turn.branch.slots, STORE_CLONE if inference else STORE)
+            codes = self._codes[key] = [by_group[group] for group in partition.group_of]
+        store = STORE_CLONE if turn.inference else STORE
+        return Frame(self, codes, turn.branch.slots, store, turn, turn.tick.step)
 
-    def end(self, turn: RootTurn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def end(self, call: RootCall, output: Any) -> Any:
         """Commit what the call did: memories, counts and the trace."""
-        index, frame, state = self.itself, turn.frame, turn.state
-        if index is not None and not turn.answered and frame.codes[index] is not COMPUTE:
-            code = frame.codes[index]
-            keep(turn.branch.slots[index], self.keepings[index], code, args, kwargs, output, "the model")
-        if frame.unfit:
-            self._correct(turn, frame.unfit)
+        turn, state = call.turn, call.state
+        site = self.handles[""]
+        if self.itself is not None and not call.answered and call.guidance is None:
+            turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
+        if call.guidance is not None and not call.answered:
+            output = state.guide.ended(turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved)
+        if site.outputs:
+            turn.leave(site, self.module, call.arguments.named, output, None)
+        turn.close()
         turn.branch.memories = turn.after
         if self.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
@@ -240,72 +315,72 @@ class Attached:
             state.reused = any(decision.verdict == "reuse" for decision in turn.decisions)
         if state.trajectory is not None:
             seconds = time.perf_counter() - turn.started
-            call = Call(turn.tick, turn.branch.partition, turn.decisions, turn.facts, seconds)
-            state.trajectory.calls.append(call)
+            state.trajectory.calls.append(
+                Call(turn.tick, turn.branch.partition, turn.decisions, turn.facts, seconds, turn.signals_of)
+            )
         with self._lock:
             self.active -= 1
         return output
 
-    def _correct(self, turn: RootTurn, unfit: Sequence[tuple[int, str]]) -> None:
-        """Decide again with what the sites found out, so that memory and trace say what happened."""
-        branch = turn.branch
-        if branch.partition is not self.program.fine:
-            branch.memories = self.program.split(branch.memories)
-            branch.partition = self.program.fine
-        for index, reason in unfit:
-            turn.facts[index] = reason
-            for site in self.plan.sites:
-                if index in site.parents:
-                    turn.facts.setdefault(site.index, "the site around it had to compute")
-        turn.decisions, turn.after = decide_all(
-            self.program, branch.partition, branch.memories, turn.tick, followed=turn.leader, facts=turn.facts
-        )
-
-    def fail(self, turn: RootTurn, error: BaseException) -> None:
+    def fail(self, call: RootCall, error: BaseException) -> None:
         """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
         with self._lock:
             self.active -= 1
-            self._states.pop(turn.key, None)
-        if turn.state.trajectory is not None and self.trace is not None:
-            self.trace.drop(turn.state.trajectory)
+            self._states.pop(call.key, None)
+        if call.state.trajectory is not None and self.around.trace is not None:
+            self.around.trace.drop(call.state.trajectory)
         if isinstance(error, PolicyError):
-            self.refuted()
+            self.around.refuted()
 
 
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 
 @dataclass(slots=True)
-class RootTurn:
-    """One call of a root, between its decision and its end."""
+class RootCall:
+    """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
 
     key: Hashable
     state: State
-    branch: Branch
-    tick: Tick
-    decisions: Sequence[Decision]
-    after: list[Memory]
-    leader: Sequence[Decision] | None
-    facts: dict[int, str] = field(default_factory=dict[int, str])
+    turn: Turn
+    arguments: Arguments
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     frame: Frame = field(init=False)
     answered: bool = False
     output: Any = None
-    started: float = field(default_factory=time.perf_counter)
+    guidance: dict[str, Any] | None = None
 
 
 def _code(decision: Decision, what: Keeping, *, inference: bool) -> str:
     """What a site does at this call. Inference tensors have no write counter, so there copies are kept and given."""
+    if decision is WAITING:
+        return PENDING
     if decision.verdict != "reuse":
-        if not (what.output or what.streams):
+        if not what.outputs:
             return COMPUTE
         return STORE_CLONE if inference else STORE
-    match decision.action:
-        case ir.Reuse(residual=True):
-            return RESIDUAL
-        case ir.Skip():
-            return SKIP
-        case _:
-            return REUSE_CLONE if inference else REUSE
+    return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
+
+
+def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
+    """The probes that stand inside a site's first block, so that it has to begin before it can be decided."""
+    lead = modules[0]
+    if not lead:
+        return frozenset()
+    return frozenset(
+        probe for probe, place in plan.probes.items() if place.modules[0].startswith(f"{lead}.")
+    )
+
+
+def _channels(module: torch.nn.Module) -> int | None:
+    """How many channels the prediction has, where the model's config says so."""
+    config = getattr(module, "config", None)
+    for name in ("out_channels", "in_channels"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
 
 
 def _why_nothing(plan: Plan, state: State) -> str:

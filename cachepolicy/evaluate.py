@@ -23,8 +23,8 @@ class Undefined(Exception):
 class Environment:
     """What names, tables, accumulators and memories are worth where an expression is evaluated.
 
-    `names` maps clock words, signals and externals to numbers (None: not known). `stateful` maps a `sum`, `product`,
-    `prev` or `kept` call to its present value.
+    `names` maps clock words, signals and externals to numbers (None: not known). `stateful` maps a call whose value
+    comes from outside (`sum`, `product`, `prev`, `kept`, a norm) to its present value.
     """
 
     names: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -173,10 +173,10 @@ def _contained(expression: ir.Membership, environment: Environment) -> bool:
 
 def _called(expression: ir.Call, environment: Environment) -> float:
     name = expression.function
-    if name in ACCUMULATORS or name in MEMORIES:
-        if expression not in environment.stateful:
-            raise Undefined(f"`{name}(...)` has no value yet")
+    if environment.stateful and expression in environment.stateful:
         return _finite(environment.stateful[expression], f"`{name}(...)`")
+    if name in ACCUMULATORS or name in MEMORIES:
+        raise Undefined(f"`{name}(...)` has no value yet")
     arguments = [evaluate(argument, environment) for argument in expression.arguments]
     try:
         return _finite(_FUNCTIONS[name](*arguments), f"`{name}(...)`")

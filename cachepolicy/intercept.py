@@ -8,15 +8,18 @@ from typing import Any, Protocol
 
 import torch
 
+from cachepolicy import ir
 from cachepolicy.actions import (
-    ANSWERS,
+    ANSWER,
     COMPUTE,
+    PENDING,
     REUSE,
     STORE,
     Keeping,
     Slot,
-    answer,
+    hidden_states,
     keep,
+    reused,
     unfit,
 )
 from cachepolicy.swap import ATTRIBUTE, Method
@@ -25,16 +28,23 @@ from cachepolicy.swap import ATTRIBUTE, Method
 class Frame:
     """What the root decided for one call: for each site number a code and a slot. Sites read it and nothing else.
 
-    `unfit` collects the sites whose history did not fit their call after all, so that they computed.
+    `unfit` collects the sites whose history did not fit their call after all, so that they computed. `turn` is asked by
+    sites whose action is more than a store or a reuse.
     """
 
-    __slots__ = ("codes", "owner", "slots", "store", "unfit")
+    __slots__ = ("codes", "halved", "inference", "owner", "slots", "step", "store", "turn", "unfit")
 
-    def __init__(self, owner: object, codes: Sequence[str], slots: Sequence[Slot], store: str) -> None:
+    def __init__(
+        self, owner: object, codes: Sequence[str], slots: Sequence[Slot], store: str, turn: SpecialTurn, step: int
+    ) -> None:
         self.owner = owner
         self.codes = codes
         self.slots = slots
         self.store = store
+        self.turn = turn
+        self.step = step
+        self.halved = turn.halved
+        self.inference = turn.inference
         self.unfit: list[tuple[int, str]] = []
 
 
@@ -47,16 +57,45 @@ LOCAL = _Local()
 
 
 class Site:
-    """What an intercepted module knows: whose site it is, its number there, and what it has to keep."""
+    """What an intercepted module knows of itself.
 
-    __slots__ = ("index", "keeping", "name", "owner", "plain")
+    `index` is its own site number, or -1; `members` are the spans (or the chain of its own) that it stands in, with its
+    position there, the outermost first; `inputs` and `outputs` are the probes that look at it. `special` is set where any
+    of these needs more than the frame.
+    """
 
-    def __init__(self, owner: object, index: int, name: str, keeping: Keeping) -> None:
+    __slots__ = ("index", "inputs", "keeping", "members", "name", "outputs", "owner", "parameters", "plain", "special")
+
+    def __init__(self, owner: object, name: str, parameters: Sequence[str]) -> None:
         self.owner = owner
-        self.index = index
         self.name = name
-        self.keeping = keeping
-        self.plain = not keeping.streams
+        self.parameters = tuple(parameters)
+        self.index = -1
+        self.keeping = Keeping(0, 0, streams=False, halves=False)
+        self.plain = False
+        self.members: list[tuple[int, int]] = []
+        self.inputs: list[ir.Probe] = []
+        self.outputs: list[ir.Probe] = []
+        self.special = False
+
+
+class Leave(Exception):
+    """A span was decided while its first block ran, and reuses: the block is left."""
+
+    def __init__(self, span: int) -> None:
+        super().__init__(span)
+        self.span = span
+
+
+class SpecialTurn(Protocol):
+    """What a frame's sites ask of the turn."""
+
+    halved: bool
+    inference: bool
+
+    def special(
+        self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
 
 
 def site_override(original: Method) -> Method:
@@ -67,27 +106,31 @@ def site_override(original: Method) -> Method:
         site = self.__dict__.get(ATTRIBUTE)
         if frame is None or site is None or frame.owner is not site.owner:
             return original(self, *args, **kwargs)
+        if site.special:
+            return frame.turn.special(original, self, site, args, kwargs)
         index = site.index
         code = frame.codes[index]
         slot = frame.slots[index]
-        if code is REUSE and slot.version is not None:
-            # The usual hit, written out: one tensor, kept from hidden states like these, that nobody wrote into.
-            kept = slot.output
+        if code is REUSE:
             states = args[0] if args else kwargs.get("hidden_states")
-            if (
-                type(states) is torch.Tensor
-                and states.shape == slot.shape
-                and kept._version == slot.version
-                and states.dtype is slot.dtype
-                and states.device == slot.device
-            ):
-                return kept
-        if code in ANSWERS:
-            reason = unfit(slot, code, args, kwargs)
+            if slot.version is not None:
+                # The usual hit, written out: one tensor, kept from hidden states like these, that nobody wrote into.
+                kept = slot.output
+                if (
+                    type(states) is torch.Tensor
+                    and states.shape == slot.shape
+                    and kept._version == slot.version
+                    and states.dtype is slot.dtype
+                    and states.device == slot.device
+                ):
+                    return kept
+            reason = unfit(slot, hidden_states(args, kwargs), halved=frame.halved)
             if reason is None:
-                return answer(slot, code, args, kwargs)
+                return reused(slot, halved=frame.halved, inference=frame.inference)
             frame.unfit.append((index, reason))
             code = frame.store
+        elif code is ANSWER or code is PENDING:
+            return frame.turn.special(original, self, site, args, kwargs)
         output = original(self, *args, **kwargs)
         if code is COMPUTE:
             return output
@@ -101,40 +144,44 @@ def site_override(original: Method) -> Method:
                 slot.dtype = states.dtype
                 slot.device = states.device
                 return output
-        keep(slot, site.keeping, code, args, kwargs, output, site.name)
+        # Reading the step would make a compiled graph a step; only predictors and halved batches ask for it.
+        step, full = (-1, True) if site.plain else (frame.step, not frame.halved)
+        keep(slot, site.keeping, code, hidden_states(args, kwargs), output, step=step, full=full)
         return output
 
     return __call__
 
 
-class Turn(Protocol):
-    """One call of a root, between its decision and its end."""
+class RootTurn(Protocol):
+    """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
 
     frame: Frame
     answered: bool
     output: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class RootHandle(Protocol):
     """What the root's override asks: `begin` decides (None: run bare), then `end` or `fail`."""
 
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Turn | None: ...
-    def end(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any: ...
-    def fail(self, turn: Turn, error: BaseException) -> None: ...
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None: ...
+    def end(self, turn: Any, output: Any) -> Any: ...
+    def fail(self, turn: Any, error: BaseException) -> None: ...
 
 
 @torch.compiler.disable
-def _begin(handle: RootHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Turn | None:
+def _begin(handle: RootHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
     return handle.begin(module, args, kwargs)
 
 
 @torch.compiler.disable
-def _end(handle: RootHandle, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return handle.end(turn, args, kwargs, output)
+def _end(handle: RootHandle, turn: RootTurn, output: Any) -> Any:
+    return handle.end(turn, output)
 
 
 @torch.compiler.disable
-def _fail(handle: RootHandle, turn: Turn, error: BaseException) -> None:
+def _fail(handle: RootHandle, turn: RootTurn, error: BaseException) -> None:
     handle.fail(turn, error)
 
 
@@ -151,8 +198,8 @@ def root_override(original: Method) -> Method:
         outer = LOCAL.frame
         LOCAL.frame = turn.frame
         try:
-            output = turn.output if turn.answered else original(self, *args, **kwargs)
-            return _end(handle, turn, args, kwargs, output)
+            output = turn.output if turn.answered else original(self, *turn.args, **turn.kwargs)
+            return _end(handle, turn, output)
         except BaseException as error:
             _fail(handle, turn, error)
             raise

@@ -20,7 +20,7 @@ _CROSS_NAME = re.compile(r"cross|(^|_)attn2$|_to_.*_attn")
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _FEEDFORWARD_CLASS = re.compile(r"feedforward|mlp$|ffn", re.IGNORECASE)
 _FEEDFORWARD_NAME = re.compile(r"(^|_)(ff|ffn|mlp|feed_forward|feedforward)(_context)?\d*$")
-_SIDE_LIST = re.compile(r"refiner|text|context|caption|clip|face|audio_proj|controlnet|connector|perceiver")
+_SIDE_LIST = re.compile(r"refiner|vace|text|context|caption|clip|face|audio_proj|controlnet|connector|perceiver")
 
 
 def is_pipeline(target: Any) -> bool:

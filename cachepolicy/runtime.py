@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from cachepolicy import ir
-from cachepolicy.attached import DISABLED, SESSION, Attached
+from cachepolicy.attached import DISABLED, SESSION, Attached, Surroundings
 from cachepolicy.clock import CONTEXT, SCHEDULER_METHODS, Context, Follower, Sources
 from cachepolicy.diagnostics import PolicyError
-from cachepolicy.evaluate import walk
-from cachepolicy.intercept import Site, root_override, site_override
+from cachepolicy.intercept import root_override, site_override
 from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
 from cachepolicy.plan import Plan, bind
@@ -35,6 +34,7 @@ def apply(
     timestep: Callable[[], Any] | None = None,
     scheduler: Any = None,
     steps: int | None = None,
+    guidance: bool | None = None,
     trace: bool = True,
     **params: Any,
 ) -> Run:
@@ -44,7 +44,8 @@ def apply(
     shipped name (`"pab"`), a path, a `Policy`, or an object with a `.policy()` method. `timestep` returns the current
     timestep in training units (0..1000) as a number or tensor; without it the clock reads `scheduler`, the pipeline's
     scheduler, or the model's own timestep argument. `steps` is the number of steps of a trajectory, for a policy that
-    asks. `params` are the policy's own knobs.
+    asks. `guidance` says whether a batch holds the unconditional and the conditional half, where no pipeline tells.
+    `params` are the policy's own knobs; a function given for an `external` is asked once for each answer.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
@@ -53,7 +54,12 @@ def apply(
     if hasattr(policy, "policy"):
         policy = policy.policy()
     loaded = load(policy)
+    named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
+    externals = {name: _supplier(name, params.pop(name)) for name in named & set(params)}
     resolved = resolve(loaded, params)
+    missing = [name for name in resolved.externals if name not in externals]
+    if missing:
+        raise PolicyError.of("E307", f"the policy asks for `{missing[0]}`", help=f"pass `{missing[0]}=` a function that returns it")
     roots = denoisers(target)
     for name, module in roots.items():
         _refuse_attached(name, module)
@@ -62,7 +68,10 @@ def apply(
     plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
     for bound in plans.values():
         _refuse_unsupported(bound)
-    run = Run(target, loaded, roots, plans, timestep=timestep, scheduler=scheduler, steps=steps, trace=trace)
+    run = Run(
+        target, loaded, roots, plans, timestep=timestep, scheduler=scheduler, steps=steps, guidance=guidance,
+        externals=externals, trace=trace,
+    )  # fmt: skip
     run.attach()
     return run
 
@@ -103,6 +112,8 @@ class Run:
         timestep: Callable[[], Any] | None,
         scheduler: Any,
         steps: int | None,
+        guidance: bool | None = None,
+        externals: Mapping[str, Callable[[], float]] | None = None,
         trace: bool,
     ) -> None:
         self.target = target
@@ -112,6 +123,8 @@ class Run:
         self._timestep = timestep
         self._scheduler = scheduler
         self._steps = steps
+        self._guidance = guidance
+        self._externals = dict(externals or {})
         self._pipeline = is_pipeline(target)
         self._roots = dict(roots)
         self._attached: dict[str, Attached] = {}
@@ -145,14 +158,14 @@ class Run:
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         plan = self.plans[name]
-        attached = Attached(module, plan, self._sources, self._detach, self.trace, MOST_SESSIONS)
-        attached.run = self
+        around = Surroundings(
+            self._sources, self._guided, self._detach, self._externals, self.trace, MOST_SESSIONS
+        )
+        attached = Attached(self, module, plan, around)
         self._attached[name] = attached
-        for site in plan.sites:
-            if site.modules == ("",):
-                continue
-            handle = Site(attached, site.index, site.name, attached.keepings[site.index])
-            self._swap(module.get_submodule(site.modules[0]), {"__call__": site_override}, handle)
+        for place, handle in attached.handles.items():
+            if place:
+                self._swap(module.get_submodule(place), {"__call__": site_override}, handle)
         methods = {"__call__": root_override}
         for method, override in _ROOT_METHODS.items():
             if hasattr(module, method):
@@ -187,6 +200,15 @@ class Run:
         if follower is not None and scheduler.timesteps is not None:
             return Sources(scheduler, follower, steps=self._steps, reads_t=reads_t)
         return Sources(steps=self._steps, reads_t=reads_t)
+
+    def _guided(self) -> bool | None:
+        """Whether the pipeline that is running (or the caller) says that batches hold both halves of guidance."""
+        if self._guidance is not None:
+            return self._guidance
+        if PIPELINE.get() is not self:
+            return None
+        said = getattr(self.target, "do_classifier_free_guidance", None)
+        return said if isinstance(said, bool) else None
 
     @contextlib.contextmanager
     def pipeline_call(self) -> Iterator[None]:
@@ -343,13 +365,17 @@ def _already(what: str) -> PolicyError:
 def _refuse_unsupported(plan: Plan) -> None:
     """Everything that the engine cannot run, before the first hook."""
     for site in plan.sites:
-        if len(site.modules) > 1:
-            raise PolicyError.of("E306", f"the engine does not run spans of several blocks such as `{site.name}`")
-    for bound in plan.rules:
-        rule = bound.rule
-        if isinstance(rule.action, ir.Predict | ir.ApproximateUncond):
-            raise PolicyError.of("E306", f"the engine does not run `{rule.action.kind.replace('_', ' ')}`")
-        if rule.condition is not None:
-            signals = {signal.name for signal in plan.resolved.signals}
-            if any(isinstance(node, ir.Name) and node.name in signals for node in walk(rule.condition)):
-                raise PolicyError.of("E306", "the engine does not measure signals")
+        rules = [bound.rule for bound in plan.rules if site.index in bound.sites]
+        residual = {
+            rule.action.residual for rule in rules if isinstance(rule.action, ir.Reuse | ir.Predict)
+        }
+        if len(site.modules) > 1 and len(residual) > 1:
+            raise PolicyError.of("E306", f"`{site.name}` cannot keep outputs and residuals at once")
+
+
+def _supplier(name: str, value: Any) -> Callable[[], float]:
+    if callable(value):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return lambda: value
+    raise PolicyError.of("E307", f"`{name}` is `{type(value).__name__}`", help="a number, or a function that returns one")

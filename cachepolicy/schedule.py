@@ -14,9 +14,14 @@ from cachepolicy.evaluate import (
     Environment,
     Undefined,
     evaluate,
+    names_in,
     stateful_calls,
 )
 from cachepolicy.plan import BoundRule, Plan
+
+COND_BRANCHES = frozenset({"cond", "pred_cond"})
+UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})
+"""What diffusers' pipelines call the two calls of a step."""
 
 Verdict = Literal["compute", "reuse", "hidden"]
 
@@ -96,6 +101,8 @@ class Inputs:
 
 
 HIDDEN = Decision("hidden", "inside a site that reuses")
+WAITING = Decision("compute", "waits for its signals")
+"""Stands for a decision that cannot be made before the signals of its rule are measured."""
 
 
 # --- one site --------------------------------------------------------------------------------------------
@@ -107,11 +114,18 @@ def decide(rules: Sequence[BoundRule], inputs: Inputs) -> Decision:
     `inputs.fact` is what only the run can know (the history does not fit, memory is short): it turns a reuse into a
     compute and is the reason then.
     """
-    for rule in rules:
-        environment = environment_of(rule, inputs)
-        if holds(rule.rule.when, environment):
-            return _owned(rule, inputs, environment)
-    return Decision("compute", "no rule owns it", inputs=inputs)
+    owner = owner_of(rules, inputs)
+    if owner is None:
+        return Decision("compute", "no rule owns it", inputs=inputs)
+    return _owned(owner, inputs, environment_of(owner, inputs))
+
+
+def owner_of(rules: Sequence[BoundRule], inputs: Inputs) -> BoundRule | None:
+    """The first rule whose `when` holds; it needs the clock alone."""
+    for bound in rules:
+        if bound.rule.when is None or holds(bound.rule.when, Environment(clock_words(inputs.tick, inputs.memory), inputs.tables)):
+            return bound
+    return None
 
 
 def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decision:
@@ -123,6 +137,8 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
 
     if isinstance(rule.action, ir.Compute):
         return verdict("compute", "the rule computes")
+    if isinstance(rule.action, ir.ApproximateUncond) and tick.branch in COND_BRANCHES:
+        return verdict("compute", "the conditional call computes")
     if rule.follow is not None and tick.branch != rule.follow:
         reason = unfollowed(bound, inputs)
         return verdict("compute", reason) if reason else _answered(bound, inputs, verdict)
@@ -364,6 +380,8 @@ class Program:
     coarse: Partition
     fine: Partition
     tables: Mapping[str, Sequence[int | float]]
+    measured: frozenset[int]
+    """The rules whose `while` reads signals."""
 
     def split(self, memories: Sequence[Memory]) -> list[Memory]:
         """Memories by group of `coarse`, as memories by group of `fine`."""
@@ -379,7 +397,16 @@ def prepare(plan: Plan) -> Program:
         return shared.setdefault(numbers, tuple(rule for rule in plan.rules if rule.index in numbers))
 
     rules = [rules_of(site.index) for site in plan.sites]
-    return Program(plan, _partition(plan, rules, coarse=True), _partition(plan, rules, coarse=False), plan.resolved.tables)
+    names = {signal.name for signal in plan.resolved.signals}
+    measured = frozenset(
+        bound.index
+        for bound in plan.rules
+        if bound.rule.condition is not None and names & names_in(bound.rule.condition)
+    )
+    fine = _partition(plan, rules, coarse=False)
+    # Signals may be worth something else at each site, so that sites of one rule part.
+    coarse = fine if measured else _partition(plan, rules, coarse=True)
+    return Program(plan, coarse, fine, plan.resolved.tables, measured)
 
 
 def _partition(plan: Plan, rules: Sequence[tuple[BoundRule, ...]], *, coarse: bool) -> Partition:
@@ -409,12 +436,15 @@ def decide_all(
     tick: Tick,
     *,
     signals: Mapping[str, float] | None = None,
+    signals_of: Mapping[int, Mapping[str, float]] | None = None,
     followed: Sequence[Decision] | None = None,
     facts: Mapping[int, str] | None = None,
 ) -> tuple[list[Decision], list[Memory]]:
     """Decide every group at one call; gives the decisions and the memories after it, by group number.
 
-    `followed` holds the followed branch's decisions by site number. `facts` by site number ask for `program.fine`.
+    `signals` are the same for all sites. A run measures them at each site instead: with `signals_of`, by site number, a
+    group whose rule reads signals that are not there yet is `WAITING`. `followed` holds the followed branch's decisions by
+    site number. `facts` by site number ask for `program.fine`.
     """
     given = signals or {}
     decisions = list[Decision]()
@@ -422,12 +452,28 @@ def decide_all(
     for group, memory in zip(partition.groups, memories, strict=True):
         site = group.sites[0]
         leader = followed[site] if followed is not None else None
-        inputs = Inputs(tick, memory, given, program.tables, leader, facts.get(site) if facts else None)
-        hidden = group.parents and any(_hides(decisions[parent]) for parent in group.parents)
-        decision = HIDDEN if hidden else decide(group.rules, inputs)
+        here = given if signals_of is None else signals_of.get(site, given)
+        inputs = Inputs(tick, memory, here, program.tables, leader, facts.get(site) if facts else None)
+        if group.parents and any(_hides(decisions[parent]) for parent in group.parents):
+            decision = HIDDEN
+        elif signals_of is not None and site not in signals_of and _waits(program, group, inputs):
+            decisions.append(WAITING)
+            after.append(memory)
+            continue
+        else:
+            decision = decide(group.rules, inputs)
         decisions.append(decision)
         after.append(advance(group.rules, inputs, decision))
+        if isinstance(decision.action, ir.ApproximateUncond) and decision.verdict == "reuse":
+            tick = replace(tick, uncond_skipped=True)
     return decisions, after
+
+
+def _waits(program: Program, group: Group, inputs: Inputs) -> bool:
+    if not program.measured:
+        return False
+    owner = owner_of(group.rules, inputs)
+    return owner is not None and owner.index in program.measured
 
 
 def _hides(decision: Decision) -> bool:

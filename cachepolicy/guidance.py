@@ -1,0 +1,277 @@
+"""Guidance batches: running their conditional half, and the unconditional half rebuilt from kept differences.
+
+FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves in a low and a high
+band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cachepolicy.actions import map_tensors
+from cachepolicy.clock import Arguments
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
+
+
+@dataclass(slots=True)
+class Bands:
+    """The kept difference, unconditional minus conditional, in the two bands of the shifted spectra."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """How a prediction is laid out: `BCHW`, `BCFHW`, `BFCHW`, or `BSC` tokens on a (frames, height, width) grid."""
+
+    layout: str
+    grid: tuple[int, int, int] | None = None
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """One picture a row: (rows, channels, height, width)."""
+        match self.layout:
+            case "BCFHW":
+                return x.permute(0, 2, 1, 3, 4).flatten(0, 1)
+            case "BFCHW":
+                return x.flatten(0, 1)
+            case "BSC":
+                frames, height, width = self.grid or (1, 1, x.shape[1])
+                return x.reshape(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
+            case _:
+                return x
+
+    def join(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
+        """The inverse of `split`, for a batch of `batch`."""
+        match self.layout:
+            case "BCFHW":
+                return rows.unflatten(0, (batch, -1)).permute(0, 2, 1, 3, 4)
+            case "BFCHW":
+                return rows.unflatten(0, (batch, -1))
+            case "BSC":
+                return rows.permute(0, 2, 3, 1).reshape(batch, -1, rows.shape[1])
+            case _:
+                return rows
+
+
+def frames_of(prediction: torch.Tensor, named: Mapping[str, Any], channels: int | None, arguments: Mapping[str, Any]) -> Frames:
+    """How this prediction is laid out, as the policy says or as its dimensions and the call's arguments tell.
+
+    Raises:
+        PolicyError: it is not clear.
+    """
+    said = arguments.get("format")
+    grid = arguments.get("grid") or _grid(named)
+    if said is not None and said != "BSC":
+        return Frames(said)
+    match prediction.ndim:
+        case 4:
+            return Frames("BCHW")
+        case 5:
+            first, second = prediction.shape[1] == channels, prediction.shape[2] == channels
+            if first != second:
+                return Frames("BCFHW" if first else "BFCHW")
+        case 3 if grid is not None and grid[0] * grid[1] * grid[2] == prediction.shape[1]:
+            return Frames("BSC", grid)
+        case _:
+            pass
+    raise PolicyError.of(
+        "E331",
+        f"a prediction of shape {tuple(prediction.shape)} could be laid out in more than one way",
+        help='say it: `format: "BCFHW"`, `"BFCHW"`, `"BCHW"` or `"BSC"` with `grid: [frames, height, width]`',
+    )
+
+
+def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """The latent grid of a token sequence, from the arguments that some models take it by."""
+    height, width = named.get("height"), named.get("width")
+    if isinstance(height, int) and isinstance(width, int):
+        frames = named.get("num_frames")
+        return (frames if isinstance(frames, int) else 1, height, width)
+    ids = named.get("img_ids")
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] == 3:  # noqa: PLR2004
+        last = ids.reshape(-1, 3)
+        frames, height, width = (int(column) + 1 for column in last.max(dim=0).values - last.min(dim=0).values)
+        return (frames, height, width)
+    shapes = named.get("img_shapes")
+    while isinstance(shapes, list) and shapes:
+        shapes = shapes[0]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(shapes, tuple) and len(shapes) == 3:  # pyright: ignore[reportUnknownArgumentType] # noqa: PLR2004
+        return shapes  # pyright: ignore[reportUnknownVariableType, reportReturnType]
+    return None
+
+
+def split_bands(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shifted spectrum of each picture inside and outside a disc of radius min(height, width) // 5."""
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1))
+    height, width = x.shape[-2:]
+    radius = min(height, width) // 5
+    rows = torch.arange(height, device=x.device).unsqueeze(1) - height // 2
+    columns = torch.arange(width, device=x.device).unsqueeze(0) - width // 2
+    mask = rows**2 + columns**2 <= radius**2
+    return spectrum * mask, spectrum * ~mask
+
+
+def difference(uncond: torch.Tensor, cond: torch.Tensor) -> Bands:
+    """What is kept of a step that ran both halves; pictures as `Frames.split` gives them."""
+    low_uncond, high_uncond = split_bands(uncond.float())
+    low_cond, high_cond = split_bands(cond.float())
+    return Bands(low_uncond - low_cond, high_uncond - high_cond)
+
+
+def rebuild(bands: Bands, cond: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """The unconditional pictures of a skipped step; the factors stay in the kept difference, so they compound."""
+    bands.low = bands.low * low
+    bands.high = bands.high * high
+    low_cond, high_cond = split_bands(cond.float())
+    spectrum = (bands.low + low_cond) + (bands.high + high_cond)
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real
+
+
+# --- halves of a batch -----------------------------------------------------------------------------------
+
+
+def halves(x: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unconditional and the conditional half of a batch."""
+    first, second = x.chunk(2, dim=0)
+    return (first, second) if layout == "uncond first" else (second, first)
+
+
+def whole(uncond: torch.Tensor, cond: torch.Tensor, layout: str) -> torch.Tensor:
+    """The inverse of `halves`."""
+    return torch.cat([uncond, cond] if layout == "uncond first" else [cond, uncond], dim=0)
+
+
+def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None) -> dict[str, Any]:
+    """The call's arguments with the conditional half of everything that holds one row (or item) per sample.
+
+    `only` names the arguments to halve; without it they are found by their size.
+    """
+
+    def half(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return halves(value, layout)[1] if value.ndim > 0 and value.shape[0] == batch else value
+        if isinstance(value, list) and len(value) == batch and all(isinstance(each, torch.Tensor) for each in value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            middle = batch // 2
+            return value[middle:] if layout == "uncond first" else value[:middle]  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, list | tuple):
+            return type(value)(half(each) for each in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if isinstance(value, dict):
+            return {key: half(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return value
+
+    return {name: half(value) if only is None or name in only else value for name, value in named.items()}
+
+
+def prediction_of(output: Any) -> torch.Tensor:
+    """The tensor that a root's output is about: itself, `sample`, or the first tensor of a tuple."""
+    if isinstance(output, torch.Tensor):
+        return output
+    sample = getattr(output, "sample", None)
+    if isinstance(sample, torch.Tensor):
+        return sample
+    found = list[torch.Tensor]()
+    map_tensors(lambda tensor: found.append(tensor) or tensor, output)
+    return found[0]
+
+
+def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
+    """`output` with its prediction replaced."""
+    old = prediction_of(output)
+    return map_tensors(lambda tensor: prediction if tensor is old else tensor, output)
+
+
+# --- the guidance of one trajectory ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a call's unconditional half cannot be rebuilt; `final` where the call is no guidance batch at all."""
+
+    reason: str
+    final: bool
+
+
+class Guide:
+    """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
+
+    __slots__ = ("_bands", "_cond", "_frames", "_step")
+
+    def __init__(self) -> None:
+        self._bands: Bands | None = None
+        self._frames: Frames | None = None
+        self._cond: Any = None
+        self._step = -1
+
+    def named(self, branch: str) -> bool:
+        """True where the branch's name says which half it is."""
+        return branch in COND_BRANCHES or branch in UNCOND_BRANCHES
+
+    def problem(self, tick: Tick, arguments: Arguments, *, guided: bool, calls: int) -> Problem | None:
+        """Why this call cannot be approximated; None where it can."""
+        if self.named(tick.branch):
+            if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
+                return Problem("the conditional call has not run in this step", final=True)
+        elif not guided:
+            return Problem("there is no guidance", final=True)
+        elif calls > 1:
+            return Problem("guidance runs in several calls", final=True)
+        elif _batch(arguments) % 2:
+            return Problem("the batch has no two halves", final=True)
+        return None if self._bands is not None else Problem("nothing is kept yet", final=False)
+
+    def halved(
+        self, arguments: Arguments, args: tuple[Any, ...], settings: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The root's arguments with the conditional half of all that is batched."""
+        named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs"))
+        names = list(named)
+        positional = tuple(named[name] for name in names[: len(args)])
+        return positional, {name: named[name] for name in names[len(args) :]}
+
+    def answered(self, settings: Mapping[str, Any], channels: int | None) -> Any:
+        """The answer of the unconditional call, from this step's conditional one."""
+        cond = prediction_of(self._cond)
+        return with_prediction(self._cond, self._rebuilt(cond, settings))
+
+    def ended(
+        self,
+        tick: Tick,
+        arguments: Arguments,
+        settings: Mapping[str, Any],
+        output: Any,
+        channels: int | None,
+        *,
+        halved: bool,
+    ) -> Any:
+        """Keep the difference of a full call, or put the missing half beside the conditional one."""
+        prediction = prediction_of(output)
+        if tick.branch in COND_BRANCHES:
+            self._cond, self._step = output, tick.step
+            return output
+        if halved:
+            return with_prediction(output, whole(self._rebuilt(prediction, settings), prediction, settings["layout"]))
+        if tick.branch in UNCOND_BRANCHES:
+            uncond, cond = prediction, prediction_of(self._cond)
+        else:
+            uncond, cond = halves(prediction, settings["layout"])
+        self._frames = frames_of(prediction, arguments.named, channels, settings)
+        self._bands = difference(self._frames.split(uncond), self._frames.split(cond))
+        return output
+
+    def _rebuilt(self, cond: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+        assert self._bands is not None and self._frames is not None  # noqa: S101, PT018 (`problem` has looked)
+        rows = rebuild(self._bands, self._frames.split(cond), settings["low"], settings["high"])
+        return self._frames.join(rows, cond.shape[0]).to(cond.dtype)
+
+
+def _batch(arguments: Arguments) -> int:
+    latents = arguments.named.get(arguments.latents or "")
+    if isinstance(latents, torch.Tensor):
+        return latents.shape[0] if latents.ndim > 0 else 1
+    return len(latents) if isinstance(latents, list) else 1

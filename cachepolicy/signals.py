@@ -1,0 +1,210 @@
+"""What signals are worth: tensors seen at probes, remembered over steps and computes, brought down to numbers.
+
+The norms use the same torch operations in the same dtype as diffusers' caches, so that equal streams give equal numbers
+to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cachepolicy import ir
+from cachepolicy.evaluate import MEMORIES, Environment, Undefined, children, evaluate, substitute, walk
+from cachepolicy.plan import Plan
+from cachepolicy.vocabulary import NORMS
+
+
+class Stream:
+    """A tensor that was seen, with its write counter then, and its mean magnitude once somebody asked."""
+
+    __slots__ = ("_magnitude", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = None if tensor.is_inference() else tensor._version
+        self._magnitude: torch.Tensor | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it was seen.
+
+        Raises:
+            Undefined: somebody wrote into it since.
+        """
+        if self._version is not None and self._tensor._version != self._version:
+            raise Undefined("a probed tensor was overwritten in place")
+        return self._tensor
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """mean|x|, computed once."""
+        if self._magnitude is None:
+            self._magnitude = self.tensor.abs().mean()
+        return self._magnitude
+
+
+Value = Stream | float
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """The number signals that rules read, written out down to probes, and what has to be remembered for them."""
+
+    numbers: Mapping[str, ir.Expression]
+    remembered: tuple[ir.Expression, ...]
+    probes: frozenset[ir.Probe]
+
+
+def signals_of(plan: Plan) -> Signals:
+    """What of a plan's signals has to be measured."""
+    closed = dict[str, ir.Expression]()
+    for signal in plan.resolved.signals:
+        closed[signal.name] = substitute(signal.value, closed)
+    conditions = [rule.rule.condition for rule in plan.rules if rule.rule.condition is not None]
+    read = {node.name for each in conditions for node in walk(each) if isinstance(node, ir.Name)}
+    numbers = {name: value for name, value in closed.items() if name in read}
+    nodes = [node for value in numbers.values() for node in walk(value)]
+    remembered = dict.fromkeys(
+        node.arguments[0] for node in nodes if isinstance(node, ir.Call) and node.function in MEMORIES
+    )
+    return Signals(numbers, tuple(remembered), frozenset(node for node in nodes if isinstance(node, ir.Probe)))
+
+
+@dataclass(slots=True)
+class Remembered:
+    """What one branch remembers: streams at the step before, and at the computes of each site, newest first."""
+
+    step: int = -1
+    previous: dict[tuple[ir.Expression, int], Value] = field(default_factory=dict[tuple[ir.Expression, int], Value])
+    kept: dict[tuple[ir.Expression, int], tuple[Value, ...]] = field(
+        default_factory=dict[tuple[ir.Expression, int], tuple[Value, ...]]
+    )
+
+
+class Measuring:
+    """The signals of one call: probes as they come in, numbers on demand."""
+
+    __slots__ = ("_environment", "_seen", "_signals", "_step", "past")
+
+    def __init__(self, signals: Signals, past: Remembered, environment: Environment, step: int) -> None:
+        self._signals = signals
+        self._environment = environment
+        self._step = step
+        self._seen: dict[ir.Probe, Stream] = {}
+        self.past = past
+
+    def see(self, probe: ir.Probe, tensor: torch.Tensor) -> None:
+        """A probe's tensor of this step; the first one counts where a module is called more than once."""
+        self._seen.setdefault(probe, Stream(tensor))
+
+    def has(self, probe: ir.Probe) -> bool:
+        """True once the probe was seen in this step."""
+        return probe in self._seen
+
+    def numbers(self, site: int) -> dict[str, float]:
+        """The signals by name as the rules of `site` read them now; what is undefined is NaN."""
+        found = dict[str, float]()
+        for name, expression in self._signals.numbers.items():
+            try:
+                value = self._value(expression, site)
+                found[name] = float("nan") if isinstance(value, Stream) else value
+            except Undefined:
+                found[name] = float("nan")
+        return found
+
+    def finish(self, sites: list[int], computed: list[int]) -> None:
+        """Remember this step: for `prev` at the next one, for `kept` where a site has computed."""
+        now = dict[tuple[ir.Expression, int], Value]()
+        for expression in self._signals.remembered:
+            for site in sites:
+                try:
+                    now[expression, site] = self._value(expression, site)
+                except Undefined:
+                    continue
+        for expression in self._signals.remembered:
+            for site in computed:
+                key = (expression, site)
+                if key in now:
+                    self.past.kept[key] = (now[key], *self.past.kept.get(key, ()))[:_DEPTH]
+                else:
+                    self.past.kept.pop(key, None)
+        self.past.previous, self.past.step = now, self._step
+
+    def _value(self, expression: ir.Expression, site: int) -> Value:
+        match expression:
+            case ir.Probe():
+                if expression not in self._seen:
+                    raise Undefined(f"`{expression.stream}(...)` was not seen in this step")
+                return self._seen[expression]
+            case ir.Call(function="prev"):
+                return self._remembered(self.past.previous.get((expression.arguments[0], site)), "prev")
+            case ir.Call(function="kept"):
+                depth = 1 if len(expression.arguments) == 1 else int(evaluate(expression.arguments[1]))
+                kept = self.past.kept.get((expression.arguments[0], site), ())
+                return self._remembered(kept[depth - 1] if 0 < depth <= len(kept) else None, "kept")
+            case _:
+                return self._number(expression, site)
+
+    def _remembered(self, value: Value | None, what: str) -> Value:
+        if value is None or (what == "prev" and self.past.step != self._step - 1):
+            raise Undefined(f"`{what}(...)` has no value yet")
+        return value
+
+    def _number(self, expression: ir.Expression, site: int) -> float:
+        """An expression over numbers, with the norms and memories in it put in as values."""
+        stateful = dict[ir.Call, float]()
+        for node in _outermost(expression):
+            value = self._norm(node, site) if node.function in NORMS else self._value(node, site)
+            if isinstance(value, Stream):
+                raise Undefined("a tensor stands where a number is read")
+            stateful[node] = value
+        return evaluate(expression, replace(self._environment, stateful=stateful))
+
+    def _norm(self, call: ir.Call, site: int) -> float:
+        streams = [self._value(argument, site) for argument in call.arguments]
+        tensors = [stream for stream in streams if isinstance(stream, Stream)]
+        if len(tensors) != len(streams):
+            raise Undefined(f"`{call.function}(...)` reads tensors")
+        if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:  # noqa: PLR2004
+            raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
+        return float(_norm(call.function, tensors).item())
+
+
+_DEPTH = 4  # how many computes back `kept(x, n)` can reach
+
+
+def _outermost(node: ir.Node) -> list[ir.Call]:
+    """The norms and memories below a node that stand in no other of them."""
+    if isinstance(node, ir.Call) and (node.function in NORMS or node.function in MEMORIES):
+        return [node]
+    return [call for child in children(node) for call in _outermost(child)]
+
+
+def _norm(function: str, streams: list[Stream]) -> torch.Tensor:
+    x = streams[0].tensor
+    if len(streams) == 1:
+        return streams[0].magnitude if function == "l1" else x.square().mean().sqrt()
+    y = streams[1].tensor
+    match function:
+        case "l1":
+            return (x - y).abs().mean()
+        case "l2":
+            return (x - y).square().mean().sqrt()
+        case "relative_l1":
+            return (x - y).abs().mean() / streams[1].magnitude
+        case "cosine":
+            return torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+        case _:
+            raise Undefined(f"`{function}(...)` is not a norm")
+
+
+def probed(probe: ir.Probe, names: Mapping[str, Any], first: torch.Tensor | None) -> torch.Tensor | None:
+    """What an `input` or `argument` probe sees of a call's arguments; None where there is no tensor."""
+    if probe.stream == "argument":
+        value = names.get(probe.argument or "")
+        return value if isinstance(value, torch.Tensor) else None
+    return first

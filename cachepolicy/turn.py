@@ -1,0 +1,509 @@
+"""One call of a root: what its sites do, decided before it where the clock tells, and on the way where signals do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cachepolicy import ir
+from cachepolicy.actions import (
+    ANSWER,
+    COMPUTE,
+    PENDING,
+    REUSE,
+    STORE,
+    STORE_CLONE,
+    Keeping,
+    Slot,
+    feedback,
+    hidden_states,
+    keep,
+    predict,
+    predicted,
+    push,
+    reused,
+    unfit,
+    versions,
+)
+from cachepolicy.evaluate import Environment, Undefined, evaluate
+from cachepolicy.intercept import Frame, Leave, Site
+from cachepolicy.schedule import (
+    WAITING,
+    Decision,
+    Inputs,
+    Memory,
+    Partition,
+    Program,
+    Tick,
+    clock_words,
+    decide,
+    decide_all,
+)
+from cachepolicy.signals import Measuring, Remembered, probed
+from cachepolicy.spans import Chain, Continuations, Entry, Link, Names, Recorder, parts, passed, rebuilt, signature
+
+
+@dataclass(slots=True)
+class Branch:
+    """The state of one branch: what the decision function remembers by group, what the sites keep, what signals were."""
+
+    partition: Partition
+    memories: list[Memory]
+    slots: list[Slot]
+    remembered: Remembered = field(default_factory=Remembered)
+
+
+class Host(Protocol):
+    """What a turn asks of the root that it is a call of."""
+
+    program: Program
+    keepings: Sequence[Keeping]
+    continuations: Continuations
+    inside: Mapping[int, frozenset[ir.Probe]]
+    externals: Mapping[str, Any]
+    names: Mapping[int, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An output that a probe looks at."""
+
+    probe: ir.Probe
+    module: Any
+    names: Names
+    output: Any
+    written: tuple[int, ...]
+    before: int | None
+
+    def fresh(self, before: torch.Tensor) -> bool:
+        """True where neither the output nor the input was written into since the module began."""
+        return versions(self.output) == self.written and (self.before is None or before._version == self.before)
+
+
+class Turn:
+    """One call of a root, from its decision to its end."""
+
+    def __init__(
+        self,
+        host: Host,
+        branch: Branch,
+        tick: Tick,
+        leader: Sequence[Decision] | None,
+        measuring: Measuring | None,
+    ) -> None:
+        self.host = host
+        self.branch = branch
+        self.tick = tick
+        self.leader = leader
+        self.measuring = measuring
+        self.inference = torch.is_inference_mode_enabled()
+        self.facts: dict[int, str] = {}
+        self.signals_of: dict[int, Mapping[str, float]] = {}
+        self.halved = False
+        self.started = time.perf_counter()
+        self.decisions, self.after = self._decided()
+        self.frame: Frame
+        self._modes: dict[int, str] = {}
+        self._recorders: dict[int, Recorder] = {}
+        self._waiting: list[int] = []
+        self._unclear: list[Seen] = []
+        self._opened: tuple[Names | None, dict[str, int | None]] | None = None
+        self._last: tuple[Any, Names, list[Any]] | None = None
+
+    def _decided(self) -> tuple[list[Decision], list[Memory]]:
+        return decide_all(
+            self.host.program,
+            self.branch.partition,
+            self.branch.memories,
+            self.tick,
+            signals_of=self.signals_of if self.host.program.measured else None,
+            followed=self.leader,
+            facts=self.facts,
+        )
+
+    # --- decisions on the way ----------------------------------------------------------------------------
+
+    def decision(self, site: int) -> Decision:
+        """The site's decision, made now where it has waited for its signals."""
+        group = self.branch.partition.group_of[site]
+        if self.decisions[group] is WAITING:
+            assert self.measuring is not None  # noqa: S101 (only rules that read signals wait)
+            self.signals_of[site] = self.measuring.numbers(site)
+            self.decisions[group] = decide(
+                self.branch.partition.groups[group].rules, self._inputs(site, self.branch.memories[group])
+            )
+        return self.decisions[group]
+
+    def _inputs(self, site: int, memory: Memory) -> Inputs:
+        leader = self.leader[site] if self.leader is not None else None
+        signals = self.signals_of.get(site, {})
+        return Inputs(self.tick, memory, signals, self.host.program.tables, leader, self.facts.get(site))
+
+    def refuse(self, site: int, reason: str) -> None:
+        """The site has to compute after all, and so does what stands inside it."""
+        self.facts[site] = reason
+        for each in self.host.program.plan.sites:
+            if site in each.parents:
+                self.facts.setdefault(each.index, "the site around it had to compute")
+
+    def close(self) -> None:
+        """Decide once more with all that the call has shown, so that memory and trace say what happened."""
+        for site, reason in self.frame.unfit:
+            self.refuse(site, reason)
+        waiting = [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
+        for site in waiting:
+            self.decision(site)
+        if self.facts:
+            self.decide_again()
+        elif self.signals_of:
+            self.decisions, self.after = self._decided()
+        if self.measuring is not None:
+            for seen in self._unclear:
+                self._see(seen, last=True)
+            decisions = self.branch.partition.spread(self.decisions)
+            computed = [site for site, decision in enumerate(decisions) if decision.computes]
+            self.measuring.finish(list(range(len(decisions))), computed)
+
+    def decide_again(self) -> None:
+        """Decide with the facts that have come up before anything ran."""
+        if self.branch.partition is not self.host.program.fine:
+            self.branch.memories = self.host.program.split(self.branch.memories)
+            self.branch.partition = self.host.program.fine
+        self.decisions, self.after = self._decided()
+
+    def open(
+        self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bool, Any]:
+        """The root as a site: whether it is answered, and with what."""
+        for span, position in site.members:
+            if self._mode(span, position, names) == ANSWER:
+                return True, self._linked(span, position, names)
+            self._opened = self._recorder(span, position).begin(position, names)
+        if self._code(site, args, kwargs) == ANSWER:
+            return True, self.answered(site.index, args, kwargs)
+        if self.facts:
+            self.decide_again()
+        return False, None
+
+    def shut(
+        self, site: Site, module: Any, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The root as a site has computed."""
+        for span, position in site.members:
+            if self._opened is not None:
+                self._record(span, position, module, names, self._opened, output)
+        what = self.host.keepings[site.index]
+        if what.outputs and not what.streams:
+            code = STORE_CLONE if self.inference else STORE
+            states = hidden_states(args, kwargs)
+            keep(self.branch.slots[site.index], what, code, states, output, step=self.tick.step, full=not self.halved)
+
+    # --- one intercepted call ----------------------------------------------------------------------------
+
+    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module that is probed, stands in a span, or waits for signals."""
+        names = bind_names(site.parameters, args, kwargs)
+        self._learn(names)
+        self.enter(site, names, args, kwargs)
+        recording = list[tuple[int, int, tuple[Names | None, dict[str, int | None]]]]()
+        waiting = list[int]()
+        for span, position in site.members:
+            mode = self._mode(span, position, names)
+            if mode == ANSWER:
+                return self._linked(span, position, names)
+            if mode == PENDING:
+                waiting.append(span)
+            recording.append((span, position, self._recorder(span, position).begin(position, names)))
+        code = self._code(site, args, kwargs)
+        if code == ANSWER:
+            return self.answered(site.index, args, kwargs)
+        before = _counter(names) if site.outputs else None
+        self._waiting += waiting
+        try:
+            output = original(module, *args, **kwargs)
+        except Leave as leave:
+            if leave.span not in waiting:
+                raise
+            self._recorders.pop(leave.span, None)
+            return self._linked(leave.span, 0, names)
+        finally:
+            for span in waiting:
+                self._waiting.remove(span)
+        for span in waiting:
+            if self._modes[span] == PENDING:
+                self._settle(span, names, ran=True)
+        for span, position, begun in recording:
+            self._record(span, position, module, names, begun, output)
+        if code != COMPUTE:
+            slot, what = self.branch.slots[site.index], self.host.keepings[site.index]
+            keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
+        self.leave(site, module, names, output, before)
+        self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
+        return output
+
+    def _learn(self, names: Names) -> None:
+        """What the module before gave, and this one is called with, shows which of its inputs that continues."""
+        if self._last is None:
+            return
+        module, before, outputs = self._last
+        self._last = None
+        for place, output in enumerate(outputs):
+            for name, value in names.items():
+                if value is output and name in before and isinstance(output, torch.Tensor):
+                    self.host.continuations.learn(module, place, name)
+
+    def enter(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the probes see what goes in."""
+        if self.measuring is None:
+            return
+        for probe in site.inputs:
+            tensor = probed(probe, names, hidden_states(args, kwargs))
+            if tensor is not None:
+                self.measuring.see(probe, tensor)
+        if site.inputs:
+            self._look()
+
+    def leave(self, site: Site, module: Any, names: Names, output: Any, before: int | None) -> None:
+        """Let the probes see what comes out."""
+        if self.measuring is None or not site.outputs:
+            return
+        for probe in site.outputs:
+            self._see(Seen(probe, module, names, output, versions(output), before), last=False)
+        self._look()
+
+    def _see(self, seen: Seen, *, last: bool) -> None:
+        """Hand the hidden states of an output to a probe, later in the call where it is not clear yet which they are."""
+        assert self.measuring is not None  # noqa: S101 (the callers have looked)
+        outputs, _ = parts(seen.output)
+        target = _target(seen.names)
+        before = seen.names.get(target or "")
+        places = [place for place, each in enumerate(outputs) if isinstance(each, torch.Tensor)]
+        alike = [place for place in places if isinstance(before, torch.Tensor) and outputs[place].shape == before.shape]
+        known = [place for place in alike if self.host.continuations.input_of(seen.module, place) == target]
+        if len(known) != 1 and len(alike) > 1 and not last:
+            self._unclear.append(seen)
+            return
+        if not places:
+            return
+        place = (known or alike or places)[0]
+        stream = outputs[place]
+        if seen.probe.stream == "output":
+            self.measuring.see(seen.probe, stream)
+        elif isinstance(before, torch.Tensor) and before.shape == stream.shape and seen.fresh(before):
+            self.measuring.see(seen.probe, stream - before)
+
+    def _look(self) -> None:
+        """A probe has come in: a span whose first block is running may be decided now, and left."""
+        for span in self._waiting:
+            if self._modes[span] == PENDING and self.measuring is not None and self._ready(span):
+                self._settle(span, None, ran=False)
+                if self._modes[span] == ANSWER:
+                    raise Leave(span)
+
+    def _ready(self, span: int) -> bool:
+        assert self.measuring is not None  # noqa: S101 (the caller has looked)
+        return all(self.measuring.has(probe) for probe in self.host.inside[span])
+
+    # --- spans -------------------------------------------------------------------------------------------
+
+    def _mode(self, span: int, position: int, names: Names) -> str:
+        """Whether the span answers, computes, or cannot be decided before its first block has begun."""
+        mode = self._modes.get(span)
+        if mode is not None and mode != PENDING:
+            return mode
+        group = self.branch.partition.group_of[span]
+        if mode is None and self.decisions[group] is WAITING and position == 0 and not self._ready(span):
+            self._modes[span] = PENDING
+            chain = self._chain(span)
+            problem = _chain_problem(chain, signature(names), halved=self.halved)
+            if problem is not None:
+                self.facts[span] = problem
+            return PENDING
+        self._settle(span, names if position == 0 else None, ran=position != 0)
+        return self._modes[span]
+
+    def _settle(self, span: int, names: Names | None, *, ran: bool) -> None:
+        """Decide a span; one that has begun to run, or whose history does not fit, computes."""
+        if names is not None and span not in self.facts:
+            chain = self._chain(span)
+            decision = self.decision(span)
+            problem = _chain_problem(chain, signature(names), halved=self.halved, action=decision.action)
+        else:
+            decision = self.decision(span)
+            problem = self.facts.get(span)
+        if decision.verdict != "reuse":
+            self._modes[span] = COMPUTE
+        elif problem is not None or ran:
+            self.refuse(span, problem or "its first block had run before it was decided")
+            self._modes[span] = COMPUTE
+        else:
+            self._modes[span] = ANSWER
+
+    def _chain(self, span: int) -> Chain:
+        slot = self.branch.slots[span]
+        if slot.chain is None:
+            slot.chain = Chain()
+        return slot.chain
+
+    def _recorder(self, span: int, position: int) -> Recorder:
+        recorder = self._recorders.get(span)
+        if recorder is None or position == 0:
+            residual = self.host.keepings[span].residuals > 0
+            recorder = self._recorders[span] = Recorder(
+                self._chain(span),
+                self.host.continuations,
+                self.host.names[span],
+                residual=residual,
+                step=self.tick.step,
+                full=not self.halved,
+            )
+        return recorder
+
+    def _record(
+        self,
+        span: int,
+        position: int,
+        module: Any,
+        names: Names,
+        begun: tuple[Names | None, dict[str, int | None]],
+        output: Any,
+    ) -> None:
+        recorder = self._recorders.get(span)
+        if recorder is None:
+            return
+        recorder.end(position, module, names, begun, output)
+        if position == len(self.host.names[span]) - 1:
+            what = self.host.keepings[span]
+            recorder.finish(max(1, what.residuals, what.outputs))
+            self._recorders.pop(span)
+
+    def _linked(self, span: int, position: int, names: Names) -> Any:
+        """The answer of one block of a span that reuses."""
+        chain, action = self._chain(span), self.decision(span).action
+        link = chain.links[position]
+        inputs = passed(link.shape, names)
+        if link.leads and not isinstance(action, ir.Skip):
+            inputs = self._led(chain, link, inputs, action)
+        return rebuilt(link.shape, inputs)
+
+    def _led(self, chain: Chain, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
+        history = chain.history[link.segment]
+        steps = [entry.step for entry in history]
+        answers = list[Any]()
+        for place, given in enumerate(inputs):
+            column = [self._own(entry, place) for entry in history]
+            if given is None or any(tensor is None for tensor in column):
+                answers.append(given)
+                continue
+            tensors = [tensor for tensor in column if tensor is not None]
+            value = tensors[0]
+            if isinstance(action, ir.Predict):
+                value = predict(action.predictor, tensors, steps, self.tick.step, self.arguments(action))
+            answers.append(given + value if _of_residual(action) else value.clone())
+        if feedback(action):
+            values = [a - b if _of_residual(action) and a is not None else a for a, b in zip(answers, inputs, strict=True)]
+            chain.history[link.segment] = [Entry(tuple(values), self.tick.step, not self.halved), *history][: len(history) or 1]
+        return answers
+
+    def _own(self, entry: Entry, place: int) -> torch.Tensor | None:
+        tensor = entry.tensors[place]
+        return tensor.chunk(2, dim=0)[1] if tensor is not None and self.halved and entry.full else tensor
+
+    # --- single modules ----------------------------------------------------------------------------------
+
+    def _code(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What a site of its own does: `ANSWER`, or how it computes."""
+        if site.index < 0:
+            return COMPUTE
+        code = self.frame.codes[site.index]
+        what = self.host.keepings[site.index]
+        if what.streams:
+            return COMPUTE  # its history is the chain that `members` names
+        store = (STORE_CLONE if self.inference else STORE) if what.outputs else COMPUTE
+        if code not in (PENDING, REUSE, ANSWER):
+            return store
+        if self.decision(site.index).verdict != "reuse":
+            return store
+        problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+        if problem is None:
+            return ANSWER
+        self.refuse(site.index, problem)
+        return store
+
+    def answered(self, site: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The answer of a site from its outputs."""
+        slot, action = self.branch.slots[site], self.decision(site).action
+        if not isinstance(action, ir.Predict):
+            return reused(slot, halved=self.halved, inference=self.inference)
+        output = predicted(slot, action, self.arguments(action), self.tick.step, halved=self.halved)
+        if feedback(action):
+            code = STORE_CLONE if self.inference else STORE
+            push(slot, self.host.keepings[site], code, output, step=self.tick.step, full=not self.halved)
+        return output
+
+    def arguments(self, action: ir.Predict | ir.ApproximateUncond) -> dict[str, Any]:
+        """The action's arguments at this step; an external is asked for now.
+
+        Raises:
+            Undefined: an argument has no value at this step.
+        """
+        names = {name: supply() for name, supply in self.host.externals.items()}
+        names |= clock_words(self.tick, Memory(self.tick.step))
+        environment = Environment(names, self.host.program.tables)
+        return {argument.label: evaluate(argument.value, environment) for argument in action.arguments}
+
+
+def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by parameter name."""
+    names: dict[str, Any] = dict(zip(parameters, args, strict=False))
+    for index in range(len(parameters), len(args)):
+        names[f"*{index}"] = args[index]
+    names.update(kwargs)
+    return names
+
+
+def _target(names: Names) -> str | None:
+    """The input that carries the hidden states."""
+    if isinstance(names.get("hidden_states"), torch.Tensor):
+        return "hidden_states"
+    return next((name for name, value in names.items() if isinstance(value, torch.Tensor)), None)
+
+
+def _counter(names: Names) -> int | None:
+    """The write counter of the hidden states that go in."""
+    states = names.get(_target(names) or "")
+    return states._version if isinstance(states, torch.Tensor) and not states.is_inference() else None
+
+
+def _of_residual(action: ir.Action | None) -> bool:
+    return isinstance(action, ir.Reuse | ir.Predict) and action.residual
+
+
+def _chain_problem(
+    chain: Chain, given: tuple[Any, ...], *, halved: bool, action: ir.Action | None = None
+) -> str | None:
+    """Why a span cannot answer; a `skip` needs to know its blocks' outputs and no more."""
+    if not chain.links:
+        return "its inputs and outputs are not known yet" if isinstance(action, ir.Skip) else "nothing is kept yet"
+    if isinstance(action, ir.Skip):
+        return None
+    newest = chain.history[0][0] if chain.history and chain.history[0] else None
+    if newest is None:
+        return "nothing is kept yet"
+    if chain.signature is None or len(chain.signature) != len(given):
+        return "the history does not fit this call"
+    halved = halved and newest.full
+    same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
+    return None if same else "the history does not fit this call"
+
+
+def _alike(kept: tuple[Any, ...], now: tuple[Any, ...], *, halved: bool) -> bool:
+    """True where an input's name, shape, dtype and device are those of the kept one, or of its conditional half."""
+    if kept == now:
+        return True
+    (name, shape, *rest), (other, given, *others) = kept, now
+    return halved and name == other and rest == others and (shape[0] // 2, *shape[1:]) == tuple(given)

@@ -7,6 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck disable=SC1091
 . .ci/venv
-python -m pip install -q -e ".[diffusers]"
+python -m pip install -qq -e ".[diffusers]"
 cd "$here"
 exec cachepolicy demo "$@"

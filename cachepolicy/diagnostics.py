@@ -86,7 +86,7 @@ def _render_one(diagnostic: Diagnostic) -> str:
         return "\n".join(lines)
     margin = " " * len(str(span.line))
     lines.append(f"{margin}{_BLUE}-->{_RESET} {diagnostic.source or '<text>'}:{span.line}:{span.column}")
-    if diagnostic.excerpt:
+    if diagnostic.excerpt and span.column <= len(diagnostic.excerpt[0]) + 1:
         lines += _frame(diagnostic, span, margin, paint)
     if diagnostic.help:
         lines.append(f"{margin} {_BLUE}={_RESET} {_BOLD}help{_RESET}: {diagnostic.help}")
@@ -94,17 +94,33 @@ def _render_one(diagnostic: Diagnostic) -> str:
 
 
 def _frame(diagnostic: Diagnostic, span: Span, margin: str, paint: str) -> list[str]:
-    first = diagnostic.excerpt[0]
+    first, column = diagnostic.excerpt[0], span.column
     end = span.end_column if span.end_line == span.line else len(first) + 1
+    if len(first) > _FRAME_WIDTH:
+        first, column, end = _clipped(first, column, end)
     # A tab is kept in the padding, so that the underline stands below its text at any tab width.
-    padding = "".join("\t" if letter == "\t" else " " for letter in first[: span.column - 1])
-    underline = "^" * max(1, end - span.column)
+    padding = "".join("\t" if letter == "\t" else " " for letter in first[: column - 1])
+    underline = "^" * max(1, end - column)
     label = f" {diagnostic.label}" if diagnostic.label else ""
     return [
         f"{margin} {_BLUE}|{_RESET}",
         f"{_BLUE}{span.line} |{_RESET} {first}",
         f"{margin} {_BLUE}|{_RESET} {padding}{paint}{underline}{label}{_RESET}",
     ]
+
+
+_FRAME_WIDTH = 160
+
+
+def _clipped(line: str, column: int, end: int) -> tuple[str, int, int]:
+    """A long line as the part around its underlined text."""
+    start = max(0, column - 1 - _FRAME_WIDTH // 4)
+    shown = line[start : start + _FRAME_WIDTH]
+    if start:
+        shown = "…" + shown[1:]
+    if start + _FRAME_WIDTH < len(line):
+        shown = shown[:-1] + "…"
+    return shown, column - start, min(end - start, len(shown) + 1)
 
 
 def to_json(diagnostics: Iterable[Diagnostic]) -> str:

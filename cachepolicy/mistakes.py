@@ -196,7 +196,7 @@ def expectation(stop: Stop) -> str:
         left -= _VALUES | {"_NOT"}
     elif left - _OPERATORS - {"LPAR", "LSQB"}:
         left -= _OPERATORS | {"LPAR", "LSQB"} if len(left) > 4 else set[str]()  # noqa: PLR2004
-    ordered = sorted(left, key=lambda each: _POSITION.get(each, 50))
+    ordered = sorted(left, key=lambda each: (_POSITION.get(each, 50), each))
     said += [_ENGLISH.get(each) or f"`{stop.words.get(each, each.strip('_').lower())}`" for each in ordered]
     said = list(dict.fromkeys(said))
     return said[0] if len(said) == 1 else ", ".join(said[:-1]) + f" or {said[-1]}"

@@ -271,6 +271,7 @@ class _Reading:
             return
         tokens = _CLAUSE_OR_TEXT.finditer(self.source.clean, head.end(), stop)
         end = next((token.start() for token in tokens if token[0][0] not in "\"'"), stop)
+        end = head.end() + len(self.source.clean[head.end() : end].rstrip())
         try:
             tree = _parse(self.source, head.end(), end, "selector")
         except lark.exceptions.UnexpectedInput:

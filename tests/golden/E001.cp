@@ -1,0 +1,1 @@
+match "transfomer_blocks.*attn" evry 2 -> reuse

@@ -1,0 +1,1 @@
+match attention when t < 800 && step > 2 -> reuse

@@ -1,0 +1,1 @@
+let late = (progress > 0.5

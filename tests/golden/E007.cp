@@ -1,0 +1,1 @@
+mach attention every 2 -> reuse

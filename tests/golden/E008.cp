@@ -1,0 +1,1 @@
+param every: int = 2

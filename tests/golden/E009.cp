@@ -1,0 +1,2 @@
+policy fora
+cachepolicy 1

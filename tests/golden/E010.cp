@@ -1,0 +1,2 @@
+cachepolicy 2
+match attention every 2 -> reuse

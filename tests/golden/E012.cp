@@ -1,0 +1,2 @@
+# ‮never mind
+match attention every 2 -> reuse

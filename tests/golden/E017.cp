@@ -1,0 +1,1 @@
+match "^(transformer_blocks" every 2 -> reuse

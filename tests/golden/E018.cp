@@ -1,0 +1,1 @@
+match "^(?!single_).*attn" every 2 -> reuse

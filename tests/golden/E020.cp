@@ -1,0 +1,1 @@
+match attention every 2 when 100 < t < 800 -> reuse

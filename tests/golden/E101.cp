@@ -1,0 +1,1 @@
+match attention when stp < 3 -> reuse

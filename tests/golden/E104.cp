@@ -1,0 +1,2 @@
+param session: int = 2
+match attention every session -> reuse

@@ -1,0 +1,1 @@
+match attention when abs(t, 500) < 100 every 2 -> reuse

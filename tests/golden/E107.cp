@@ -1,0 +1,1 @@
+match attention every 3 -> predict talor(order: 1)

@@ -1,0 +1,1 @@
+match attention every 3 -> predict linear(wight: 0.5)

@@ -1,0 +1,1 @@
+match attention when 100 < t > 800 every 2 -> reuse

@@ -1,0 +1,1 @@
+match attention mask "1102" -> reuse

@@ -1,0 +1,1 @@
+match blocks[1:] and "^single_" every 2 -> reuse

@@ -1,0 +1,2 @@
+param interval: int? = 2
+match attention every interval + 1 -> reuse

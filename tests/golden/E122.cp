@@ -1,0 +1,1 @@
+match model when uncond_skipped every 2 -> reuse

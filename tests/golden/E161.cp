@@ -1,0 +1,2 @@
+param interval: int = 2.5
+match attention every interval -> reuse

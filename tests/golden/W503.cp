@@ -1,0 +1,2 @@
+param interval: int = 2
+match attention every 2 -> reuse

@@ -13,6 +13,7 @@ from cachepolicy import ir
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.loading import load, resolve
 from cachepolicy.plan import Plan, bind, label
+from cachepolicy.simulation import simulate
 from cachepolicy.sites import outermost, select
 from cachepolicy.skeleton import Module, Skeleton, ancestors, builtin, sites_skeleton
 from cachepolicy.syntax import parse, parse_selector
@@ -472,3 +473,28 @@ def test_labels_are_short() -> None:
     (rule,) = resolve(load("fora"), {}).rules
     assert "match attention or feedforward every 3 from end -> reuse" == label(rule)
     assert "match attention or…" == label(rule, width=19)
+
+
+windows = st.sampled_from(
+    ["", "when t > 300", "when t > 500", "when t in (200, 700)", "when 300 <= t < 600", "when step > 2 and t > 300"]
+)
+rules = st.lists(
+    st.builds(
+        lambda selector, when, every: f"match {selector} {when} every {every} -> reuse\n",
+        st.sampled_from(["attention", "self_attention", "cross_attention", '"0.attn"', "feedforward"]),
+        windows,
+        st.integers(1, 4),
+    ),
+    min_size=2,
+    max_size=5,
+)
+
+
+@given(rules, st.integers(1, 12))
+def test_a_shadowed_rule_never_decides(texts: list[str], steps: int) -> None:
+    """What is warned of never owns a site in any schedule."""
+    plan = bound("".join(texts))
+    schedule = simulate(plan, steps=steps)
+    owners = {decision.rule for _, decisions in schedule for decision in decisions}
+    warned = {each.span.line - 1 for each in plan.warnings if each.code == "W510" and each.span}
+    assert set() == owners & warned

@@ -38,7 +38,7 @@ class Stop:
 def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
     """A line in column 1 that no statement starts with."""
     word = chunk.word
-    near = nearest(word.lower(), STATEMENT_WORDS)
+    near = nearest(word[:60].lower(), STATEMENT_WORDS)
     if near:
         help = f"did you mean `{near}`?"
     else:

@@ -8,6 +8,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
+from typing import TypeVar
 
 from cachepolicy.diagnostics import Diagnostic, Span
 from cachepolicy.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
@@ -69,16 +71,16 @@ class Source:
         starts = self._line_starts
         last = max(span.line, span.end_line - (span.end_column == 1))
         ends = [*starts[1:], len(self.text) + 1]
-        return tuple(
-            _FORBIDDEN.sub("\ufffd", self.clean[starts[line - 1] : ends[line - 1] - 1]).rstrip()[:_EXCERPT_WIDTH]
-            for line in range(span.line, min(last, span.line + 7) + 1)
-        )
+        lines = range(span.line, min(last, span.line + _EXCERPT_LINES - 1) + 1)
+        stretches = (self.clean[starts[line - 1] : ends[line - 1] - 1][:_EXCERPT_WIDTH] for line in lines)
+        return tuple(_FORBIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
 
     def locate(self, diagnostic: Diagnostic) -> Diagnostic:
         """`diagnostic` with this source's name and lines."""
-        if diagnostic.span is None:
-            return replace(diagnostic, source=self.name)
-        return replace(diagnostic, source=self.name, excerpt=self.excerpt(diagnostic.span))
+        diagnostic = replace(
+            diagnostic, source=self.name, message=_shortened(diagnostic.message), help=_shortened(diagnostic.help)
+        )
+        return replace(diagnostic, excerpt=self.excerpt(diagnostic.span)) if diagnostic.span else diagnostic
 
     def finding(self, code: str, message: str, start: int, end: int, *, help: str | None = None) -> Diagnostic:
         """An error between two offsets of this text."""
@@ -86,6 +88,18 @@ class Source:
 
 
 _EXCERPT_WIDTH = 4000
+_EXCERPT_LINES = 8
+_SENTENCE = 400
+_FORBIDDEN_TOLD = 20
+"""Forbidden characters that are reported one by one: a binary file has thousands."""
+
+_T = TypeVar("_T", str, str | None)
+
+
+def _shortened(text: _T) -> _T:
+    """A sentence without the middle of an endless word of the user's."""
+    return text if text is None or len(text) <= _SENTENCE else f"{text[: _SENTENCE // 2]}…{text[-_SENTENCE // 2 :]}"
+
 
 # Control characters, and what makes a text read otherwise than it is (CVE-2021-42574): bidirectional overrides, line
 # separators that Python and editors disagree about, byte order marks inside, halves of surrogate pairs.
@@ -114,9 +128,9 @@ def prepare(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnostic, ...
     if wrong is not None:
         message = "the text is not UTF-8"
         return source, (source.finding("E011", message, wrong, wrong + 1, help="save the file as UTF-8"),), False
-    forbidden = [_forbidden(source, found.start()) for found in _FORBIDDEN.finditer(clean)]
+    forbidden = [_forbidden(source, each.start()) for each in islice(_FORBIDDEN.finditer(clean), _FORBIDDEN_TOLD)]
     if forbidden:
-        return source, tuple(forbidden[:20]), False
+        return source, tuple(forbidden), False
     return _Scanner(source).scan()
 
 

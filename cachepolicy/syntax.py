@@ -109,11 +109,12 @@ def _stop(source: Source, start: int, end: int, rule: str) -> mistakes.Stop:
         offset = error.token.start_pos or start
     except lark.UnexpectedCharacters as error:
         offset = error.pos_in_stream or start
-    return mistakes.Stop(offset, frozenset(parser.accepts()), _words())
+    # Behind a whole statement the parser has no choice left, not even the end.
+    return mistakes.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
 
 
 def _parse_part(text: str, start: str, lower: Any) -> Any:
-    prepared, findings, parsable = prepare(text, f"<{start}>")
+    prepared, findings, parsable = prepare(text.replace("\n", " "), f"<{start}>")
     chunk = Chunk(0, len(prepared.clean.rstrip()), "")
     findings = [each for each in findings if each.code != "E006"]
     if parsable and not findings:

@@ -112,7 +112,9 @@ def test_a_span_over_lines_is_underlined_to_the_end_of_the_first() -> None:
 
 def test_diagnostics_without_a_place_name_their_file() -> None:
     """A setting or a file has no line."""
-    assert "error[E150]: message\n --> a.cp\n  = help: help" == render([Diagnostic("E150", "message", source="a.cp", help="help")])
+    assert "error[E150]: message\n --> a.cp\n  = help: help" == render(
+        [Diagnostic("E150", "message", source="a.cp", help="help")]
+    )
     assert "error[E150]: message" == str(PolicyError.of("E150", "message"))
 
 

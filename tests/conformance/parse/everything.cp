@@ -25,7 +25,7 @@ signal two = output("^blocks\.0\.norm1$")
 signal three = residual(blocks[0:8])
 signal four = argument(model, "temb")
 signal drift = relative_l1(three, kept(three))
-signal change = poly([1, -2, 0.5], l1(two, prev(two)) + l2(one) - cosine(four, kept(four, 2)))
+signal change = poly([1, -2, 0.5], l1(two, prev(two)) + l2(one) - cosine(kept(four), kept(four, 2)))
 
 match "x" -> compute
 match optional word when t in window every whole -> skip

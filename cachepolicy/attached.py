@@ -97,7 +97,9 @@ class Attached:
         self.externals = around.externals
         self.names = {site.index: site.modules for site in plan.sites}
         self.inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
-        halves = any(isinstance(bound.rule.action, ir.ApproximateUncond) for bound in plan.rules)
+        actions = [bound.rule.action for bound in plan.rules if bound.sites]
+        self.approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
+        halves = self.approximation is not None
         self.keepings = [
             keeping(
                 [bound.rule for bound in plan.rules if site.index in bound.sites],
@@ -244,8 +246,11 @@ class Attached:
         turn.enter(site, call.arguments.named, call.args, call.kwargs)
         if self.itself is None:
             return
-        action = turn.decision(self.itself).action
-        if isinstance(action, ir.ApproximateUncond):
+        decision = turn.decision(self.itself)
+        if self.approximation is not None and (
+            isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
+        ):
+            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else self.approximation
             self._open_guidance(call, action)
         else:
             call.answered, call.output = turn.open(site, call.arguments.named, call.args, call.kwargs)
@@ -376,7 +381,7 @@ def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
 def _channels(module: torch.nn.Module) -> int | None:
     """How many channels the prediction has, where the model's config says so."""
     config = getattr(module, "config", None)
-    for name in ("out_channels", "in_channels"):
+    for name in ("out_channels", "in_channels", "out_visual_dim", "in_visual_dim"):
         value = getattr(config, name, None)
         if isinstance(value, int):
             return value

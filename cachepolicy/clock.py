@@ -407,7 +407,13 @@ def _timestep(
 
 
 def _training(root: Root, value: float) -> float:
-    t = root.scale.to_training(value) if root.scale is not None else float("nan")
+    if root.scale is None:
+        raise PolicyError.of(
+            "E321",
+            f"`{root.class_name}` is called with a number that is no timestep",
+            help="pass `timestep=` (a function that returns the current timestep) or `scheduler=` to `apply`",
+        )
+    t = root.scale.to_training(value)
     if not -_SLACK <= t <= _TOP + _SLACK:
         raise PolicyError.of(
             "E321",

@@ -6,13 +6,13 @@ band of their spectra changes slowly; on a skipped step it is added to the condi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cachepolicy.actions import map_tensors
 from cachepolicy.clock import Arguments
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
@@ -28,7 +28,7 @@ class Bands:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """How a prediction is laid out: `BCHW`, `BCFHW`, `BFCHW`, or `BSC` tokens on a (frames, height, width) grid."""
+    """How a prediction is laid out: pictures, frames of pictures, or `BSC` tokens on a (frames, height, width) grid."""
 
     layout: str
     grid: tuple[int, int, int] | None = None
@@ -40,8 +40,10 @@ class Frames:
                 return x.permute(0, 2, 1, 3, 4).flatten(0, 1)
             case "BFCHW":
                 return x.flatten(0, 1)
+            case "BFHWC":
+                return x.permute(0, 1, 4, 2, 3).flatten(0, 1)
             case "BSC":
-                frames, height, width = self.grid or (1, 1, x.shape[1])
+                _, height, width = self.grid or (1, 1, x.shape[1])
                 return x.reshape(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
             case _:
                 return x
@@ -53,6 +55,8 @@ class Frames:
                 return rows.unflatten(0, (batch, -1)).permute(0, 2, 1, 3, 4)
             case "BFCHW":
                 return rows.unflatten(0, (batch, -1))
+            case "BFHWC":
+                return rows.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2)
             case "BSC":
                 return rows.permute(0, 2, 3, 1).reshape(batch, -1, rows.shape[1])
             case _:
@@ -65,18 +69,18 @@ def frames_of(prediction: torch.Tensor, named: Mapping[str, Any], channels: int 
     Raises:
         PolicyError: it is not clear.
     """
-    said = arguments.get("format")
-    grid = arguments.get("grid") or _grid(named)
-    if said is not None and said != "BSC":
+    said = arguments.get("format", "found")
+    grid = tuple(arguments.get("grid", ())) or _grid(named)
+    if said not in {"found", "BSC"}:
         return Frames(said)
     match prediction.ndim:
         case 4:
             return Frames("BCHW")
         case 5:
-            first, second = prediction.shape[1] == channels, prediction.shape[2] == channels
-            if first != second:
-                return Frames("BCFHW" if first else "BFCHW")
-        case 3 if grid is not None and grid[0] * grid[1] * grid[2] == prediction.shape[1]:
+            places = [place for place in (1, 2, 4) if prediction.shape[place] == channels]
+            if len(places) == 1:
+                return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[places[0]])
+        case 3 if grid is not None and len(grid) == 3 and math.prod(grid) == prediction.shape[1]:  # noqa: PLR2004
             return Frames("BSC", grid)
         case _:
             pass
@@ -156,11 +160,13 @@ def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequenc
     def half(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return halves(value, layout)[1] if value.ndim > 0 and value.shape[0] == batch else value
-        if isinstance(value, list) and len(value) == batch and all(isinstance(each, torch.Tensor) for each in value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if isinstance(value, list) and len(value) == batch:  # pyright: ignore[reportUnknownArgumentType]
             middle = batch // 2
             return value[middle:] if layout == "uncond first" else value[:middle]  # pyright: ignore[reportUnknownVariableType]
         if isinstance(value, list | tuple):
-            return type(value)(half(each) for each in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            # A sequence is batched as a whole or not at all: sizes of positions can equal that of the batch by chance.
+            rows = {each.shape[0] if isinstance(each, torch.Tensor) and each.ndim else 0 for each in value}  # pyright: ignore[reportUnknownVariableType]
+            return type(value)(map(half, value)) if rows == {batch} else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if isinstance(value, dict):
             return {key: half(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
         return value
@@ -169,21 +175,36 @@ def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequenc
 
 
 def prediction_of(output: Any) -> torch.Tensor:
-    """The tensor that a root's output is about: itself, `sample`, or the first tensor of a tuple."""
-    if isinstance(output, torch.Tensor):
-        return output
-    sample = getattr(output, "sample", None)
-    if isinstance(sample, torch.Tensor):
-        return sample
-    found = list[torch.Tensor]()
-    map_tensors(lambda tensor: found.append(tensor) or tensor, output)
-    return found[0]
+    """The tensor that a root's output is about: itself, `sample`, or the first of a tuple; a list of samples as a batch.
+
+    Raises:
+        PolicyError: the samples of a list have different shapes.
+    """
+    value = _predicted(output)
+    if isinstance(value, torch.Tensor):
+        return value
+    if len({each.shape for each in value}) != 1:
+        raise PolicyError.of("E332", "the samples of a guidance batch have different shapes")
+    return torch.stack(value)
 
 
 def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
     """`output` with its prediction replaced."""
-    old = prediction_of(output)
-    return map_tensors(lambda tensor: prediction if tensor is old else tensor, output)
+    old = _predicted(output)
+    new = prediction if isinstance(old, torch.Tensor) else list(prediction.unbind(0))
+    if output is old:
+        return new
+    if isinstance(output, dict):
+        items = {key: new if value is old else value for key, value in output.items()}  # pyright: ignore[reportUnknownVariableType]
+        return items if type(output) is dict else type(output)(**items)  # pyright: ignore[reportUnknownArgumentType]
+    return type(output)(new if value is old else value for value in output)
+
+
+def _predicted(output: Any) -> torch.Tensor | list[torch.Tensor]:
+    sample = getattr(output, "sample", None)
+    if isinstance(output, tuple):
+        sample = output[0]  # pyright: ignore[reportUnknownVariableType]
+    return output if sample is None else sample  # pyright: ignore[reportUnknownVariableType]
 
 
 # --- the guidance of one trajectory ----------------------------------------------------------------------
@@ -229,7 +250,7 @@ class Guide:
         self, arguments: Arguments, args: tuple[Any, ...], settings: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The root's arguments with the conditional half of all that is batched."""
-        named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs"))
+        named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs") or None)
         names = list(named)
         positional = tuple(named[name] for name in names[: len(args)])
         return positional, {name: named[name] for name in names[len(args) :]}

@@ -66,6 +66,9 @@ def apply(
     if is_swapped(target):
         raise _already("the pipeline")
     plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
+    if not any(bound.sites for bound in plans.values()):
+        names = ", ".join(f"`{type(module).__name__}`" for module in roots.values())
+        raise PolicyError.of("E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects")
     for bound in plans.values():
         _refuse_unsupported(bound)
     run = Run(

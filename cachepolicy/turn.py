@@ -14,7 +14,6 @@ from cachepolicy.actions import (
     ANSWER,
     COMPUTE,
     PENDING,
-    REUSE,
     STORE,
     STORE_CLONE,
     Keeping,
@@ -419,13 +418,10 @@ class Turn:
         """What a site of its own does: `ANSWER`, or how it computes."""
         if site.index < 0:
             return COMPUTE
-        code = self.frame.codes[site.index]
         what = self.host.keepings[site.index]
         if what.streams:
             return COMPUTE  # its history is the chain that `members` names
         store = (STORE_CLONE if self.inference else STORE) if what.outputs else COMPUTE
-        if code not in (PENDING, REUSE, ANSWER):
-            return store
         if self.decision(site.index).verdict != "reuse":
             return store
         problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)

@@ -41,7 +41,7 @@ def _anchors(node: ir.Node) -> Iterator[str]:
     match node:
         case ir.Call(function=function, arguments=(one, other)) if function in NORMS:
             pass
-        case ir.Arithmetic(operator="-" | "/", left=one, right=other):
+        case ir.Arithmetic(operator="-", left=one, right=other):
             pass
         case _:
             return
@@ -65,9 +65,9 @@ def _judge_anchors(condition: ir.Expression, drifts: dict[str, frozenset[str]], 
         if isinstance(node, ir.Call) and node.function == "sum" and "kept" in _all_drifts(node, drifts):
             help = "`kept` already measures from the last compute: drop the `sum`, or take `prev`"
             report.add("W501", "the `sum` of distances from the last compute counts drift twice", node, help=help)
-        anchors = frozenset(_anchors(node)) | (
-            drifts.get(node.name, frozenset()) if isinstance(node, ir.Name) else set()
-        )
+        anchors = frozenset(_anchors(node))
+        if isinstance(node, ir.Name):
+            anchors |= drifts.get(node.name, frozenset())
         if not summed and "prev" in anchors:
             help = "sum it up: `sum(...) < threshold`, or take `kept`, the step of the last compute"
             report.add("W502", "a distance from the step before is blind to slow drift", node, help=help)

@@ -141,7 +141,7 @@ def suggestion(word: str, candidates: Sequence[str]) -> str | None:
     near = nearest(word, candidates)
     if near is not None:
         return f"did you mean `{near}`?"
-    if 0 < len(candidates) <= 12:  # noqa: PLR2004
+    if 0 < len(candidates) <= 12:
         return "one of " + ", ".join(f"`{each}`" for each in candidates)
     return None
 

@@ -70,7 +70,7 @@ class Lowering:
         value = next(child for child in rest if is_tree(child))
         domain, doc = parts.get("domain"), parts.get("doc")
         default = self.expression(value)
-        if type_ == "range" and isinstance(default, ir.ListOf) and len(default.items) == 2:  # noqa: PLR2004
+        if type_ == "range" and isinstance(default, ir.ListOf) and len(default.items) == 2:
             low, high = default.items
             default = ir.Interval(low=low, high=high, low_closed=True, high_closed=True, span=default.span)
         return ir.Param(
@@ -314,7 +314,7 @@ class Lowering:
         if token == "inf":
             return math.inf
         if token.isdecimal():
-            if len(token) <= 16 and int(token) <= NUMBER_LIMIT:  # noqa: PLR2004
+            if len(token) <= 16 and int(token) <= NUMBER_LIMIT:
                 return int(token)
         elif math.isfinite(value := float(token)):
             return value
@@ -328,7 +328,7 @@ class Lowering:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= 24 else f"{text[:20]}..."  # noqa: PLR2004
+    return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 _SCHEDULES = frozenset({"every", "every_offset", "every_from_end", "every_since_compute", "on", "mask"})

@@ -238,10 +238,9 @@ class _Judgement:
         if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
             help = "one of " + ", ".join(f'`"{each}"`' for each in label.choices)
             self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)
-        if argument.label == "order" and isinstance(value, ir.Number):
-            if not (isinstance(value.value, int) and 0 <= value.value <= ORDER_LIMIT):
-                message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
-                self.report.add("E124", message, value)
+        if argument.label == "order" and isinstance(value, ir.Number) and not _is_order(value.value):
+            message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
+            self.report.add("E124", message, value)
 
     # --- settings
 
@@ -278,6 +277,10 @@ class _Judgement:
         if sort in ("clock word", "signal", "external") and items and len(items) != steps:
             message = f"`{setting.name}` has {len(items)} values for {steps} steps"
             self.report.add("E117", message, setting.value)
+
+
+def _is_order(value: float) -> bool:
+    return isinstance(value, int) and 0 <= value <= ORDER_LIMIT
 
 
 _SETTABLE: frozenset[Sort] = frozenset({"clock word", "signal", "external", "parameter"})

@@ -39,10 +39,7 @@ def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
     """A line in column 1 that no statement starts with."""
     word = chunk.word
     near = nearest(word[:60].lower(), STATEMENT_WORDS)
-    if near:
-        help = f"did you mean `{near}`?"
-    else:
-        help = "one of " + ", ".join(f"`{each}`" for each in STATEMENT_WORDS)
+    help = f"did you mean `{near}`?" if near else "one of " + ", ".join(f"`{each}`" for each in STATEMENT_WORDS)
     if source.clean.startswith(("//", "--", "/*"), chunk.start):
         help = "a comment starts with `#`"
     message = f"`{word}` does not start a statement"
@@ -82,7 +79,7 @@ _WORD = re.compile(
 def _found(source: Source, chunk: Chunk, offset: int) -> str:
     matched = _WORD.match(source.clean, offset, chunk.end)
     text = matched[0] if matched else source.clean[offset : offset + 1]
-    return text if len(text) <= 60 else text[:60]  # noqa: PLR2004
+    return text if len(text) <= 60 else text[:60]
 
 
 def _unclosed(found: str) -> bool:
@@ -195,7 +192,7 @@ def expectation(stop: Stop) -> str:
         said.append("a value")
         left -= _VALUES | {"_NOT"}
     elif left - _OPERATORS - {"LPAR", "LSQB"}:
-        left -= _OPERATORS | {"LPAR", "LSQB"} if len(left) > 4 else set[str]()  # noqa: PLR2004
+        left -= _OPERATORS | {"LPAR", "LSQB"} if len(left) > 4 else set[str]()
     ordered = sorted(left, key=lambda each: (_POSITION.get(each, 50), each))
     said += [_ENGLISH.get(each) or f"`{stop.words.get(each, each.strip('_').lower())}`" for each in ordered]
     said = list(dict.fromkeys(said))

@@ -335,7 +335,7 @@ def _all(nodes: Iterable[ir.Expression]) -> str:
     return ", ".join(map(expression, nodes))
 
 
-def _expressed(node: ir.Expression) -> tuple[str, int]:  # noqa: C901, PLR0911, PLR0912
+def _expressed(node: ir.Expression) -> tuple[str, int]:
     match node:
         case ir.Number():
             return _number(node.value), _UNARY if math.copysign(1, node.value) < 0 else _ATOM

@@ -103,7 +103,7 @@ class Scope:
 
     def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
         """A help sentence with the known name that is most like `name`."""
-        known = {each: SORTS[found.kind] for each, found in self.declared.items()}
+        known: dict[str, Sort] = {each: SORTS[found.kind] for each, found in self.declared.items()}
         known |= dict.fromkeys(CLOCK, "clock word")
         candidates = [each for each, sort in known.items() if sort in sorts]
         found = SYNONYMS.get(name)
@@ -172,8 +172,8 @@ def _without_circles(declared: Mapping[str, Declaration], report: Report) -> dic
         if isinstance(statement, ir.Let | ir.Signal)
     }
     finished = set[str]()
-    for first in reads:
-        path = {first: iter([*reads[first]])} if first not in finished else {}
+    for first, names in reads.items():
+        path = {first: iter([*names])} if first not in finished else {}
         while path:
             name = next(reversed(path))
             other = next(path[name], None)
@@ -189,7 +189,7 @@ def _without_circles(declared: Mapping[str, Declaration], report: Report) -> dic
 
 
 def _circle(names: list[str], declared: Mapping[str, Declaration], report: Report) -> None:
-    shown = names if len(names) < 8 else [*names[:6], "..."]  # noqa: PLR2004
+    shown = names if len(names) < 8 else [*names[:6], "..."]
     loop = " -> ".join(f"`{name}`" for name in [*shown, names[0]])
     message = f"`{names[0]}` is said in terms of itself: {loop}"
     report.add("E109", message, declared[names[0]], word=names[0], once=names[0])

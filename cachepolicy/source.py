@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import TypeVar
 
 from cachepolicy.diagnostics import Diagnostic, Span
 from cachepolicy.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
@@ -77,9 +76,8 @@ class Source:
 
     def locate(self, diagnostic: Diagnostic) -> Diagnostic:
         """`diagnostic` with this source's name and lines."""
-        diagnostic = replace(
-            diagnostic, source=self.name, message=_shortened(diagnostic.message), help=_shortened(diagnostic.help)
-        )
+        help = diagnostic.help and _shortened(diagnostic.help)
+        diagnostic = replace(diagnostic, source=self.name, message=_shortened(diagnostic.message), help=help)
         return replace(diagnostic, excerpt=self.excerpt(diagnostic.span)) if diagnostic.span else diagnostic
 
     def finding(self, code: str, message: str, start: int, end: int, *, help: str | None = None) -> Diagnostic:
@@ -93,12 +91,10 @@ _SENTENCE = 400
 _FORBIDDEN_TOLD = 20
 """Forbidden characters that are reported one by one: a binary file has thousands."""
 
-_T = TypeVar("_T", str, str | None)
 
-
-def _shortened(text: _T) -> _T:
+def _shortened(text: str) -> str:
     """A sentence without the middle of an endless word of the user's."""
-    return text if text is None or len(text) <= _SENTENCE else f"{text[: _SENTENCE // 2]}…{text[-_SENTENCE // 2 :]}"
+    return text if len(text) <= _SENTENCE else f"{text[: _SENTENCE // 2]}…{text[-_SENTENCE // 2 :]}"
 
 
 # Control characters, and what makes a text read otherwise than it is (CVE-2021-42574): bidirectional overrides, line

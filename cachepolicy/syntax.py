@@ -75,7 +75,7 @@ def _place(finding: Diagnostic) -> tuple[int, int]:
 
 
 @functools.cache
-def _parser() -> lark.Lark:
+def _parser() -> Any:
     # Never `cache=True`: it unpickles a predictable path in the temporary folder before it checks it.
     grammar = shipped("grammars").joinpath("cachepolicy.lark").read_text("utf-8")
     return lark.Lark(
@@ -102,13 +102,11 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
 def _stop(source: Source, start: int, end: int, rule: str) -> mistakes.Stop:
     """Where and why the parser gives this stretch up."""
     parser = _parser().parse_interactive(lark.TextSlice(source.clean, start, end), start=rule)
-    offset = end
+    offset: Any = end
     try:
         parser.exhaust_lexer()
-    except lark.UnexpectedToken as error:
-        offset = error.token.start_pos or start
-    except lark.UnexpectedCharacters as error:
-        offset = error.pos_in_stream or start
+    except lark.exceptions.UnexpectedInput as error:
+        offset = error.pos_in_stream
     # Behind a whole statement the parser has no choice left, not even the end.
     return mistakes.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
 

@@ -88,7 +88,7 @@ class Checker:
         message = f"{what or place.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
         self.report.add("E111", message, node, help=help)
 
-    def infer(self, node: ir.Expression, place: Place) -> Type:  # noqa: C901, PLR0911, PLR0912
+    def infer(self, node: ir.Expression, place: Place) -> Type:
         """The type of `node`, `any` where it is wrong; reports what is wrong below it."""
         match node:
             case ir.Number():
@@ -105,8 +105,7 @@ class Checker:
             case ir.Lookup():
                 return self._looked_up(node, place)
             case ir.ListOf():
-                for item in node.items:
-                    self.expect(item, "number", place, "a list here")
+                self._alike(node.items, place, "a list")
                 return "list"
             case ir.Negative():
                 self.expect(node.operand, "number", place, "`-`")
@@ -235,8 +234,8 @@ class Checker:
         """Judges values that must be of one type: numbers, booleans or strings."""
         if any(isinstance(each, ir.Name) and each.name == "branch" for each in nodes):
             self._branch_names(nodes)
-        found = [self.infer(each, place) for each in nodes]
-        first = next((each for each in found if each != "any"), "any")
+        found: list[Type] = [self.infer(each, place) for each in nodes]
+        first = _first_known(found)
         for node, type_ in zip(nodes, found, strict=True):
             if type_ not in ("any", "number", "boolean", "text"):
                 help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`" if type_ == "tensor" else None
@@ -296,11 +295,12 @@ class Checker:
         param = self.scope.param(node.name)
         if sort is None:
             self.unknown(node, node.name, frozenset({"parameter"}))
-        elif sort != "unknown" and not self.forbidden(node, node.name, sort, place):
-            if param is None or param.type not in ("range", "list"):
-                what = f"`{param.type}` parameter" if param else sort
-                message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {what}"
-                self.report.add("E110", message, node)
+        elif sort == "unknown" or self.forbidden(node, node.name, sort, place):
+            pass
+        elif param is None or param.type not in ("range", "list"):
+            what = f"`{param.type}` parameter" if param else sort
+            message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {what}"
+            self.report.add("E110", message, node)
 
     # --- calls
 
@@ -328,7 +328,11 @@ class Checker:
             return self._remembered(node, place)
         takes = signature.takes + signature.takes[-1:] * (len(node.arguments) - len(signature.takes))
         for argument, wanted in zip(node.arguments, takes, strict=False):
-            self.expect(argument, wanted, place, f"`{node.function}`")
+            if isinstance(argument, ir.ListOf) and wanted == "list":
+                for item in argument.items:
+                    self.expect(item, "number", place, f"the list of `{node.function}`")
+            else:
+                self.expect(argument, wanted, place, f"`{node.function}`")
         return signature.gives
 
     def _no_function(self, node: ir.Call) -> None:
@@ -354,7 +358,7 @@ class Checker:
 
     def _remembered(self, node: ir.Call, place: Place) -> Type:
         inner = Place("memory", place.knows, memory=True, probes=place.probes)
-        found = self.infer(node.arguments[0], inner)
+        found: Type = self.infer(node.arguments[0], inner)
         if found not in ("number", "tensor", "any"):
             message = f"`{node.function}` takes a tensor or a number, not {_NAMED[found]}"
             self.report.add("E111", message, node.arguments[0])
@@ -377,3 +381,10 @@ class Checker:
             help = "`argument(S, NAME)` reads an argument by its name"
             self.report.add("E106", f"`{node.stream}` takes a selector alone", node, help=help)
         return "tensor" if place.probes else "any"
+
+
+def _first_known(types: Sequence[Type]) -> Type:
+    for each in types:
+        if each != "any":
+            return each
+    return "any"

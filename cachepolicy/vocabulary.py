@@ -124,7 +124,9 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Label]] = {
         "low": Label("number"),
         "high": Label("number"),
         "layout": Label("text", constant=True, choices=("uncond first", "cond first")),
-        "format": Label("text", required=False, constant=True, choices=("found", "BCFHW", "BFCHW", "BFHWC", "BCHW", "BSC")),
+        "format": Label(
+            "text", required=False, constant=True, choices=("found", "BCFHW", "BFCHW", "BFHWC", "BCHW", "BSC")
+        ),
         "grid": Label("list", required=False, constant=True),
         "inputs": Label("list", required=False, constant=True),
     },

@@ -77,9 +77,9 @@ def faults(node: ir.Node) -> Iterator[Fault]:
         case ir.Comparison(operators=operators, operands=operands):
             if len(operators) + 1 != len(operands) or not operators:
                 yield "E021", "a comparison has one operator between any two operands"
-        case ir.Both() | ir.Either() if len(node.operands) < 2:  # noqa: PLR2004
+        case ir.Both() | ir.Either() if len(node.operands) < 2:
             yield "E021", f"`{node.kind}` joins at least two"
-        case ir.AllOf() | ir.AnyOf() if len(node.selectors) < 2:  # noqa: PLR2004
+        case ir.AllOf() | ir.AnyOf() if len(node.selectors) < 2:
             yield "E021", f"`{node.kind}` joins at least two"
         case ir.SetOf(items=()):
             yield "E021", "a set has at least one item"
@@ -130,13 +130,20 @@ def _words(node: ir.Node) -> Iterator[Fault]:
 
 def _places(node: ir.Node) -> Iterator[Fault]:
     """Intervals and sets that stand where the grammar has no room for them."""
-    for key, value in node.__dict__.items():
-        below = value if isinstance(value, tuple) else (value,)
-        for child in below:  # pyright: ignore[reportUnknownVariableType]
-            if isinstance(child, ir.Interval) and not isinstance(node, ir.Param | ir.Membership | ir.Setting):
-                yield "E021", "an interval stands after `in`, as a default or as a setting"
-            if isinstance(child, ir.SetOf) and (type(node), key) not in _SETS:
-                yield "E021", "a set stands after `in` or `on`"
+    for child in children(node):
+        if isinstance(child, ir.Interval) and not isinstance(node, ir.Param | ir.Membership | ir.Setting):
+            yield "E021", "an interval stands after `in`, as a default or as a setting"
+        if isinstance(child, ir.SetOf) and not _takes_set(node, child):
+            yield "E021", "a set stands after `in` or `on`"
 
 
-_SETS = {(ir.Membership, "container"), (ir.OnSteps, "steps"), (ir.Param, "domain")}
+def _takes_set(node: ir.Node, child: ir.SetOf) -> bool:
+    match node:
+        case ir.Membership():
+            return node.container is child
+        case ir.OnSteps():
+            return node.steps is child
+        case ir.Param():
+            return node.domain is child
+        case _:
+            return False

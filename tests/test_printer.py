@@ -184,7 +184,11 @@ def test_a_policy_without_a_text_gets_blank_lines_between_its_groups() -> None:
     """Header, parameters, names, rules and expectations are parted."""
     policy = parse("param a: int = 2\nlet b = a\nmatch model every b -> reuse\nexpect model over 1 steps: C\n")
     bare = ir.Policy.model_validate_json(policy.model_dump_json())
-    assert (
-        "cachepolicy 1\n\nparam a: int = 2\n\nlet b = a\n\nmatch model every b -> reuse\n\nexpect model over 1 steps: C\n"
-        == format(bare)
-    )
+    groups = [
+        "cachepolicy 1",
+        "param a: int = 2",
+        "let b = a",
+        "match model every b -> reuse",
+        "expect model over 1 steps: C",
+    ]
+    assert "\n\n".join(groups) + "\n" == format(bare)

@@ -16,7 +16,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cachepolicy.configs import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
     from cachepolicy.diagnostics import PolicyError
+    from cachepolicy.diffusers import (
+        CacheMixin,
+        apply_faster_cache,
+        apply_first_block_cache,
+        apply_pyramid_attention_broadcast,
+        cache_context,
+        disable_cache,
+        enable_cache,
+        is_cache_enabled,
+        reset_stateful_cache,
+    )
     from cachepolicy.explanation import explain
     from cachepolicy.files import load
     from cachepolicy.ir import Policy
@@ -28,31 +40,55 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CacheMixin",
+    "FasterCacheConfig",
+    "FirstBlockCacheConfig",
     "Policy",
     "PolicyError",
+    "PyramidAttentionBroadcastConfig",
     "Run",
     "__version__",
     "apply",
+    "apply_faster_cache",
+    "apply_first_block_cache",
+    "apply_pyramid_attention_broadcast",
+    "cache_context",
+    "disable_cache",
+    "enable_cache",
     "explain",
     "format",
+    "is_cache_enabled",
     "load",
     "parse",
     "plan",
     "remove",
+    "reset_stateful_cache",
     "simulate",
 ]
 
 _HOMES = {
+    "CacheMixin": "diffusers",
+    "FasterCacheConfig": "configs",
+    "FirstBlockCacheConfig": "configs",
     "Policy": "ir",
     "PolicyError": "diagnostics",
+    "PyramidAttentionBroadcastConfig": "configs",
     "Run": "runtime",
     "apply": "runtime",
+    "apply_faster_cache": "diffusers",
+    "apply_first_block_cache": "diffusers",
+    "apply_pyramid_attention_broadcast": "diffusers",
+    "cache_context": "diffusers",
+    "disable_cache": "diffusers",
+    "enable_cache": "diffusers",
     "explain": "explanation",
     "format": "printer",
+    "is_cache_enabled": "diffusers",
     "load": "files",
     "parse": "syntax",
     "plan": "simulation",
     "remove": "runtime",
+    "reset_stateful_cache": "diffusers",
     "simulate": "simulation",
 }
 

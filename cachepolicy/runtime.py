@@ -13,6 +13,7 @@ import torch
 from cachepolicy import ir
 from cachepolicy.attached import DISABLED, SESSION, Attached, Surroundings
 from cachepolicy.clock import CONTEXT, SCHEDULER_METHODS, Context, Follower, Sources
+from cachepolicy.configs import config_of
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.intercept import root_override, site_override
 from cachepolicy.loading import load, resolve
@@ -40,18 +41,26 @@ def apply(
 ) -> Run:
     """Attach a policy to a model or a diffusers pipeline; nothing is attached when anything is wrong.
 
-    `target` is an `nn.Module` or a pipeline (its denoisers, scheduler and call boundaries are then known). `policy` is a
-    shipped name (`"pab"`), a path, a `Policy`, or an object with a `.policy()` method. `timestep` returns the current
-    timestep in training units (0..1000) as a number or tensor; without it the clock reads `scheduler`, the pipeline's
-    scheduler, or the model's own timestep argument. `steps` is the number of steps of a trajectory, for a policy that
-    asks. `guidance` says whether a batch holds the unconditional and the conditional half, where no pipeline tells.
+    `target` is an `nn.Module` or a pipeline (its denoisers, scheduler and call boundaries are then known). `policy` is
+    a shipped name (`"pab"`), a path, a `Policy`, a cache config of `cachepolicy.diffusers` or of diffusers itself, or
+    an object with a `.policy()` method. `timestep` returns the current timestep in training units (0..1000) as a
+    number or tensor; without it the clock reads `scheduler`, the pipeline's scheduler, or the model's own timestep
+    argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch holds the unconditional and the conditional half, where no pipeline tells.
     `params` are the policy's own knobs; a function given for an `external` is asked once for each answer.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
             what the policy says on this model.
     """
-    if hasattr(policy, "policy"):
+    config = config_of(policy)
+    if config is not None:
+        # What the config says about the run holds where the caller says nothing; a pipeline knows about its guidance.
+        policy, said = config.policy(), config.arguments()
+        callback, promised = said.pop("timestep", None), said.pop("guidance", None)
+        timestep = callback if timestep is None else timestep
+        guidance = promised if guidance is None and not is_pipeline(target) else guidance
+        params = said | params
+    elif hasattr(policy, "policy"):
         policy = policy.policy()
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
@@ -59,7 +68,9 @@ def apply(
     resolved = resolve(loaded, params)
     missing = [name for name in resolved.externals if name not in externals]
     if missing:
-        raise PolicyError.of("E307", f"the policy asks for `{missing[0]}`", help=f"pass `{missing[0]}=` a function that returns it")
+        raise PolicyError.of(
+            "E307", f"the policy asks for `{missing[0]}`", help=f"pass `{missing[0]}=` a function that returns it"
+        )
     roots = denoisers(target)
     for name, module in roots.items():
         _refuse_attached(name, module)
@@ -68,7 +79,9 @@ def apply(
     plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
     if not any(bound.sites for bound in plans.values()):
         names = ", ".join(f"`{type(module).__name__}`" for module in roots.values())
-        raise PolicyError.of("E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects")
+        raise PolicyError.of(
+            "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
+        )
     for bound in plans.values():
         _refuse_unsupported(bound)
     run = Run(
@@ -161,9 +174,7 @@ class Run:
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         plan = self.plans[name]
-        around = Surroundings(
-            self._sources, self._guided, self._detach, self._externals, self.trace, MOST_SESSIONS
-        )
+        around = Surroundings(self._sources, self._guided, self._detach, self._externals, self.trace, MOST_SESSIONS)
         attached = Attached(self, module, plan, around)
         self._attached[name] = attached
         for place, handle in attached.handles.items():
@@ -278,7 +289,9 @@ class Run:
         """
         if any(attached.active for attached in self._attached.values()):
             raise PolicyError.of(
-                "E305", "the run cannot be removed while a forward is running", help="remove it when the call has returned"
+                "E305",
+                "the run cannot be removed while a forward is running",
+                help="remove it when the call has returned",
             )
         for attached in self._attached.values():
             attached.drop_all()
@@ -361,7 +374,9 @@ def _refuse_attached(name: str, module: torch.nn.Module) -> None:
 
 def _already(what: str) -> PolicyError:
     return PolicyError.of(
-        "E301", f"{what} has a policy already", help="`cachepolicy.remove(...)` it first, or combine both with `use` in one policy"
+        "E301",
+        f"{what} has a policy already",
+        help="`cachepolicy.remove(...)` it first, or combine both with `use` in one policy",
     )
 
 
@@ -369,9 +384,7 @@ def _refuse_unsupported(plan: Plan) -> None:
     """Everything that the engine cannot run, before the first hook."""
     for site in plan.sites:
         rules = [bound.rule for bound in plan.rules if site.index in bound.sites]
-        residual = {
-            rule.action.residual for rule in rules if isinstance(rule.action, ir.Reuse | ir.Predict)
-        }
+        residual = {rule.action.residual for rule in rules if isinstance(rule.action, ir.Reuse | ir.Predict)}
         if len(site.modules) > 1 and len(residual) > 1:
             raise PolicyError.of("E306", f"`{site.name}` cannot keep outputs and residuals at once")
 
@@ -381,4 +394,6 @@ def _supplier(name: str, value: Any) -> Callable[[], float]:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return lambda: value
-    raise PolicyError.of("E307", f"`{name}` is `{type(value).__name__}`", help="a number, or a function that returns one")
+    raise PolicyError.of(
+        "E307", f"`{name}` is `{type(value).__name__}`", help="a number, or a function that returns one"
+    )

@@ -17,17 +17,29 @@ from cachepolicy.resources import shipped, shipped_policies
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = [
+    "CacheMixin",
+    "FasterCacheConfig",
+    "FirstBlockCacheConfig",
     "Policy",
     "PolicyError",
+    "PyramidAttentionBroadcastConfig",
     "Run",
     "__version__",
     "apply",
+    "apply_faster_cache",
+    "apply_first_block_cache",
+    "apply_pyramid_attention_broadcast",
+    "cache_context",
+    "disable_cache",
+    "enable_cache",
     "explain",
     "format",
+    "is_cache_enabled",
     "load",
     "parse",
     "plan",
     "remove",
+    "reset_stateful_cache",
     "simulate",
 ]
 

@@ -1,0 +1,405 @@
+"""diffusers' cache configs, checked, each said as the shipped policy with its parameters set.
+
+Names, fields, defaults and their order are those of diffusers 0.42.1. Needs neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
+
+from pydantic import ConfigDict, PlainValidator, ValidationInfo
+from pydantic.dataclasses import dataclass
+
+from cachepolicy import ir
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.files import SHIPPED, load
+from cachepolicy.patterns import searcher
+from cachepolicy.rewrite import transform
+from cachepolicy.settings import typed
+
+TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
+"""How a prediction may be laid out: diffusers' three, and token sequences."""
+
+
+# --- what a field may hold -------------------------------------------------------------------------------
+
+
+def _wrong(
+    info: ValidationInfo, takes: str, given: object, *, code: str = "E161", help: str | None = None
+) -> PolicyError:
+    shown = repr(given)
+    shown = shown if len(shown) <= 60 else shown[:59] + "…"
+    return PolicyError.of(code, f"`{info.field_name}` takes {takes}, not `{shown}`", help=help)
+
+
+def _number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """What a tuple or list holds; None for anything else."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, list | tuple) else None
+
+
+def _interval(value: Any, info: ValidationInfo) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise _wrong(info, "a whole number from 1, or None", value)
+    return int(value)
+
+
+def _window(value: Any, info: ValidationInfo) -> tuple[float, float]:
+    pair = _items(value)
+    if pair is None or len(pair) != 2 or not all(map(_number, pair)):
+        raise _wrong(info, "two numbers `(low, high)`", value)
+    if not pair[0] < pair[1]:
+        raise _wrong(info, "`(low, high)` with the lower timestep first", value, code="E162")
+    return pair[0], pair[1]
+
+
+def _texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    texts = _items(value)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        help = f"write `({value!r},)`" if isinstance(value, str) else None
+        raise _wrong(info, "a tuple of strings", value, help=help)
+    return texts
+
+
+def _regexes(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    texts = _texts(value, info)
+    for text in texts:
+        try:
+            searcher(text)
+        except ValueError as error:
+            message = f"`{info.field_name}` holds the regex `{text}`, which RE2 refuses: {error}"
+            raise PolicyError.of("E164", message, help="RE2 has no lookaround and no backreferences") from error
+    return texts
+
+
+def _amount(value: Any, info: ValidationInfo) -> float:
+    if not _number(value) or value < 0:
+        raise _wrong(info, "a finite number from 0", value)
+    return value
+
+
+def _function(value: Any, info: ValidationInfo) -> Any:
+    if value is not None and not callable(value):
+        raise _wrong(info, "a function, or None", value)
+    return value
+
+
+def _format(value: Any, info: ValidationInfo) -> str:
+    if value not in TENSOR_FORMATS:
+        raise _wrong(info, " or ".join(f'"{each}"' for each in TENSOR_FORMATS), value, code="E162")
+    return value
+
+
+def _switch(value: Any, info: ValidationInfo) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(info, "True or False", value)
+    return value
+
+
+Interval = Annotated[int | None, PlainValidator(_interval)]
+Window = Annotated[tuple[float, float], PlainValidator(_window)]
+Texts = Annotated[tuple[str, ...] | list[str], PlainValidator(_texts)]
+Regexes = Annotated[tuple[str, ...] | list[str], PlainValidator(_regexes)]
+Amount = Annotated[float, PlainValidator(_amount)]
+Clock = Annotated[Callable[[], Any] | None, PlainValidator(_function)]
+Weight = Annotated[Callable[[Any], float] | None, PlainValidator(_function)]
+Format = Annotated[str, PlainValidator(_format)]
+Switch = Annotated[bool, PlainValidator(_switch)]
+
+_STRICT = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+# --- the configs -----------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Config(Protocol):
+    """What stands for a policy together with arguments of `apply`."""
+
+    def policy(self) -> ir.Policy:
+        """The policy, whose text says everything but the callbacks."""
+        ...
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `apply` that belong to the policy."""
+        ...
+
+
+@dataclass(config=_STRICT)
+class PyramidAttentionBroadcastConfig:
+    """Pyramid Attention Broadcast (arXiv:2408.12588), as the policy `pab`.
+
+    A skip range N computes at every Nth step and reuses between, while the timestep is inside the kind's range, ends
+    excluded; None leaves the kind out. With all three None spatial attention gets 2, with a warning. Without
+    `current_timestep_callback` the clock reads the pipeline's scheduler or the model's own timestep argument.
+
+    Raises:
+        PolicyError: a field holds what it cannot; the message names it.
+    """
+
+    spatial_attention_block_skip_range: Interval = None
+    temporal_attention_block_skip_range: Interval = None
+    cross_attention_block_skip_range: Interval = None
+    spatial_attention_timestep_skip_range: Window = (100, 800)
+    temporal_attention_timestep_skip_range: Window = (100, 800)
+    cross_attention_timestep_skip_range: Window = (100, 800)
+    spatial_attention_block_identifiers: Regexes = (
+        "blocks",
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "layers",
+        "visual_transformer_blocks",
+    )
+    temporal_attention_block_identifiers: Regexes = ("temporal_transformer_blocks",)
+    cross_attention_block_identifiers: Regexes = ("blocks", "transformer_blocks", "layers")
+    current_timestep_callback: Clock = None
+
+    def policy(self) -> ir.Policy:
+        """`pab` with its parameters set."""
+        spatial = self.spatial_attention_block_skip_range
+        if (
+            spatial is None
+            and self.temporal_attention_block_skip_range is None
+            and self.cross_attention_block_skip_range is None
+        ):
+            warnings.warn(
+                "no kind of attention has a skip range, so `spatial_attention_block_skip_range` is taken as 2",
+                UserWarning,
+                stacklevel=2,
+            )
+            spatial = 2
+        return _using(
+            "pab",
+            {
+                "spatial_every": spatial,
+                "temporal_every": self.temporal_attention_block_skip_range,
+                "cross_every": self.cross_attention_block_skip_range,
+                "spatial_range": self.spatial_attention_timestep_skip_range,
+                "temporal_range": self.temporal_attention_timestep_skip_range,
+                "cross_range": self.cross_attention_timestep_skip_range,
+                "spatial_names": self.spatial_attention_block_identifiers,
+                "temporal_names": self.temporal_attention_block_identifiers,
+                "cross_names": self.cross_attention_block_identifiers,
+            },
+            shown=("spatial_every", "temporal_every", "cross_every"),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """`timestep`, where a callback is given."""
+        return _timestep(self.current_timestep_callback)
+
+
+@dataclass(config=_STRICT)
+class FasterCacheConfig:
+    """FasterCache (arXiv:2410.19355) in diffusers' variant, as the policy `fastercache` with `feedback = true`.
+
+    Ranges are of timesteps, ends excluded; skip ranges as in `PyramidAttentionBroadcastConfig`, None leaves the part
+    out. `attention_weight_callback` is called with the module once an answer, the frequency callbacks with the model
+    once a rebuilt step; without them the weight is 0.5 and the bands grow by alpha within their ranges. The default
+    list of batched inputs stands for finding them by size; any other list is taken as given.
+
+    Raises:
+        PolicyError: a field holds what it cannot; the message names it.
+    """
+
+    spatial_attention_block_skip_range: Interval = 2
+    temporal_attention_block_skip_range: Interval = None
+    spatial_attention_timestep_skip_range: Window = (-1, 681)
+    temporal_attention_timestep_skip_range: Window = (-1, 681)
+    low_frequency_weight_update_timestep_range: Window = (99, 901)
+    high_frequency_weight_update_timestep_range: Window = (-1, 301)
+    alpha_low_frequency: Amount = 1.1
+    alpha_high_frequency: Amount = 1.1
+    unconditional_batch_skip_range: Interval = 5
+    unconditional_batch_timestep_skip_range: Window = (-1, 641)
+    spatial_attention_block_identifiers: Regexes = (
+        "^blocks.*attn",
+        "^transformer_blocks.*attn",
+        "^single_transformer_blocks.*attn",
+    )
+    temporal_attention_block_identifiers: Regexes = ("^temporal_transformer_blocks.*attn",)
+    attention_weight_callback: Weight = None
+    low_frequency_weight_callback: Weight = None
+    high_frequency_weight_callback: Weight = None
+    tensor_format: Format = "BCFHW"
+    is_guidance_distilled: Switch = False
+    current_timestep_callback: Clock = None
+    _unconditional_conditional_input_kwargs_identifiers: Texts = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "attention_mask",
+        "encoder_attention_mask",
+    )
+
+    def policy(self) -> ir.Policy:
+        """`fastercache` with its parameters set; with weight callbacks, its rules with externals in their place."""
+        spatial = self.spatial_attention_block_skip_range
+        inputs = self._unconditional_conditional_input_kwargs_identifiers
+        values = {
+            "spatial_every": spatial,
+            "temporal_every": self.temporal_attention_block_skip_range,
+            "uncond_every": self.unconditional_batch_skip_range,
+            "spatial_range": self.spatial_attention_timestep_skip_range,
+            "temporal_range": self.temporal_attention_timestep_skip_range,
+            "uncond_range": self.unconditional_batch_timestep_skip_range,
+            "low": self.alpha_low_frequency,
+            "high": self.alpha_high_frequency,
+            "low_range": self.low_frequency_weight_update_timestep_range,
+            "high_range": self.high_frequency_weight_update_timestep_range,
+            "feedback": True,
+            # A kind that is off takes no module, and so leaves none from the other.
+            "spatial_names": () if spatial is None else self.spatial_attention_block_identifiers,
+            "temporal_names": self.temporal_attention_block_identifiers,
+            "format": self.tensor_format,
+            "inputs": () if tuple(inputs) == _DEFAULT_INPUTS else inputs,
+            "distilled": self.is_guidance_distilled,
+        }
+        externals = {label: name for name, label in _ASKED.items() if getattr(self, f"{name}_callback") is not None}
+        if externals:
+            return _asking("fastercache", values, externals)
+        return _using("fastercache", values, shown=("spatial_every", "temporal_every", "uncond_every", "feedback"))
+
+    def arguments(self) -> dict[str, Any]:
+        """`timestep` and the externals, where callbacks are given; `guidance`, for the batch holds both halves."""
+        asked = {name: getattr(self, f"{name}_callback") for name in _ASKED}
+        return (
+            _timestep(self.current_timestep_callback)
+            | {name: Asked(function) for name, function in asked.items() if function is not None}
+            | ({} if self.is_guidance_distilled else {"guidance": True})
+        )
+
+
+@dataclass(config=_STRICT)
+class FirstBlockCacheConfig:
+    """First Block Cache, as the policy `fbc`.
+
+    All blocks but the first are reused while the first one's residual has changed by at most `threshold`, relatively.
+
+    Raises:
+        PolicyError: the threshold is no finite number from 0.
+    """
+
+    threshold: Amount = 0.05
+
+    def policy(self) -> ir.Policy:
+        """`fbc` with its threshold set."""
+        return _using("fbc", {"threshold": self.threshold}, shown=("threshold",))
+
+    def arguments(self) -> dict[str, Any]:
+        """Nothing: the policy says it all."""
+        return {}
+
+
+_ASKED = {"attention_weight": "weight", "low_frequency_weight": "low", "high_frequency_weight": "high"}
+"""The externals of FasterCache's callbacks, and the arguments of actions that they supply."""
+
+_DEFAULT_INPUTS: tuple[str, ...] = next(each.default for each in fields(FasterCacheConfig) if each.name.startswith("_"))  # pyright: ignore[reportArgumentType, reportAssignmentType]
+
+
+class Asked:
+    """A callback that takes the module that is answered, as the supplier of an external."""
+
+    takes_module = True
+
+    def __init__(self, function: Callable[[Any], float]) -> None:
+        self._function = function
+
+    def __call__(self, module: Any = None) -> float:
+        """The number for this module."""
+        return float(self._function(module))
+
+
+def _timestep(callback: Callable[[], Any] | None) -> dict[str, Any]:
+    return {} if callback is None else {"timestep": callback}
+
+
+# --- as policies -----------------------------------------------------------------------------------------
+
+
+@cache
+def _shipped(name: str) -> ir.Policy:
+    return load(f"{SHIPPED}{name}.cp")
+
+
+def _constants(name: str, values: Mapping[str, object]) -> dict[str, ir.Expression]:
+    params = {each.name: each for each in _shipped(name).statements if isinstance(each, ir.Param)}
+    return {param: typed(params[param], value) for param, value in values.items()}
+
+
+def _using(name: str, values: Mapping[str, object], shown: tuple[str, ...]) -> ir.Policy:
+    """A policy that uses the shipped one, with what differs from its defaults, and `shown` in any case."""
+    defaults = {
+        each.name: typed(each, each.default) for each in _shipped(name).statements if isinstance(each, ir.Param)
+    }
+    settings = tuple(
+        ir.Setting(name=param, value=value)
+        for param, value in _constants(name, values).items()
+        if param in shown or value != defaults[param]
+    )
+    return _like(name, (ir.Use(policy=name, settings=settings),))
+
+
+def _asking(name: str, values: Mapping[str, object], externals: Mapping[str, str]) -> ir.Policy:
+    """The shipped policy's own rules, `values` as its defaults, and these arguments of actions asked from outside."""
+
+    def rewrite(node: ir.Node) -> ir.Node:
+        if isinstance(node, ir.Argument) and node.label in externals:
+            return ir.Argument(label=node.label, value=ir.Name(name=externals[node.label]))
+        return node
+
+    constants = _constants(name, values)
+    replaced = {param for label in externals for param in (label, f"{label}_range")}
+    statements: list[Any] = [ir.External(name=external) for external in externals.values()]
+    for each in _shipped(name).statements:
+        match each:
+            case ir.Param() if each.name not in replaced:
+                statements.append(each.model_copy(update={"default": constants.get(each.name, each.default)}))
+            case ir.Rule():
+                statements.append(transform(each, rewrite))
+            case _:
+                pass
+    return _like(name, tuple(statements))
+
+
+def _like(name: str, statements: tuple[Any, ...]) -> ir.Policy:
+    shipped = _shipped(name)
+    return ir.Policy(name=shipped.name, title=shipped.title, source=shipped.source, statements=statements)
+
+
+# --- by what is given ------------------------------------------------------------------------------------
+
+_CONFIGS: dict[str, Any] = {
+    each.__name__: each for each in (PyramidAttentionBroadcastConfig, FasterCacheConfig, FirstBlockCacheConfig)
+}
+
+
+def config_of(given: object) -> Config | None:
+    """`given` as one of the configs here, also where it is diffusers' own; None for anything else.
+
+    Raises:
+        PolicyError: it is a config of diffusers for another cache, or a field of it holds what it cannot.
+    """
+    if isinstance(given, Config):
+        return given
+    for cls in type(given).__mro__:
+        if not cls.__module__.startswith("diffusers.hooks."):
+            continue
+        own = _CONFIGS.get(cls.__name__)
+        if own is not None:
+            return own(**{field.name: getattr(given, field.name) for field in fields(own)})
+        if cls.__name__.endswith("Config"):
+            known = ", ".join(f"`{name}`" for name in _CONFIGS)
+            raise PolicyError.of("E150", f"`{cls.__name__}` is no policy here", help=f"known are {known}")
+    return None

@@ -121,17 +121,23 @@ _GROUPS = {
 
 
 def _packed(pieces: Sequence[str]) -> list[str]:
-    """The pieces on one line, or on as few as hold them; what is too long itself is broken where it has a space."""
+    """The pieces on one line, or on as few as hold them; what is too long itself is broken where it has a space.
+
+    A rule that does not fit on one line has its selector on the first and its clauses below.
+    """
     whole = " ".join(pieces)
     if len(whole) <= WIDTH:
         return [whole]
     lines = list[str]()
+    full = False
     for piece in pieces:
-        if lines and len(lines[-1]) + 1 + len(piece) <= WIDTH:
+        if lines and not full and len(lines[-1]) + 1 + len(piece) <= WIDTH:
             lines[-1] += f" {piece}"
             continue
         first = "  " if lines else ""
-        lines += _broken(first + piece, "    ") if len(first + piece) > WIDTH else [first + piece]
+        broken = _broken(first + piece, "    ") if len(first + piece) > WIDTH else [first + piece]
+        full = len(broken) > 1 or (not lines and piece.startswith("match "))
+        lines += broken
     return lines
 
 
@@ -200,7 +206,7 @@ def _pieces(statement: ir.Statement) -> Iterator[str]:
         case ir.Expect():
             yield f"expect {selector(statement.selector)} over {statement.steps} steps" + ":" * (not statement.settings)
             yield from _settings(statement.settings, end=":")
-            yield from statement.row
+            yield " ".join(statement.row)
         case _:
             assert_never(statement)
 

@@ -45,8 +45,9 @@ def apply(
     a shipped name (`"pab"`), a path, a `Policy`, a cache config of `cachepolicy.diffusers` or of diffusers itself, or
     an object with a `.policy()` method. `timestep` returns the current timestep in training units (0..1000) as a
     number or tensor; without it the clock reads `scheduler`, the pipeline's scheduler, or the model's own timestep
-    argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch holds the unconditional and the conditional half, where no pipeline tells.
-    `params` are the policy's own knobs; a function given for an `external` is asked once for each answer.
+    argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch
+    holds the unconditional and the conditional half, where no pipeline tells. `params` are the policy's own knobs; a
+    function given for an `external` is asked once for each answer.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from cachepolicy.testing import checks, models, strategies, zoo
+
 __all__ = ["checks", "models", "strategies", "zoo"]
 
 

@@ -133,7 +133,7 @@ def sample(name: str, model: nn.Module, timesteps: Sequence[float], clock: Clock
     """Run the loop on a probed model; `options` are those of `zoo.trajectory`."""
     probes, run = Probes(model), Run()
     for prediction in zoo.trajectory(name, model, clock.over(timesteps), **options):
-        run.outputs.append(_flat(prediction))
+        run.outputs.append(flat(prediction))
         run.computed.append(probes.take())
     return run
 
@@ -170,6 +170,7 @@ def difference(expected: Run, got: Run) -> str | None:
     return None
 
 
-def _flat(prediction: Any) -> Tensor:
+def flat(prediction: Any) -> Tensor:
+    """A prediction as one row of numbers."""
     parts = prediction if isinstance(prediction, (list, tuple)) else [prediction]
     return torch.cat([part.flatten() for part in parts])

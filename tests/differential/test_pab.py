@@ -19,12 +19,13 @@ pytest.importorskip("diffusers")
 
 import torch
 from diffusers.hooks import apply_pyramid_attention_broadcast
-from harness import Clock, Knobs, Run, attentions, difference, run_bare, run_diffusers_pab, run_ours, sample
+from harness import Clock, Knobs, Run, attentions, difference, flat, run_bare, run_diffusers_pab, run_ours, sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import cachepolicy
+from cachepolicy.scales import RAW, SCALES
 from cachepolicy.testing import zoo
 
 pytestmark = [
@@ -53,6 +54,9 @@ APART = {"latte", "unet_spatiotemporal", "omnigen", *UNMARKED_CROSS}
 
 OTHERS = tuple(name for name in zoo.names() if name not in {*CORE, *APART})
 
+WHOLE = [*CORE, *(pytest.param(name, marks=pytest.mark.deep) for name in OTHERS)]
+"""Every model on which both agree; all but the core in the deep tier."""
+
 TIMESTEPS = (950.0, 850.0, 750.0, 650.0, 550.0, 450.0, 350.0, 250.0, 150.0, 50.0)
 
 ANCHORED = Knobs(spatial_names=("^transformer_blocks",), temporal_names=("^temporal_transformer_blocks",))
@@ -61,11 +65,17 @@ ANCHORED = Knobs(spatial_names=("^transformer_blocks",), temporal_names=("^tempo
 WINDOWS = {"inside": (100.0, 800.0), "everywhere": (-1.0, 1001.0), "outside": (955.0, 990.0), "edges": (250.0, 750.0)}
 
 FAST = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-DEEP = settings(FAST, max_examples=60)
+DEEP = settings(FAST, max_examples=25)
 
 
 def _knobs(name: str) -> Knobs:
-    return ANCHORED if name == "latte" else Knobs()
+    match name:
+        case "latte":
+            return ANCHORED
+        case "unet_kandinsky3":
+            return Knobs(cross=2)  # all its attention calls itself cross attention
+        case _:
+            return Knobs()
 
 
 def _assert_same(
@@ -73,7 +83,14 @@ def _assert_same(
 ) -> None:
     model = zoo.build(name, seed)
     expected = run_diffusers_pab(name, model, knobs, timesteps, **options)
-    assert difference(expected, run_ours(name, model, knobs, timesteps, **options)) is None
+    try:
+        ours = run_ours(name, model, knobs, timesteps, **options)
+    except cachepolicy.PolicyError as error:
+        # A setting that selects no module is refused, where diffusers goes on without a word and without a cache.
+        assert [each.code for each in error.diagnostics] == ["E308"]
+        assert difference(expected, run_bare(name, model, timesteps, **options)) is None
+    else:
+        assert difference(expected, ours) is None
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -95,9 +112,11 @@ def test_skip_ranges_and_windows_agree(name: str, every: int, window: str) -> No
     _assert_same(name, replace(_knobs(name), **kinds, **windows))
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", WHOLE)
 def test_batched_guidance_agrees(name: str) -> None:
     """Both branches in one batch are one branch: they are kept and reused together."""
+    if not zoo.entry(name).batches:
+        pytest.skip("this model takes one sample a call")
     _assert_same(name, replace(_knobs(name), spatial=3, temporal=2, cross=5), guidance="batched", batch=2)
 
 
@@ -137,7 +156,7 @@ def knobs(draw: st.DrawFn, name: str) -> Knobs:
 def _agrees_on_any_setting(name: str, data: st.DataObject) -> None:
     chosen = data.draw(knobs(name))
     timesteps = [float(t) for t in data.draw(descents)]
-    guidance = data.draw(st.sampled_from(["none", "batched"]))
+    guidance = data.draw(st.sampled_from(["none", "batched"] if zoo.entry(name).batches else ["none"]))
     _assert_same(name, chosen, timesteps, seed=data.draw(st.integers(0, 3)), guidance=guidance)
 
 
@@ -164,9 +183,11 @@ def test_the_other_architectures_agree(name: str) -> None:
     _assert_same(name, Knobs(spatial=3, temporal=2, cross=5))
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", WHOLE)
 def test_the_models_own_timestep_serves_as_well_as_the_callback(name: str) -> None:
     """Without a callback the clock reads the argument of the call in the model's scale; decisions are the same."""
+    if SCALES.get(zoo.entry(name).class_name, RAW) is None:
+        pytest.skip("this class is called with what is no timestep")
     model, chosen = zoo.build(name), _knobs(name)
     expected = run_diffusers_pab(name, model, chosen, TIMESTEPS)
     twin = copy.deepcopy(model)
@@ -244,7 +265,7 @@ class Named:
 
 def _outputs(name: str, call: Any, clock: Clock) -> Run:
     predictions = zoo.trajectory(name, call, clock.over(TIMESTEPS), guidance="sequential")
-    return Run(list(predictions), [frozenset[str]()] * len(TIMESTEPS))
+    return Run([flat(each) for each in predictions], [frozenset[str]()] * len(TIMESTEPS))
 
 
 def _separate(name: str, model: nn.Module, chosen: Knobs) -> Run:
@@ -255,13 +276,15 @@ def _separate(name: str, model: nn.Module, chosen: Knobs) -> Run:
 
 
 @pytest.mark.parametrize("context", [False, True], ids=["bare calls", "cache contexts"])
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", WHOLE)
 def test_guidance_in_two_calls_equals_two_models(name: str, context: bool) -> None:
     """Each branch has its own count and history: as if each had a model of its own. In diffusers they share both, so
     that with a skip range of 2 the second branch always gets the first one's attention."""
     model, chosen = zoo.build(name), replace(_knobs(name), temporal=3, cross=3)
     if context and not hasattr(model, "cache_context"):
         pytest.skip("this model has no cache contexts")
+    if name == "unet2d":
+        pytest.skip("without conditioning nothing tells a second branch from a step that is repeated")
     clock, twin = Clock(), copy.deepcopy(model)
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(cachepolicy.apply(twin, "pab.cp", timestep=clock, **chosen.params()))
@@ -269,7 +292,7 @@ def test_guidance_in_two_calls_equals_two_models(name: str, context: bool) -> No
         expected = _separate(name, model, chosen)
         mixed = run_diffusers_pab(name, model, chosen, TIMESTEPS, guidance="sequential")
     assert difference(expected, ours) is None
-    assert not torch.equal(mixed.outputs[3], expected.outputs[3].flatten())
+    assert not torch.equal(mixed.outputs[3], expected.outputs[3])
 
 
 def test_two_calls_a_step_cost_each_branch_its_own_schedule() -> None:

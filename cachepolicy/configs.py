@@ -272,12 +272,12 @@ class FasterCacheConfig:
         return _using("fastercache", values, shown=("spatial_every", "temporal_every", "uncond_every", "feedback"))
 
     def arguments(self) -> dict[str, Any]:
-        """`timestep` and the externals, where callbacks are given; `guidance`, for the batch holds both halves."""
+        """`timestep` and the externals, where callbacks are given; `guidance`: whether batches hold both halves."""
         asked = {name: getattr(self, f"{name}_callback") for name in _ASKED}
         return (
             _timestep(self.current_timestep_callback)
             | {name: Asked(function) for name, function in asked.items() if function is not None}
-            | ({} if self.is_guidance_distilled else {"guidance": True})
+            | {"guidance": not self.is_guidance_distilled}
         )
 
 

@@ -55,11 +55,12 @@ def apply(
     """
     config = config_of(policy)
     if config is not None:
-        # What the config says about the run holds where the caller says nothing; a pipeline knows about its guidance.
+        # What the config says about the run holds where the caller says nothing; some pipelines know better than it.
         policy, said = config.policy(), config.arguments()
         callback, promised = said.pop("timestep", None), said.pop("guidance", None)
         timestep = callback if timestep is None else timestep
-        guidance = promised if guidance is None and not is_pipeline(target) else guidance
+        if guidance is None and not (promised and hasattr(type(target), "do_classifier_free_guidance")):
+            guidance = promised
         params = said | params
     elif hasattr(policy, "policy"):
         policy = policy.policy()

@@ -120,17 +120,13 @@ def predict(
     return _PREDICTORS[predictor](history, steps, step, arguments)
 
 
-def _linear(
-    history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
-) -> torch.Tensor:
+def _linear(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments) -> torch.Tensor:
     """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
     newest, older = history[0], history[min(1, len(history) - 1)]
     return newest + (newest - older) * arguments["weight"]
 
 
-def _taylor(
-    history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
-) -> torch.Tensor:
+def _taylor(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments) -> torch.Tensor:
     """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
     k = step - steps[0]
     answer = history[0]
@@ -139,9 +135,7 @@ def _taylor(
     return answer
 
 
-def _hermite(
-    history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
-) -> torch.Tensor:
+def _hermite(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments) -> torch.Tensor:
     """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
     scale = arguments["scale"]
     x = scale * (step - steps[0])
@@ -157,7 +151,9 @@ def _differences(history: Sequence[torch.Tensor], steps: Sequence[int], order: i
     level = list(history[: order + 1])
     found = list[torch.Tensor]()
     while len(level) > 1:
-        level = [(new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(zip(level, level[1:], strict=False))]
+        level = [
+            (new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(zip(level, level[1:], strict=False))
+        ]
         found.append(level[0])
     return found
 

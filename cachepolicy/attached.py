@@ -43,7 +43,7 @@ from cachepolicy.schedule import (
     prepare,
     untold,
 )
-from cachepolicy.signals import Measuring, signals_of
+from cachepolicy.signals import Measuring, Remembered, signals_of
 from cachepolicy.spans import Continuations
 from cachepolicy.trace import Call, Trace, Trajectory
 from cachepolicy.turn import Branch, Turn
@@ -196,14 +196,21 @@ class Attached:
             return None
         key = session_key()
         state = self.state(key)
+        try:
+            call = self._call(key, state, args, kwargs)
+        except BaseException as error:
+            self._forget(key, state, error)
+            raise
+        with self._lock:
+            self.active += 1
+        return call
+
+    def _call(self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall:
         arguments = arguments_of(self.root, args, kwargs)
         reading = read(state.clock, self.around.sources(), self.root, arguments)
-        if reading.starts:
-            self._start(state, key, reading.tick)
-        elif reading.stale:
-            state.branches.clear()
-            state.guide = Guide()
         tick = reading.tick
+        if reading.starts:
+            self._start(state, key, tick)
         branch = state.branches.get(tick.branch)
         if branch is None:
             coarse, slots = self.program.coarse, [Slot() for _ in self.plan.sites]
@@ -212,16 +219,21 @@ class Attached:
             state.decided.clear()
             state.step = tick.step
         leader = next((state.decided[name] for name in self.followed if name in state.decided), None)
+        facts = dict[int, str]()
+        if reading.stale:
+            # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
+            branch.slots = [Slot() for _ in self.plan.sites]
+            branch.remembered = Remembered()
+            state.guide = Guide()
+            facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
         measuring = None
         if self.plan.probes or self.signals.numbers:
             environment = Environment(clock_words(tick, Memory(tick.step)), self.program.tables)
             measuring = Measuring(self.signals, branch.remembered, environment, tick.step)
-        call = RootCall(key, state, Turn(self, branch, tick, leader, measuring), arguments, args, kwargs)
+        turn = Turn(self, branch, tick, leader, measuring, facts)
+        call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
-        call.frame = self._frame(call.turn)
-        call.turn.frame = call.frame
-        with self._lock:
-            self.active += 1
+        call.frame = turn.frame = self._frame(turn)
         return call
 
     def _start(self, state: State, key: Hashable, tick: Tick) -> None:
@@ -231,12 +243,11 @@ class Attached:
         state.decided.clear()
         state.guide = Guide()
         state.reused, state.calls = False, 0
-        error = untold(self.plan, tick)
-        if error is not None:
-            self.drop(key)
-            raise error
         trace = self.around.trace
         state.trajectory = trace.begin(key, self.plan) if trace is not None else None
+        error = untold(self.plan, tick)
+        if error is not None:
+            raise error
 
     def _open(self, call: RootCall) -> None:
         """What the root itself does, where it is a site or probed."""
@@ -308,7 +319,9 @@ class Attached:
         if self.itself is not None and not call.answered and call.guidance is None:
             turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
         if call.guidance is not None and not call.answered:
-            output = state.guide.ended(turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved)
+            output = state.guide.ended(
+                turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved
+            )
         if site.outputs:
             turn.leave(site, self.module, call.arguments.named, output, None)
         turn.close()
@@ -331,13 +344,18 @@ class Attached:
         """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
         with self._lock:
             self.active -= 1
-            self._states.pop(call.key, None)
-        if call.state.trajectory is not None and self.around.trace is not None:
-            self.around.trace.drop(call.state.trajectory)
-        if isinstance(error, PolicyError):
+        self._forget(call.key, call.state, error)
+
+    def _forget(self, key: Hashable, state: State, error: BaseException) -> None:
+        with self._lock:
+            self._states.pop(key, None)
+        if state.trajectory is not None and self.around.trace is not None:
+            self.around.trace.drop(state.trajectory)
+        if isinstance(error, PolicyError) and any(each.code in _REFUTED for each in error.diagnostics):
             self.around.refuted()
 
 
+_REFUTED = frozenset({"E310", "E311"})  # what the first forward tells of the model, whatever the next one would
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 
@@ -373,9 +391,7 @@ def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
     lead = modules[0]
     if not lead:
         return frozenset()
-    return frozenset(
-        probe for probe, place in plan.probes.items() if place.modules[0].startswith(f"{lead}.")
-    )
+    return frozenset(probe for probe, place in plan.probes.items() if place.modules[0].startswith(f"{lead}."))
 
 
 def _channels(module: torch.nn.Module) -> int | None:

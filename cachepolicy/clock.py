@@ -355,6 +355,9 @@ def _by_value(
         starts, moved = index < clock.step, index != clock.step
     elif t is not None and clock.t is not None and t != clock.t:
         starts, moved = _turns(clock, t, known=known), True
+    elif t is not None and clock.step == 0 and repeated:
+        # Second-order samplers repeat every timestep but the first: this is a run again, after one that was given up.
+        starts, moved = True, True
     else:
         starts, moved = len(clock.calls) >= _MOST_BRANCHES, repeated
     if not starts and moved and sources.steps is not None and clock.step + 1 >= sources.steps:
@@ -383,15 +386,15 @@ def _turns(clock: Clock, t: float, *, known: bool) -> bool:
     return direction != clock.direction
 
 
-def _timestep(
-    sources: Sources, context: Context | None, root: Root, arguments: Arguments
-) -> tuple[float | None, bool]:
+def _timestep(sources: Sources, context: Context | None, root: Root, arguments: Arguments) -> tuple[float | None, bool]:
     """The timestep, and whether it is in training units."""
     if sources.timestep is not None:
         value = sources.timestep()
         if value is None:
             raise PolicyError.of(
-                "E320", "the `timestep=` function returned None", help="it must return the current timestep, a number or a tensor"
+                "E320",
+                "the `timestep=` function returned None",
+                help="it must return the current timestep, a number or a tensor",
             )
         # Whatever the caller counts in: a pipeline's own timestep may even rise.
         return _number(value), False

@@ -73,7 +73,12 @@ class Explanation:
 
 
 def explain(
-    policy: str | os.PathLike[str] | ir.Policy | Plan, where: str, *, steps: int, branch: str | None = None, **options: Any
+    policy: str | os.PathLike[str] | ir.Policy | Plan,
+    where: str,
+    *,
+    steps: int,
+    branch: str | None = None,
+    **options: Any,
 ) -> Explanation:
     """Why a site computes or reuses: `where` is `SITE@STEP`; the other arguments are those of `simulate`.
 
@@ -82,7 +87,9 @@ def explain(
     """
     site, at, number = where.rpartition("@")
     if not at or not number.isdecimal():
-        raise PolicyError.of("E258", f"`{where}` is not a place in a schedule", help="write it as `transformer_blocks.0.attn1@17`")
+        raise PolicyError.of(
+            "E258", f"`{where}` is not a place in a schedule", help="write it as `transformer_blocks.0.attn1@17`"
+        )
     schedule = simulate(policy, steps=steps, **options)
     name = schedule.branches[0] if branch is None else branch
     decision = schedule.decision(site, int(number), name)
@@ -128,7 +135,9 @@ def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iter
         yield _clause(text, not due(rule.schedule, environment), rule.schedule, environment, extra=("step", "age"))
     if rule.condition is not None:
         environment, _ = accumulate(bound, inputs, environment)
-        yield _clause(f"while {format_node(rule.condition)}", holds(rule.condition, environment), rule.condition, environment)
+        yield _clause(
+            f"while {format_node(rule.condition)}", holds(rule.condition, environment), rule.condition, environment
+        )
     for each in rule.bounds:
         ok = within(each, bound.index, inputs.memory, inputs.tick, environment)
         yield _clause(format_node(each), ok, each, environment, extra=("age",) if each.scope == "row" else ())
@@ -138,9 +147,7 @@ def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iter
         yield Clause(inputs.fact, holds=False)
 
 
-def _clause(
-    text: str, holds: bool, node: ir.Node, environment: Environment, *, extra: tuple[str, ...] = ()
-) -> Clause:
+def _clause(text: str, holds: bool, node: ir.Node, environment: Environment, *, extra: tuple[str, ...] = ()) -> Clause:
     names = sorted(names_in(node) | {name for name in extra if name in environment.names})
     values: list[tuple[str, object]] = [(name, environment.names[name]) for name in names if name in environment.names]
     for call in (each for each in walk(node) if isinstance(each, ir.Call)):

@@ -63,7 +63,9 @@ class Frames:
                 return rows
 
 
-def frames_of(prediction: torch.Tensor, named: Mapping[str, Any], channels: int | None, arguments: Mapping[str, Any]) -> Frames:
+def frames_of(
+    prediction: torch.Tensor, named: Mapping[str, Any], channels: int | None, arguments: Mapping[str, Any]
+) -> Frames:
     """How this prediction is laid out, as the policy says or as its dimensions and the call's arguments tell.
 
     Raises:

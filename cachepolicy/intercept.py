@@ -93,9 +93,7 @@ class SpecialTurn(Protocol):
     halved: bool
     inference: bool
 
-    def special(
-        self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any: ...
+    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
 def site_override(original: Method) -> Method:

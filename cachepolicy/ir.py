@@ -28,9 +28,7 @@ class Node(BaseModel):
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return all(
-            _same(value, other.__dict__[name]) for name, value in self.__dict__.items() if name not in _PLACES
-        )
+        return all(_same(value, other.__dict__[name]) for name, value in self.__dict__.items() if name not in _PLACES)
 
     def __hash__(self) -> int:
         return hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))

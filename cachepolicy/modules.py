@@ -38,7 +38,9 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
         return {"": target}
     if not is_pipeline(target):
         raise PolicyError.of(
-            "E300", f"a policy cannot be applied to `{type(target).__name__}`", help="pass an `nn.Module` or a diffusers pipeline"
+            "E300",
+            f"a policy cannot be applied to `{type(target).__name__}`",
+            help="pass an `nn.Module` or a diffusers pipeline",
         )
     found = dict[str, nn.Module]()
     for name, component in target.components.items():

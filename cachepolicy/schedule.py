@@ -123,7 +123,9 @@ def decide(rules: Sequence[BoundRule], inputs: Inputs) -> Decision:
 def owner_of(rules: Sequence[BoundRule], inputs: Inputs) -> BoundRule | None:
     """The first rule whose `when` holds; it needs the clock alone."""
     for bound in rules:
-        if bound.rule.when is None or holds(bound.rule.when, Environment(clock_words(inputs.tick, inputs.memory), inputs.tables)):
+        if bound.rule.when is None or holds(
+            bound.rule.when, Environment(clock_words(inputs.tick, inputs.memory), inputs.tables)
+        ):
             return bound
     return None
 
@@ -494,7 +496,9 @@ def untold(plan: Plan, tick: Tick) -> PolicyError | None:
     missing = [word for word in sorted(plan.needs) if words.get(word) is None]
     if missing:
         named = ", ".join(f"`{word}`" for word in missing)
-        return PolicyError.of("E250", f"the policy reads {named}, which this run does not tell", help=_HOW.get(missing[0]))
+        return PolicyError.of(
+            "E250", f"the policy reads {named}, which this run does not tell", help=_HOW.get(missing[0])
+        )
     for bound in plan.rules:
         schedule = bound.rule.schedule
         if isinstance(schedule, ir.Mask) and isinstance(schedule.mask, ir.Text) and tick.steps is not None:

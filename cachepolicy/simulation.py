@@ -48,9 +48,7 @@ class Schedule:
         """One letter a step for each site: `C` computes, `R` reuses, `.` is hidden in a site that reuses."""
         rows = dict[str, str]()
         for site in self.plan.sites:
-            rows[site.name] = "".join(
-                self.decisions[branch, step][site.index].letter for step in range(self.steps)
-            )
+            rows[site.name] = "".join(self.decisions[branch, step][site.index].letter for step in range(self.steps))
         return rows
 
     @property
@@ -200,9 +198,7 @@ def evenly(steps: int) -> list[float]:
     return [999.0 * (steps - 1 - step) / (steps - 1) if steps > 1 else 999.0 for step in range(steps)]
 
 
-def _by_branch(
-    name: str, value: SignalValues, steps: int, branches: Sequence[str]
-) -> Mapping[str, Sequence[float]]:
+def _by_branch(name: str, value: SignalValues, steps: int, branches: Sequence[str]) -> Mapping[str, Sequence[float]]:
     if isinstance(value, Mapping):
         return {branch: _a_step(name, value.get(branch, ()), steps) for branch in branches}
     series = _a_step(name, value, steps)
@@ -213,7 +209,9 @@ def _a_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[f
     if isinstance(value, int | float):
         return [float(value)] * steps
     if len(value) != steps:
-        raise PolicyError.of("E255", f"{len(value)} values of `{name}` for {steps} steps", help="one a step, or one number")
+        raise PolicyError.of(
+            "E255", f"{len(value)} values of `{name}` for {steps} steps", help="one a step, or one number"
+        )
     return [float(each) for each in value]
 
 

@@ -97,13 +97,12 @@ class Continuations:
                 constants.append(output)
             else:
                 raise PolicyError.of(
-                    "E311", f"`{name}` returns a `{type(output).__name__}` inside its output, so its blocks form no chain"
+                    "E311",
+                    f"`{name}` returns a `{type(output).__name__}` inside its output, so its blocks form no chain",
                 )
         return Shape(tuple(inputs), tuple(constants), call.kind, call.fields)
 
-    def _input(
-        self, call: Call, place: int, output: torch.Tensor, taken: Sequence[str | None], name: str
-    ) -> str:
+    def _input(self, call: Call, place: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
         known = call.learnt.get(place) or self._known.get((type(call.module).__qualname__, place))
         if known is not None and known in call.names and known not in taken:
             return known
@@ -281,7 +280,10 @@ def rebuilt(shape: Shape, tensors: Sequence[Any]) -> Any:
     """An output of the given form, from a tensor for each place that continues an input."""
     if issubclass(shape.kind, torch.Tensor):
         return tensors[0]
-    values = [constant if key is None else tensor for key, constant, tensor in zip(shape.inputs, shape.constants, tensors, strict=True)]
+    values = [
+        constant if key is None else tensor
+        for key, constant, tensor in zip(shape.inputs, shape.constants, tensors, strict=True)
+    ]
     if shape.fields is not None:
         return shape.kind(**dict(zip(shape.fields, values, strict=True)))
     return shape.kind(*values) if hasattr(shape.kind, "_fields") else shape.kind(values)

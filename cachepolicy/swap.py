@@ -24,9 +24,10 @@ def swap(target: Any, methods: dict[str, Override], handle: object) -> None:
 
     `handle` is what the overrides find under `target.__dict__[ATTRIBUTE]`.
     """
-    base: type = type(target)
-    target.__dict__[ATTRIBUTE] = handle
-    target.__class__ = _subclass(base, tuple(methods.items()))
+    attributes: dict[str, Any] = target.__dict__
+    # The class first: where it cannot be changed nothing is left behind.
+    target.__class__ = _subclass(type(target), tuple(methods.items()))
+    attributes[ATTRIBUTE] = handle
 
 
 def restore(target: Any) -> None:

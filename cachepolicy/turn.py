@@ -93,6 +93,7 @@ class Turn:
         tick: Tick,
         leader: Sequence[Decision] | None,
         measuring: Measuring | None,
+        facts: dict[int, str],
     ) -> None:
         self.host = host
         self.branch = branch
@@ -100,11 +101,16 @@ class Turn:
         self.leader = leader
         self.measuring = measuring
         self.inference = torch.is_inference_mode_enabled()
-        self.facts: dict[int, str] = {}
+        self.facts = facts
         self.signals_of: dict[int, Mapping[str, float]] = {}
         self.halved = False
         self.started = time.perf_counter()
-        self.decisions, self.after = self._decided()
+        self.decisions: list[Decision]
+        self.after: list[Memory]
+        if facts:
+            self.decide_again()
+        else:
+            self.decisions, self.after = self._decided()
         self.frame: Frame
         self._modes: dict[int, str] = {}
         self._recorders: dict[int, Recorder] = {}
@@ -153,7 +159,9 @@ class Turn:
         """Decide once more with all that the call has shown, so that memory and trace say what happened."""
         for site, reason in self.frame.unfit:
             self.refuse(site, reason)
-        waiting = [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
+        waiting = [
+            site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING
+        ]
         for site in waiting:
             self.decision(site)
         if self.facts:
@@ -174,9 +182,7 @@ class Turn:
             self.branch.partition = self.host.program.fine
         self.decisions, self.after = self._decided()
 
-    def open(
-        self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[bool, Any]:
+    def open(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """The root as a site: whether it is answered, and with what."""
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
@@ -404,8 +410,12 @@ class Turn:
                 value = predict(action.predictor, tensors, steps, self.tick.step, self.arguments(action))
             answers.append(given + value if _of_residual(action) else value.clone())
         if feedback(action):
-            values = [a - b if _of_residual(action) and a is not None else a for a, b in zip(answers, inputs, strict=True)]
-            chain.history[link.segment] = [Entry(tuple(values), self.tick.step, not self.halved), *history][: len(history) or 1]
+            values = [
+                a - b if _of_residual(action) and a is not None else a for a, b in zip(answers, inputs, strict=True)
+            ]
+            chain.history[link.segment] = [Entry(tuple(values), self.tick.step, not self.halved), *history][
+                : len(history) or 1
+            ]
         return answers
 
     def _own(self, entry: Entry, place: int) -> torch.Tensor | None:

@@ -1,0 +1,48 @@
+"""The benchmarks run and print their tables; what they measure is not judged here."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from benchmarks import overhead, pab
+from benchmarks._measure import Spread, spread, table
+
+
+def test_overhead_prints_ratios(capsys):
+    """A hit and a miss are compared with the bare call and with diffusers' hook, and putting on is timed."""
+    overhead.main(["--sites", "2", "4", "--rounds", "2", "--calls", "2", "--blocks", "1", "1"])
+    printed = capsys.readouterr().out
+    for words in ("hit, above the bare call", "miss, above the bare call", "ours / diffusers", "ours apply"):
+        assert words in printed
+
+
+def test_pab_compares_equal_outputs(capsys):
+    """The bare model, diffusers, ours and the ideal run the same trajectory, the last three to the same bits."""
+    pab.main(["--double", "1", "--single", "1", "--heads", "1", "--edge", "2", "--text", "2", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    assert "bitwise equal at every step: yes" in printed
+    assert "time / the ideal's" in printed
+
+
+def test_a_loop_hits_or_misses_as_its_name_says():
+    """Ways are named by what their sites do after the first call."""
+    for what, letter in (("hit", "R"), ("miss", "C")):
+        loop = overhead.ours(2, 3, overhead.HITS_AND_MISSES[what], tensors=True)
+        loop.seconds()
+        rows = loop.model.__dict__["_cachepolicy"].run.trace.rows()
+        assert {"blocks.0": f"C{letter * 4}", "blocks.1": f"C{letter * 4}"} == rows
+
+
+def test_spreads_are_medians_and_quartiles():
+    """Of one number all three are that number."""
+    assert Spread(2.0, 3.0, 4.0) == spread([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert "7.0 [7.0 7.0]" == f"{spread([7.0]):.1f}"
+
+
+def test_tables_are_aligned():
+    """Every line of a table is as long as the others."""
+    lines = table("what", ["one", "another"], {"a": [1, 2], "a longer name": [spread([1.0]), "x"]}).splitlines()
+    assert 1 == len({len(line) for line in lines})

@@ -290,4 +290,11 @@ def demo(
     from cachepolicy.demo import Sampling
     from cachepolicy.showing import show_demo
 
-    show_demo(_opened(policy), policy, dict(settings), Sampling(**given), Path(output), as_json=as_json)
+    show_demo(
+        _opened(policy),
+        "<stdin>" if policy == STDIN else policy,
+        dict(settings),
+        Sampling(**given),
+        Path(output),
+        as_json=as_json,
+    )

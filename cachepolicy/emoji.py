@@ -37,6 +37,7 @@ class EmojiPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self._num_timesteps = 0
+        self._guidance_scale = 1.0
         self._current_timestep: torch.Tensor | None = None
 
     @property
@@ -45,12 +46,22 @@ class EmojiPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def guidance_scale(self) -> float:
+        """Guidance of the present or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """True where the present or last call runs an unconditional half too."""
+        return self._guidance_scale > 1
+
+    @property
     def current_timestep(self) -> torch.Tensor | None:
         """The timestep that is being denoised, None outside a call."""
         return self._current_timestep
 
     @torch.no_grad()
-    def __call__(  # noqa: PLR0913 - the arguments that diffusers' pipelines take, and that one calls them with
+    def __call__(
         self,
         class_labels: Sequence[int | str],
         num_inference_steps: int = 50,
@@ -77,11 +88,12 @@ class EmojiPipeline(DiffusionPipeline):
             latents = self._noise(len(classes), generator if seed is None else _generators(seed, len(classes)))
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        self._guidance_scale = guidance_scale
         x: torch.Tensor = latents
         bar: Any = self.progress_bar
         for step, t in enumerate(bar(self.scheduler.timesteps)):
             self._current_timestep = t
-            velocity = self._velocity(x, t, labels, guidance_scale, sequential=sequential_guidance)
+            velocity = self._velocity(x, t, labels, sequential=sequential_guidance)
             x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
             if callback_on_step_end is not None:
                 x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
@@ -96,16 +108,16 @@ class EmojiPipeline(DiffusionPipeline):
         return randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
 
     def _velocity(
-        self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, guidance: float, *, sequential: bool
+        self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, *, sequential: bool
     ) -> torch.Tensor:
-        if guidance <= 1:
+        if not self.do_classifier_free_guidance:
             return self._call(latents, t, labels)
         null = torch.full_like(labels, UNCONDITIONAL)
         if sequential:
             uncond, cond = self._call(latents, t, null), self._call(latents, t, labels)
         else:
             uncond, cond = self._call(torch.cat([latents, latents]), t, torch.cat([null, labels])).chunk(2)
-        return uncond + guidance * (cond - uncond)
+        return uncond + self._guidance_scale * (cond - uncond)
 
     def _call(self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.transformer(

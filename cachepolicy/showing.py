@@ -30,7 +30,9 @@ def show_demo(
     """
     if not output.parent.is_dir():
         raise PolicyError.of("E152", f"`{output}` cannot be written: there is no folder `{output.parent}`")
-    with tqdm(total=0, unit="step", file=sys.stderr, desc="loading the model", leave=False) as bar:
+    # A log file needs no line every tenth of a second.
+    pause = 0.1 if sys.stderr.isatty() else 5
+    with tqdm(total=0, unit="step", file=sys.stderr, desc="loading the model", leave=False, mininterval=pause) as bar:
 
         def progress(done: int, total: int, what: str) -> None:
             bar.total = total

@@ -84,5 +84,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             say(f'error: `{error.name}` is not installed: pip install "cachepolicy[diffusers]"', error=True)
             raise SystemExit(UNUSABLE) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader has gone
+        except OSError as error:
+            say(f"error: the output cannot be written: {(error.strerror or str(error)).lower()}", error=True)
+            raise SystemExit(UNUSABLE) from error
 
     return run

@@ -465,6 +465,19 @@ def test_commands_import_no_torch(command, tmp_path):
     )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written(tmp_path):
+    """A full disk is told in a sentence, with exit code 2."""
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "cachepolicy", "plan", "pab"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path, env=_environment(), timeout=60,
+        )  # fmt: skip
+    assert 2 == process.returncode
+    assert "cannot be written" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_it_runs_as_a_module(tmp_path):
     """`python -m cachepolicy` is the command, and its exit code is the process's."""
     (tmp_path / "bad.cp").write_text(BROKEN)

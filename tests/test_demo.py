@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 
@@ -56,6 +57,7 @@ def test_no_guidance_runs_the_conditional_half(pipe):
     with counting(pipe.transformer) as full:
         assert not torch.equal(alone, draw(pipe))
     assert full.total == 2 * halved.total
+    assert pipe.do_classifier_free_guidance
 
 
 def test_a_seed_gives_each_picture_its_own_noise(pipe):
@@ -175,6 +177,24 @@ def test_a_slower_policy_is_called_slower():
     text = table(dataclasses.replace(demo, policy=row), "all.cp")
     assert "0.80x (0.70..0.90)" in text
     assert "SLOWER" in text
+
+
+def test_half_a_guidance_batch_is_half_the_flops():
+    """A step that rebuilds the unconditional half counts the conditional half alone."""
+    policy = 'match model every 2 -> approximate uncond spectral(low: 1, high: 1, layout: "uncond first")'
+    demo = measure(cachepolicy.parse(policy), sampling=dataclasses.replace(SMALL, steps=6))
+    assert pytest.approx(3 / 4) == demo.policy.flops
+    assert 10 < demo.policy.psnr < math.inf
+
+
+@pytest.mark.parametrize("name", list(cachepolicy.resources.shipped_policies()))
+def test_every_shipped_policy_runs_on_the_demo(name):
+    """Whatever ships can be tried, with its default settings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        demo = measure(name, sampling=dataclasses.replace(SMALL, steps=8))
+    assert 0 < demo.policy.flops <= 1
+    assert 15 < demo.policy.psnr
 
 
 def test_a_trace_is_drawn_as_the_schedule_is(pipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ PENDING = "pending"
 class Slot:
     """What one site keeps on one branch: its last outputs, the newest first, or the chain of its segments.
 
-    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from, and an
-    answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is one tensor
-    that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once somebody wrote into
+    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from,
+    and an
+    answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
+    one tensor
+    that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once somebody
+    wrote into
     an answer.
     """
 
@@ -120,7 +124,7 @@ def predict(
     return _PREDICTORS[predictor](history, steps, step, arguments)
 
 
-def _linear(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments) -> torch.Tensor:
+def _linear(history: Sequence[torch.Tensor], _steps: Sequence[int], _step: int, arguments: Arguments) -> torch.Tensor:
     """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
     newest, older = history[0], history[min(1, len(history) - 1)]
     return newest + (newest - older) * arguments["weight"]
@@ -151,9 +155,7 @@ def _differences(history: Sequence[torch.Tensor], steps: Sequence[int], order: i
     level = list(history[: order + 1])
     found = list[torch.Tensor]()
     while len(level) > 1:
-        level = [
-            (new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(zip(level, level[1:], strict=False))
-        ]
+        level = [(new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(pairwise(level))]
         found.append(level[0])
     return found
 

@@ -68,7 +68,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a root is told by its run: where the clock reads, whether batches are guidance batches, what externals are."""
+    """What a root is told by its run: where the clock reads, whether batches hold guidance, what externals are."""
 
     sources: Callable[[], Sources]
     guided: Callable[[], bool | None]
@@ -186,11 +186,11 @@ class Attached:
     def _finished(self, state: State) -> None:
         if state.calls > 1 and not state.reused and not self._warned:
             self._warned = True
-            warnings.warn(_why_nothing(self.plan, state), UserWarning, stacklevel=2)
+            warnings.warn(_why_nothing(state), UserWarning, stacklevel=2)
 
     # --- one call ----------------------------------------------------------------------------------------
 
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall | None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall | None:
         """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
         if self.identity in DISABLED.get() or torch.compiler.is_exporting():
             return None
@@ -268,7 +268,7 @@ class Attached:
 
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
         turn = call.turn
-        assert self.itself is not None  # noqa: S101 (the caller has looked)
+        assert self.itself is not None
         settings = turn.arguments(action)
         guide = call.state.guide
         call.guidance = settings
@@ -287,7 +287,7 @@ class Attached:
                 turn.decide_again()
         elif turn.decision(self.itself).verdict == "reuse":
             if guide.named(turn.tick.branch):
-                call.answered, call.output = True, guide.answered(settings, self.channels)
+                call.answered, call.output = True, guide.answered(settings)
             else:
                 turn.halved = True
                 call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
@@ -404,7 +404,7 @@ def _channels(module: torch.nn.Module) -> int | None:
     return None
 
 
-def _why_nothing(plan: Plan, state: State) -> str:
+def _why_nothing(state: State) -> str:
     reasons = dict[str, int]()
     if state.trajectory is not None:
         for call in state.trajectory.calls:
@@ -421,7 +421,7 @@ def session_key() -> Hashable:
     explicit = SESSION.get()
     if explicit is not None:
         return explicit
-    if asyncio._get_running_loop() is not None:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001 (asyncio documents it for frameworks)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
         task = asyncio.current_task()
         if task is not None:
             return ("task", id(task))

@@ -377,7 +377,7 @@ _MOST_BRANCHES = 16  # a run without a clock looks like ever more branches of on
 
 def _turns(clock: Clock, t: float, *, known: bool) -> bool:
     """True where the timestep runs against its direction: a new trajectory. In training units it falls."""
-    assert clock.t is not None  # noqa: S101 (the caller has looked)
+    assert clock.t is not None
     direction = 1 if t > clock.t else -1
     if known:
         return direction > 0

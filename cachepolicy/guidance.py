@@ -1,6 +1,7 @@
 """Guidance batches: running their conditional half, and the unconditional half rebuilt from kept differences.
 
-FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves in a low and a high
+FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves in a low and a
+high
 band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
 """
 
@@ -82,7 +83,7 @@ def frames_of(
             places = [place for place in (1, 2, 4) if prediction.shape[place] == channels]
             if len(places) == 1:
                 return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[places[0]])
-        case 3 if grid is not None and len(grid) == 3 and math.prod(grid) == prediction.shape[1]:  # noqa: PLR2004
+        case 3 if grid is not None and len(grid) == 3 and math.prod(grid) == prediction.shape[1]:
             return Frames("BSC", grid)
         case _:
             pass
@@ -100,14 +101,14 @@ def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
         frames = named.get("num_frames")
         return (frames if isinstance(frames, int) else 1, height, width)
     ids = named.get("img_ids")
-    if isinstance(ids, torch.Tensor) and ids.shape[-1] == 3:  # noqa: PLR2004
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] == 3:
         last = ids.reshape(-1, 3)
         frames, height, width = (int(column) + 1 for column in last.max(dim=0).values - last.min(dim=0).values)
         return (frames, height, width)
     shapes = named.get("img_shapes")
     while isinstance(shapes, list) and shapes:
         shapes = shapes[0]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(shapes, tuple) and len(shapes) == 3:  # pyright: ignore[reportUnknownArgumentType] # noqa: PLR2004
+    if isinstance(shapes, tuple) and len(shapes) == 3:  # pyright: ignore[reportUnknownArgumentType]
         return shapes  # pyright: ignore[reportUnknownVariableType, reportReturnType]
     return None
 
@@ -177,7 +178,7 @@ def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequenc
 
 
 def prediction_of(output: Any) -> torch.Tensor:
-    """The tensor that a root's output is about: itself, `sample`, or the first of a tuple; a list of samples as a batch.
+    """The tensor that a root's output is about: itself, `sample`, or the first of a tuple; a list becomes a batch.
 
     Raises:
         PolicyError: the samples of a list have different shapes.
@@ -257,7 +258,7 @@ class Guide:
         positional = tuple(named[name] for name in names[: len(args)])
         return positional, {name: named[name] for name in names[len(args) :]}
 
-    def answered(self, settings: Mapping[str, Any], channels: int | None) -> Any:
+    def answered(self, settings: Mapping[str, Any]) -> Any:
         """The answer of the unconditional call, from this step's conditional one."""
         cond = prediction_of(self._cond)
         return with_prediction(self._cond, self._rebuilt(cond, settings))
@@ -288,7 +289,7 @@ class Guide:
         return output
 
     def _rebuilt(self, cond: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
-        assert self._bands is not None and self._frames is not None  # noqa: S101, PT018 (`problem` has looked)
+        assert self._bands is not None and self._frames is not None  # noqa: PT018 (`problem` has looked)
         rows = rebuild(self._bands, self._frames.split(cond), settings["low"], settings["high"])
         return self._frames.join(rows, cond.shape[0]).to(cond.dtype)
 

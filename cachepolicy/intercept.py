@@ -60,7 +60,8 @@ class Site:
     """What an intercepted module knows of itself.
 
     `index` is its own site number, or -1; `members` are the spans (or the chain of its own) that it stands in, with its
-    position there, the outermost first; `inputs` and `outputs` are the probes that look at it. `special` is set where any
+    position there, the outermost first; `inputs` and `outputs` are the probes that look at it. `special` is set where
+    any
     of these needs more than the frame.
     """
 
@@ -93,7 +94,9 @@ class SpecialTurn(Protocol):
     halved: bool
     inference: bool
 
-    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that the frame's codes do not settle."""
+        ...
 
 
 def site_override(original: Method) -> Method:
@@ -163,14 +166,22 @@ class RootTurn(Protocol):
 class RootHandle(Protocol):
     """What the root's override asks: `begin` decides (None: run bare), then `end` or `fail`."""
 
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None: ...
-    def end(self, turn: Any, output: Any) -> Any: ...
-    def fail(self, turn: Any, error: BaseException) -> None: ...
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
+        """The call's decisions, or None."""
+        ...
+
+    def end(self, turn: Any, output: Any) -> Any:
+        """Commit the call; gives its output."""
+        ...
+
+    def fail(self, turn: Any, error: BaseException) -> None:
+        """Undo the call."""
+        ...
 
 
 @torch.compiler.disable
-def _begin(handle: RootHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
-    return handle.begin(module, args, kwargs)
+def _begin(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
+    return handle.begin(args, kwargs)
 
 
 @torch.compiler.disable
@@ -190,7 +201,7 @@ def root_override(original: Method) -> Method:
     @torch.compiler.disable(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         handle = self.__dict__.get(ATTRIBUTE)
-        turn = None if handle is None else _begin(handle, self, args, kwargs)
+        turn = None if handle is None else _begin(handle, args, kwargs)
         if handle is None or turn is None:
             return original(self, *args, **kwargs)
         outer = LOCAL.frame

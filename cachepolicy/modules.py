@@ -6,7 +6,6 @@ import re
 import sys
 from typing import Any
 
-import torch
 from torch import nn
 
 from cachepolicy.diagnostics import PolicyError

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -183,9 +183,7 @@ class Run:
             if place:
                 self._swap(module.get_submodule(place), {"__call__": site_override}, handle)
         methods = {"__call__": root_override}
-        for method, override in _ROOT_METHODS.items():
-            if hasattr(module, method):
-                methods[method] = override
+        methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(module, name)}
         self._swap(module, methods, attached)
 
     def _swap(self, target: Any, methods: dict[str, Any], handle: object) -> None:
@@ -306,7 +304,7 @@ class Run:
         self._followers.clear()
         self._attached.clear()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -374,7 +374,8 @@ class Partition:
 class Program:
     """A plan laid out for deciding: `coarse` while all sites of a group have the same past, else `fine`.
 
-    Sites of equal rules in equal surroundings differ only by facts of the run (`Inputs.fact`); after the first of those a
+    Sites of equal rules in equal surroundings differ only by facts of the run (`Inputs.fact`); after the first of
+    those a
     trajectory goes on with one group per site.
     """
 
@@ -445,7 +446,8 @@ def decide_all(
     """Decide every group at one call; gives the decisions and the memories after it, by group number.
 
     `signals` are the same for all sites. A run measures them at each site instead: with `signals_of`, by site number, a
-    group whose rule reads signals that are not there yet is `WAITING`. `followed` holds the followed branch's decisions by
+    group whose rule reads signals that are not there yet is `WAITING`. `followed` holds the followed branch's
+    decisions by
     site number. `facts` by site number ask for `program.fine`.
     """
     given = signals or {}

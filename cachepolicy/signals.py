@@ -169,7 +169,7 @@ class Measuring:
         tensors = [stream for stream in streams if isinstance(stream, Stream)]
         if len(tensors) != len(streams):
             raise Undefined(f"`{call.function}(...)` reads tensors")
-        if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:  # noqa: PLR2004
+        if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:
             raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
         return float(_norm(call.function, tensors).item())
 

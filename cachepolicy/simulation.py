@@ -93,8 +93,10 @@ def simulate(
     """The schedule of a policy over `steps` steps, by the same decision function that the engine asks.
 
     `timesteps` are in training units (default: evenly from 999 to 0). Sites come from a model's `skeleton`, from plain
-    `sites` names, or from the built-in skeleton. `signals` gives the numbers of signals and externals by name: one number,
-    one a step, or those by branch. `facts` names what only a run can know, by (site, step, branch). Other keywords set the
+    `sites` names, or from the built-in skeleton. `signals` gives the numbers of signals and externals by name: one
+    number,
+    one a step, or those by branch. `facts` names what only a run can know, by (site, step, branch). Other keywords
+    set the
     policy's params.
 
     Raises:
@@ -236,8 +238,7 @@ def _with_numbers(bound: Plan, given: frozenset[str]) -> Plan:
         if condition is not None:
             condition = substitute(condition, {name: value for name, value in written.items() if name not in given})
             _require_numbers(rule.rule.condition, condition, signals)
-        rule = replace(rule, rule=rule.rule.model_copy(update={"condition": condition}))
-        rules.append(rule)
+        rules.append(replace(rule, rule=rule.rule.model_copy(update={"condition": condition})))
     return replace(bound, rules=tuple(rules))
 
 

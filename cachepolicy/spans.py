@@ -1,7 +1,8 @@
 """How blocks' outputs continue as inputs: learnt from the calls themselves, no registry of classes.
 
 While a span computes, its blocks' calls are watched. Where every output of one block is, as the very same tensor, an
-input of the next, both belong to one *segment*; where the model works in between (concatenates two streams, reshapes, adds
+input of the next, both belong to one *segment*; where the model works in between (concatenates two streams, reshapes,
+adds
 a control signal), a new segment begins. Each segment keeps its own residual, so that on a reuse the work between the
 segments runs as it always does and is never counted twice.
 """
@@ -21,7 +22,7 @@ Names = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The form of a module's output: for each place the input that continues there, or the constant that stands there."""
+    """The form of a module's output: for each place the input that continues there, or its constant."""
 
     inputs: tuple[str | None, ...]
     constants: tuple[Any, ...]
@@ -121,7 +122,7 @@ class Continuations:
         raise PolicyError.of(
             "E310",
             f"output {place} of `{name}` {problem}",
-            help="a residual or a span needs a module that returns the streams it is given; `reuse` of single modules does not",
+            help="a residual or a span needs a module that returns the streams it is given; a plain `reuse` does not",
         )
 
 
@@ -160,7 +161,8 @@ class Recorder:
     def begin(self, position: int, names: Names) -> tuple[Names | None, dict[str, int | None]]:
         """A block is about to run; gives its inputs as they are now, and their write counters.
 
-        Where blocks write into their inputs, or nobody could tell, the inputs of a segment's first block are copied; those of
+        Where blocks write into their inputs, or nobody could tell, the inputs of a segment's first block are copied;
+        those of
         a block that turns out to lead a segment for the first time are not known then.
         """
         if position == 0:

@@ -61,7 +61,7 @@ def _subclass(base: type, methods: tuple[tuple[str, Override], ...]) -> type:
     return type(base)(base.__name__, (base,), namespace)
 
 
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
     """Copies and pickles are of the plain class, without us: they run with their own weights and no policy."""
     state = self.__getstate__()
     if isinstance(state, dict):

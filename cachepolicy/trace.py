@@ -122,10 +122,8 @@ class Trace:
         reached = counts["compute"] + counts["reuse"]
         share = f"{100 * counts['reuse'] / reached:.0f} %" if reached else "none"
         steps = len({call.tick.step for call in newest.calls})
-        lines = [
-            f"{steps} steps, {len(newest.plan.sites)} sites: {counts['compute']} site calls computed, "
-            f"{counts['reuse']} reused ({share}), {newest.seconds:.2f} s in the model"
-        ]
+        calls = f"{counts['compute']} site calls computed, {counts['reuse']} reused ({share})"
+        lines = [f"{steps} steps, {len(newest.plan.sites)} sites: {calls}, {newest.seconds:.2f} s in the model"]
         for branch in newest.branches:
             if len(newest.branches) > 1:
                 lines.append(f"branch {branch or 'first'}")

@@ -28,7 +28,7 @@ from cachepolicy.actions import (
     unfit,
     versions,
 )
-from cachepolicy.evaluate import Environment, Undefined, evaluate
+from cachepolicy.evaluate import Environment, evaluate
 from cachepolicy.intercept import Frame, Leave, Site
 from cachepolicy.schedule import (
     WAITING,
@@ -48,7 +48,7 @@ from cachepolicy.spans import Chain, Continuations, Entry, Link, Names, Recorder
 
 @dataclass(slots=True)
 class Branch:
-    """The state of one branch: what the decision function remembers by group, what the sites keep, what signals were."""
+    """The state of one branch: what decisions remember by group, what the sites keep, what signals were."""
 
     partition: Partition
     memories: list[Memory]
@@ -136,7 +136,7 @@ class Turn:
         """The site's decision, made now where it has waited for its signals."""
         group = self.branch.partition.group_of[site]
         if self.decisions[group] is WAITING:
-            assert self.measuring is not None  # noqa: S101 (only rules that read signals wait)
+            assert self.measuring is not None
             self.signals_of[site] = self.measuring.numbers(site)
             self.decisions[group] = decide(
                 self.branch.partition.groups[group].rules, self._inputs(site, self.branch.memories[group])
@@ -189,7 +189,7 @@ class Turn:
                 return True, self._linked(span, position, names)
             self._opened = self._recorder(span, position).begin(position, names)
         if self._code(site, args, kwargs) == ANSWER:
-            return True, self.answered(site.index, args, kwargs)
+            return True, self.answered(site.index)
         if self.facts:
             self.decide_again()
         return False, None
@@ -225,7 +225,7 @@ class Turn:
             recording.append((span, position, self._recorder(span, position).begin(position, names)))
         code = self._code(site, args, kwargs)
         if code == ANSWER:
-            return self.answered(site.index, args, kwargs)
+            return self.answered(site.index)
         before = _counter(names) if site.outputs else None
         self._waiting += waiting
         try:
@@ -281,8 +281,8 @@ class Turn:
         self._look()
 
     def _see(self, seen: Seen, *, last: bool) -> None:
-        """Hand the hidden states of an output to a probe, later in the call where it is not clear yet which they are."""
-        assert self.measuring is not None  # noqa: S101 (the callers have looked)
+        """Hand the hidden states of an output to a probe, at the end of the call where it is not clear yet which."""
+        assert self.measuring is not None
         outputs, _ = parts(seen.output)
         target = _target(seen.names)
         before = seen.names.get(target or "")
@@ -310,7 +310,7 @@ class Turn:
                     raise Leave(span)
 
     def _ready(self, span: int) -> bool:
-        assert self.measuring is not None  # noqa: S101 (the caller has looked)
+        assert self.measuring is not None
         return all(self.measuring.has(probe) for probe in self.host.inside[span])
 
     # --- spans -------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ class Turn:
         self.refuse(site.index, problem)
         return store
 
-    def answered(self, site: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answered(self, site: int) -> Any:
         """The answer of a site from its outputs."""
         slot, action = self.branch.slots[site], self.decision(site).action
         if not isinstance(action, ir.Predict):

@@ -199,8 +199,10 @@ def engine_agrees(
 ) -> tuple[Trajectory, ...]:
     """Run a policy on a live model and hold its trace against the simulator and against what was executed.
 
-    `run` calls the model as a sampling loop does; `options` are those of `apply`. The executions of every site that is one
-    module are counted below the interception. The policy is taken off again; the trajectories are given for a closer look.
+    `run` calls the model as a sampling loop does; `options` are those of `apply`. The executions of every site that
+    is one
+    module are counted below the interception. The policy is taken off again; the trajectories are given for a closer
+    look.
     A site that one forward calls several times counts as often.
     """
     import cachepolicy

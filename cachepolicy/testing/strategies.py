@@ -16,10 +16,10 @@ Text = st.SearchStrategy[str]
 
 SELECTORS = (
     "attention", "self_attention", "cross_attention", "feedforward", "block", "model", "each blocks[0:1]",
-    '"attn"', r'"\.0\."', '"ff$"', '"blocks.*(attn|ff)"', '"^stages.0$"', "attention or feedforward",
+    '"attn"', r'"\.0\.(attn|ff)"', '"ff$"', '"blocks.*(attn|ff)"', '"^stages.0$"', "attention or feedforward",
     'attention and not "0"', 'block and "1$"', '"to_q$"',
 )  # fmt: skip
-"""Selectors that take something in most of the toys and in the built-in skeleton."""
+"""Selectors that take something in most of the toys, only of what gives back the streams that it is given."""
 
 ACTIONS = ("reuse", "reuse", "reuse residual", "skip", "compute")
 

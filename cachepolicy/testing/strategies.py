@@ -6,6 +6,7 @@ Policies are drawn as texts and parsed, so that a failing example prints as some
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -20,6 +21,9 @@ SELECTORS = (
     'attention and not "0"', 'block and "1$"', '"to_q$"',
 )  # fmt: skip
 """Selectors that take something in most of the toys, only of what gives back the streams that it is given."""
+
+EVERYWHERE = ("attention", "self_attention", "feedforward", "block", "model", '"attn"', '"ff$"')
+"""Those that take something in all of them: the first rule's, since a policy that takes nothing is refused."""
 
 ACTIONS = ("reuse", "reuse", "reuse residual", "skip", "compute")
 
@@ -146,7 +150,8 @@ def policies(
     stateful: bool = True,
     follow: str | None = None,
 ) -> ir.Policy:
-    """A policy of a few rules for a run of `steps` steps; every rule is optional, so it fits any model."""
-    one = rules(steps=steps, selectors=selectors, actions=actions, stateful=stateful, follow=follow)
-    lines = draw(st.lists(one, min_size=least, max_size=most))
-    return parse("\n".join(["policy drawn", *lines, ""]))
+    """A policy of `least` to `most` rules for a run of `steps` steps; all are optional, so that it fits any model."""
+    options: dict[str, Any] = {"steps": steps, "actions": actions, "stateful": stateful, "follow": follow}
+    first = draw(rules(selectors=[each for each in selectors if each in EVERYWHERE] or selectors, **options))
+    others = draw(st.lists(rules(selectors=selectors, **options), min_size=least - 1, max_size=most - 1))
+    return parse("\n".join(["policy drawn", first, *others, ""]))

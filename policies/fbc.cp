@@ -5,7 +5,8 @@ source "github.com/chengzeyi/ParaAttention"
 # The first block always runs. While what it adds to the hidden states stays close to what it added when the rest
 # of the blocks last ran, the rest would add about the same as then, too.
 
-param threshold: float = 0.05 in [0, inf) "largest relative change of the first block's residual that still reuses"
+param threshold: float = 0.05 in [0, inf)
+  "largest relative change of the first block's residual that still reuses"
 
 signal head = residual(blocks[0])
 signal drift = relative_l1(head, kept(head))

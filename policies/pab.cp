@@ -14,9 +14,13 @@ param spatial_range: range = (100, 800) "timesteps between which spatial attenti
 param temporal_range: range = (100, 800) "timesteps between which temporal attention is broadcast"
 param cross_range: range = (100, 800) "timesteps between which cross-attention is broadcast"
 
-param spatial_names: list = ["blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks"] "regexes of the modules with spatial attention"
-param temporal_names: list = ["temporal_transformer_blocks"] "regexes of the modules with temporal attention"
-param cross_names: list = ["blocks", "transformer_blocks", "layers"] "regexes of the modules with cross-attention"
+param spatial_names: list = ["blocks", "transformer_blocks", "single_transformer_blocks", "layers",
+    "visual_transformer_blocks"]
+  "regexes of the modules with spatial attention"
+param temporal_names: list = ["temporal_transformer_blocks"]
+  "regexes of the modules with temporal attention"
+param cross_names: list = ["blocks", "transformer_blocks", "layers"]
+  "regexes of the modules with cross-attention"
 
 # First, since the spatial names match inside `temporal_transformer_blocks` too.
 match optional self_attention and temporal_names
@@ -25,8 +29,7 @@ match optional self_attention and temporal_names
 match optional self_attention and spatial_names and not temporal_names
   when t in spatial_range every spatial_every -> reuse
 
-match optional cross_attention and cross_names
-  when t in cross_range every cross_every -> reuse
+match optional cross_attention and cross_names when t in cross_range every cross_every -> reuse
 
 # Timesteps 999, 888, ..., 0: the first two and the last are outside the range.
 expect self_attention and "^transformer_blocks" over 10 steps: C C C R C R C R C C

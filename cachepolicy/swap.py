@@ -6,6 +6,7 @@ nothing but call through. The reasons for this mechanism are in docs/decisions/0
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -61,22 +62,33 @@ def _subclass(base: type, methods: tuple[tuple[str, Override], ...]) -> type:
     return type(base)(base.__name__, (base,), namespace)
 
 
-def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class, without us: they run with their own weights and no policy."""
-    state = self.__getstate__()
-    if isinstance(state, dict):
-        state = {name: value for name, value in state.items() if name != ATTRIBUTE}  # pyright: ignore[reportUnknownVariableType]
-    return _rebuild, (_plain(type(self)), state)
+    generated = type(self)
+    plain = _plain(generated)
+    reduced: Any = super(generated, self).__reduce_ex__(protocol)
+    if not isinstance(reduced, tuple):
+        return reduced
+    build, arguments, *rest = reduced
+    arguments = tuple(plain if each is generated else each for each in arguments)
+    match build:
+        case copyreg.__newobj__:  # pickle holds its class against the object's
+            build = plain.__new__
+        case copyreg.__newobj_ex__:
+            build, arguments = functools.partial(plain.__new__, plain, *arguments[1], **arguments[2]), ()
+        case _:
+            build = plain if build is generated else build
+    return build, arguments, *map(_without_us, rest[:1]), *rest[1:]
+
+
+def _without_us(state: Any) -> Any:
+    """The state without our attribute; where there are slots it is a pair."""
+    if isinstance(state, tuple):
+        return tuple(map(_without_us, state))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(state, dict) and ATTRIBUTE in state:
+        return {name: value for name, value in state.items() if name != ATTRIBUTE}  # pyright: ignore[reportUnknownVariableType]
+    return state
 
 
 def _plain(cls: type) -> type:
     return cls.__dict__.get("_cachepolicy_class", cls)
-
-
-def _rebuild(cls: type, state: Any) -> Any:
-    instance = cls.__new__(cls)
-    if hasattr(instance, "__setstate__"):
-        instance.__setstate__(state)
-    else:
-        instance.__dict__.update(state)
-    return instance

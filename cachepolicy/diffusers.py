@@ -14,6 +14,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cachepolicy.configs import (
+    Config,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -72,11 +73,30 @@ def apply_first_block_cache(module: Any, config: FirstBlockCacheConfig) -> Run:
 
 def _apply(module: Any, given: object, kind: type) -> Run:
     config = config_of(given)
-    if not isinstance(config, kind):
+    if config is None or not isinstance(config, kind):
         raise PolicyError.of("E150", f"`{type(given).__name__}` stands where a `{kind.__name__}` is asked for")
+    return _attach(module, config)
+
+
+def _attach(model: Any, config: Config) -> Run:
+    """Attach a config, and tell of identifiers that name no attention: the shipped policies let them be optional."""
     from cachepolicy.runtime import apply
 
-    return apply(module, config)
+    run = apply(model, config)
+    if isinstance(config, FasterCacheConfig):
+        _require_attention(run, config)
+    return run
+
+
+def _require_attention(run: Run, config: FasterCacheConfig) -> None:
+    asked = config.spatial_attention_block_skip_range or config.temporal_attention_block_skip_range
+    if not asked or any(site.modules != ("",) for plan in run.plans.values() for site in plan.sites):
+        return
+    message = f"the identifiers of `FasterCacheConfig` name no attention in `{type(run.target).__name__}`"
+    if config.is_guidance_distilled:
+        run.remove()
+        raise PolicyError.of("E308", message, help="`cachepolicy plan` shows a model's modules")
+    warnings.warn(f"{message}; only the unconditional half is skipped", UserWarning, stacklevel=4)
 
 
 # --- for an instance of any class ------------------------------------------------------------------------
@@ -88,15 +108,11 @@ def enable_cache(model: Any, config: Any) -> Run:
     Raises:
         PolicyError: there is a cache already, the config is none that is known, or it does not fit the model.
     """
-    if config_of(config) is None:
-        raise PolicyError.of(
-            "E150",
-            f"`{type(config).__name__}` is no cache config",
-            help="`cachepolicy.apply` takes policies of any kind",
-        )
-    from cachepolicy.runtime import apply
-
-    return apply(model, config)
+    known = config_of(config)
+    if known is None:
+        message = f"`{type(config).__name__}` is no cache config"
+        raise PolicyError.of("E150", message, help="`cachepolicy.apply` takes policies of any kind")
+    return _attach(model, known)
 
 
 def disable_cache(model: Any) -> None:

@@ -152,6 +152,33 @@ def test_a_model_of_one_block_has_nothing_to_skip() -> None:
         cachepolicy.apply_first_block_cache(model, FirstBlockCacheConfig())
 
 
+# --- what is selected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PyramidAttentionBroadcastConfig(2, spatial_attention_block_identifiers=["nowhere"]),
+        FasterCacheConfig(spatial_attention_block_identifiers=["nowhere"], is_guidance_distilled=True),
+    ],
+    ids=["pab", "fastercache"],
+)
+def test_where_nothing_matches_that_is_an_error(config: Any) -> None:
+    """No cache is called enabled that would do nothing (d27)."""
+    model = zoo.build("wan")
+    with pytest.raises(PolicyError):
+        cachepolicy.enable_cache(model, config)
+    assert not cachepolicy.is_cache_enabled(model)
+
+
+def test_identifiers_that_name_no_attention_are_told_of() -> None:
+    """Where the unconditional half is skipped all the same, that is a warning (d06)."""
+    model = zoo.build("wan")
+    with pytest.warns(UserWarning, match="name no attention in `WanTransformer3DModel`"):
+        cachepolicy.enable_cache(model, FasterCacheConfig(spatial_attention_block_identifiers=["nowhere"]))
+    assert cachepolicy.is_cache_enabled(model)
+
+
 # --- clocks and contexts
 
 

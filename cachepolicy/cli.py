@@ -274,7 +274,7 @@ def show(*, name: str | None, as_json: bool, schema: bool) -> None:
 @click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="Sampling steps.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
-    "--pairs", type=click.IntRange(1, 1000), default=4, show_default=True, help="Timings of each way, in turn."
+    "--pairs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Timings of each way, in turn."
 )
 @click.option("--pictures", type=click.IntRange(1, 36), default=12, show_default=True, help="Pictures at a time.")
 @click.option("--output", type=click.Path(dir_okay=False), default="demo.png", show_default=True, help="PNG to write.")

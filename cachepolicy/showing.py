@@ -58,7 +58,7 @@ def table(demo: Demo, name: str) -> str:
     width = max(map(len, names))
     return "\n".join(
         [
-            f"{sampling.pictures} pictures, {sampling.steps} steps uncached: {demo.seconds:.2f} s",
+            f"{sampling.pictures} pictures, {sampling.steps} steps uncached: {demo.seconds:.2f} s on one thread",
             "",
             f"{'':<{width}}  {'speed-up, wall':<19}  {'speed-up, CPU':<19}  FLOPs skipped  calls skipped  PSNR",
             *(f"{label:<{width}}  {_cells(row)}" for label, row in zip(names, rows, strict=True)),

@@ -1,0 +1,193 @@
+"""Real pipelines of diffusers around tiny models of the zoo: called with embeddings, they stop at the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from cachepolicy.testing import zoo
+from cachepolicy.testing.tiny import redraw
+
+STEPS = 6
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Tiny:
+    """A pipeline, how to call it, and how many calls of the model a step has: the names of its branches."""
+
+    pipe: Any
+    arguments: dict[str, Any]
+    branches: tuple[str, ...] = ("",)
+    denoisers: tuple[str, ...] = ("transformer",)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, **changes: Any) -> Tensor:
+        """The latents of one call, from a fixed seed."""
+        arguments = {"num_inference_steps": STEPS, "output_type": "latent", **self.arguments, **changes}
+        self.pipe.set_progress_bar_config(disable=True)
+        result = self.pipe(generator=torch.Generator().manual_seed(7), **arguments)
+        first = result[0]
+        return first if isinstance(first, Tensor) else torch.as_tensor(first)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The timesteps of the last call."""
+        return [float(t) for t in self.pipe.scheduler.timesteps]
+
+
+def vae_of(kind: str = "AutoencoderKL") -> Any:
+    torch.manual_seed(0)
+    return getattr(diffusers, kind)(
+        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=2, sample_size=16,
+    ).eval()  # fmt: skip
+
+
+def flux() -> Tiny:
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=zoo.build("flux"),
+    )  # fmt: skip
+    told = {"prompt_embeds": normal(1, 5, 16), "pooled_prompt_embeds": normal(1, 16), "height": 64, "width": 64}
+    return Tiny(pipe, told, branches=("cond",))
+
+
+def flux_true_cfg() -> Tiny:
+    tiny = flux()
+    tiny.arguments |= {
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2), "negative_pooled_prompt_embeds": normal(1, 16, seed=2),
+        "true_cfg_scale": 4.0,
+    }  # fmt: skip
+    tiny.branches = ("cond", "uncond")
+    return tiny
+
+
+def sd3() -> Tiny:
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=zoo.build("sd3"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None,
+        tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    config = pipe.transformer.config
+    told = {
+        "prompt_embeds": normal(1, 5, config.joint_attention_dim),
+        "negative_prompt_embeds": normal(1, 5, config.joint_attention_dim, seed=2),
+        "pooled_prompt_embeds": normal(1, config.pooled_projection_dim),
+        "negative_pooled_prompt_embeds": normal(1, config.pooled_projection_dim, seed=2), "height": 64, "width": 64,
+    }  # fmt: skip
+    return Tiny(pipe, told)
+
+
+def cogvideox() -> Tiny:
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("cogvideox"),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )  # fmt: skip
+    config = pipe.transformer.config
+    told = {
+        "prompt_embeds": normal(1, config.max_text_seq_length, config.text_embed_dim),
+        "negative_prompt_embeds": normal(1, config.max_text_seq_length, config.text_embed_dim, seed=2),
+        "height": config.sample_height * 8, "width": config.sample_width * 8, "num_frames": 5,
+    }  # fmt: skip
+    return Tiny(pipe, told, branches=("cond_uncond",))
+
+
+def wan() -> Tiny:
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("wan"),
+        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )  # fmt: skip
+    told = {
+        "prompt_embeds": normal(1, 5, 16), "negative_prompt_embeds": normal(1, 5, 16, seed=2), "height": 64, "width": 64,
+        "num_frames": 5,
+    }  # fmt: skip
+    return Tiny(pipe, told, branches=("cond", "uncond"))
+
+
+def wan22() -> Tiny:
+    tiny = wan()
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("wan"), transformer_2=zoo.build("wan", seed=5),
+        boundary_ratio=0.7, scheduler=tiny.pipe.scheduler,
+    )  # fmt: skip
+    return Tiny(pipe, tiny.arguments, tiny.branches, ("transformer", "transformer_2"))
+
+
+def ltx() -> Tiny:
+    pipe = diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=None, text_encoder=None,
+        tokenizer=None, transformer=zoo.build("ltx"),
+    )  # fmt: skip
+    told = {
+        "prompt_embeds": normal(1, 5, 16), "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        "prompt_attention_mask": torch.ones(1, 5), "negative_prompt_attention_mask": torch.ones(1, 5),
+        "height": 64, "width": 64, "num_frames": 9,
+    }  # fmt: skip
+    return Tiny(pipe, told, branches=("cond_uncond",))
+
+
+def pixart() -> Tiny:
+    pipe = diffusers.PixArtAlphaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("pixart"),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+    told = {
+        "prompt": None, "negative_prompt": None, "prompt_embeds": normal(1, 5, 16),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2), "prompt_attention_mask": torch.ones(1, 5),
+        "negative_prompt_attention_mask": torch.ones(1, 5), "height": 64, "width": 64, "use_resolution_binning": False,
+    }  # fmt: skip
+    return Tiny(pipe, told)
+
+
+def dit() -> Tiny:
+    # The pipeline's empty label is 1000.
+    model = diffusers.DiTTransformer2DModel(**{**zoo.entry("dit").config, "num_embeds_ada_norm": 1000})
+    redraw(model, 0)
+    pipe = diffusers.DiTPipeline(transformer=model.eval(), vae=vae_of(), scheduler=diffusers.DDIMScheduler())
+    return Tiny(pipe, {"class_labels": [3], "output_type": "np"})
+
+
+def latte() -> Tiny:
+    pipe = diffusers.LattePipeline(
+        tokenizer=None, text_encoder=None, vae=vae_of(), transformer=zoo.build("latte"), scheduler=diffusers.DDIMScheduler()
+    )
+    told = {
+        "prompt": None, "negative_prompt": None, "prompt_embeds": normal(1, 5, 16),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2), "height": 16, "width": 16, "video_length": 2,
+        "clean_caption": False,
+    }  # fmt: skip
+    return Tiny(pipe, told)
+
+
+def unet_sd(scheduler: Any = None) -> Tiny:
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae_of(), text_encoder=None, tokenizer=None, unet=zoo.build("unet2d_condition"),
+        scheduler=scheduler or diffusers.PNDMScheduler(skip_prk_steps=True), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    told = {"prompt_embeds": normal(1, 5, 8), "negative_prompt_embeds": normal(1, 5, 8, seed=2), "height": 16, "width": 16}
+    return Tiny(pipe, told, denoisers=("unet",))
+
+
+def unet_sd_edm() -> Tiny:
+    return unet_sd(diffusers.EDMEulerScheduler())
+
+
+def unet_sd_heun() -> Tiny:
+    return unet_sd(diffusers.HeunDiscreteScheduler())
+
+
+PIPELINES: dict[str, Callable[[], Tiny]] = {
+    each.__name__: each
+    for each in (
+        flux, flux_true_cfg, sd3, cogvideox, wan, wan22, ltx, pixart, dit, latte, unet_sd, unet_sd_edm, unet_sd_heun,
+    )
+}  # fmt: skip

@@ -3,6 +3,9 @@
 A step is a step of the scheduler, not a call of the model. Nothing is required of the caller; what is there is used.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything and return anything: what comes out of it has no type to know.
+
 from __future__ import annotations
 
 import inspect
@@ -191,7 +194,7 @@ def _note(value: Any, parts: list[Any]) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, weakref.ref) and isinstance(other, weakref.ref):
         return one() is not None and one() is other()
-    return type(one) is type(other) and one == other
+    return type(one) is type(other) and one == other  # pyright: ignore[reportUnknownArgumentType]
 
 
 # --- the clock -------------------------------------------------------------------------------------------
@@ -445,9 +448,9 @@ def _element(value: torch.Tensor) -> float:
     base = value._base
     if base is None or base.ndim != 1 or value.device.type == "cpu":
         return float(value)
-    numbers = _read_once.get(base)
+    numbers: list[float] | None = _read_once.get(base)
     if numbers is None:
-        numbers = _read_once[base] = base.tolist()
+        numbers = _read_once[base] = base.tolist()  # pyright: ignore[reportUnknownMemberType]
     return float(numbers[(value.storage_offset() - base.storage_offset()) // max(1, base.stride(0))])
 
 

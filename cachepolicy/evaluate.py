@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
@@ -140,14 +141,14 @@ def _arithmetic(expression: ir.Arithmetic, environment: Environment) -> float:
         raise Undefined(f"`{expression.operator}` has no finite result") from error
 
 
-_COMPARE = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-}  # type: dict[str, Any]
+_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
 
 
 def _compared(expression: ir.Comparison, environment: Environment) -> bool:
@@ -155,7 +156,7 @@ def _compared(expression: ir.Comparison, environment: Environment) -> bool:
     if any(value is None for value in values):
         raise Undefined("a value that is compared is off")
     pairs = zip(expression.operators, values, values[1:], strict=False)
-    return all(_COMPARE[operator](left, right) for operator, left, right in pairs)
+    return all(_COMPARE[sign](left, right) for sign, left, right in pairs)
 
 
 def _contained(expression: ir.Membership, environment: Environment) -> bool:
@@ -198,7 +199,7 @@ def _clamp(x: float, low: float, high: float) -> float:
     return max(low, min(high, x))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: Mapping[str, Any] = {
     "abs": abs,
     "min": min,
     "max": max,
@@ -207,7 +208,7 @@ _FUNCTIONS = {
     "log": math.log,
     "clamp": _clamp,
     "poly": _poly,
-}  # type: dict[str, Any]
+}
 NUMBER_FUNCTIONS = frozenset(_FUNCTIONS)
 
 
@@ -250,7 +251,7 @@ def _substitute_in(value: object, names: Mapping[str, ir.Expression]) -> object:
     if isinstance(value, ir.Node):
         return substitute(value, names)
     if isinstance(value, tuple):
-        old: tuple[object, ...] = value
+        old: tuple[object, ...] = value  # pyright: ignore[reportUnknownVariableType]
         new = tuple(_substitute_in(item, names) for item in old)
         return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
     return value

@@ -5,6 +5,9 @@ high
 band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything and return anything: what comes out of it has no type to know.
+
 from __future__ import annotations
 
 import math
@@ -207,7 +210,7 @@ def _predicted(output: Any) -> torch.Tensor | list[torch.Tensor]:
     sample = getattr(output, "sample", None)
     if isinstance(output, tuple):
         sample = output[0]  # pyright: ignore[reportUnknownVariableType]
-    return output if sample is None else sample  # pyright: ignore[reportUnknownVariableType]
+    return output if sample is None else sample  # pyright: ignore[reportReturnType]
 
 
 # --- the guidance of one trajectory ----------------------------------------------------------------------

@@ -40,8 +40,8 @@ _PLACES = frozenset({"span", "comments", "source_name"})
 def _same(one: object, other: object) -> bool:
     """Equality that tells `1`, `1.0` and `True` apart, inside tuples too."""
     if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_same, one, other))  # pyright: ignore[reportUnknownArgumentType]
-    return type(one) is type(other) and one == other
+        return len(one) == len(other) and all(map(_same, one, other))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
+    return type(one) is type(other) and one == other  # pyright: ignore[reportUnknownArgumentType]
 
 
 # --- expressions -----------------------------------------------------------------------------------------

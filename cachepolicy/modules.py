@@ -1,5 +1,8 @@
 """What a live model is made of: its skeleton with kinds, and the denoisers of a pipeline."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything and return anything: what comes out of it has no type to know.
+
 from __future__ import annotations
 
 import re
@@ -79,7 +82,7 @@ def describe(model: nn.Module) -> Skeleton:
     lists = _block_lists(model, modules)
     blocks = {f"{name}.{index}" for name in lists for index, _ in enumerate(model.get_submodule(name).children())}
     marked = tuple(
-        Module(each.name, each.class_name, each.kinds | {"block"}, each.is_list, each.callable)
+        Module(each.name, each.class_name, each.kinds | frozenset[Kind]({"block"}), each.is_list, each.callable)
         if each.name in blocks
         else each
         for each in modules

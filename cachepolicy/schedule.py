@@ -297,7 +297,7 @@ def accumulate(
         except Undefined:
             value = float("nan")
         advanced[key] = value
-        environment = replace(environment, stateful={**environment.stateful, call: value})
+        environment = replace(environment, stateful={**environment.stateful, call: value})  # pyright: ignore[reportUnhashable]
     return environment, advanced
 
 

@@ -4,6 +4,9 @@ The subclass keeps the name, qualified name and module of its class, and on an i
 nothing but call through. The reasons for this mechanism are in docs/decisions/0003-class-swap.md.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything and return anything: what comes out of it has no type to know.
+
 from __future__ import annotations
 
 import copyreg
@@ -72,10 +75,10 @@ def _reduce(self: Any, protocol: Any) -> Any:
     build, arguments, *rest = reduced
     arguments = tuple(plain if each is generated else each for each in arguments)
     match build:
-        case copyreg.__newobj__:  # pickle holds its class against the object's
+        case copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue] # pickle holds its class against the object's
             build = plain.__new__
-        case copyreg.__newobj_ex__:
-            build, arguments = functools.partial(plain.__new__, plain, *arguments[1], **arguments[2]), ()
+        case copyreg.__newobj_ex__:  # pyright: ignore[reportAttributeAccessIssue]
+            build, arguments = functools.partial(plain.__new__, plain, *arguments[1], **arguments[2]), ()  # pyright: ignore[reportCallIssue]
         case _:
             build = plain if build is generated else build
     return build, arguments, *map(_without_us, rest[:1]), *rest[1:]

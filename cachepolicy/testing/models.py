@@ -1,5 +1,8 @@
 """Toy denoisers of plain torch, each trait of which has broken some cache: what to test policies and engines with."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything and return anything: what comes out of it has no type to know.
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,146 @@
+"""`explain`: every rule that was asked, each clause with its truth and what it read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cachepolicy
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.explanation import Explanation, explain, explain_decision
+from cachepolicy.simulation import simulate
+from cachepolicy.syntax import parse
+from cachepolicy.testing import strategies
+
+SITE = "transformer_blocks.0.attn1"
+
+
+def why(text: str, step: int, steps: int = 10, site: str = SITE, **options: Any) -> Explanation:
+    return explain(parse(text), f"{site}@{step}", steps=steps, **options)
+
+
+@given(st.data())
+def test_the_clauses_say_what_was_decided(data: st.DataObject) -> None:
+    """For any policy, site and step: the owner's clauses are all true exactly where it reuses."""
+    policy = data.draw(strategies.policies(selectors=(*strategies.SELECTORS, "blocks"), follow="cond"))
+    branches = data.draw(strategies.branches())
+    schedule = simulate(policy, steps=12, branches=branches)
+    site = data.draw(st.sampled_from(schedule.plan.sites))
+    step, branch = data.draw(st.integers(0, 11)), data.draw(st.sampled_from(branches))
+    decision = schedule.decision(site.name, step, branch)
+    explanation = explain_decision(schedule.plan, site.name, step, branch, decision)
+    assert str(explanation).startswith(site.name)
+    if decision.verdict == "hidden":
+        assert () == explanation.asked
+        return
+    mine = [rule.index for rule in schedule.plan.rules if site.index in rule.sites]
+    assert mine == [asked.rule for asked in explanation.asked]
+    for asked in explanation.asked:
+        if asked.rule == decision.rule:
+            assert "owns the step" == asked.outcome
+            computes = decision.reason == "the rule computes"
+            assert (decision.verdict == "reuse") == (all(each.holds for each in asked.clauses) and not computes)
+        elif decision.rule is None or asked.rule < decision.rule:
+            assert "does not own the step" == asked.outcome
+            assert not all(each.holds for each in asked.clauses)
+        else:
+            assert "was not asked" in asked.outcome
+            assert () == asked.clauses
+
+
+def test_values_are_shown() -> None:
+    """Each clause names the numbers it read."""
+    text = str(why("match attention when 100 < t < 800 every 2 -> reuse", 3))
+    assert f"{SITE} reuses at step 3: the rule reuses" in text
+    assert "yes  when 100 < t < 800   (t = 666)" in text
+    assert "yes  every 2 does not ask for a compute" in text
+    assert "step = 3" in text
+
+
+def test_losing_rules_are_shown_with_their_clauses() -> None:
+    """The rule above that did not own the step, and the one below that was not asked."""
+    text = "match attention when step < 2 -> reuse\nmatch attention every 3 -> reuse\nmatch attention -> reuse"
+    explanation = why(text, 3)
+    assert ["does not own the step", "owns the step", "was not asked: an earlier rule owns the step"] == [
+        asked.outcome for asked in explanation.asked
+    ]
+    assert "no   when step < 2   (step = 3)" in str(explanation)
+
+
+def test_accumulators_show_their_sum() -> None:
+    """`sum` is shown as it was compared."""
+    text = str(why("match attention while sum(1) < 3 -> reuse", 3))
+    assert "no   while sum(1) < 3   (sum(1) = 3)" in text
+    assert "computes at step 3: its `while` is false" in text
+
+
+def test_bounds_show_the_age() -> None:
+    """`at most N in a row` fails with the age that it saw."""
+    assert "no   at most 2 in a row   (age = 3)" in str(why("match attention at most 2 in a row -> reuse", 3))
+
+
+def test_a_site_without_history_says_so() -> None:
+    """At the first step nothing is kept yet."""
+    text = str(why("match attention -> reuse", 0))
+    assert "computes at step 0: nothing is kept yet" in text
+    assert "no   something is kept from an earlier step" in text
+
+
+def test_an_undefined_value_is_named() -> None:
+    """What is not there yet is called undefined."""
+    assert "undefined" in str(why("match attention while prev(t) > 0 -> reuse", 0))
+
+
+def test_no_owner_and_hidden_are_explained() -> None:
+    """Where no rule owns the step, and where a site around hides it."""
+    assert "computes at step 1: no rule owns it" in str(why("match attention when t < 0 -> reuse", 1))
+    hidden = str(why("match block every 2 -> reuse\nmatch attention -> reuse", 1))
+    assert f"{SITE} is hidden at step 1: inside a site that reuses" == hidden
+
+
+def test_a_follower_names_its_leader() -> None:
+    """On another branch the clause is what the leader did."""
+    text = "match attention while sum(1) < 3 -> reuse follow cond"
+    explanation = why(text, 3, branches=("cond", "uncond"), branch="uncond")
+    assert "on branch `uncond`: `cond` computed" in str(explanation)
+    assert "no   follow cond   (because = `cond` computed)" in str(explanation)
+
+
+def test_a_fact_of_the_run_is_a_clause() -> None:
+    """What only the run knew is shown as what failed."""
+    facts = {(SITE, 3, ""): "the history does not fit this call"}
+    assert "no   the history does not fit this call" in str(why("match attention -> reuse", 3, facts=facts))
+
+
+@pytest.mark.parametrize("where", ["attn1", "attn1@", "@3", "attn1@x", "attn1@-1", "attn1@3.5"])
+def test_a_place_is_site_at_step(where: str) -> None:
+    """E258 shows the form."""
+    with pytest.raises(PolicyError, match=r"E25[28]"):
+        explain(parse("match attention -> reuse"), where, steps=10)
+
+
+def test_unknown_sites_and_steps_are_refused() -> None:
+    """As `Schedule.decision` does."""
+    with pytest.raises(PolicyError, match="E252"):
+        why("match attention -> reuse", 3, site="nowhere")
+    with pytest.raises(PolicyError, match="E253"):
+        why("match attention -> reuse", 99)
+    with pytest.raises(PolicyError, match=r"E25\d"):
+        why("match attention -> reuse", 3, branch="cond")
+
+
+def test_a_run_is_explained_as_a_simulation_is() -> None:
+    """A decision of the trace carries its inputs, so that it explains itself."""
+    from cachepolicy.testing.models import Toy, inputs, sample
+
+    model = Toy().build()
+    with torch.no_grad(), cachepolicy.apply(model, parse("match attention when t < 900 every 2 -> reuse")) as run:
+        list(sample(model, [950.0, 850.0, 750.0], *inputs(Toy())))
+    call = run.trace.last.calls[1]
+    site = run.trace.last.plan.sites[0]
+    explanation = explain_decision(run.trace.last.plan, site.name, 1, "", call.decisions[site.index])
+    assert "yes  when t < 900   (t = 850)" in str(explanation)

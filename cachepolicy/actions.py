@@ -70,6 +70,11 @@ class Keeping:
     halves: bool
 
     @property
+    def depth(self) -> int:
+        """How many results of either form."""
+        return max(1, self.outputs, self.residuals)
+
+    @property
     def plain(self) -> bool:
         """True where the newest output alone is kept."""
         return self.outputs == 1 and not self.streams and not self.halves
@@ -152,7 +157,7 @@ def _hermite(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, a
 
 
 def _differences(history: Sequence[torch.Tensor], steps: Sequence[int], order: int) -> list[torch.Tensor]:
-    level = list(history[: order + 1])
+    level: list[torch.Tensor] = list(history[: order + 1])
     found = list[torch.Tensor]()
     while len(level) > 1:
         level = [(new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(pairwise(level))]
@@ -232,30 +237,30 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
     slot.version, slot.versions = None, None if clone or torch.compiler.is_compiling() else versions(kept)
 
 
-def reused(slot: Slot, *, halved: bool, inference: bool) -> Any:
+def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
     """The newest output, as it may be handed out."""
     output = slot.output
     if halved and slot.full:
-        output = map_tensors(_half, output)
+        output = map_tensors(_half(half), output)
     if slot.clones or inference:
         return cloned(output)
     # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
-    return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)
+    return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)  # pyright: ignore[reportUnknownVariableType]
 
 
-def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool) -> Any:
+def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool, half: int) -> Any:
     """The predictor's answer, tensor by tensor of the output."""
     kept = [Kept(slot.output, slot.step, slot.full), *slot.older]
-    columns = [_flat(map_tensors(_half, each.output) if halved and each.full else each.output) for each in kept]
+    columns = [_flat(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
     steps = [each.step for each in kept]
     answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
     given = iter(answers)
     return map_tensors(lambda _: next(given), slot.output)
 
 
-def _half(tensor: torch.Tensor) -> torch.Tensor:
-    """The conditional half of a guidance batch with the unconditional half first."""
-    return tensor.chunk(2, dim=0)[1]
+def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives the conditional half of a guidance batch, which is its first (0) or its second (1)."""
+    return lambda tensor: tensor.chunk(2, dim=0)[half]
 
 
 def _flat(value: Any) -> list[torch.Tensor]:
@@ -276,13 +281,13 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     """`value` with `function` applied to each tensor in its tuples, lists, dicts and output objects."""
     if isinstance(value, torch.Tensor):
         return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # pyright: ignore[reportUnknownArgumentType]
         return type(value)(*[map_tensors(function, each) for each in value])  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if isinstance(value, list | tuple):
         return type(value)([map_tensors(function, each) for each in value])  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if isinstance(value, dict):
-        items = {key: map_tensors(function, each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
-        return items if type(value) is dict else type(value)(**items)  # pyright: ignore[reportUnknownArgumentType]
+        items: dict[Any, Any] = {key: map_tensors(function, each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return items if type(value) is dict else type(value)(**items)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     return value
 
 

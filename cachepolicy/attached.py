@@ -95,12 +95,14 @@ class Attached:
         self.active = 0
         self.continuations = Continuations()
         self.externals = around.externals
-        self.names = {site.index: site.modules for site in plan.sites}
-        self.inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
-        actions = [bound.rule.action for bound in plan.rules if bound.sites]
+        self.names: Mapping[int, Sequence[str]] = {site.index: site.modules for site in plan.sites}
+        self.inside: Mapping[int, frozenset[ir.Probe]] = {
+            site.index: _inside(plan, site.modules) for site in plan.sites
+        }
+        actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
         self.approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
         halves = self.approximation is not None
-        self.keepings = [
+        self.keepings: Sequence[Keeping] = [
             keeping(
                 [bound.rule for bound in plan.rules if site.index in bound.sites],
                 span=len(site.modules) > 1 or bool(self.inside[site.index]),
@@ -269,7 +271,8 @@ class Attached:
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
         turn = call.turn
         assert self.itself is not None
-        settings = turn.arguments(action)
+        settings = turn.arguments(action, self.itself, without=_FACTORS)
+        turn.half = int(settings["layout"] == "uncond first")
         guide = call.state.guide
         call.guidance = settings
         guided = self._guided()
@@ -286,6 +289,7 @@ class Attached:
                 turn.refuse(self.itself, problem.reason)
                 turn.decide_again()
         elif turn.decision(self.itself).verdict == "reuse":
+            settings |= turn.arguments(action, self.itself)
             if guide.named(turn.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)
             else:
@@ -356,6 +360,9 @@ class Attached:
 
 
 _REFUTED = frozenset({"E310", "E311"})  # what the first forward tells of the model, whatever the next one would
+_FACTORS = frozenset({"low", "high"})
+"""What the rebuilding of a step is told, and a computed step does not ask for."""
+
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 
@@ -384,6 +391,19 @@ def _code(decision: Decision, what: Keeping, *, inference: bool) -> str:
             return COMPUTE
         return STORE_CLONE if inference else STORE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
+
+
+def _never(when: ir.Expression | None) -> bool:
+    """True where a `when` is false whatever the clock: its constants alone make it so."""
+    match when:
+        case ir.Boolean():
+            return not when.value
+        case ir.Negation(operand=ir.Boolean(value=value)):
+            return value
+        case ir.Both():
+            return any(_never(operand) for operand in when.operands)
+        case _:
+            return False
 
 
 def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:

@@ -243,7 +243,6 @@ CODES: dict[str, str] = {
     "E303": "a denoiser that was replaced",
     "E304": "a session without a key",
     "E305": "a removal while a forward runs",
-    "E306": "what the engine cannot run on this model",
     "E307": "an external that nobody supplies",
     "E308": "a policy that selects nothing",
     "E310": "streams that cannot be told apart",

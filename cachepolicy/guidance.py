@@ -11,6 +11,7 @@ band of their spectra changes slowly; on a skipped step it is added to the condi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,11 @@ class Frames:
 
 
 def frames_of(
-    prediction: torch.Tensor, named: Mapping[str, Any], channels: int | None, arguments: Mapping[str, Any]
+    prediction: torch.Tensor,
+    named: Mapping[str, Any],
+    latents: torch.Tensor | None,
+    channels: int | None,
+    arguments: Mapping[str, Any],
 ) -> Frames:
     """How this prediction is laid out, as the policy says or as its dimensions and the call's arguments tell.
 
@@ -78,12 +83,19 @@ def frames_of(
     said = arguments.get("format", "found")
     grid = tuple(arguments.get("grid", ())) or _grid(named)
     if said not in {"found", "BSC"}:
+        if len(said) != prediction.ndim:
+            raise PolicyError.of(
+                "E331", f"a prediction of shape {tuple(prediction.shape)} is not laid out as `{said}`", help=_SAY
+            )
         return Frames(said)
     match prediction.ndim:
         case 4:
             return Frames("BCHW")
         case 5:
             places = [place for place in (1, 2, 4) if prediction.shape[place] == channels]
+            if len(places) > 1 and latents is not None:
+                # A prediction has the latents' sizes, but for its channels.
+                places = [place for place in places if _without(prediction, place) == _without(latents, place)]
             if len(places) == 1:
                 return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[places[0]])
         case 3 if grid is not None and len(grid) == 3 and math.prod(grid) == prediction.shape[1]:
@@ -93,8 +105,15 @@ def frames_of(
     raise PolicyError.of(
         "E331",
         f"a prediction of shape {tuple(prediction.shape)} could be laid out in more than one way",
-        help='say it: `format: "BCFHW"`, `"BFCHW"`, `"BCHW"` or `"BSC"` with `grid: [frames, height, width]`',
+        help=_SAY,
     )
+
+
+_SAY = 'say it: `format: "BCFHW"`, `"BFCHW"`, `"BFHWC"`, `"BCHW"` or `"BSC"` with `grid: [frames, height, width]`'
+
+
+def _without(tensor: torch.Tensor, place: int) -> tuple[int, ...]:
+    return tuple(tensor.shape[:place]) + tuple(tensor.shape[place + 1 :])
 
 
 def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -160,24 +179,42 @@ def whole(uncond: torch.Tensor, cond: torch.Tensor, layout: str) -> torch.Tensor
 def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None) -> dict[str, Any]:
     """The call's arguments with the conditional half of everything that holds one row (or item) per sample.
 
-    `only` names the arguments to halve; without it they are found by their size.
+    `only` names the arguments to halve, whatever their size; without it they are found by it.
     """
+    if only is not None:
+        return {name: _half(value, None, layout) if name in only else value for name, value in named.items()}
+    return {
+        name: value if _speaks_of_positions(name, value) else _half(value, batch, layout)
+        for name, value in named.items()
+    }
 
-    def half(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return halves(value, layout)[1] if value.ndim > 0 and value.shape[0] == batch else value
-        if isinstance(value, list) and len(value) == batch:  # pyright: ignore[reportUnknownArgumentType]
-            middle = batch // 2
-            return value[middle:] if layout == "uncond first" else value[:middle]  # pyright: ignore[reportUnknownVariableType]
-        if isinstance(value, list | tuple):
-            # A sequence is batched as a whole or not at all: sizes of positions can equal that of the batch by chance.
-            rows = {each.shape[0] if isinstance(each, torch.Tensor) and each.ndim else 0 for each in value}  # pyright: ignore[reportUnknownVariableType]
-            return type(value)(map(half, value)) if rows == {batch} else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        if isinstance(value, dict):
-            return {key: half(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+
+_POSITIONS = re.compile(r"(^|_)(indices|index|ids|positions?)(_|$)")
+
+
+def _speaks_of_positions(name: str, value: Any) -> bool:
+    """A row of whole numbers that are places, not samples: its length can equal the size of the batch by chance."""
+    row = isinstance(value, torch.Tensor) and value.ndim == 1 and not value.is_floating_point()
+    return row and _POSITIONS.search(name) is not None
+
+
+def _half(value: Any, batch: int | None, layout: str) -> Any:
+    """The conditional half of a value that has `batch` rows (None: whatever it has); others as they are."""
+    if isinstance(value, torch.Tensor):
+        rows = value.shape[0] if value.ndim > 0 else 1
+        return halves(value, layout)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
+    if isinstance(value, dict):
+        return {key: _half(each, batch, layout) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(value, list | tuple) or not value:
         return value
-
-    return {name: half(value) if only is None or name in only else value for name, value in named.items()}
+    items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
+    # A sequence is batched item by item, all of them, or is itself the batch.
+    if all(isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[0] == batch for each in items):
+        return type(value)(_half(each, batch, layout) for each in items)  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list) and (len(items) == batch or batch is None):
+        middle = len(items) // 2
+        return items[middle:] if layout == "uncond first" else items[:middle]
+    return value
 
 
 def prediction_of(output: Any) -> torch.Tensor:
@@ -210,6 +247,8 @@ def _predicted(output: Any) -> torch.Tensor | list[torch.Tensor]:
     sample = getattr(output, "sample", None)
     if isinstance(output, tuple):
         sample = output[0]  # pyright: ignore[reportUnknownVariableType]
+    elif sample is None and isinstance(output, dict):
+        sample = next(iter(output.values()))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     return output if sample is None else sample  # pyright: ignore[reportReturnType]
 
 
@@ -287,7 +326,9 @@ class Guide:
             uncond, cond = prediction, prediction_of(self._cond)
         else:
             uncond, cond = halves(prediction, settings["layout"])
-        self._frames = frames_of(prediction, arguments.named, channels, settings)
+        latents = arguments.named.get(arguments.latents or "")
+        latents = latents if isinstance(latents, torch.Tensor) else None
+        self._frames = frames_of(prediction, arguments.named, latents, channels, settings)
         self._bands = difference(self._frames.split(uncond), self._frames.split(cond))
         return output
 

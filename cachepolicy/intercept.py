@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -32,7 +32,7 @@ class Frame:
     sites whose action is more than a store or a reuse.
     """
 
-    __slots__ = ("codes", "halved", "inference", "owner", "slots", "step", "store", "turn", "unfit")
+    __slots__ = ("codes", "half", "halved", "inference", "owner", "slots", "step", "store", "turn", "unfit")
 
     def __init__(
         self, owner: object, codes: Sequence[str], slots: Sequence[Slot], store: str, turn: SpecialTurn, step: int
@@ -44,6 +44,7 @@ class Frame:
         self.turn = turn
         self.step = step
         self.halved = turn.halved
+        self.half = turn.half
         self.inference = turn.inference
         self.unfit: list[tuple[int, str]] = []
 
@@ -92,6 +93,7 @@ class SpecialTurn(Protocol):
     """What a frame's sites ask of the turn."""
 
     halved: bool
+    half: int
     inference: bool
 
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,7 +106,7 @@ def site_override(original: Method) -> Method:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         frame = LOCAL.frame
-        site = self.__dict__.get(ATTRIBUTE)
+        site: Site | None = self.__dict__.get(ATTRIBUTE)
         if frame is None or site is None or frame.owner is not site.owner:
             return original(self, *args, **kwargs)
         if site.special:
@@ -127,7 +129,7 @@ def site_override(original: Method) -> Method:
                     return kept
             reason = unfit(slot, hidden_states(args, kwargs), halved=frame.halved)
             if reason is None:
-                return reused(slot, halved=frame.halved, inference=frame.inference)
+                return reused(slot, halved=frame.halved, half=frame.half, inference=frame.inference)
             frame.unfit.append((index, reason))
             code = frame.store
         elif code is ANSWER or code is PENDING:
@@ -179,17 +181,29 @@ class RootHandle(Protocol):
         ...
 
 
-@torch.compiler.disable
+F = TypeVar("F")
+
+
+class _Decorator(Protocol):
+    def __call__(self, function: F, /) -> F: ...
+
+
+# What torch gives here has no types.
+_eager = cast("_Decorator", torch.compiler.disable)  # pyright: ignore[reportUnknownMemberType]
+_eager_itself = cast("_Decorator", torch.compiler.disable(recursive=False))  # pyright: ignore[reportUnknownMemberType]
+
+
+@_eager
 def _begin(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
     return handle.begin(args, kwargs)
 
 
-@torch.compiler.disable
+@_eager
 def _end(handle: RootHandle, turn: RootTurn, output: Any) -> Any:
     return handle.end(turn, output)
 
 
-@torch.compiler.disable
+@_eager
 def _fail(handle: RootHandle, turn: RootTurn, error: BaseException) -> None:
     handle.fail(turn, error)
 
@@ -198,9 +212,9 @@ def root_override(original: Method) -> Method:
     """`__call__` of a root: decide in eager, publish the frame, run, take the frame back."""
 
     # Dynamo skips this frame and traces what it calls, so that the decision is never part of a graph.
-    @torch.compiler.disable(recursive=False)
+    @_eager_itself
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        handle = self.__dict__.get(ATTRIBUTE)
+        handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
         turn = None if handle is None else _begin(handle, args, kwargs)
         if handle is None or turn is None:
             return original(self, *args, **kwargs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -63,7 +63,7 @@ def apply(
             guidance = promised
         params = said | params
     elif hasattr(policy, "policy"):
-        policy = policy.policy()
+        policy = cast("Any", policy).policy()
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: _supplier(name, params.pop(name)) for name in named & set(params)}
@@ -84,8 +84,6 @@ def apply(
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    for bound in plans.values():
-        _refuse_unsupported(bound)
     run = Run(
         target, loaded, roots, plans, timestep=timestep, scheduler=scheduler, steps=steps, guidance=guidance,
         externals=externals, trace=trace,
@@ -211,7 +209,7 @@ class Run:
         if scheduler is None and PIPELINE.get() is self:
             scheduler = getattr(self.target, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
-        if follower is not None and scheduler.timesteps is not None:
+        if scheduler is not None and follower is not None and scheduler.timesteps is not None:
             return Sources(scheduler, follower, steps=self._steps, reads_t=reads_t)
         return Sources(steps=self._steps, reads_t=reads_t)
 
@@ -225,7 +223,7 @@ class Run:
         return said if isinstance(said, bool) else None
 
     @contextlib.contextmanager
-    def pipeline_call(self) -> Iterator[None]:
+    def pipeline_call(self) -> Generator[None]:
         """One call of the pipeline: a session of its own, unless one is set, and one trajectory.
 
         Raises:
@@ -341,7 +339,7 @@ def _cache_context_override(original: Method) -> Method:
     """`model.cache_context(name, ...)` of diffusers, which names the branch and may tell the step."""
 
     @contextlib.contextmanager
-    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
         told = {key: value for key, value in kwargs.items() if key in Context.__slots__}
         with _set(CONTEXT, Context(name, **told)), original(self, name, *args, **kwargs) as inner:
             yield inner
@@ -380,18 +378,9 @@ def _already(what: str) -> PolicyError:
     )
 
 
-def _refuse_unsupported(plan: Plan) -> None:
-    """Everything that the engine cannot run, before the first hook."""
-    for site in plan.sites:
-        rules = [bound.rule for bound in plan.rules if site.index in bound.sites]
-        residual = {rule.action.residual for rule in rules if isinstance(rule.action, ir.Reuse | ir.Predict)}
-        if len(site.modules) > 1 and len(residual) > 1:
-            raise PolicyError.of("E306", f"`{site.name}` cannot keep outputs and residuals at once")
-
-
 def _supplier(name: str, value: Any) -> Callable[[], float]:
     if callable(value):
-        return value
+        return cast("Callable[[], float]", value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return lambda: value
     raise PolicyError.of(

@@ -9,6 +9,7 @@ segments runs as it always does and is never counted twice.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ class Shape:
 
     inputs: tuple[str | None, ...]
     constants: tuple[Any, ...]
-    kind: type
+    kind: type[Any]
     fields: tuple[str, ...] | None = None
 
 
@@ -41,14 +42,26 @@ class Link:
 
 @dataclass(slots=True)
 class Entry:
-    """One computed result of a segment, at one step: residuals or outputs by place of the leading block's output.
+    """One computed result of a segment: residuals and outputs, as far as kept, by place of the leading block's output.
 
     `full` is False where only the conditional half of a guidance batch was computed.
     """
 
-    tensors: tuple[torch.Tensor | None, ...]
+    residuals: tuple[torch.Tensor | None, ...]
+    outputs: tuple[torch.Tensor | None, ...]
     step: int
     full: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """What one compute of a span is to keep: how many results, which of the two forms, at which step."""
+
+    depth: int
+    residuals: bool
+    outputs: bool
+    step: int
+    full: bool
 
 
 @dataclass(slots=True)
@@ -60,7 +73,7 @@ class Call:
     names: Names
     bases: Names | None
     outputs: list[Any]
-    kind: type
+    kind: type[Any]
     versions: list[int | None]
     fields: tuple[str, ...] | None = None
     learnt: dict[int, str] = field(default_factory=dict[int, str])
@@ -127,7 +140,11 @@ class Continuations:
 
 
 class Chain:
-    """What one span keeps on one branch: the links of its blocks and a history per segment, the newest entry first."""
+    """What one span keeps on one branch: the links of its blocks and a history per segment, the newest entry first.
+
+    `splits` are the blocks after which a segment ends, whatever follows; `leads` those whose inputs have to be copied;
+    `clones` says that blocks write into their inputs.
+    """
 
     __slots__ = ("clones", "history", "leads", "links", "signature", "splits")
 
@@ -137,129 +154,175 @@ class Chain:
         self.signature: tuple[Any, ...] | None = None
         self.clones = False
         self.splits: set[int] = set()
-        self.leads: set[int] = {0}
+        self.leads: set[int] = set()
+
+
+Begun = tuple[Names | None, dict[str, int | None]]
+"""A block's inputs as they were before it ran (None: not known), and their write counters."""
 
 
 class Recorder:
-    """Watches the blocks of one span through one compute and forms the residuals or outputs of its segments."""
+    """Watches the blocks of one span through one compute and forms what its segments keep.
 
-    def __init__(
-        self, chain: Chain, continuations: Continuations, names: Sequence[str], *, residual: bool, step: int, full: bool
-    ) -> None:
+    It holds on to the first and the last two blocks of the present segment, not to what the others gave.
+    """
+
+    def __init__(self, chain: Chain, continuations: Continuations, names: Sequence[str], keeps: Keeps) -> None:
         self._chain = chain
         self._continuations = continuations
         self._names = names
-        self._residual = residual
-        self._step = step
-        self._full = full
-        self._segment: list[Call] = []
+        self._keeps = keeps
+        self._lead: Call | None = None
+        self._previous: Call | None = None
+        self._last: Call | None = None
+        self._segment: list[tuple[int, Shape]] = []
         self._links: dict[int, Link] = {}
         self._entries: list[Entry] = []
+        self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
         self._spoilt: str | None = None
-        self.signature: tuple[Any, ...] | None = None
+        self._signature: tuple[Any, ...] | None = None
+        self.calls = 0
 
-    def begin(self, position: int, names: Names) -> tuple[Names | None, dict[str, int | None]]:
+    def begin(self, position: int, names: Names) -> Begun:
         """A block is about to run; gives its inputs as they are now, and their write counters.
 
         Where blocks write into their inputs, or nobody could tell, the inputs of a segment's first block are copied;
-        those of
-        a block that turns out to lead a segment for the first time are not known then.
+        those of a block that turns out to lead a segment for the first time are not known then.
         """
-        if position == 0:
-            self.signature = signature(names)
+        first = self._signature is None
+        if first:
+            self._signature = signature(names)
         bases: Names | None = names
         if self._chain.clones or _inference(names):
-            leads = position in self._chain.leads
+            leads = first or position in self._chain.leads
             bases = {key: _copy(value) for key, value in names.items()} if leads else None
         return bases, {key: _version(value) for key, value in names.items()}
 
-    def end(
-        self,
-        position: int,
-        module: Any,
-        names: Names,
-        begun: tuple[Names | None, dict[str, int | None]],
-        output: Any,
-    ) -> None:
+    def end(self, position: int, module: Any, names: Names, begun: Begun, output: Any) -> None:
         """A block has run."""
+        self.calls += 1
         outputs, fields = parts(output)
         bases, before = begun
         written = [_version(each) for each in outputs]
         call = Call(position, module, names, bases, outputs, type(output), written, fields)
-        if self._segment and not self._continues(self._segment[-1], call):
-            self._close()
-        if not self._segment:
-            call.origin = {key: key for key in names}
         if bases is names and any(_version(value) != before[key] for key, value in names.items()):
             self._spoilt = "a block wrote into its input"
             self._chain.clones = True
-        self._segment.append(call)
-        if position in self._chain.splits:
-            self._close()
+        self._look_back(call)
+        if self._last is None:
+            self._start(call)
+            return
+        last = self._last
+        became = self._became(last, call)
+        shape = self._settled(last)
+        if became is None or last.position in self._chain.splits:
+            self._close(last, shape)
+            self._start(call)
+            return
+        for place, name in became.items():
+            source = shape.inputs[place]
+            if source is not None and source in last.origin:
+                call.origin[name] = last.origin[source]
+        self._segment.append((last.position, shape))
+        self._previous, self._last = last, call
 
-    def _continues(self, last: Call, call: Call) -> bool:
-        """True where `call` takes all that `last` gave; learns on the way which input each output became."""
+    def _start(self, call: Call) -> None:
+        call.origin = {key: key for key in call.names}
+        self._lead = self._last = call
+        self._previous = None
+        self._segment = []
+
+    def _look_back(self, call: Call) -> None:
+        """What an earlier block gave and somebody else still holds is used elsewhere: it has to come out right."""
+        mine = {id(value) for held in (self._lead, self._previous, self._last, call) for value in _held(held)}
+        mine |= {id(tensor) for entry in self._entries for tensor in entry.outputs}
+        self._given = [each for each in self._given if any(reference() is not None for reference in each[1])]
+        for position, references in self._given:
+            if position in self._chain.splits:
+                continue
+            if any(tensor is not None and id(tensor) not in mine for tensor in (each() for each in references)):
+                self._spoilt = "the output of a block is used elsewhere"
+                self._chain.splits.add(position)
+        inputs = {id(value) for value in call.names.values()}
+        fresh = [each for each in call.outputs if isinstance(each, torch.Tensor) and id(each) not in inputs]
+        self._given.append((call.position, [weakref.ref(each) for each in fresh]))
+
+    def _became(self, last: Call, call: Call) -> dict[int, str] | None:
+        """Which input of `call` each output of `last` is; None where `call` does not take them all."""
         became = dict[int, str]()
         for place, output in enumerate(last.outputs):
             if isinstance(output, torch.Tensor):
                 name = next((key for key, value in call.names.items() if value is output), None)
                 if name is None:
-                    return False
+                    return None
                 became[place] = name
         for place, name in became.items():
             if name in last.names:
                 last.learnt[place] = name
                 self._continuations.learn(last.module, place, name)
-        written = any(_version(each) != version for each, version in zip(last.outputs, last.versions, strict=True))
-        if written:
+        if any(_version(each) != version for each, version in zip(last.outputs, last.versions, strict=True)):
             self._spoilt = "the model wrote into the output of a block"
             self._chain.splits.add(last.position)
-            return False
-        shape = self._continuations.of(last, self._names[last.position])
-        for place, name in became.items():
-            source = shape.inputs[place]
-            if source is not None and source in last.origin:
-                call.origin[name] = last.origin[source]
-        return bool(became)
+            return None
+        return became or None
 
-    def _close(self) -> None:
-        """The segment is complete: form what it keeps."""
-        calls, self._segment = self._segment, []
-        lead, last = calls[0], calls[-1]
+    def _settled(self, last: Call) -> Shape:
+        """The form of a call whose successor is known; where a stream joins at it, it leads a segment of its own."""
+        shape = self._continuations.of(last, self._names[last.position])
+        joins = any(source is not None and source not in last.origin for source in shape.inputs)
+        if joins and self._previous is not None:
+            position, before = self._segment.pop()
+            assert position == self._previous.position
+            self._close(self._previous, before)
+            self._start(last)
+        return shape
+
+    def _close(self, last: Call, shape: Shape) -> None:
+        """The segment ends with `last`: form what it keeps."""
+        lead = self._lead
+        assert lead is not None
         if lead.bases is None:
             self._spoilt = "a segment of the span was not known yet"
             self._chain.leads.add(lead.position)
-        shapes = [self._continuations.of(call, self._names[call.position]) for call in calls]
         number = len(self._entries)
-        for call, shape in zip(calls, shapes, strict=True):
-            self._links[call.position] = Link(shape, number, leads=call is lead)
+        self._segment.append((last.position, shape))
+        for position, form in self._segment:
+            self._links[position] = Link(form, number, leads=position == lead.position)
         reached = {
             last.origin.get(source): output
-            for source, output in zip(shapes[-1].inputs, last.outputs, strict=True)
+            for source, output in zip(shape.inputs, last.outputs, strict=True)
             if source is not None
         }
-        kept = list[torch.Tensor | None]()
-        for source in shapes[0].inputs:
+        residuals, outputs = list[torch.Tensor | None](), list[torch.Tensor | None]()
+        for source in self._segment[0][1].inputs:
             output = reached.get(source) if source is not None else None
-            if output is None or source is None or lead.bases is None:
-                kept.append(None)
-            else:
-                kept.append(((output - lead.bases[source]) if self._residual else output).detach())
-        self._entries.append(Entry(tuple(kept), self._step, self._full))
+            base = lead.bases[source] if source is not None and lead.bases is not None else None
+            known = output is not None and base is not None
+            residuals.append((output - base).detach() if known and self._keeps.residuals else None)
+            outputs.append(output.detach() if output is not None and self._keeps.outputs else None)
+        self._entries.append(Entry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
+        self._lead = self._last = self._previous = None
 
-    def finish(self, depth: int) -> str | None:
+    def finish(self) -> str | None:
         """The span has run: its entries enter the history. Gives the reason where nothing can be kept."""
-        if self._segment:
-            self._close()
+        if self._last is not None:
+            last = self._last
+            self._close(last, self._settled(last))
         chain = self._chain
         if self._spoilt is not None or not self._entries:
             chain.links, chain.history, chain.signature = {}, [], None
             return self._spoilt or "no block of the span ran"
-        same = len(chain.history) == len(self._entries) and chain.signature == self.signature
-        old = chain.history if same else [[] for _ in self._entries]
+        same = len(chain.history) == len(self._entries) and chain.signature == self._signature
+        old: list[list[Entry]] = chain.history if same else [[] for _ in self._entries]
+        depth = self._keeps.depth
         chain.history = [[entry, *past][:depth] for entry, past in zip(self._entries, old, strict=True)]
-        chain.links, chain.signature = self._links, self.signature
+        chain.links, chain.signature = self._links, self._signature
         return None
+
+
+def _held(call: Call | None) -> list[Any]:
+    """All that the record of a call keeps alive."""
+    return [] if call is None else [*call.names.values(), *call.outputs]
 
 
 def parts(output: Any) -> tuple[list[Any], tuple[str, ...] | None]:

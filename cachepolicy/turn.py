@@ -28,7 +28,7 @@ from cachepolicy.actions import (
     unfit,
     versions,
 )
-from cachepolicy.evaluate import Environment, evaluate
+from cachepolicy.evaluate import Environment, evaluate, names_in
 from cachepolicy.intercept import Frame, Leave, Site
 from cachepolicy.schedule import (
     WAITING,
@@ -43,7 +43,20 @@ from cachepolicy.schedule import (
     decide_all,
 )
 from cachepolicy.signals import Measuring, Remembered, probed
-from cachepolicy.spans import Chain, Continuations, Entry, Link, Names, Recorder, parts, passed, rebuilt, signature
+from cachepolicy.spans import (
+    Begun,
+    Chain,
+    Continuations,
+    Entry,
+    Keeps,
+    Link,
+    Names,
+    Recorder,
+    parts,
+    passed,
+    rebuilt,
+    signature,
+)
 
 
 @dataclass(slots=True)
@@ -65,6 +78,7 @@ class Host(Protocol):
     inside: Mapping[int, frozenset[ir.Probe]]
     externals: Mapping[str, Any]
     names: Mapping[int, Sequence[str]]
+    module: torch.nn.Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,7 @@ class Turn:
         self.facts = facts
         self.signals_of: dict[int, Mapping[str, float]] = {}
         self.halved = False
+        self.half = 1
         self.started = time.perf_counter()
         self.decisions: list[Decision]
         self.after: list[Memory]
@@ -116,7 +131,7 @@ class Turn:
         self._recorders: dict[int, Recorder] = {}
         self._waiting: list[int] = []
         self._unclear: list[Seen] = []
-        self._opened: tuple[Names | None, dict[str, int | None]] | None = None
+        self._opened: Begun | None = None
         self._last: tuple[Any, Names, list[Any]] | None = None
 
     def _decided(self) -> tuple[list[Decision], list[Memory]]:
@@ -159,6 +174,8 @@ class Turn:
         """Decide once more with all that the call has shown, so that memory and trace say what happened."""
         for site, reason in self.frame.unfit:
             self.refuse(site, reason)
+        for recorder in self._recorders.values():
+            recorder.finish()
         waiting = [
             site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING
         ]
@@ -187,7 +204,7 @@ class Turn:
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
                 return True, self._linked(span, position, names)
-            self._opened = self._recorder(span, position).begin(position, names)
+            self._opened = self._recorder(span).begin(position, names)
         if self._code(site, args, kwargs) == ANSWER:
             return True, self.answered(site.index)
         if self.facts:
@@ -214,7 +231,7 @@ class Turn:
         names = bind_names(site.parameters, args, kwargs)
         self._learn(names)
         self.enter(site, names, args, kwargs)
-        recording = list[tuple[int, int, tuple[Names | None, dict[str, int | None]]]]()
+        recording = list[tuple[int, int, Begun]]()
         waiting = list[int]()
         for span, position in site.members:
             mode = self._mode(span, position, names)
@@ -222,7 +239,7 @@ class Turn:
                 return self._linked(span, position, names)
             if mode == PENDING:
                 waiting.append(span)
-            recording.append((span, position, self._recorder(span, position).begin(position, names)))
+            recording.append((span, position, self._recorder(span).begin(position, names)))
         code = self._code(site, args, kwargs)
         if code == ANSWER:
             return self.answered(site.index)
@@ -248,7 +265,7 @@ class Turn:
             keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
         self.leave(site, module, names, output, before)
         self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
-        return output
+        return output  # pyright: ignore[reportUnknownVariableType]
 
     def _learn(self, names: Names) -> None:
         """What the module before gave, and this one is called with, shows which of its inputs that continues."""
@@ -323,23 +340,19 @@ class Turn:
         group = self.branch.partition.group_of[span]
         if mode is None and self.decisions[group] is WAITING and position == 0 and not self._ready(span):
             self._modes[span] = PENDING
-            chain = self._chain(span)
-            problem = _chain_problem(chain, signature(names), halved=self.halved)
+            problem = self._chain_problem(span, names, None)
             if problem is not None:
                 self.facts[span] = problem
             return PENDING
-        self._settle(span, names if position == 0 else None, ran=position != 0)
+        self._settle(span, names if mode is None else None, ran=mode is not None)
         return self._modes[span]
 
     def _settle(self, span: int, names: Names | None, *, ran: bool) -> None:
         """Decide a span; one that has begun to run, or whose history does not fit, computes."""
-        if names is not None and span not in self.facts:
-            chain = self._chain(span)
-            decision = self.decision(span)
-            problem = _chain_problem(chain, signature(names), halved=self.halved, action=decision.action)
-        else:
-            decision = self.decision(span)
-            problem = self.facts.get(span)
+        decision = self.decision(span)
+        problem = self.facts.get(span)
+        if names is not None and problem is None:
+            problem = self._chain_problem(span, names, decision.action)
         if decision.verdict != "reuse":
             self._modes[span] = COMPUTE
         elif problem is not None or ran:
@@ -354,37 +367,28 @@ class Turn:
             slot.chain = Chain()
         return slot.chain
 
-    def _recorder(self, span: int, position: int) -> Recorder:
+    def _recorder(self, span: int) -> Recorder:
         recorder = self._recorders.get(span)
-        if recorder is None or position == 0:
-            residual = self.host.keepings[span].residuals > 0
-            recorder = self._recorders[span] = Recorder(
-                self._chain(span),
-                self.host.continuations,
-                self.host.names[span],
-                residual=residual,
+        if recorder is None:
+            what = self.host.keepings[span]
+            keeps = Keeps(
+                what.depth,
+                residuals=what.residuals > 0,
+                outputs=what.outputs > 0,
                 step=self.tick.step,
                 full=not self.halved,
             )
+            names = self.host.names[span]
+            recorder = self._recorders[span] = Recorder(self._chain(span), self.host.continuations, names, keeps)
         return recorder
 
-    def _record(
-        self,
-        span: int,
-        position: int,
-        module: Any,
-        names: Names,
-        begun: tuple[Names | None, dict[str, int | None]],
-        output: Any,
-    ) -> None:
+    def _record(self, span: int, position: int, module: Any, names: Names, begun: Begun, output: Any) -> None:
         recorder = self._recorders.get(span)
         if recorder is None:
             return
         recorder.end(position, module, names, begun, output)
-        if position == len(self.host.names[span]) - 1:
-            what = self.host.keepings[span]
-            recorder.finish(max(1, what.residuals, what.outputs))
-            self._recorders.pop(span)
+        if recorder.calls == len(self.host.names[span]):
+            self._recorders.pop(span).finish()
 
     def _linked(self, span: int, position: int, names: Names) -> Any:
         """The answer of one block of a span that reuses."""
@@ -392,35 +396,54 @@ class Turn:
         link = chain.links[position]
         inputs = passed(link.shape, names)
         if link.leads and not isinstance(action, ir.Skip):
-            inputs = self._led(chain, link, inputs, action)
+            inputs = self._led(span, link, inputs, action)
         return rebuilt(link.shape, inputs)
 
-    def _led(self, chain: Chain, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
+    def _led(self, span: int, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
+        """What the first block of a segment gives for all of it."""
+        chain, residual = self._chain(span), _of_residual(action)
         history = chain.history[link.segment]
         steps = [entry.step for entry in history]
-        answers = list[Any]()
+        values, answers = list[torch.Tensor | None](), list[Any]()
         for place, given in enumerate(inputs):
-            column = [self._own(entry, place) for entry in history]
-            if given is None or any(tensor is None for tensor in column):
+            column = [self._own(entry, place, residual=residual) for entry in history]
+            tensors = [tensor for tensor in column if tensor is not None]
+            if given is None or len(tensors) < len(column):
+                values.append(None)
                 answers.append(given)
                 continue
-            tensors = [tensor for tensor in column if tensor is not None]
             value = tensors[0]
             if isinstance(action, ir.Predict):
-                value = predict(action.predictor, tensors, steps, self.tick.step, self.arguments(action))
-            answers.append(given + value if _of_residual(action) else value.clone())
+                value = predict(action.predictor, tensors, steps, self.tick.step, self.arguments(action, span))
+            values.append(value)
+            answers.append(given + value if residual else value.clone())
         if feedback(action):
-            values = [
-                a - b if _of_residual(action) and a is not None else a for a, b in zip(answers, inputs, strict=True)
-            ]
-            chain.history[link.segment] = [Entry(tuple(values), self.tick.step, not self.halved), *history][
-                : len(history) or 1
-            ]
+            nothing = (None,) * len(values)
+            kept = (tuple(values), nothing) if residual else (nothing, tuple(values))
+            newest = Entry(*kept, self.tick.step, not self.halved)
+            chain.history[link.segment] = [newest, *history][: self.host.keepings[span].depth]
         return answers
 
-    def _own(self, entry: Entry, place: int) -> torch.Tensor | None:
-        tensor = entry.tensors[place]
-        return tensor.chunk(2, dim=0)[1] if tensor is not None and self.halved and entry.full else tensor
+    def _own(self, entry: Entry, place: int, *, residual: bool) -> torch.Tensor | None:
+        tensor = (entry.residuals if residual else entry.outputs)[place]
+        return tensor.chunk(2, dim=0)[self.half] if tensor is not None and self.halved and entry.full else tensor
+
+    def _chain_problem(self, span: int, names: Names, action: ir.Action | None) -> str | None:
+        """Why a span cannot answer; a `skip` needs to know its blocks' outputs and no more."""
+        chain = self._chain(span)
+        skips = isinstance(action, ir.Skip)
+        if not chain.links:
+            return "its inputs and outputs are not known yet" if skips else "nothing is kept yet"
+        if len(chain.links) < len(self.host.names[span]):
+            return "a block of it did not run when it computed"
+        if skips:
+            return None
+        given, newest = signature(names), chain.history[0][0]
+        if chain.signature is None or len(chain.signature) != len(given):
+            return "the history does not fit this call"
+        halved = self.halved and newest.full
+        same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
+        return None if same else "the history does not fit this call"
 
     # --- single modules ----------------------------------------------------------------------------------
 
@@ -444,23 +467,37 @@ class Turn:
         """The answer of a site from its outputs."""
         slot, action = self.branch.slots[site], self.decision(site).action
         if not isinstance(action, ir.Predict):
-            return reused(slot, halved=self.halved, inference=self.inference)
-        output = predicted(slot, action, self.arguments(action), self.tick.step, halved=self.halved)
+            return reused(slot, halved=self.halved, half=self.half, inference=self.inference)
+        arguments = self.arguments(action, site)
+        output = predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
         if feedback(action):
             code = STORE_CLONE if self.inference else STORE
             push(slot, self.host.keepings[site], code, output, step=self.tick.step, full=not self.halved)
         return output
 
-    def arguments(self, action: ir.Predict | ir.ApproximateUncond) -> dict[str, Any]:
-        """The action's arguments at this step; an external is asked for now.
+    def arguments(
+        self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
+        """The action's arguments at this step; an external that they read is asked for now.
 
         Raises:
             Undefined: an argument has no value at this step.
         """
-        names = {name: supply() for name, supply in self.host.externals.items()}
+        wanted = [argument for argument in action.arguments if argument.label not in without]
+        names = dict[str, Any]()
+        if self.host.externals:
+            read = set[str]().union(*(names_in(argument.value) for argument in wanted))
+            names |= {name: self._asked(name, site) for name in self.host.externals if name in read}
         names |= clock_words(self.tick, Memory(self.tick.step))
         environment = Environment(names, self.host.program.tables)
-        return {argument.label: evaluate(argument.value, environment) for argument in action.arguments}
+        return {argument.label: evaluate(argument.value, environment) for argument in wanted}
+
+    def _asked(self, external: str, site: int) -> Any:
+        """The caller's number; a callback in diffusers' manner is given the module that is answered."""
+        supply = self.host.externals[external]
+        if not getattr(supply, "takes_module", False):
+            return supply()
+        return supply(self.host.module.get_submodule(self.host.names[site][0]))
 
 
 def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -487,24 +524,6 @@ def _counter(names: Names) -> int | None:
 
 def _of_residual(action: ir.Action | None) -> bool:
     return isinstance(action, ir.Reuse | ir.Predict) and action.residual
-
-
-def _chain_problem(
-    chain: Chain, given: tuple[Any, ...], *, halved: bool, action: ir.Action | None = None
-) -> str | None:
-    """Why a span cannot answer; a `skip` needs to know its blocks' outputs and no more."""
-    if not chain.links:
-        return "its inputs and outputs are not known yet" if isinstance(action, ir.Skip) else "nothing is kept yet"
-    if isinstance(action, ir.Skip):
-        return None
-    newest = chain.history[0][0] if chain.history and chain.history[0] else None
-    if newest is None:
-        return "nothing is kept yet"
-    if chain.signature is None or len(chain.signature) != len(given):
-        return "the history does not fit this call"
-    halved = halved and newest.full
-    same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
-    return None if same else "the history does not fit this call"
 
 
 def _alike(kept: tuple[Any, ...], now: tuple[Any, ...], *, halved: bool) -> bool:

@@ -350,7 +350,6 @@ def test_first_block_cache_gives_what_diffusers_gives(name: str, threshold: floa
 # --- callbacks
 
 
-@pytest.mark.xfail(reason="every external is asked at every answer, and without the module", strict=True)
 def test_weight_callbacks_are_asked_with_their_module_once_an_answer() -> None:
     """The attention callback gets each answered module, the frequency callbacks the model, once a rebuilt step."""
     name, clock = "cogvideox", Clock()

@@ -90,10 +90,7 @@ def test_a_distilled_model_may_start_inside_the_window() -> None:
         assert {"CRCRCR"} == {row for row in run.trace.rows().values() if "R" in row}
 
 
-ATTENTION_TOO = pytest.mark.xfail(reason="attention keeps the second half, whatever the layout", strict=True)
-
-
-@pytest.mark.parametrize("every", [None, pytest.param(2, marks=ATTENTION_TOO)])
+@pytest.mark.parametrize("every", [None, 2])
 def test_the_conditional_half_may_come_first(every: int | None) -> None:
     """With `layout = "cond first"` the same samples in the other order give the same predictions (d14)."""
     model, one = zoo.build("pixart"), zoo.entry("pixart")

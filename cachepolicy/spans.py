@@ -177,6 +177,7 @@ class Recorder:
         self._last: Call | None = None
         self._segment: list[tuple[int, Shape]] = []
         self._links: dict[int, Link] = {}
+        self._ends: set[int] = set()
         self._entries: list[Entry] = []
         self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
         self._spoilt: str | None = None
@@ -204,7 +205,7 @@ class Recorder:
         outputs, fields = parts(output)
         bases, before = begun
         written = [_version(each) for each in outputs]
-        call = Call(position, module, names, bases, outputs, type(output), written, fields)
+        call = Call(position, module, names, bases, outputs, type(output), written, fields)  # pyright: ignore[reportUnknownArgumentType]
         if bases is names and any(_version(value) != before[key] for key, value in names.items()):
             self._spoilt = "a block wrote into its input"
             self._chain.clones = True
@@ -238,7 +239,7 @@ class Recorder:
         mine |= {id(tensor) for entry in self._entries for tensor in entry.outputs}
         self._given = [each for each in self._given if any(reference() is not None for reference in each[1])]
         for position, references in self._given:
-            if position in self._chain.splits:
+            if position in self._chain.splits or position in self._ends:
                 continue
             if any(tensor is not None and id(tensor) not in mine for tensor in (each() for each in references)):
                 self._spoilt = "the output of a block is used elsewhere"
@@ -286,6 +287,7 @@ class Recorder:
             self._chain.leads.add(lead.position)
         number = len(self._entries)
         self._segment.append((last.position, shape))
+        self._ends.add(last.position)
         for position, form in self._segment:
             self._links[position] = Link(form, number, leads=position == lead.position)
         reached = {
@@ -297,8 +299,8 @@ class Recorder:
         for source in self._segment[0][1].inputs:
             output = reached.get(source) if source is not None else None
             base = lead.bases[source] if source is not None and lead.bases is not None else None
-            known = output is not None and base is not None
-            residuals.append((output - base).detach() if known and self._keeps.residuals else None)
+            wanted = self._keeps.residuals
+            residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)
             outputs.append(output.detach() if output is not None and self._keeps.outputs else None)
         self._entries.append(Entry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
         self._lead = self._last = self._previous = None

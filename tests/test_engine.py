@@ -138,7 +138,6 @@ def test_a_model_that_ignores_its_step_does_not_notice_reuse(data: st.DataObject
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="`reuse` is answered with the kept residual where another rule keeps residuals")
 @pytest.mark.parametrize("selector", ["attention", "block"])
 @pytest.mark.parametrize("first", ["reuse", "reuse residual"])
 def test_rules_of_both_kinds_may_share_a_site(selector: str, first: str) -> None:

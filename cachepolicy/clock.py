@@ -3,9 +3,6 @@
 A step is a step of the scheduler, not a call of the model. Nothing is required of the caller; what is there is used.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything and return anything: what comes out of it has no type to know.
-
 from __future__ import annotations
 
 import inspect
@@ -450,7 +447,7 @@ def _element(value: torch.Tensor) -> float:
         return float(value)
     numbers: list[float] | None = _read_once.get(base)
     if numbers is None:
-        numbers = _read_once[base] = base.tolist()  # pyright: ignore[reportUnknownMemberType]
+        numbers = _read_once[base] = base.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return float(numbers[(value.storage_offset() - base.storage_offset()) // max(1, base.stride(0))])
 
 

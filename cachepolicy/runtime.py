@@ -59,7 +59,7 @@ def apply(
         policy, said = config.policy(), config.arguments()
         callback, promised = said.pop("timestep", None), said.pop("guidance", None)
         timestep = callback if timestep is None else timestep
-        if guidance is None and not (promised and hasattr(type(target), "do_classifier_free_guidance")):
+        if guidance is None and not (promised and hasattr(type(target), "do_classifier_free_guidance")):  # pyright: ignore[reportUnknownArgumentType]
             guidance = promised
         params = said | params
     elif hasattr(policy, "policy"):

@@ -111,7 +111,7 @@ def test_batched_arguments_are_halved_and_others_left_whole() -> None:
     named = {
         "x": _randn(batch, 3),
         "prompts": ["", "", "a cat", "a dog"],
-        "pair": (_randn(batch), _randn(batch, 2)),
+        "pair": (_randn(batch, 2), _randn(batch, 3)),
         "more": {"ids": torch.arange(batch), "scale": 2.0},
         "table": _randn(7, batch),
         "number": torch.tensor(3.0),

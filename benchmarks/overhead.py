@@ -7,6 +7,7 @@ CPU time of one process on one thread. `python -m benchmarks.overhead`
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
 import warnings
@@ -37,6 +38,14 @@ class Idle(nn.Module):
         return hidden_states
 
 
+class IdlePair(nn.Module):
+    """A site of two streams, as the attention of Flux' and SD3's double blocks."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs."""
+        return hidden_states, encoder_hidden_states
+
+
 class Stack(nn.Module):
     """A root with so many sites, called in turn."""
 
@@ -49,6 +58,24 @@ class Stack(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states)
         return hidden_states
+
+
+class Pairs(nn.Module):
+    """A root whose sites are called by keyword and give two tensors."""
+
+    def __init__(self, sites: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(IdlePair() for _ in range(sites))
+
+    def forward(self, hidden_states: Tensor, timestep: Any) -> Tensor:  # noqa: ARG002 - the clock may read it
+        """Call every site."""
+        encoded = hidden_states[:, 0]
+        for block in self.blocks:
+            hidden_states, encoded = block(hidden_states=hidden_states, encoder_hidden_states=encoded)
+        return hidden_states
+
+
+MODELS: Mapping[str, Callable[[int], nn.Module]] = {"one tensor": Stack, "two, by keyword": Pairs}
 
 
 @dataclass(slots=True)
@@ -81,22 +108,22 @@ def timesteps(calls: int, *, tensors: bool) -> list[Any]:
     return list(values) if tensors else values.tolist()
 
 
-def bare(sites: int, calls: int) -> Loop:
+def bare(model: nn.Module, calls: int) -> Loop:
     """Nothing attached."""
-    return Loop(Stack(sites), timesteps(calls, tensors=False))
+    return Loop(model, timesteps(calls, tensors=False))
 
 
-def diffusers(sites: int, calls: int, every: int, *, tensors: bool) -> Loop:
+def diffusers(model: nn.Module, calls: int, every: int, *, tensors: bool) -> Loop:
     """The hook of diffusers for Pyramid Attention Broadcast on every site."""
-    loop = Loop(Stack(sites), timesteps(calls, tensors=tensors))
+    loop = Loop(model, timesteps(calls, tensors=tensors))
     for block in loop.model.blocks:
         hook(block, (-1, 1001), every, loop.current)
     return loop
 
 
-def ours(sites: int, calls: int, every: int, *, tensors: bool, argument: bool = False) -> Loop:
+def ours(model: nn.Module, calls: int, every: int, *, tensors: bool, argument: bool = False) -> Loop:
     """The same schedule as a policy, traced; the clock is the loop's `current`, or the root's own argument."""
-    loop = Loop(Stack(sites), timesteps(calls, tensors=tensors))
+    loop = Loop(model, timesteps(calls, tensors=tensors))
     text = f'cachepolicy 1\npolicy overhead\nmatch "^blocks" when -1 < t < 1001 every {every} -> reuse\n'
     cachepolicy.apply(loop.model, cachepolicy.parse(text), timestep=None if argument else loop.current)
     return loop
@@ -105,14 +132,14 @@ def ours(sites: int, calls: int, every: int, *, tensors: bool, argument: bool = 
 HITS_AND_MISSES = {"hit": ALWAYS, "miss": NEVER}
 
 
-def loops(sites: int, calls: int) -> dict[str, Loop]:
-    """Every way to run a model with so many sites, by name."""
-    ways = {"bare": bare(sites, calls)}
+def loops(model: Callable[[], nn.Module], calls: int) -> dict[str, Loop]:
+    """Every way to run a model, by name."""
+    ways = {"bare": bare(model(), calls)}
     for what, every in HITS_AND_MISSES.items():
         for kind, tensors in (("number", False), ("tensor", True)):
-            ways[f"diffusers {kind} {what}"] = diffusers(sites, calls, every, tensors=tensors)
-            ways[f"ours {kind} {what}"] = ours(sites, calls, every, tensors=tensors)
-        ways[f"ours argument {what}"] = ours(sites, calls, every, tensors=True, argument=True)
+            ways[f"diffusers {kind} {what}"] = diffusers(model(), calls, every, tensors=tensors)
+            ways[f"ours {kind} {what}"] = ours(model(), calls, every, tensors=tensors)
+        ways[f"ours argument {what}"] = ours(model(), calls, every, tensors=True, argument=True)
     return ways
 
 
@@ -148,11 +175,12 @@ class Calls:
         return 1e6 * (each[f"bare {many}"] - each[f"bare {few}"]) / (many - few)
 
 
-def measure(sizes: Sequence[int], number: int, calls: int) -> Calls:
+def measure(model: Callable[[int], nn.Module], sizes: Sequence[int], number: int, calls: int) -> Calls:
     """Run every way at every size, in turn."""
     ways = dict[str, Callable[[], float]]()
     for sites in sizes:
-        ways |= {f"{name} {sites}": loop.seconds for name, loop in loops(sites, calls).items()}
+        each = loops(functools.partial(model, sites), calls)
+        ways |= {f"{name} {sites}": loop.seconds for name, loop in each.items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that `every 1` reuses nothing is the point
         rounds(ways, 1)
@@ -163,13 +191,10 @@ CLOCKS = ("diffusers number", "diffusers tensor", "ours number", "ours tensor", 
 """Who runs it, and what the timestep is: from a callback, a number or a tensor; or the root's own (tensor) argument."""
 
 
-def report(calls: Calls) -> Iterator[str]:
+def report(gives: str, calls: Calls) -> Iterator[str]:
     """The tables of one measurement."""
     bare = over(calls.measured, calls.bare_site)
-    yield (
-        f"CPU microseconds, median [quartiles] of {len(calls.measured)} rounds; "
-        f"a bare call of a module takes {bare}. Ours is traced.\n"
-    )
+    yield f"Sites that give {gives}: a bare call takes {bare}.\n"
     for what in HITS_AND_MISSES:
         heads = ["a site", "the root", *(f"a site of {sites}, root included" for sites in calls.sizes)]
         rows = {clock: _costs(calls, f"{clock} {what}") for clock in CLOCKS}
@@ -249,13 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 60, 114], help="sizes of the model; two or more")
-    parser.add_argument("--rounds", type=int, default=60, help="how often each way is timed")
+    parser.add_argument("--rounds", type=int, default=40, help="how often each way is timed")
     parser.add_argument("--calls", type=int, default=20, help="calls of the model in one timing")
     parser.add_argument("--blocks", type=int, nargs=2, default=[19, 38], help="double and single blocks of the Flux")
     given = parser.parse_args(arguments)
     one_thread()
-    for text in report(measure(given.sites, given.rounds, given.calls)):
-        print(text)
+    print(f"CPU microseconds, median [quartiles] of {given.rounds} rounds. Ours is traced.\n")
+    for gives, model in MODELS.items():
+        for text in report(gives, measure(model, given.sites, given.rounds, given.calls)):
+            print(text)
     print(attaching(max(1, given.rounds // 3), *given.blocks))
 
 

@@ -30,7 +30,7 @@ def test_pab_compares_equal_outputs(capsys):
 def test_a_loop_hits_or_misses_as_its_name_says():
     """Ways are named by what their sites do after the first call."""
     for what, letter in (("hit", "R"), ("miss", "C")):
-        loop = overhead.ours(2, 3, overhead.HITS_AND_MISSES[what], tensors=True)
+        loop = overhead.ours(overhead.Stack(2), 3, overhead.HITS_AND_MISSES[what], tensors=True)
         loop.seconds()
         rows = loop.model.__dict__["_cachepolicy"].run.trace.rows()
         assert {"blocks.0": f"C{letter * 4}", "blocks.1": f"C{letter * 4}"} == rows

@@ -24,6 +24,8 @@ from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
 
 SignalValues = float | Sequence[float] | Mapping[str, Sequence[float]]
 Facts = Mapping[tuple[str, int, str], str]
+Measured = Mapping[tuple[int, str], Mapping[int, Mapping[str, float]]]
+"""The numbers of signals by name, for each site number, by step and branch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,37 +136,28 @@ def plan(
 
 
 def replay(
-    bound: Plan,
-    ticks: Sequence[Tick],
-    *,
-    signals: Mapping[str, Mapping[tuple[int, str], float]] | None = None,
-    facts: Facts | None = None,
+    bound: Plan, ticks: Sequence[Tick], *, signals: Measured | None = None, facts: Facts | None = None
 ) -> Schedule:
     """The schedule of a plan over any clock, such as that of a run's trace: a branch may miss steps.
 
-    `signals` gives numbers by name and (step, branch); one that is missing there is undefined.
+    `signals` and `facts` are what a run measured and found, in the form in which its trajectories give them.
     """
-    numbers = signals or {}
-    values = {
-        (tick.step, tick.branch): {
-            name: by_call[tick.step, tick.branch]
-            for name, by_call in numbers.items()
-            if (tick.step, tick.branch) in by_call
-        }
-        for tick in ticks
-    }
-    return Schedule(bound, tuple(ticks), _run(bound, ticks, values, facts or {}))
+    return Schedule(bound, tuple(ticks), _run(bound, ticks, {}, facts or {}, signals))
 
 
 def _run(
-    bound: Plan, ticks: Sequence[Tick], values: Mapping[tuple[int, str], Mapping[str, float]], facts: Facts
+    bound: Plan,
+    ticks: Sequence[Tick],
+    values: Mapping[tuple[int, str], Mapping[str, float]],
+    facts: Facts,
+    measured: Measured | None = None,
 ) -> dict[tuple[str, int], Sequence[Decision]]:
     program, followed = prepare(bound), follows(bound)
     partition = program.fine if facts else program.coarse
     memories = {tick.branch: partition.start() for tick in ticks}
     decided = dict[tuple[str, int], Sequence[Decision]]()
     for tick in ticks:
-        now = values[tick.step, tick.branch]
+        call = tick.step, tick.branch
         leader = next((decided[name, tick.step] for name in followed if (name, tick.step) in decided), None)
         here = {
             site.index: facts[site.name, tick.step, tick.branch]
@@ -172,7 +165,14 @@ def _run(
             if (site.name, tick.step, tick.branch) in facts
         }
         decisions, memories[tick.branch] = decide_all(
-            program, partition, memories[tick.branch], tick, signals=now, followed=leader, facts=here
+            program,
+            partition,
+            memories[tick.branch],
+            tick,
+            signals=values.get(call),
+            signals_of=None if measured is None else measured.get(call, {}),
+            followed=leader,
+            facts=here,
         )
         decided[tick.branch, tick.step] = partition.spread(decisions)
     return decided

@@ -57,6 +57,11 @@ class Trajectory:
             for site, fact in call.facts.items()
         }
 
+    @property
+    def signals(self) -> dict[tuple[int, str], Mapping[int, Mapping[str, float]]]:
+        """What was measured, by (step, branch) and site number: `replay` takes it under this form."""
+        return {(call.tick.step, call.tick.branch): call.signals for call in self.calls}
+
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
         """The calls in the order they ran, each with its decisions by site number."""
         for call in self.calls:

@@ -184,7 +184,7 @@ def rows(
                     log.entries[-1].letter = "."
                     continue
                 mine = [(number, rule) for number, (rule, sites) in enumerate(rules) if site in sites]
-                leads = [logs[name][site] for name in branches if name == "cond" and len(logs[name][site].entries) > step]
-                led = leads[0].entries[step] if leads and leads[0] is not log else None
+                leader = logs["cond"][site] if "cond" in logs else log
+                led = leader.entries[step] if leader is not log and len(leader.entries) > step else None
                 log.entries[-1].letter, log.entries[-1].owner = outcome(mine, log, branch, led)
     return {branch: ["".join(e.letter for e in log.entries) for log in logs[branch]] for branch in branches}

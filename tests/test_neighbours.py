@@ -158,7 +158,7 @@ def test_neighbours_come_and_go_in_any_order(name: str, first: str, text: str) -
 
 
 def test_group_offloading_of_diffusers_models_gives_the_same() -> None:
-    """Block-level offloading with one block a group, on a real model: same latents, and skipped blocks stay where they are."""
+    """Block-level offloading with one block a group, on a real model: the same predictions."""
     hooks = pytest.importorskip("diffusers.hooks")
     from cachepolicy.testing import zoo
 
@@ -166,9 +166,12 @@ def test_group_offloading_of_diffusers_models_gives_the_same() -> None:
         model = zoo.build("cogvideox")
         if offloaded:
             hooks.apply_group_offloading(
-                model, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="block_level",
+                model,
+                onload_device=torch.device("cpu"),
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
                 num_blocks_per_group=1,
-            )  # fmt: skip
+            )
         with torch.no_grad(), cachepolicy.apply(model, parse(text)):
             return list(zoo.trajectory("cogvideox", model, TIMESTEPS))
 
@@ -390,10 +393,14 @@ def breaks() -> int:
 
 @pytest.mark.parametrize(
     ("text", "signatures"),
-    [(EVERY_2, 2), ("match attention every 3 -> reuse\nmatch feedforward every 2 -> reuse", 4), ("match block every 2 -> reuse", 2)],
+    [
+        (EVERY_2, 2),
+        ("match attention every 3 -> reuse\nmatch feedforward every 2 -> reuse", 4),
+        ("match block every 2 -> reuse", 2),
+    ],
 )
 def test_a_compiled_model_has_a_graph_for_each_step_signature(text: str, signatures: int) -> None:
-    """`model.compile(fullgraph=True)`: as many graphs as there are distinct sets of decisions, no break, run after run."""
+    """`model.compile(fullgraph=True)`: as many graphs as distinct sets of decisions, no break, run after run."""
     with fresh_compiler():
         model, backend = Toy().build(), Counting()
         model.compile(backend=backend, fullgraph=True)
@@ -419,7 +426,7 @@ def test_applying_before_compiling_is_the_same() -> None:
 
 
 def test_compiled_blocks_keep_the_decision_outside() -> None:
-    """Blocks compiled on their own (regional compilation): a graph for each of their states, no break, no recompile later."""
+    """Regional compilation: a graph for each state of a block, no break, no recompile later."""
     with fresh_compiler():
         model, backend = Toy().build(), Counting()
         for block in model.blocks:
@@ -494,7 +501,7 @@ def test_inductor_gives_near_numbers() -> None:
 
 
 def test_a_flop_counter_sees_what_is_computed() -> None:
-    """torch's FLOP counter counts fewer under a policy, by the attentions that were reused."""
+    """The FLOP counter of torch counts fewer under a policy, by the attentions that were reused."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = Toy().build()

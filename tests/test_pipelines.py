@@ -115,10 +115,12 @@ def test_the_model_alone_keeps_the_same_time(name: str, told: str) -> None:
 def test_edm_counts_its_own_units_and_warns_once() -> None:
     """A scheduler whose timesteps lie outside the window: nothing is reused, said once with the timesteps."""
     tiny = PIPELINES["unet_sd_edm"]()
-    with pytest.warns(UserWarning, match=r"reused nothing.*t went from 1\.09551 to -1\.55365") as caught:
-        with cachepolicy.apply(tiny.pipe, "pab.cp"):
-            tiny()
-            tiny()
+    with (
+        pytest.warns(UserWarning, match=r"reused nothing.*t went from 1\.09551 to -1\.55365") as caught,
+        cachepolicy.apply(tiny.pipe, "pab.cp"),
+    ):
+        tiny()
+        tiny()
     assert 1 == sum("reused nothing" in str(each.message) for each in caught)
 
 

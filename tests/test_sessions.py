@@ -128,13 +128,12 @@ def test_leaving_a_session_does_not_end_it() -> None:
 def test_sessions_nest() -> None:
     """The inner key counts inside, the outer afterwards."""
     model = Toy().build()
-    with torch.no_grad(), cachepolicy.apply(model, POLICY) as run:
-        with run.session("outer"):
-            outer = sample(model, TIMESTEPS, *inputs(Toy()))
-            got = [next(outer), next(outer)]
-            with run.session("inner"):
-                assert same(alone(3), list(sample(model, TIMESTEPS, *inputs(Toy(), seed=3))))
-            got += outer
+    with torch.no_grad(), cachepolicy.apply(model, POLICY) as run, run.session("outer"):
+        outer = sample(model, TIMESTEPS, *inputs(Toy()))
+        got = [next(outer), next(outer)]
+        with run.session("inner"):
+            assert same(alone(3), list(sample(model, TIMESTEPS, *inputs(Toy(), seed=3))))
+        got += outer
     assert same(alone(0), got)
 
 
@@ -207,7 +206,9 @@ def test_a_copied_context_is_a_session_of_its_thread() -> None:
 # --- guidance in two calls -------------------------------------------------------------------------------
 
 
-def guided(models: Sequence[nn.Module], timesteps: Sequence[float], order: Sequence[int], contexts: bool) -> Iterator[Tensor]:
+def guided(
+    models: Sequence[nn.Module], timesteps: Sequence[float], order: Sequence[int], contexts: bool
+) -> Iterator[Tensor]:
     """Sequential guidance; the branches run on one model or on two."""
     x, y = inputs(Toy())
     ys = [y, -y]
@@ -257,15 +258,14 @@ def test_guidance_that_ends_part_way_leaves_the_other_branch_as_it_was(stop: int
     """After the uncond calls end, the cond branch goes on with its own history."""
     model, lone = Toy().build(), Toy().build()
     x, y = inputs(Toy())
+    minus = -y
     got, expected = list[Tensor](), list[Tensor]()
     with torch.no_grad(), cachepolicy.apply(model, POLICY) as run, cachepolicy.apply(lone, POLICY) as reference:
         for step, t in enumerate(TIMESTEPS):
             got.append(model(x, torch.tensor(t), y))
             expected.append(lone(x, torch.tensor(t), y))
             if step < stop:
-                model(x, torch.tensor(t), -y if step == 0 else minus)
-            if step == 0:
-                minus = -y
+                model(x, torch.tensor(t), minus)
             x = x - 0.1 * got[-1]
     assert same(expected, got)
     assert reference.trace.rows() == run.trace.rows("")

@@ -170,9 +170,18 @@ def test_a_replay_of_the_clock_is_the_schedule(policy: Any, branches: tuple[str,
 def test_a_replay_may_miss_steps_of_a_branch() -> None:
     """Guidance that ends part-way has fewer calls on one branch."""
     plan: Plan = schedule("match attention every 3 -> reuse", branches=("cond", "uncond")).plan
-    ticks = [Tick(step, 0.0, 4, branch=branch) for step in range(4) for branch in ("cond", "uncond")[: 2 if step < 2 else 1]]
+    ticks = [
+        Tick(step, 0.0, 4, branch=branch) for step in range(4) for branch in ("cond", "uncond")[: 2 if step < 2 else 1]
+    ]
     letters = [(tick.step, tick.branch, decisions[0].letter) for tick, decisions in replay(plan, ticks)]
-    assert [(0, "cond", "C"), (0, "uncond", "C"), (1, "cond", "R"), (1, "uncond", "R"), (2, "cond", "R"), (3, "cond", "C")] == letters
+    assert [
+        (0, "cond", "C"),
+        (0, "uncond", "C"),
+        (1, "cond", "R"),
+        (1, "uncond", "R"),
+        (2, "cond", "R"),
+        (3, "cond", "C"),
+    ] == letters
 
 
 def test_simulating_needs_no_torch() -> None:

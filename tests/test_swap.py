@@ -14,7 +14,7 @@ from cachepolicy.swap import ATTRIBUTE, is_swapped, restore, swap
 
 
 def doubling(original: Any) -> Any:
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         handle = self.__dict__.get(ATTRIBUTE)
         result = original(self, *args, **kwargs)
         return result if handle is None else handle * result
@@ -23,7 +23,7 @@ def doubling(original: Any) -> Any:
 
 
 def tripling(original: Any) -> Any:
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         return 3 * original(self, *args, **kwargs)
 
     return __call__
@@ -181,7 +181,7 @@ def test_a_later_swap_by_somebody_else_survives(order: str) -> None:
 
 
 def test_a_parametrized_module_may_come_and_go() -> None:
-    """torch's parametrizations swap the class too: before ours or after, and undone in either order."""
+    """The parametrizations of torch swap the class too: before ours or after, and undone in either order."""
     from torch.nn.utils import parametrize
 
     class Twice(nn.Module):

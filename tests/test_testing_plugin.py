@@ -6,7 +6,9 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-GOOD = "match attention every 2 -> reuse\nexpect attention over 4 steps: C R C R\nexpect attention over 4 steps: C R C R\n"
+GOOD = (
+    "match attention every 2 -> reuse\nexpect attention over 4 steps: C R C R\nexpect attention over 4 steps: C R C R\n"
+)
 
 
 def run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
@@ -24,7 +26,9 @@ def test_each_expectation_is_an_item(pytester: pytest.Pytester) -> None:
 
 def test_a_broken_expectation_fails_with_its_diagnostic(pytester: pytest.Pytester) -> None:
     """The failure is what `cachepolicy test` prints: the code, the line underlined, the reason."""
-    pytester.path.joinpath("bad.cp").write_text("match attention every 3 -> reuse\nexpect attention over 4 steps: C R C R\n")
+    pytester.path.joinpath("bad.cp").write_text(
+        "match attention every 3 -> reuse\nexpect attention over 4 steps: C R C R\n"
+    )
     result = run(pytester)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*E220*gives C R R C*", "*expect attention over 4 steps: C R C R*"])

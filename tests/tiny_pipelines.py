@@ -47,16 +47,25 @@ class Tiny:
 def vae_of(kind: str = "AutoencoderKL") -> Any:
     torch.manual_seed(0)
     return getattr(diffusers, kind)(
-        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=2, sample_size=16,
-    ).eval()  # fmt: skip
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+    ).eval()
 
 
 def flux() -> Tiny:
     pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        text_encoder_2=None, tokenizer_2=None, transformer=zoo.build("flux"),
-    )  # fmt: skip
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=zoo.build("flux"),
+    )
     told = {"prompt_embeds": normal(1, 5, 16), "pooled_prompt_embeds": normal(1, 16), "height": 64, "width": 64}
     return Tiny(pipe, told, branches=("cond",))
 
@@ -64,86 +73,130 @@ def flux() -> Tiny:
 def flux_true_cfg() -> Tiny:
     tiny = flux()
     tiny.arguments |= {
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2), "negative_pooled_prompt_embeds": normal(1, 16, seed=2),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        "negative_pooled_prompt_embeds": normal(1, 16, seed=2),
         "true_cfg_scale": 4.0,
-    }  # fmt: skip
+    }
     tiny.branches = ("cond", "uncond")
     return tiny
 
 
 def sd3() -> Tiny:
     pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=zoo.build("sd3"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None,
-        tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
+        transformer=zoo.build("sd3"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
     config = pipe.transformer.config
     told = {
         "prompt_embeds": normal(1, 5, config.joint_attention_dim),
         "negative_prompt_embeds": normal(1, 5, config.joint_attention_dim, seed=2),
         "pooled_prompt_embeds": normal(1, config.pooled_projection_dim),
-        "negative_pooled_prompt_embeds": normal(1, config.pooled_projection_dim, seed=2), "height": 64, "width": 64,
-    }  # fmt: skip
+        "negative_pooled_prompt_embeds": normal(1, config.pooled_projection_dim, seed=2),
+        "height": 64,
+        "width": 64,
+    }
     return Tiny(pipe, told)
 
 
 def cogvideox() -> Tiny:
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("cogvideox"),
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=zoo.build("cogvideox"),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
-    )  # fmt: skip
+    )
     config = pipe.transformer.config
     told = {
         "prompt_embeds": normal(1, config.max_text_seq_length, config.text_embed_dim),
         "negative_prompt_embeds": normal(1, config.max_text_seq_length, config.text_embed_dim, seed=2),
-        "height": config.sample_height * 8, "width": config.sample_width * 8, "num_frames": 5,
-    }  # fmt: skip
+        "height": config.sample_height * 8,
+        "width": config.sample_width * 8,
+        "num_frames": 5,
+    }
     return Tiny(pipe, told, branches=("cond_uncond",))
 
 
 def wan() -> Tiny:
     pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("wan"),
-        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    )  # fmt: skip
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=zoo.build("wan"),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
     told = {
-        "prompt_embeds": normal(1, 5, 16), "negative_prompt_embeds": normal(1, 5, 16, seed=2), "height": 64, "width": 64,
+        "prompt_embeds": normal(1, 5, 16),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        "height": 64,
+        "width": 64,
         "num_frames": 5,
-    }  # fmt: skip
+    }
     return Tiny(pipe, told, branches=("cond", "uncond"))
 
 
 def wan22() -> Tiny:
     tiny = wan()
     pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("wan"), transformer_2=zoo.build("wan", seed=5),
-        boundary_ratio=0.7, scheduler=tiny.pipe.scheduler,
-    )  # fmt: skip
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=zoo.build("wan"),
+        transformer_2=zoo.build("wan", seed=5),
+        boundary_ratio=0.7,
+        scheduler=tiny.pipe.scheduler,
+    )
     return Tiny(pipe, tiny.arguments, tiny.branches, ("transformer", "transformer_2"))
 
 
 def ltx() -> Tiny:
     pipe = diffusers.LTXPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=None, text_encoder=None,
-        tokenizer=None, transformer=zoo.build("ltx"),
-    )  # fmt: skip
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=zoo.build("ltx"),
+    )
     told = {
-        "prompt_embeds": normal(1, 5, 16), "negative_prompt_embeds": normal(1, 5, 16, seed=2),
-        "prompt_attention_mask": torch.ones(1, 5), "negative_prompt_attention_mask": torch.ones(1, 5),
-        "height": 64, "width": 64, "num_frames": 9,
-    }  # fmt: skip
+        "prompt_embeds": normal(1, 5, 16),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        "prompt_attention_mask": torch.ones(1, 5),
+        "negative_prompt_attention_mask": torch.ones(1, 5),
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+    }
     return Tiny(pipe, told, branches=("cond_uncond",))
 
 
 def pixart() -> Tiny:
     pipe = diffusers.PixArtAlphaPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=zoo.build("pixart"),
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=zoo.build("pixart"),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )  # fmt: skip
+    )
     told = {
-        "prompt": None, "negative_prompt": None, "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2), "prompt_attention_mask": torch.ones(1, 5),
-        "negative_prompt_attention_mask": torch.ones(1, 5), "height": 64, "width": 64, "use_resolution_binning": False,
-    }  # fmt: skip
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": normal(1, 5, 16),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        "prompt_attention_mask": torch.ones(1, 5),
+        "negative_prompt_attention_mask": torch.ones(1, 5),
+        "height": 64,
+        "width": 64,
+        "use_resolution_binning": False,
+    }
     return Tiny(pipe, told)
 
 
@@ -157,23 +210,42 @@ def dit() -> Tiny:
 
 def latte() -> Tiny:
     pipe = diffusers.LattePipeline(
-        tokenizer=None, text_encoder=None, vae=vae_of(), transformer=zoo.build("latte"), scheduler=diffusers.DDIMScheduler()
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae_of(),
+        transformer=zoo.build("latte"),
+        scheduler=diffusers.DDIMScheduler(),
     )
     told = {
-        "prompt": None, "negative_prompt": None, "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2), "height": 16, "width": 16, "video_length": 2,
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": normal(1, 5, 16),
+        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        "height": 16,
+        "width": 16,
+        "video_length": 2,
         "clean_caption": False,
-    }  # fmt: skip
+    }
     return Tiny(pipe, told)
 
 
 def unet_sd(scheduler: Any = None) -> Tiny:
     pipe = diffusers.StableDiffusionPipeline(
-        vae=vae_of(), text_encoder=None, tokenizer=None, unet=zoo.build("unet2d_condition"),
-        scheduler=scheduler or diffusers.PNDMScheduler(skip_prk_steps=True), safety_checker=None, feature_extractor=None,
+        vae=vae_of(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=zoo.build("unet2d_condition"),
+        scheduler=scheduler or diffusers.PNDMScheduler(skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
-    told = {"prompt_embeds": normal(1, 5, 8), "negative_prompt_embeds": normal(1, 5, 8, seed=2), "height": 16, "width": 16}
+    )
+    told = {
+        "prompt_embeds": normal(1, 5, 8),
+        "negative_prompt_embeds": normal(1, 5, 8, seed=2),
+        "height": 16,
+        "width": 16,
+    }
     return Tiny(pipe, told, denoisers=("unet",))
 
 
@@ -188,6 +260,18 @@ def unet_sd_heun() -> Tiny:
 PIPELINES: dict[str, Callable[[], Tiny]] = {
     each.__name__: each
     for each in (
-        flux, flux_true_cfg, sd3, cogvideox, wan, wan22, ltx, pixart, dit, latte, unet_sd, unet_sd_edm, unet_sd_heun,
+        flux,
+        flux_true_cfg,
+        sd3,
+        cogvideox,
+        wan,
+        wan22,
+        ltx,
+        pixart,
+        dit,
+        latte,
+        unet_sd,
+        unet_sd_edm,
+        unet_sd_heun,
     )
-}  # fmt: skip
+}

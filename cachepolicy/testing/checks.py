@@ -71,7 +71,7 @@ def never_reuses_before_compute(schedule: Decided) -> None:
 
 
 def computes_on_ticks(schedule: Decided) -> None:
-    """A site computes at every step at which its owner's schedule asks for it; a rule that follows leaves it to its leader."""
+    """A site computes wherever its owner's schedule asks for it; a rule that follows leaves that to its leader."""
     for site, tick, decision in _each(schedule):
         rule = _owner(schedule, decision)
         if rule is None or rule.schedule is None or (rule.follow is not None and rule.follow != tick.branch):
@@ -183,8 +183,9 @@ def well_formed(schedule: Decided) -> None:
 
 
 def trace_agrees(trajectory: Trajectory) -> None:
-    """The simulator, given the trajectory's clock and facts, decides what the engine did, for the same reasons."""
-    expected = replay(trajectory.plan, [call.tick for call in trajectory.calls], facts=trajectory.facts)
+    """The simulator, given the trajectory's clock, signals and facts, decides the same for the same reasons."""
+    ticks = [call.tick for call in trajectory.calls]
+    expected = replay(trajectory.plan, ticks, signals=trajectory.signals, facts=trajectory.facts)
     for (tick, wanted), call in zip(expected, trajectory.calls, strict=True):
         for site in trajectory.plan.sites:
             ours, theirs = wanted[site.index], call.decisions[site.index]

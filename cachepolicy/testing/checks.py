@@ -204,7 +204,7 @@ def engine_agrees(
     is one
     module are counted below the interception. The policy is taken off again; the trajectories are given for a closer
     look.
-    A site that one forward calls several times counts as often.
+    Not for sites that one forward calls several times: the trace counts such a call of the root as one.
     """
     import cachepolicy
     from cachepolicy.testing.models import Probes

@@ -204,7 +204,7 @@ def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> s
         return "the history does not fit this call"
     if not slot.clones and _overwritten(slot):
         # From now on this site keeps and gives copies: somebody downstream writes into what it returns.
-        slot.clones = True
+        _spoilt(slot)
         return "the history was overwritten in place"
     return None
 
@@ -213,6 +213,11 @@ def _overwritten(slot: Slot) -> bool:
     if slot.version is not None:
         return slot.output._version != slot.version
     return slot.versions is not None and versions(slot.output) != slot.versions
+
+
+def _spoilt(slot: Slot) -> None:
+    """Forget what was overwritten; the older results were handed out too."""
+    slot.clones, slot.output, slot.older = True, None, []
 
 
 def keep(
@@ -228,6 +233,8 @@ def keep(
 
 def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
     """Make `output` the newest of the history."""
+    if what.outputs > 1 and not slot.clones and slot.output is not None and _overwritten(slot):
+        _spoilt(slot)
     if what.outputs > 1 and slot.output is not None:
         slot.older = [Kept(slot.output, slot.step, slot.full), *slot.older][: what.outputs - 1]
     clone = slot.clones or code == STORE_CLONE

@@ -140,13 +140,15 @@ class Attached:
             before = probe.stream in {"input", "argument"}
             handle = at(place.modules[0 if before else -1])
             (handle.inputs if before else handle.outputs).append(probe)
+            if len(place.modules) > 1:
+                at(place.modules[0]).starts.append(probe)
         if any(what.streams for what in self.keepings) or self.plan.probes:
             # Watched blocks teach which output continues which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
                     at(block).special = True
         for handle in handles.values():
-            handle.special |= bool(handle.members or handle.inputs or handle.outputs)
+            handle.special |= bool(handle.members or handle.inputs or handle.outputs or handle.starts)
         return handles
 
     # --- sessions ----------------------------------------------------------------------------------------

@@ -61,12 +61,15 @@ class Site:
     """What an intercepted module knows of itself.
 
     `index` is its own site number, or -1; `members` are the spans (or the chain of its own) that it stands in, with its
-    position there, the outermost first; `inputs` and `outputs` are the probes that look at it. `special` is set where
+    position there, the outermost first; `inputs` and `outputs` are the probes that look at it, `starts` those of spans
+    that begin with it. `special` is set where
     any
     of these needs more than the frame.
     """
 
-    __slots__ = ("index", "inputs", "keeping", "members", "name", "outputs", "owner", "parameters", "plain", "special")
+    __slots__ = (
+        "index", "inputs", "keeping", "members", "name", "outputs", "owner", "parameters", "plain", "special", "starts",
+    )  # fmt: skip
 
     def __init__(self, owner: object, name: str, parameters: Sequence[str]) -> None:
         self.owner = owner
@@ -78,6 +81,7 @@ class Site:
         self.members: list[tuple[int, int]] = []
         self.inputs: list[ir.Probe] = []
         self.outputs: list[ir.Probe] = []
+        self.starts: list[ir.Probe] = []
         self.special = False
 
 

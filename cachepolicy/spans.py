@@ -210,13 +210,20 @@ class Recorder:
             self._spoilt = "a block wrote into its input"
             self._chain.clones = True
         self._look_back(call)
-        if self._last is None:
+        self._follow(call)
+        if position in self._chain.splits:
+            # At once, before the model can write into what the block gave.
+            self._close(call, self._settled(call))
+
+    def _follow(self, call: Call) -> None:
+        """Put a call behind the last one, or at the head of a new segment."""
+        last = self._last
+        if last is None:
             self._start(call)
             return
-        last = self._last
         became = self._became(last, call)
         shape = self._settled(last)
-        if became is None or last.position in self._chain.splits:
+        if became is None:
             self._close(last, shape)
             self._start(call)
             return

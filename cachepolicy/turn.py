@@ -131,6 +131,7 @@ class Turn:
         self._recorders: dict[int, Recorder] = {}
         self._waiting: list[int] = []
         self._unclear: list[Seen] = []
+        self._begun: dict[ir.Probe, tuple[Names, int | None]] = {}
         self._opened: Begun | None = None
         self._last: tuple[Any, Names, list[Any]] | None = None
 
@@ -233,39 +234,59 @@ class Turn:
         self.enter(site, names, args, kwargs)
         recording = list[tuple[int, int, Begun]]()
         waiting = list[int]()
+        answer: int | None = None
+        position = 0
         for span, position in site.members:
             mode = self._mode(span, position, names)
             if mode == ANSWER:
-                return self._linked(span, position, names)
+                answer = span
+                break
             if mode == PENDING:
                 waiting.append(span)
             recording.append((span, position, self._recorder(span).begin(position, names)))
-        code = self._code(site, args, kwargs)
-        if code == ANSWER:
-            return self.answered(site.index)
-        before = _counter(names) if site.outputs else None
-        self._waiting += waiting
-        try:
-            output = original(module, *args, **kwargs)
-        except Leave as leave:
-            if leave.span not in waiting:
-                raise
-            self._recorders.pop(leave.span, None)
-            return self._linked(leave.span, 0, names)
-        finally:
-            for span in waiting:
-                self._waiting.remove(span)
+        code = COMPUTE if answer is not None else self._code(site, args, kwargs)
+        before = _counter(names)
+        if answer is not None:
+            output = self._linked(answer, position, names)
+        elif code == ANSWER:
+            output = self.answered(site.index)
+        else:
+            output, answer = self._run(original, module, args, kwargs, waiting, names)
         for span in waiting:
             if self._modes[span] == PENDING:
                 self._settle(span, names, ran=True)
         for span, position, begun in recording:
             self._record(span, position, module, names, begun, output)
+        if answer is not None or code == ANSWER:
+            return output
         if code != COMPUTE:
             slot, what = self.branch.slots[site.index], self.host.keepings[site.index]
             keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
         self.leave(site, module, names, output, before)
         self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
         return output  # pyright: ignore[reportUnknownVariableType]
+
+    def _run(
+        self,
+        original: Any,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        waiting: Sequence[int],
+        names: Names,
+    ) -> tuple[Any, int | None]:
+        """Run the module; where a span that waits in it is decided to reuse, its answer instead, and its number."""
+        self._waiting += waiting
+        try:
+            return original(module, *args, **kwargs), None
+        except Leave as leave:
+            if leave.span not in waiting:
+                raise
+            self._recorders.pop(leave.span, None)
+            return self._linked(leave.span, 0, names), leave.span
+        finally:
+            for span in waiting:
+                self._waiting.remove(span)
 
     def _learn(self, names: Names) -> None:
         """What the module before gave, and this one is called with, shows which of its inputs that continues."""
@@ -282,6 +303,8 @@ class Turn:
         """Let the probes see what goes in."""
         if self.measuring is None:
             return
+        for probe in site.starts:
+            self._begun[probe] = (names, _counter(names))
         for probe in site.inputs:
             tensor = probed(probe, names, hidden_states(args, kwargs))
             if tensor is not None:
@@ -294,7 +317,9 @@ class Turn:
         if self.measuring is None or not site.outputs:
             return
         for probe in site.outputs:
-            self._see(Seen(probe, module, names, output, versions(output), before), last=False)
+            # A span's residual counts from the input of its first block.
+            first, counter = self._begun.get(probe, (names, before))
+            self._see(Seen(probe, module, first, output, versions(output), counter), last=False)
         self._look()
 
     def _see(self, seen: Seen, *, last: bool) -> None:

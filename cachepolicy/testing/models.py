@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -239,8 +239,3 @@ class Probes:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-
-
-def blind(toy: Toy) -> Toy:
-    """The same toy, made to ignore its step."""
-    return replace(toy, blind=True)

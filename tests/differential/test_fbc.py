@@ -66,10 +66,6 @@ TWICE = ("wan_vace",)
 RAISES = tuple(name for name in zoo.names() if name not in {*EQUAL, *CHAINLESS, *TWICE})
 """Models on which diffusers raises."""
 
-INTERLEAVED = pytest.mark.xfail(reason="its two lists of blocks run in turn, not one after the other: it never reuses")
-
-OURS_RUNS = [pytest.param(name, marks=INTERLEAVED if name == "latte" else ()) for name in RAISES]
-
 NO_BF16 = ("hunyuan_image",)
 """Models that, here, mix dtypes by themselves."""
 
@@ -223,7 +219,7 @@ def test_blocks_that_write_into_their_inputs_are_measured_all_the_same() -> None
     assert set("".join(rows[0].values())) == {"C", "R"}
 
 
-@pytest.mark.parametrize("name", OURS_RUNS)
+@pytest.mark.parametrize("name", RAISES)
 def test_it_runs_where_diffusers_raises(name: str) -> None:
     """Unregistered blocks, other names, two streams in one, work between blocks: a hit runs the first block alone, and
     a model that has had its run is the bare one again."""

@@ -184,7 +184,6 @@ def test_a_model_that_ignores_its_step_does_not_notice_reuse(data: st.DataObject
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="older outputs are not held against their write counters")
 @pytest.mark.parametrize("text", ["", "match attention when step == 1 -> compute\n"])
 def test_predictors_survive_in_place_writers(text: str) -> None:
     """What was written into after it was kept is never extrapolated from."""

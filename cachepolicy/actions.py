@@ -34,6 +34,7 @@ class Slot:
     """
 
     __slots__ = (
+        "call",
         "chain", "clones", "device", "dtype", "full", "older", "output", "shape", "step", "version", "versions",
     )  # fmt: skip
 
@@ -48,6 +49,7 @@ class Slot:
         self.versions: tuple[int, ...] | None = None
         self.clones = False
         self.step = -1
+        self.call = -1
         self.full = True
 
 

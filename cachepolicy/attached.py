@@ -111,6 +111,7 @@ class Attached:
             for site in plan.sites
         ]
         self.itself = next((site.index for site in plan.sites if site.modules == ("",)), None)
+        self.repeated: set[int] = set()
         self.handles = self._handles()
         self._codes: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         self._states: OrderedDict[Hashable, State] = OrderedDict()
@@ -230,6 +231,7 @@ class Attached:
             branch.remembered = Remembered()
             state.guide = Guide()
             facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
+        facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
         measuring = None
         if self.plan.probes or self.signals.numbers:
             environment = Environment(clock_words(tick, Memory(tick.step)), self.program.tables)

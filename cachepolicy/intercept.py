@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -32,7 +33,7 @@ class Frame:
     sites whose action is more than a store or a reuse.
     """
 
-    __slots__ = ("codes", "half", "halved", "inference", "owner", "slots", "step", "store", "turn", "unfit")
+    __slots__ = ("codes", "half", "halved", "inference", "owner", "serial", "slots", "step", "store", "turn", "unfit")
 
     def __init__(
         self, owner: object, codes: Sequence[str], slots: Sequence[Slot], store: str, turn: SpecialTurn, step: int
@@ -46,7 +47,11 @@ class Frame:
         self.halved = turn.halved
         self.half = turn.half
         self.inference = turn.inference
+        self.serial = next(_serials)
         self.unfit: list[tuple[int, str]] = []
+
+
+_serials = itertools.count()
 
 
 class _Local(threading.local):
@@ -104,6 +109,10 @@ class SpecialTurn(Protocol):
         """A call that the frame's codes do not settle."""
         ...
 
+    def repeats(self, site: int) -> None:
+        """The site was called a second time in one forward."""
+        ...
+
 
 def site_override(original: Method) -> Method:
     """`__call__` of a site: answer from the slot, or compute and keep, as the frame says."""
@@ -141,10 +150,14 @@ def site_override(original: Method) -> Method:
         output = original(self, *args, **kwargs)
         if code is COMPUTE:
             return output
-        if code is STORE and site.plain and type(output) is torch.Tensor and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            if slot.call == frame.serial:
+                frame.turn.repeats(index)
+            slot.call = frame.serial
             # The usual miss, likewise.
             states = args[0] if args else kwargs.get("hidden_states")
-            if type(states) is torch.Tensor and not output.requires_grad and not slot.clones:
+            plain = code is STORE and site.plain and type(output) is torch.Tensor
+            if plain and type(states) is torch.Tensor and not output.requires_grad and not slot.clones:
                 slot.output = output
                 slot.version = output._version
                 slot.shape = states.shape

@@ -178,6 +178,7 @@ class Recorder:
         self._segment: list[tuple[int, Shape]] = []
         self._links: dict[int, Link] = {}
         self._ends: set[int] = set()
+        self._seen: set[int] = set()
         self._entries: list[Entry] = []
         self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
         self._spoilt: str | None = None
@@ -202,6 +203,9 @@ class Recorder:
     def end(self, position: int, module: Any, names: Names, begun: Begun, output: Any) -> None:
         """A block has run."""
         self.calls += 1
+        if position in self._seen:
+            self._spoilt = "a block ran more than once"
+        self._seen.add(position)
         outputs, fields = parts(output)
         bases, before = begun
         written = [_version(each) for each in outputs]
@@ -308,7 +312,8 @@ class Recorder:
             base = lead.bases[source] if source is not None and lead.bases is not None else None
             wanted = self._keeps.residuals
             residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)
-            outputs.append(output.detach() if output is not None and self._keeps.outputs else None)
+            # A copy: the model may write into what its blocks return.
+            outputs.append(output.detach().clone() if output is not None and self._keeps.outputs else None)
         self._entries.append(Entry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
         self._lead = self._last = self._previous = None
 

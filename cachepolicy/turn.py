@@ -79,6 +79,7 @@ class Host(Protocol):
     externals: Mapping[str, Any]
     names: Mapping[int, Sequence[str]]
     module: torch.nn.Module
+    repeated: set[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,10 @@ class Turn:
         leader = self.leader[site] if self.leader is not None else None
         signals = self.signals_of.get(site, {})
         return Inputs(self.tick, memory, signals, self.host.program.tables, leader, self.facts.get(site))
+
+    def repeats(self, site: int) -> None:
+        """A site that one forward calls more than once has one slot for several answers: it always computes."""
+        self.host.repeated.add(site)
 
     def refuse(self, site: int, reason: str) -> None:
         """The site has to compute after all, and so does what stands inside it."""

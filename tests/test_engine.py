@@ -316,7 +316,6 @@ def test_a_none_in_an_output_stays(action: str) -> None:
         assert "CRRRRRRR" == attached.trace.rows()["blocks.0"]
 
 
-@pytest.mark.xfail(strict=True, reason="the calls of one forward share a slot, so that the last one answers for all")
 def test_a_module_that_is_called_twice_is_not_answered_with_one_call_for_the_other() -> None:
     """Where one forward calls a site twice, a blind model still does not notice reuse."""
     model = Shared()

@@ -10,7 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from cachepolicy.guidance import Guide
 from cachepolicy.intercept import Frame, Site
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import (
+    COND_BRANCHES,
+    UNCOND_BRANCHES,
     WAITING,
     Decision,
     Memory,
@@ -41,6 +43,7 @@ from cachepolicy.schedule import (
     clock_words,
     follows,
     prepare,
+    rebuilds_uncond,
     untold,
 )
 from cachepolicy.signals import Measuring, Remembered, signals_of
@@ -216,6 +219,11 @@ class Attached:
         tick = reading.tick
         if reading.starts:
             self._start(state, key, tick)
+        if self.approximation is not None and tick.branch in COND_BRANCHES:
+            for name in UNCOND_BRANCHES & state.branches.keys():
+                other = state.branches[name]
+                alone = rebuilds_uncond(self.program, other.partition, other.memories, replace(tick, branch=name))
+                tick = replace(tick, uncond_skipped=alone)
         branch = state.branches.get(tick.branch)
         if branch is None:
             coarse, slots = self.program.coarse, [Slot() for _ in self.plan.sites]

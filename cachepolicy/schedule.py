@@ -473,6 +473,15 @@ def decide_all(
     return decisions, after
 
 
+def rebuilds_uncond(program: Program, partition: Partition, memories: Sequence[Memory], tick: Tick) -> bool:
+    """Whether the unconditional call at `tick` will be answered: then the conditional one of its step runs alone."""
+    for group, memory in zip(partition.groups, memories, strict=True):
+        if any(isinstance(bound.rule.action, ir.ApproximateUncond) for bound in group.rules):
+            decision = decide(group.rules, Inputs(tick, memory, {}, program.tables))
+            return decision.verdict == "reuse" and isinstance(decision.action, ir.ApproximateUncond)
+    return False
+
+
 def _waits(program: Program, group: Group, inputs: Inputs) -> bool:
     if not program.measured:
         return False

@@ -13,11 +13,14 @@ from cachepolicy.evaluate import names_in, substitute, walk
 from cachepolicy.loading import load, resolve
 from cachepolicy.plan import BoundRule, Plan, bind
 from cachepolicy.schedule import (
+    COND_BRANCHES,
+    UNCOND_BRANCHES,
     Decision,
     Tick,
     decide_all,
     follows,
     prepare,
+    rebuilds_uncond,
     untold,
 )
 from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
@@ -156,7 +159,11 @@ def _run(
     partition = program.fine if facts else program.coarse
     memories = {tick.branch: partition.start() for tick in ticks}
     decided = dict[tuple[str, int], Sequence[Decision]]()
-    for tick in ticks:
+    for read in ticks:
+        tick = read
+        for other in UNCOND_BRANCHES & memories.keys() if tick.branch in COND_BRANCHES else ():
+            alone = rebuilds_uncond(program, partition, memories[other], replace(tick, branch=other))
+            tick = replace(tick, uncond_skipped=alone)
         call = tick.step, tick.branch
         leader = next((decided[name, tick.step] for name in followed if (name, tick.step) in decided), None)
         here = {

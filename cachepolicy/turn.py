@@ -502,6 +502,8 @@ class Turn:
         output = predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
         if feedback(action):
             code = STORE_CLONE if self.inference else STORE
+            if self.halved and slot.full and slot.shape is not None:
+                slot.shape = torch.Size((slot.shape[0] // 2, *slot.shape[1:]))
             push(slot, self.host.keepings[site], code, output, step=self.tick.step, full=not self.halved)
         return output
 

@@ -308,7 +308,6 @@ def test_the_unconditional_call_is_answered_from_the_conditional_one(name: str) 
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
-@pytest.mark.xfail(reason="the conditional call of a step whose unconditional one is answered does not count as alone")
 def test_attention_is_extrapolated_in_two_calls_as_in_one(name: str) -> None:
     """Where the unconditional call is answered, the conditional one extrapolates its attention."""
     clock = Clock()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import random
 import statistics
@@ -131,7 +132,7 @@ def drawn(pictures: int, at_a_time: int, steps: int, seed: int) -> Bench:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A way against the uncached run: shares of its FLOPs and CPU time, and how far the pictures (in dB) are from its."""
+    """A way against the uncached run: shares of its FLOPs and CPU time, and its pictures' distance in dB."""
 
     flops: float
     cpu: Spread
@@ -162,7 +163,7 @@ def row(bench: Bench, name: str) -> Row:
 def fewer_steps(rows: Mapping[str, Row], flops: float) -> tuple[float, float] | None:
     """What fewer steps reach at this share of FLOPs, mean and worst tenth; None outside what was sampled."""
     known = sorted((rows[name].flops, rows[name].psnr, rows[name].worst_tenth) for name in STEPS)
-    for (low, *these), (high, *those) in zip(known, known[1:], strict=False):
+    for (low, *these), (high, *those) in itertools.pairwise(known):
         if low <= flops <= high:
             part = (flops - low) / (high - low) if high > low else 0.0
             mean, worst = (a + part * (b - a) for a, b in zip(these, those, strict=True))

@@ -33,7 +33,7 @@ def outermost(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in taken if not any(outer in taken for outer in ancestors(name)))
 
 
-def _members(selector: ir.Selector, skeleton: Skeleton) -> frozenset[str]:  # noqa: C901  a case for each node
+def _members(selector: ir.Selector, skeleton: Skeleton) -> frozenset[str]:
     match selector:
         case ir.Pattern():
             matches = searcher(selector.regex)

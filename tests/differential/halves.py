@@ -20,6 +20,12 @@ from cachepolicy.testing import zoo
 
 TIMESTEPS = (999.0, 900.0, 780.0, 650.0, 600.0, 520.0, 400.0, 300.0, 180.0, 90.0, 20.0, 10.0)
 
+UNMARKED = ("motif_video", "anyflow")
+"""Models whose cross attention carries no `is_cross_attention`: diffusers extrapolates it, too."""
+
+FIVE = FasterCacheConfig()._unconditional_conditional_input_kwargs_identifiers
+"""The names of batched inputs that diffusers knows."""
+
 Window = tuple[float, float]
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 import diffusers
 import torch
 from diffusers.hooks import apply_faster_cache
-from halves import TIMESTEPS, Knobs, batched, layout_of, ours_on, run_diffusers, run_ours, sample
+from halves import FIVE, TIMESTEPS, UNMARKED, Knobs, batched, layout_of, ours_on, run_diffusers, run_ours, sample
 from harness import Clock, attentions, difference, run_bare
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -73,9 +73,6 @@ EQUAL = (
     "hunyuan_framepack",
 )
 """The models on which diffusers' FasterCache runs and is right, once it is told the names of all batched inputs."""
-
-UNMARKED = ("motif_video", "anyflow")
-"""Models whose cross attention carries no `is_cross_attention`: diffusers extrapolates it, too."""
 
 TOLD = ("hidream", "hunyuan_framepack")
 """Models some inputs of which are as long as the batch by chance: ours has to be told the names, too."""
@@ -284,15 +281,11 @@ def test_cross_attention_is_computed_where_the_module_does_not_say_so(name: str)
 def test_batched_inputs_are_found(name: str) -> None:
     """All inputs with a row a sample are halved. diffusers halves five names, and returns four samples for two."""
     twin, clock = zoo.build(name), Clock()
-    apply_faster_cache(twin, FULL.config(clock, layout_of(name), _five()))
+    apply_faster_cache(twin, FULL.config(clock, layout_of(name), FIVE))
     theirs = sample(name, twin, TIMESTEPS, clock)
     ours = run_ours(name, zoo.build(name), FULL)
     assert len({len(output) for output in theirs.outputs}) == 2
     assert len({len(output) for output in ours.outputs}) == 1
-
-
-def _five() -> list[str]:
-    return list(diffusers.FasterCacheConfig()._unconditional_conditional_input_kwargs_identifiers)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from benchmarks import overhead, pab
+from benchmarks import emoji, fbc, overhead, pab
 from benchmarks._measure import Spread, spread, table
 
 
@@ -25,6 +25,42 @@ def test_pab_compares_equal_outputs(capsys):
     printed = capsys.readouterr().out
     assert "bitwise equal at every step: yes" in printed
     assert "time / the ideal's" in printed
+
+
+def test_fbc_compares_equal_decisions(capsys):
+    """Ours and diffusers' (and cache-dit's, where it is installed) hit and miss alike before they are timed."""
+    fbc.main(["--heads", "1", "--blocks", "1", "--edge", "2", "--steps", "4", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert 2 == printed.count("decisions equal: CRRR at 0.999")
+    assert 2 == printed.count("CCCC at 1e-09")
+    assert "ours / its: hit" in printed
+
+
+def test_fbc_leaves_out_what_is_not_installed(capsys, monkeypatch):
+    """Without cache-dit its rows are missing, and a line says so."""
+    monkeypatch.setattr(fbc.importlib.util, "find_spec", lambda _: None)
+    fbc.main(["--heads", "1", "--blocks", "1", "--edge", "2", "--steps", "3", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("cache-dit is not installed")
+    assert "\ncache-dit " not in printed
+
+
+def test_emoji_tabulates_every_way(capsys, tmp_path):
+    """Each way has a line of the table, and one of the contact sheet."""
+    sheet = tmp_path / "sheet.png"
+    emoji.main(["--number", "1", "--steps", "2", "--shown", "1", "--pictures", str(sheet)])
+    printed = capsys.readouterr().out
+    assert all(f"\n| {way} | " in printed for way in emoji.WAYS)
+    assert "| uncached again | 1.000 |" in printed
+    assert sheet.stat().st_size > 0
+
+
+def test_fewer_steps_are_read_between_their_rows():
+    """Halfway between the FLOPs of two rows the baseline is halfway between their numbers; outside there is none."""
+    once = spread([1.0])
+    rows = {name: emoji.Row(way.steps, once, 100 * way.steps, 10 * way.steps) for name, way in emoji.STEPS.items()}
+    assert emoji.fewer_steps(rows, 0.6) == pytest.approx((60.0, 6.0))
+    assert emoji.fewer_steps(rows, 0.9) is None
 
 
 def test_a_loop_hits_or_misses_as_its_name_says():

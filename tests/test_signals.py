@@ -262,7 +262,6 @@ def _dbcache(heads: Sequence[Tensor], threshold: float) -> tuple[str, list[int]]
     return row, computes
 
 
-@pytest.mark.xfail(reason="the residual of several blocks is taken for that of the last of them")
 @pytest.mark.parametrize("name", ["wan", "dit", "hunyuan_dit", "wan_animate"])
 @FEW
 @given(threshold=st.floats(0.05, 1.5))

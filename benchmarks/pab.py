@@ -34,8 +34,8 @@ class Setting:
     double: int = 8
     single: int = 8
     heads: int = 8
-    edge: int = 16
-    text: int = 32
+    edge: int = 15
+    text: int = 31
     steps: int = 12
     every: int = 3
 

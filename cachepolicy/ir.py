@@ -5,7 +5,7 @@ Every node knows the `span` of its text, where it came from one; spans count nei
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
@@ -21,19 +21,30 @@ Kind = Literal["attention", "self_attention", "cross_attention", "feedforward", 
 class Node(BaseModel):
     """A part of a policy; two nodes are equal when they mean the same, wherever they stand."""
 
+    # Nodes are keys of what a run remembers, looked up at every step: their hash is made once.
+    __slots__ = ("_hashed",)
+
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     span: SkipJsonSchema[Span | None] = Field(default=None, exclude=True, repr=False)
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if type(self) is not type(other):
             return NotImplemented
         return all(_same(value, other.__dict__[name]) for name, value in self.__dict__.items() if name not in _PLACES)
 
     def __hash__(self) -> int:
-        return hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))
+        try:
+            return _HASHED.__get__(self)
+        except AttributeError:
+            made = hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))
+            _HASHED.__set__(self, made)
+            return made
 
 
+_HASHED: Any = Node.__dict__["_hashed"]  # the slot itself, past pydantic's guard of frozen models
 _PLACES = frozenset({"span", "comments", "source_name"})
 
 

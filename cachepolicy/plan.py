@@ -8,7 +8,7 @@ from functools import cached_property
 
 from cachepolicy import ir
 from cachepolicy.diagnostics import Diagnostic, PolicyError
-from cachepolicy.evaluate import names_in, walk
+from cachepolicy.evaluate import ACCUMULATORS, MEMORIES, names_in, stateful_calls, walk
 from cachepolicy.files import located
 from cachepolicy.loading import Resolved
 from cachepolicy.printer import format_node
@@ -43,6 +43,16 @@ class BoundRule:
     index: int
     rule: ir.Rule
     sites: tuple[int, ...]
+    memories: tuple[ir.Call, ...] = field(init=False, repr=False, compare=False)
+    """The `prev` and `kept` of its `while`, the inner ones first."""
+    accumulators: tuple[ir.Call, ...] = field(init=False, repr=False, compare=False)
+    """The `sum` and `product` of its `while`, likewise."""
+
+    def __post_init__(self) -> None:
+        condition = self.rule.condition
+        for name, functions in (("memories", MEMORIES), ("accumulators", ACCUMULATORS)):
+            calls = () if condition is None else stateful_calls(condition, functions)
+            object.__setattr__(self, name, calls)
 
 
 @dataclass(frozen=True)

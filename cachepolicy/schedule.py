@@ -9,13 +9,10 @@ from typing import Any, Literal, assert_never
 from cachepolicy import ir
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import (
-    ACCUMULATORS,
-    MEMORIES,
     Environment,
     Undefined,
     evaluate,
     names_in,
-    stateful_calls,
 )
 from cachepolicy.plan import BoundRule, Plan
 
@@ -251,16 +248,16 @@ def clock_words(tick: Tick, memory: Memory) -> dict[str, Any]:
 def environment_of(bound: BoundRule, inputs: Inputs) -> Environment:
     """What the clauses of a rule are evaluated in."""
     names = {**inputs.signals, **clock_words(inputs.tick, inputs.memory)}
-    if bound.rule.condition is None:
+    if not bound.memories:
         return Environment(names, inputs.tables)
-    return Environment(names, inputs.tables, _remembered(bound.rule.condition, inputs, names))
+    return Environment(names, inputs.tables, _remembered(bound.memories, inputs, names))
 
 
-def _remembered(condition: ir.Expression, inputs: Inputs, names: Mapping[str, Any]) -> dict[ir.Call, float]:
+def _remembered(calls: Sequence[ir.Call], inputs: Inputs, names: Mapping[str, Any]) -> dict[ir.Call, float]:
     """What each `prev` and `kept` of the clause is worth now; those without a value are left out."""
     memory, step = inputs.memory, inputs.tick.step
     values = dict[ir.Call, float]()
-    for call in stateful_calls(condition, MEMORIES):
+    for call in calls:
         what = call.arguments[0]
         if call.function == "prev":
             if memory.seen == step - 1 and what in memory.previous:
@@ -280,14 +277,10 @@ def accumulate(
     bound: BoundRule, inputs: Inputs, environment: Environment
 ) -> tuple[Environment, Mapping[tuple[int, ir.Call], float]]:
     """The clause's `sum`s and `product`s advanced by this step, the inner ones first."""
-    condition = bound.rule.condition
-    if condition is None:
-        return environment, {}
-    calls = stateful_calls(condition, ACCUMULATORS)
-    if not calls:
+    if not bound.accumulators:
         return environment, {}
     advanced: _Accumulated = {}
-    for call in calls:
+    for call in bound.accumulators:
         key = (bound.index, call)
         start = 0.0 if call.function == "sum" else 1.0
         before = inputs.memory.accumulated.get(key, start)
@@ -328,13 +321,10 @@ def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression,
     """The numbers below `prev` and `kept` as they are at this step, also where no rule owns the site."""
     values = dict[ir.Expression, float]()
     for bound in rules:
-        if bound.rule.condition is None:
-            continue
-        calls = stateful_calls(bound.rule.condition, MEMORIES)
-        if not calls:
+        if not bound.memories:
             continue
         environment = environment_of(bound, inputs)
-        for call in calls:
+        for call in bound.memories:
             try:
                 values[call.arguments[0]] = evaluate(call.arguments[0], environment)
             except Undefined:
@@ -458,7 +448,7 @@ def decide_all(
         leader = followed[site] if followed is not None else None
         here = given if signals_of is None else signals_of.get(site, given)
         inputs = Inputs(tick, memory, here, program.tables, leader, facts.get(site) if facts else None)
-        if group.parents and any(_hides(decisions[parent]) for parent in group.parents):
+        if group.parents and any(hides(decisions[parent]) for parent in group.parents):
             decision = HIDDEN
         elif signals_of is not None and site not in signals_of and _waits(program, group, inputs):
             decisions.append(WAITING)
@@ -489,7 +479,8 @@ def _waits(program: Program, group: Group, inputs: Inputs) -> bool:
     return owner is not None and owner.index in program.measured
 
 
-def _hides(decision: Decision) -> bool:
+def hides(decision: Decision) -> bool:
+    """True where the sites inside do not run. A model whose unconditional half is rebuilt runs."""
     return decision.verdict == "reuse" and not isinstance(decision.action, ir.ApproximateUncond)
 
 

@@ -6,6 +6,7 @@ to the last bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,6 +58,15 @@ class Signals:
     numbers: Mapping[str, ir.Expression]
     remembered: tuple[ir.Expression, ...]
     probes: frozenset[ir.Probe]
+    _parts: dict[ir.Expression, list[ir.Call]] = field(
+        default_factory=dict[ir.Expression, list[ir.Call]], repr=False, compare=False
+    )
+
+    def parts(self, expression: ir.Expression) -> list[ir.Call]:
+        """The norms and memories that an expression over numbers is made of."""
+        if expression not in self._parts:
+            self._parts[expression] = _outermost(expression)
+        return self._parts[expression]
 
 
 def signals_of(plan: Plan) -> Signals:
@@ -156,8 +166,10 @@ class Measuring:
 
     def _number(self, expression: ir.Expression, site: int) -> float:
         """An expression over numbers, with the norms and memories in it put in as values."""
+        if isinstance(expression, ir.Call) and expression.function in NORMS:
+            return self._norm(expression, site)
         stateful = dict[ir.Call, float]()
-        for node in _outermost(expression):
+        for node in self._signals.parts(expression):
             value = self._norm(node, site) if node.function in NORMS else self._value(node, site)
             if isinstance(value, Stream):
                 raise Undefined("a tensor stands where a number is read")
@@ -171,7 +183,10 @@ class Measuring:
             raise Undefined(f"`{call.function}(...)` reads tensors")
         if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:
             raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
-        return float(_norm(call.function, tensors).item())
+        value = float(_norm(call.function, tensors).item())
+        if not math.isfinite(value):
+            raise Undefined(f"`{call.function}(...)` is {value}")
+        return value
 
 
 _DEPTH = 4  # how many computes back `kept(x, n)` can reach

@@ -161,6 +161,9 @@ Begun = tuple[Names | None, dict[str, int | None]]
 """A block's inputs as they were before it ran (None: not known), and their write counters."""
 
 
+_HELD = 2  # the outputs of so many blocks before this one are held by the recorder itself
+
+
 class Recorder:
     """Watches the blocks of one span through one compute and forms what its segments keep.
 
@@ -246,6 +249,11 @@ class Recorder:
 
     def _look_back(self, call: Call) -> None:
         """What an earlier block gave and somebody else still holds is used elsewhere: it has to come out right."""
+        older = self._given[:-_HELD]
+        if not any(reference() is not None for _, references in older for reference in references):
+            self._given = self._given[-_HELD:]
+            self._give(call)
+            return
         mine = {id(value) for held in (self._lead, self._previous, self._last, call) for value in _held(held)}
         mine |= {id(tensor) for entry in self._entries for tensor in entry.outputs}
         self._given = [each for each in self._given if any(reference() is not None for reference in each[1])]
@@ -255,6 +263,9 @@ class Recorder:
             if any(tensor is not None and id(tensor) not in mine for tensor in (each() for each in references)):
                 self._spoilt = "the output of a block is used elsewhere"
                 self._chain.splits.add(position)
+        self._give(call)
+
+    def _give(self, call: Call) -> None:
         inputs = {id(value) for value in call.names.values()}
         fresh = [each for each in call.outputs if isinstance(each, torch.Tensor) and id(each) not in inputs]
         self._given.append((call.position, [weakref.ref(each) for each in fresh]))

@@ -31,6 +31,7 @@ from cachepolicy.actions import (
 from cachepolicy.evaluate import Environment, evaluate, names_in
 from cachepolicy.intercept import Frame, Leave, Site
 from cachepolicy.schedule import (
+    HIDDEN,
     WAITING,
     Decision,
     Inputs,
@@ -38,9 +39,11 @@ from cachepolicy.schedule import (
     Partition,
     Program,
     Tick,
+    advance,
     clock_words,
     decide,
     decide_all,
+    hides,
 )
 from cachepolicy.signals import Measuring, Remembered, probed
 from cachepolicy.spans import (
@@ -190,7 +193,7 @@ class Turn:
         if self.facts:
             self.decide_again()
         elif self.signals_of:
-            self.decisions, self.after = self._decided()
+            self._resolve()
         if self.measuring is not None:
             for seen in self._unclear:
                 self._see(seen, last=True)
@@ -230,11 +233,26 @@ class Turn:
             states = hidden_states(args, kwargs)
             keep(self.branch.slots[site.index], what, code, states, output, step=self.tick.step, full=not self.halved)
 
+    def _resolve(self) -> None:
+        """Put the decisions that have come in on the way, and what they hide, among those made before."""
+        groups = self.branch.partition.groups
+        for index, group in enumerate(groups):
+            site, memory = group.sites[0], self.branch.memories[index]
+            hidden = any(hides(self.decisions[parent]) for parent in group.parents)
+            if hidden:
+                self.decisions[index] = HIDDEN
+            if hidden or site in self.signals_of:
+                self.after[index] = advance(group.rules, self._inputs(site, memory), self.decisions[index])
+
     # --- one intercepted call ----------------------------------------------------------------------------
 
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module that is probed, stands in a span, or waits for signals."""
         names = bind_names(site.parameters, args, kwargs)
+        if site.members and not site.inputs and not site.starts:
+            span, position = site.members[0]
+            if self._modes.get(span) == ANSWER:
+                return self._linked(span, position, names)
         self._learn(names)
         self.enter(site, names, args, kwargs)
         recording = list[tuple[int, int, Begun]]()

@@ -138,12 +138,13 @@ print("torch" in sys.modules)
 
 WHOLE = """
 import cachepolicy
+from cachepolicy.check import run_expectations
 from cachepolicy.resources import shipped, shipped_policies
 assert cachepolicy.__version__
 assert shipped("data").joinpath("emoji-dit", "config.json").is_file()
 assert shipped("data").joinpath("emoji-dit", "diffusion_pytorch_model.safetensors").is_file()
 for name in shipped_policies():
-    cachepolicy.simulate(name, steps=4)
+    assert run_expectations(name).hold
 print(*shipped_policies())
 """
 """Uses the grammar, every policy and the data of an installation."""

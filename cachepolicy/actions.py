@@ -312,6 +312,18 @@ def cloned(value: Any) -> Any:
     return map_tensors(once, value)
 
 
+def counters(value: Any) -> tuple[int, ...] | None:
+    """The write counters of a tuple of plain tensors that need no gradient; None where it is anything else."""
+    if type(value) is not tuple:
+        return None
+    found = list[int]()
+    for tensor in value:  # pyright: ignore[reportUnknownVariableType]
+        if type(tensor) is not torch.Tensor or tensor.requires_grad or tensor.is_inference():  # pyright: ignore[reportUnknownArgumentType]
+            return None
+        found.append(tensor._version)
+    return tuple(found)
+
+
 def versions(value: Any) -> tuple[int, ...]:
     """The write counters of all tensors in `value`; an inference tensor has none and counts as 0."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in _flat(value))

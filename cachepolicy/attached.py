@@ -160,7 +160,9 @@ class Attached:
     def state(self, key: Hashable) -> State:
         """The session's state; the least recently used session goes when there are too many."""
         with self._lock:
-            state = self._states.setdefault(key, State())
+            state = self._states.get(key)
+            if state is None:
+                state = self._states[key] = State()
             self._states.move_to_end(key)
             while len(self._states) > self.around.most_sessions:
                 self._states.popitem(last=False)

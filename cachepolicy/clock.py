@@ -5,6 +5,7 @@ A step is a step of the scheduler, not a call of the model. Nothing is required 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -109,10 +110,12 @@ class Arguments:
     def signature(self) -> tuple[Any, ...]:
         """Shapes, dtypes and devices of everything that goes in: histories fit only calls with the same."""
         return tuple(
-            (name, tensor.shape, tensor.dtype, tensor.device)
-            for name, value in self.named.items()
-            for tensor in _tensors(value)
-            if name != self.timestep
+            [
+                (name, tensor.shape, tensor.dtype, tensor.device)
+                for name, value in self.named.items()
+                if name != self.timestep
+                for tensor in _tensors(value)
+            ]
         )
 
 
@@ -139,7 +142,11 @@ def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Bind a call's arguments to names; the latents are the first that holds a tensor."""
     named: dict[str, Any] = dict(zip(root.parameters, args, strict=False))
     named.update(kwargs)
-    latents = next((name for name, value in named.items() if name != root.timestep and _tensors(value)), None)
+    latents = None
+    for name, value in named.items():
+        if name != root.timestep and _tensors(value):
+            latents = name
+            break
     return Arguments(named, latents, root.timestep if root.timestep in named else None)
 
 
@@ -202,6 +209,7 @@ class _Called:
     """One call of the present step."""
 
     branch: str
+    name: str | None
     conditioning: Identity
 
 
@@ -215,6 +223,7 @@ class Clock:
     generation: int | None = None
     begin: int = 0
     extra: int = 0
+    raw: Any = None
     calls: list[_Called] = field(default_factory=list[_Called])
     known: dict[str, Identity] = field(default_factory=dict[str, Identity])
     signatures: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -231,7 +240,7 @@ class Sources:
     reads_t: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reading:
     """One reading of the clock: the tick, and whether a trajectory starts or the histories no longer fit."""
 
@@ -251,16 +260,16 @@ def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Re
         [value for name, value in arguments.named.items() if name not in (arguments.latents, arguments.timestep)]
     )
     name = context.name if context is not None else None
-    repeated = _repeats(clock, name, conditioning)
+    repeats = functools.partial(_repeats, clock, name, conditioning)
     if sources.scheduler is not None and sources.follower is not None:
-        starts, tick = _by_scheduler(clock, sources.scheduler, sources.follower, root, arguments, repeated=repeated)
+        starts, tick = _by_scheduler(clock, sources.scheduler, sources.follower, root, arguments, repeats)
     else:
-        starts, tick = _by_value(clock, sources, context, root, arguments, repeated=repeated)
+        starts, tick = _by_value(clock, sources, context, root, arguments, repeats)
     if starts:
         clock.known.clear()
         clock.signatures.clear()
-    branch = name if name is not None else _branch(clock, conditioning)
-    clock.calls.append(_Called(branch, conditioning))
+    branch = _named(clock, name) if name is not None else _branch(clock, conditioning)
+    clock.calls.append(_Called(branch, name, conditioning))
     clock.known[branch] = conditioning
     signature = arguments.signature()
     stale = not starts and clock.signatures.get(branch, signature) != signature
@@ -269,6 +278,8 @@ def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Re
 
 
 def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
+    if context is None and not branch:
+        return tick
     sigma, steps = tick.sigma, tick.steps
     if context is not None:
         sigma = float(context.sigma) if context.sigma is not None else sigma
@@ -277,13 +288,20 @@ def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
 
 
 def _repeats(clock: Clock, name: str | None, conditioning: Identity) -> bool:
-    """True where this call repeats one of the present step, so that the step has moved on.
+    """True where this call has the name or the conditioning of one of the present step.
 
-    A second-order sampler calls twice at one timestep with the same conditioning; a branch brings its own.
+    Where nobody counts the steps it has moved on then: a second-order sampler calls twice at one timestep with the same
+    conditioning; a branch brings its own.
     """
     if name is not None:
-        return any(called.branch == name for called in clock.calls)
+        return any(called.name == name for called in clock.calls)
     return any(called.conditioning.same(conditioning) for called in clock.calls)
+
+
+def _named(clock: Clock, name: str) -> str:
+    """The branch of a named call; the second of its name in a step has a number."""
+    before = sum(called.name == name for called in clock.calls)
+    return f"{name} {before + 1}" if before else name
 
 
 def _branch(clock: Clock, conditioning: Identity) -> str:
@@ -303,7 +321,7 @@ def _ordinal(number: int) -> str:
 
 
 def _by_scheduler(
-    clock: Clock, scheduler: Any, follower: Follower, root: Root, arguments: Arguments, *, repeated: bool
+    clock: Clock, scheduler: Any, follower: Follower, root: Root, arguments: Arguments, repeats: Callable[[], bool]
 ) -> tuple[bool, Tick]:
     timesteps, sigmas = follower.numbers(scheduler)
     if clock.begin + follower.step >= len(timesteps) and clock.generation == follower.generation:
@@ -313,12 +331,14 @@ def _by_scheduler(
         clock.generation, clock.extra = follower.generation, 0
         clock.begin = _begin(scheduler, timesteps, root, arguments)
     step = follower.step + clock.extra
-    if not starts and step == clock.step and repeated:
-        # The loop calls the model again for the same branch without stepping the scheduler: count the steps ourselves.
+    raw = arguments.named.get(arguments.timestep or "")
+    if not starts and step == clock.step and raw is not None and repeats() and _number(raw) != _number(clock.raw):
+        # The loop goes on to another timestep without stepping this scheduler: count the steps ourselves.
         clock.extra += 1
         step += 1
     if starts or step != clock.step:
         clock.calls.clear()
+        clock.raw = raw
     clock.step = step
     index = min(clock.begin + step, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
@@ -337,6 +357,8 @@ def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Ar
     if root.scale is None:
         return 0
     value = root.scale.to_training(_number(raw, lowest=root.scale.lowest))
+    if not root.listed and value <= 1.0:
+        return 0  # as likely a fraction as the last timestep
     nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
     return nearest if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else 0
 
@@ -345,7 +367,12 @@ _NEAR = 5e-3  # a timestep that went through bfloat16 is off by up to 1 in 256
 
 
 def _by_value(
-    clock: Clock, sources: Sources, context: Context | None, root: Root, arguments: Arguments, *, repeated: bool
+    clock: Clock,
+    sources: Sources,
+    context: Context | None,
+    root: Root,
+    arguments: Arguments,
+    repeats: Callable[[], bool],
 ) -> tuple[bool, Tick]:
     t, known = _timestep(sources, context, root, arguments)
     index = context.step_index if context is not None else None
@@ -355,11 +382,11 @@ def _by_value(
         starts, moved = index < clock.step, index != clock.step
     elif t is not None and clock.t is not None and t != clock.t:
         starts, moved = _turns(clock, t, known=known), True
-    elif t is not None and clock.step == 0 and repeated:
+    elif t is not None and clock.step == 0 and repeats():
         # Second-order samplers repeat every timestep but the first: this is a run again, after one that was given up.
         starts, moved = True, True
     else:
-        starts, moved = len(clock.calls) >= _MOST_BRANCHES, repeated
+        starts, moved = len(clock.calls) >= _MOST_BRANCHES, repeats()
     if not starts and moved and sources.steps is not None and clock.step + 1 >= sources.steps:
         starts = index is None
     if starts or moved:

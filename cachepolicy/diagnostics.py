@@ -249,6 +249,7 @@ CODES: dict[str, str] = {
     "E311": "blocks that form no chain",
     "E320": "a timestep function that returns nothing",
     "E321": "a timestep in no known unit",
+    "E322": "an argument of an action without a value",
     "E330": "no evidence of guidance",
     "E331": "a prediction whose layout is not clear",
     "E332": "samples of different shapes",

@@ -266,12 +266,13 @@ class Problem:
 class Guide:
     """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
 
-    __slots__ = ("_bands", "_cond", "_frames", "_step")
+    __slots__ = ("_bands", "_cond", "_frames", "_several", "_step")
 
     def __init__(self) -> None:
         self._bands: Bands | None = None
         self._frames: Frames | None = None
         self._cond: Any = None
+        self._several = False
         self._step = -1
 
     def named(self, branch: str) -> bool:
@@ -289,6 +290,8 @@ class Guide:
             return Problem("guidance runs in several calls", final=True)
         elif _batch(arguments) % 2:
             return Problem("the batch has no two halves", final=True)
+        if self._several:
+            return Problem("the output holds more than the prediction", final=True)
         return None if self._bands is not None else Problem("nothing is kept yet", final=False)
 
     def halved(
@@ -322,6 +325,9 @@ class Guide:
             return output
         if halved:
             return with_prediction(output, whole(self._rebuilt(prediction, settings), prediction, settings["layout"]))
+        self._several = _tensors_in(output) > 1
+        if self._several:
+            return output
         if tick.branch in UNCOND_BRANCHES:
             uncond, cond = prediction, prediction_of(self._cond)
         else:
@@ -343,3 +349,11 @@ def _batch(arguments: Arguments) -> int:
     if isinstance(latents, torch.Tensor):
         return latents.shape[0] if latents.ndim > 0 else 1
     return len(latents) if isinstance(latents, list) else 1
+
+
+def _tensors_in(output: Any) -> int:
+    """How many tensors (or lists of samples) an output holds; only the prediction can be rebuilt."""
+    if isinstance(output, torch.Tensor | list):
+        return 1
+    values = output.values() if isinstance(output, dict) else output  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    return sum(isinstance(each, torch.Tensor | list) for each in values)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

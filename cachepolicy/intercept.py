@@ -18,6 +18,7 @@ from cachepolicy.actions import (
     STORE,
     Keeping,
     Slot,
+    counters,
     hidden_states,
     keep,
     reused,
@@ -33,7 +34,20 @@ class Frame:
     sites whose action is more than a store or a reuse.
     """
 
-    __slots__ = ("codes", "half", "halved", "inference", "owner", "serial", "slots", "step", "store", "turn", "unfit")
+    __slots__ = (
+        "codes",
+        "half",
+        "halved",
+        "inference",
+        "owner",
+        "serial",
+        "shares",
+        "slots",
+        "step",
+        "store",
+        "turn",
+        "unfit",
+    )
 
     def __init__(
         self, owner: object, codes: Sequence[str], slots: Sequence[Slot], store: str, turn: SpecialTurn, step: int
@@ -47,6 +61,7 @@ class Frame:
         self.halved = turn.halved
         self.half = turn.half
         self.inference = turn.inference
+        self.shares = not turn.halved and not turn.inference
         self.serial = next(_serials)
         self.unfit: list[tuple[int, str]] = []
 
@@ -129,17 +144,17 @@ def site_override(original: Method) -> Method:
         slot = frame.slots[index]
         if code is REUSE:
             states = args[0] if args else kwargs.get("hidden_states")
-            if slot.version is not None:
-                # The usual hit, written out: one tensor, kept from hidden states like these, that nobody wrote into.
-                kept = slot.output
-                if (
-                    type(states) is torch.Tensor
-                    and states.shape == slot.shape
-                    and kept._version == slot.version
-                    and states.dtype is slot.dtype
-                    and states.device == slot.device
-                ):
-                    return kept
+            kept, version, versions = slot.output, slot.version, slot.versions
+            # The usual hits, written out: a tensor or some, kept from hidden states like these, that nobody wrote into.
+            if (
+                type(states) is torch.Tensor
+                and (version is not None or (versions is not None and frame.shares))
+                and states.shape == slot.shape
+                and states.dtype is slot.dtype
+                and states.device == slot.device
+                and (kept._version == version if version is not None else counters(kept) == versions)
+            ):
+                return kept
             reason = unfit(slot, hidden_states(args, kwargs), halved=frame.halved)
             if reason is None:
                 return reused(slot, halved=frame.halved, half=frame.half, inference=frame.inference)
@@ -154,16 +169,20 @@ def site_override(original: Method) -> Method:
             if slot.call == frame.serial:
                 frame.turn.repeats(index)
             slot.call = frame.serial
-            # The usual miss, likewise.
-            states = args[0] if args else kwargs.get("hidden_states")
-            plain = code is STORE and site.plain and type(output) is torch.Tensor
-            if plain and type(states) is torch.Tensor and not output.requires_grad and not slot.clones:
-                slot.output = output
-                slot.version = output._version
-                slot.shape = states.shape
-                slot.dtype = states.dtype
-                slot.device = states.device
-                return output
+            if code is STORE and site.plain and not slot.clones:
+                # The usual misses, likewise.
+                states = args[0] if args else kwargs.get("hidden_states")
+                version, versions = None, None
+                if type(output) is not torch.Tensor:
+                    versions = counters(output)
+                elif not output.requires_grad and not output.is_inference():
+                    version = output._version
+                if type(states) is torch.Tensor and (version is not None or versions is not None):
+                    slot.output, slot.version, slot.versions = output, version, versions
+                    slot.shape = states.shape
+                    slot.dtype = states.dtype
+                    slot.device = states.device
+                    return output
         # Reading the step would make a compiled graph a step; only predictors and halved batches ask for it.
         step, full = (-1, True) if site.plain else (frame.step, not frame.halved)
         keep(slot, site.keeping, code, hidden_states(args, kwargs), output, step=step, full=full)

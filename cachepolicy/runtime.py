@@ -138,6 +138,8 @@ class Run:
         self.trace = Trace() if trace else None
         self._timestep = timestep
         self._scheduler = scheduler
+        reads_t = any("t" in plan.needs for plan in plans.values())
+        self._told = Sources(timestep=timestep, steps=steps, reads_t=reads_t)
         self._steps = steps
         self._guidance = guidance
         self._externals = dict(externals or {})
@@ -202,16 +204,15 @@ class Run:
         return follower
 
     def _sources(self) -> Sources:
-        reads_t = any("t" in plan.needs for plan in self.plans.values())
         if self._timestep is not None:
-            return Sources(timestep=self._timestep, steps=self._steps, reads_t=reads_t)
+            return self._told
         scheduler = self._scheduler
         if scheduler is None and PIPELINE.get() is self:
             scheduler = getattr(self.target, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
         if scheduler is not None and follower is not None and scheduler.timesteps is not None:
-            return Sources(scheduler, follower, steps=self._steps, reads_t=reads_t)
-        return Sources(steps=self._steps, reads_t=reads_t)
+            return Sources(scheduler, follower, steps=self._steps, reads_t=self._told.reads_t)
+        return self._told
 
     def _guided(self) -> bool | None:
         """Whether the pipeline that is running (or the caller) says that batches hold both halves of guidance."""

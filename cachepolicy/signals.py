@@ -25,7 +25,8 @@ class Stream:
     __slots__ = ("_magnitude", "_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor.detach()
+        # An inference tensor has no write counter: a copy cannot be written into.
+        self._tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
         self._version = None if tensor.is_inference() else tensor._version
         self._magnitude: torch.Tensor | None = None
 

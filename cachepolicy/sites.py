@@ -23,7 +23,7 @@ def select(selector: ir.Selector, skeleton: Skeleton) -> tuple[Modules, ...]:
     """
     if isinstance(selector, ir.Blocks) and not selector.each:
         return (_blocks(selector, skeleton),)
-    taken = _members(selector, skeleton)
+    taken = _members(selector, skeleton, _names(skeleton))
     return tuple((name,) for name in sorted(outermost(taken), key=skeleton.position.__getitem__))
 
 
@@ -33,25 +33,31 @@ def outermost(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in taken if not any(outer in taken for outer in ancestors(name)))
 
 
-def _members(selector: ir.Selector, skeleton: Skeleton) -> frozenset[str]:
+def _members(selector: ir.Selector, skeleton: Skeleton, among: frozenset[str]) -> frozenset[str]:
+    """What a selector takes of `among`, which never holds the root; the root and blocks are given as they are."""
     match selector:
         case ir.Pattern():
             matches = searcher(selector.regex)
-            return frozenset(name for name in _names(skeleton) if matches(name))
+            return frozenset(name for name in among if matches(name))
         case ir.OfClass():
             matches = searcher(selector.regex)
-            return frozenset(name for name in _names(skeleton) if matches(skeleton[name].class_name))
+            return frozenset(name for name in among if matches(skeleton[name].class_name))
         case ir.OfKind(of="model"):
             return frozenset({""})
         case ir.OfKind():
-            return frozenset(name for name in _names(skeleton) if selector.of in skeleton[name].kinds)
+            return frozenset(name for name in among if selector.of in skeleton[name].kinds)
         case ir.AllOf():
-            members = [_members(each, skeleton) for each in selector.selectors]
-            return frozenset[str].intersection(*members) if members else frozenset()
+            # Each selector looks at what the ones before it have left: a kind spares the regexes most of a model.
+            taken: frozenset[str] | None = None
+            for each in selector.selectors:
+                left = among if taken is None else taken - {""}
+                members = _members(each, skeleton, left)
+                taken = members if taken is None else taken & members
+            return taken or frozenset()
         case ir.AnyOf():
-            return frozenset[str]().union(*(_members(each, skeleton) for each in selector.selectors))
+            return frozenset[str]().union(*(_members(each, skeleton, among) for each in selector.selectors))
         case ir.NoneOf():
-            return frozenset(_names(skeleton)) - _members(selector.selector, skeleton)
+            return among - _members(selector.selector, skeleton, among)
         case ir.Blocks():
             if not selector.each:
                 help = "`each blocks` takes the blocks one by one"
@@ -63,9 +69,9 @@ def _members(selector: ir.Selector, skeleton: Skeleton) -> frozenset[str]:
             assert_never(selector)
 
 
-def _names(skeleton: Skeleton) -> Iterator[str]:
+def _names(skeleton: Skeleton) -> frozenset[str]:
     """Every module that can be a site, but the root: only the kind `model` takes that."""
-    return (module.name for module in skeleton.modules[1:] if module.selectable)
+    return frozenset(module.name for module in skeleton.modules[1:] if module.selectable)
 
 
 def _error(code: str, message: str, node: ir.Node, help: str | None = None) -> PolicyError:
@@ -130,7 +136,7 @@ def why_nothing(selector: ir.Selector, skeleton: Skeleton) -> str | None:
     """A help sentence for a selector that takes nothing: near names, or which part of it takes nothing."""
     names = [module.name for module in skeleton.modules[1:]]
     for part in _wanted(selector):
-        if not isinstance(part, ir.Pattern | ir.OfKind | ir.OfClass) or _members(part, skeleton):
+        if not isinstance(part, ir.Pattern | ir.OfKind | ir.OfClass) or _members(part, skeleton, _names(skeleton)):
             continue
         match part:
             case ir.Pattern():
@@ -141,7 +147,7 @@ def why_nothing(selector: ir.Selector, skeleton: Skeleton) -> str | None:
                 found = f"the model has no `{part.of}`; {_few('its kinds are', _kinds(skeleton))}"
         return found or _few("its parts are", _roots(skeleton))
     if isinstance(selector, ir.AllOf):
-        counts = [f"{len(_members(part, skeleton))}" for part in selector.selectors]
+        counts = [f"{len(_members(part, skeleton, _names(skeleton)))}" for part in selector.selectors]
         return f"its parts take {', '.join(counts[:-1])} and {counts[-1]} modules, none of them in common"
     return None
 

@@ -28,7 +28,8 @@ from cachepolicy.actions import (
     unfit,
     versions,
 )
-from cachepolicy.evaluate import Environment, evaluate, names_in
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.intercept import Frame, Leave, Site
 from cachepolicy.schedule import (
     HIDDEN,
@@ -185,11 +186,10 @@ class Turn:
             self.refuse(site, reason)
         for recorder in self._recorders.values():
             recorder.finish()
-        waiting = [
-            site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING
-        ]
-        for site in waiting:
-            self.decision(site)
+        if self.host.program.measured:
+            for site, group in enumerate(self.branch.partition.group_of):
+                if self.decisions[group] is WAITING:
+                    self.decision(site)
         if self.facts:
             self.decide_again()
         elif self.signals_of:
@@ -531,7 +531,7 @@ class Turn:
         """The action's arguments at this step; an external that they read is asked for now.
 
         Raises:
-            Undefined: an argument has no value at this step.
+            PolicyError: an argument has no value at this step (E322).
         """
         wanted = [argument for argument in action.arguments if argument.label not in without]
         names = dict[str, Any]()
@@ -540,7 +540,13 @@ class Turn:
             names |= {name: self._asked(name, site) for name in self.host.externals if name in read}
         names |= clock_words(self.tick, Memory(self.tick.step))
         environment = Environment(names, self.host.program.tables)
-        return {argument.label: evaluate(argument.value, environment) for argument in wanted}
+        try:
+            return {argument.label: evaluate(argument.value, environment) for argument in wanted}
+        except (Undefined, TypeError) as error:
+            step = self.tick.step
+            raise PolicyError.of(
+                "E322", f"an argument of `{action.kind}` has no value at step {step}: {error}"
+            ) from error
 
     def _asked(self, external: str, site: int) -> Any:
         """The caller's number; a callback in diffusers' manner is given the module that is answered."""

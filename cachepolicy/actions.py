@@ -128,7 +128,9 @@ def predict(
     predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
 ) -> torch.Tensor:
     """The value at `step` from computed ones at `steps`, the newest first; a short history lowers the order."""
-    return _PREDICTORS[predictor](history, steps, step, arguments)
+    answer = _PREDICTORS[predictor](history, steps, step, arguments)
+    # What is kept is not handed out: whoever receives an answer may write into it.
+    return answer.clone() if answer is history[0] else answer
 
 
 def _linear(history: Sequence[torch.Tensor], _steps: Sequence[int], _step: int, arguments: Arguments) -> torch.Tensor:
@@ -259,7 +261,8 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
 
 def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool, half: int) -> Any:
     """The predictor's answer, tensor by tensor of the output."""
-    kept = [Kept(slot.output, slot.step, slot.full), *slot.older]
+    # Half a batch is no history of a whole one.
+    kept = [each for each in (Kept(slot.output, slot.step, slot.full), *slot.older) if halved or each.full]
     columns = [_flat(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
     steps = [each.step for each in kept]
     answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]

@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
@@ -233,7 +234,7 @@ class Attached:
         if tick.step != state.step:
             state.decided.clear()
             state.step = tick.step
-        leader = next((state.decided[name] for name in self.followed if name in state.decided), None)
+        leaders = {name: state.decided[name] for name in self.followed if name in state.decided}
         facts = dict[int, str]()
         if reading.stale:
             # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
@@ -246,7 +247,7 @@ class Attached:
         if self.plan.probes or self.signals.numbers:
             environment = Environment(clock_words(tick, Memory(tick.step)), self.program.tables)
             measuring = Measuring(self.signals, branch.remembered, environment, tick.step)
-        turn = Turn(self, branch, tick, leader, measuring, facts)
+        turn = Turn(self, branch, tick, leaders, measuring, facts)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
         call.frame = turn.frame = self._frame(turn)
@@ -349,7 +350,7 @@ class Attached:
         state.calls += 1
         if not state.reused:
             state.reused = any(decision.verdict == "reuse" for decision in turn.decisions)
-        if state.trajectory is not None:
+        if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
             seconds = time.perf_counter() - turn.started
             state.trajectory.calls.append(
                 Call(turn.tick, turn.branch.partition, turn.decisions, turn.facts, seconds, turn.signals_of)
@@ -377,6 +378,7 @@ _REFUTED = frozenset({"E310", "E311"})  # what the first forward tells of the mo
 _FACTORS = frozenset({"low", "high"})
 """What the rebuilding of a step is told, and a computed step does not ask for."""
 
+_MOST_CALLS = 10_000  # of one trajectory in the trace; a model that tells no time may never end one
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 
@@ -458,5 +460,20 @@ def session_key() -> Hashable:
     if asyncio._get_running_loop() is not None:  # noqa: SLF001 (asyncio documents it for frameworks)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
         task = asyncio.current_task()
         if task is not None:
-            return ("task", id(task))
-    return ("thread", threading.get_ident())
+            return _TASKS.setdefault(task, _Token())
+    return _THREAD.token
+
+
+class _Token:
+    """Stands for one task or thread as long as it lives; numbers of dead ones are given again."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.token = _Token()
+
+
+_THREAD = _Thread()
+_TASKS: weakref.WeakKeyDictionary[Any, _Token] = weakref.WeakKeyDictionary()

@@ -41,10 +41,11 @@ CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=
 class Follower:
     """Counts the steps of one scheduler: `step` advances with each `scheduler.step`, `set_timesteps` starts anew."""
 
-    __slots__ = ("_numbers", "_source", "generation", "step")
+    __slots__ = ("_numbers", "_source", "begin", "generation", "step")
 
     def __init__(self) -> None:
         self.step = 0
+        self.begin: int | None = None
         self.generation = 0
         self._source: Any = None
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
@@ -52,6 +53,7 @@ class Follower:
     def restart(self) -> None:
         """The next call is step 0 of a new trajectory."""
         self.step = 0
+        self.begin = None
         self.generation += 1
 
     def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
@@ -324,12 +326,15 @@ def _by_scheduler(
     clock: Clock, scheduler: Any, follower: Follower, root: Root, arguments: Arguments, repeats: Callable[[], bool]
 ) -> tuple[bool, Tick]:
     timesteps, sigmas = follower.numbers(scheduler)
-    if clock.begin + follower.step >= len(timesteps) and clock.generation == follower.generation:
+    if follower.begin is not None and follower.begin + follower.step >= len(timesteps):
         follower.restart()
     starts = clock.generation != follower.generation
     if starts:
         clock.generation, clock.extra = follower.generation, 0
-        clock.begin = _begin(scheduler, timesteps, root, arguments)
+        if follower.begin is None:
+            # Found at the present step: what the scheduler has stepped so far lies between it and the beginning.
+            follower.begin = max(0, _begin(scheduler, timesteps, root, arguments, follower.step))
+        clock.begin = follower.begin
     step = follower.step + clock.extra
     raw = arguments.named.get(arguments.timestep or "")
     if not starts and step == clock.step and raw is not None and repeats() and _number(raw) != _number(clock.raw):
@@ -346,7 +351,7 @@ def _by_scheduler(
     return starts, Tick(step, timesteps[index], len(timesteps) - clock.begin, sigma)
 
 
-def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Arguments) -> int:
+def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Arguments, stepped: int) -> int:
     """Where in the scheduler's timesteps this trajectory starts: image-to-image runs start late."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
@@ -360,7 +365,7 @@ def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Ar
     if not root.listed and value <= 1.0:
         return 0  # as likely a fraction as the last timestep
     nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
-    return nearest if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else 0
+    return nearest - stepped if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else 0
 
 
 _NEAR = 5e-3  # a timestep that went through bfloat16 is off by up to 1 in 256

@@ -245,6 +245,7 @@ CODES: dict[str, str] = {
     "E305": "a removal while a forward runs",
     "E307": "an external that nobody supplies",
     "E308": "a policy that selects nothing",
+    "E309": "an argument of `apply` that does not fit",
     "E310": "streams that cannot be told apart",
     "E311": "blocks that form no chain",
     "E320": "a timestep function that returns nothing",

@@ -266,7 +266,7 @@ class Problem:
 class Guide:
     """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
 
-    __slots__ = ("_bands", "_cond", "_frames", "_several", "_step")
+    __slots__ = ("_alone", "_apart", "_bands", "_called", "_cond", "_frames", "_several", "_step")
 
     def __init__(self) -> None:
         self._bands: Bands | None = None
@@ -274,6 +274,9 @@ class Guide:
         self._cond: Any = None
         self._several = False
         self._step = -1
+        self._called: tuple[int, int] = (-1, 0)
+        self._alone = False
+        self._apart = False
 
     def named(self, branch: str) -> bool:
         """True where the branch's name says which half it is."""
@@ -286,13 +289,24 @@ class Guide:
                 return Problem("the conditional call has not run in this step", final=True)
         elif not guided:
             return Problem("there is no guidance", final=True)
-        elif calls > 1:
+        elif self._several_calls(tick.step, calls):
+            self._bands = None
             return Problem("guidance runs in several calls", final=True)
         elif _batch(arguments) % 2:
             return Problem("the batch has no two halves", final=True)
         if self._several:
             return Problem("the output holds more than the prediction", final=True)
+        if not self._alone and not self.named(tick.branch):
+            return Problem("no step has shown that it has one call", final=False)
         return None if self._bands is not None else Problem("nothing is kept yet", final=False)
+
+    def _several_calls(self, step: int, calls: int) -> bool:
+        """Whether a step of this trajectory has had more than one call; notes when one is over that had just one."""
+        before, last = self._called
+        self._apart |= calls > 1
+        self._alone |= step != before and last == 1
+        self._called = (step, calls)
+        return self._apart
 
     def halved(
         self, arguments: Arguments, args: tuple[Any, ...], settings: Mapping[str, Any]

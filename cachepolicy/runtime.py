@@ -64,6 +64,7 @@ def apply(
         params = said | params
     elif hasattr(policy, "policy"):
         policy = cast("Any", policy).policy()
+    _refuse_arguments(timestep, steps, guidance)
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: _supplier(name, params.pop(name)) for name in named & set(params)}
@@ -377,6 +378,18 @@ def _already(what: str) -> PolicyError:
         f"{what} has a policy already",
         help="`cachepolicy.remove(...)` it first, or combine both with `use` in one policy",
     )
+
+
+def _refuse_arguments(timestep: Any, steps: Any, guidance: Any) -> None:
+    problem = None
+    if timestep is not None and not callable(timestep):
+        problem = "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
+    elif steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        problem = f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
+    elif guidance is not None and not isinstance(guidance, bool):
+        problem = f"`guidance` is `{guidance!r}`", "True, False or None"
+    if problem is not None:
+        raise PolicyError.of("E309", problem[0], help=problem[1])
 
 
 def _supplier(name: str, value: Any) -> Callable[[], float]:

@@ -93,7 +93,7 @@ class Inputs:
     memory: Memory
     signals: Mapping[str, float]
     tables: Mapping[str, Sequence[int | float]]
-    followed: Decision | None = None
+    followed: Mapping[str, Decision] = field(default_factory=dict[str, "Decision"])
     fact: str | None = None
 
 
@@ -162,7 +162,7 @@ def _answered(bound: BoundRule, inputs: Inputs, verdict: Any) -> Decision:
 
 def unfollowed(bound: BoundRule, inputs: Inputs) -> str:
     """Why a following branch computes; empty where it may reuse."""
-    followed = inputs.followed
+    followed = inputs.followed.get(bound.rule.follow or "")
     if followed is None:
         return f"`{bound.rule.follow}` has not run in this step"
     if followed.rule != bound.index or followed.verdict != "reuse":
@@ -430,7 +430,7 @@ def decide_all(
     *,
     signals: Mapping[str, float] | None = None,
     signals_of: Mapping[int, Mapping[str, float]] | None = None,
-    followed: Sequence[Decision] | None = None,
+    followed: Mapping[str, Sequence[Decision]] | None = None,
     facts: Mapping[int, str] | None = None,
 ) -> tuple[list[Decision], list[Memory]]:
     """Decide every group at one call; gives the decisions and the memories after it, by group number.
@@ -445,9 +445,9 @@ def decide_all(
     after = list[Memory]()
     for group, memory in zip(partition.groups, memories, strict=True):
         site = group.sites[0]
-        leader = followed[site] if followed is not None else None
+        leaders = {name: decided[site] for name, decided in followed.items()} if followed else _NO_LEADERS
         here = given if signals_of is None else signals_of.get(site, given)
-        inputs = Inputs(tick, memory, here, program.tables, leader, facts.get(site) if facts else None)
+        inputs = Inputs(tick, memory, here, program.tables, leaders, facts.get(site) if facts else None)
         if group.parents and any(hides(decisions[parent]) for parent in group.parents):
             decision = HIDDEN
         elif signals_of is not None and site not in signals_of and _waits(program, group, inputs):
@@ -470,6 +470,9 @@ def rebuilds_uncond(program: Program, partition: Partition, memories: Sequence[M
             decision = decide(group.rules, Inputs(tick, memory, {}, program.tables))
             return decision.verdict == "reuse" and isinstance(decision.action, ir.ApproximateUncond)
     return False
+
+
+_NO_LEADERS: Mapping[str, Decision] = {}
 
 
 def _waits(program: Program, group: Group, inputs: Inputs) -> bool:

@@ -165,7 +165,7 @@ def _run(
             alone = rebuilds_uncond(program, partition, memories[other], replace(tick, branch=other))
             tick = replace(tick, uncond_skipped=alone)
         call = tick.step, tick.branch
-        leader = next((decided[name, tick.step] for name in followed if (name, tick.step) in decided), None)
+        leaders = {name: decided[name, tick.step] for name in followed if (name, tick.step) in decided}
         here = {
             site.index: facts[site.name, tick.step, tick.branch]
             for site in bound.sites
@@ -178,7 +178,7 @@ def _run(
             tick,
             signals=values.get(call),
             signals_of=None if measured is None else measured.get(call, {}),
-            followed=leader,
+            followed=leaders,
             facts=here,
         )
         decided[tick.branch, tick.step] = partition.spread(decisions)

@@ -110,14 +110,14 @@ class Turn:
         host: Host,
         branch: Branch,
         tick: Tick,
-        leader: Sequence[Decision] | None,
+        leaders: Mapping[str, Sequence[Decision]],
         measuring: Measuring | None,
         facts: dict[int, str],
     ) -> None:
         self.host = host
         self.branch = branch
         self.tick = tick
-        self.leader = leader
+        self.leaders = leaders
         self.measuring = measuring
         self.inference = torch.is_inference_mode_enabled()
         self.facts = facts
@@ -147,7 +147,7 @@ class Turn:
             self.branch.memories,
             self.tick,
             signals_of=self.signals_of if self.host.program.measured else None,
-            followed=self.leader,
+            followed=self.leaders,
             facts=self.facts,
         )
 
@@ -165,9 +165,9 @@ class Turn:
         return self.decisions[group]
 
     def _inputs(self, site: int, memory: Memory) -> Inputs:
-        leader = self.leader[site] if self.leader is not None else None
+        leaders = {name: decided[site] for name, decided in self.leaders.items()}
         signals = self.signals_of.get(site, {})
-        return Inputs(self.tick, memory, signals, self.host.program.tables, leader, self.facts.get(site))
+        return Inputs(self.tick, memory, signals, self.host.program.tables, leaders, self.facts.get(site))
 
     def repeats(self, site: int) -> None:
         """A site that one forward calls more than once has one slot for several answers: it always computes."""
@@ -192,6 +192,8 @@ class Turn:
                     self.decision(site)
         if self.facts:
             self.decide_again()
+            if self._measured():
+                self.decide_again()
         elif self.signals_of:
             self._resolve()
         if self.measuring is not None:
@@ -200,6 +202,15 @@ class Turn:
             decisions = self.branch.partition.spread(self.decisions)
             computed = [site for site, decision in enumerate(decisions) if decision.computes]
             self.measuring.finish(list(range(len(decisions))), computed)
+
+    def _measured(self) -> bool:
+        """Give the sites that have come to wait, since what hid them had to compute, their signals."""
+        waiting = [
+            site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING
+        ]
+        if self.measuring is not None:
+            self.signals_of |= {site: self.measuring.numbers(site) for site in waiting}
+        return bool(waiting)
 
     def decide_again(self) -> None:
         """Decide with the facts that have come up before anything ran."""
@@ -450,7 +461,7 @@ class Turn:
     def _led(self, span: int, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
         """What the first block of a segment gives for all of it."""
         chain, residual = self._chain(span), _of_residual(action)
-        history = chain.history[link.segment]
+        history = [entry for entry in chain.history[link.segment] if self.halved or entry.full]
         steps = [entry.step for entry in history]
         values, answers = list[torch.Tensor | None](), list[Any]()
         for place, given in enumerate(inputs):
@@ -466,9 +477,13 @@ class Turn:
             values.append(value)
             answers.append(given + value if residual else value.clone())
         if feedback(action):
-            nothing = (None,) * len(values)
-            kept = (tuple(values), nothing) if residual else (nothing, tuple(values))
-            newest = Entry(*kept, self.tick.step, not self.halved)
+            pairs = [
+                (answer, given, value is not None) for answer, given, value in zip(answers, inputs, values, strict=True)
+            ]
+            what = self.host.keepings[span]
+            residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
+            outputs = tuple(answer if known and what.outputs else None for answer, _, known in pairs)
+            newest = Entry(residuals, outputs, self.tick.step, not self.halved)
             chain.history[link.segment] = [newest, *history][: self.host.keepings[span].depth]
         return answers
 

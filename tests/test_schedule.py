@@ -205,7 +205,8 @@ def test_coarse_and_fine_partitions_agree(schedule: Schedule) -> None:
     for partition in (program.coarse, program.fine):
         memories, leaders = dict[str, list](), dict[tuple[str, int], Sequence[Decision]]()
         for tick in schedule.ticks:
-            leader = leaders.get(("cond", tick.step))
+            cond = leaders.get(("cond", tick.step))
+            leader = {} if cond is None else {"cond": cond}
             before = memories.get(tick.branch, partition.start())
             decisions, memories[tick.branch] = decide_all(program, partition, before, tick, followed=leader)
             leaders[tick.branch, tick.step] = spread = partition.spread(decisions)

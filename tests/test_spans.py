@@ -567,14 +567,12 @@ def test_many_rules_answer_what_was_computed(toy: models.Toy, text: str) -> None
     _agrees(replace(toy, in_place=False), text)
 
 
-@pytest.mark.xfail(reason="the overwritten result stays in the history behind the new one")
 @pytest.mark.parametrize("predictor", ["taylor(order: 1)", "hermite(order: 1, scale: 0.5)"])
 def test_no_prediction_is_made_from_what_was_overwritten(predictor: str) -> None:
     """A result that the model wrote into is forgotten, also as the one before the newest."""
     _agrees(models.Toy(in_place=True), f"match attention every 4 since compute -> predict {predictor}\n")
 
 
-@pytest.mark.xfail(reason="what is fed back is kept as an output or a residual, and read as the other")
 @pytest.mark.parametrize("answer", ["reuse residual", "predict taylor(order: 1) of residual"])
 def test_fed_back_answers_serve_both_kinds_of_rules(answer: str) -> None:
     """An answer in the history has an output and a residual, whichever made it."""
@@ -584,7 +582,6 @@ def test_fed_back_answers_serve_both_kinds_of_rules(answer: str) -> None:
     _agrees(models.Toy(), text)
 
 
-@pytest.mark.xfail(reason="a site inside what was skipped is left undecided")
 def test_a_site_that_waits_inside_what_is_skipped_is_hidden() -> None:
     """Its signals come in, but nobody asks it."""
     text = """

@@ -78,6 +78,7 @@ class Surroundings:
     guided: Callable[[], bool | None]
     refuted: Callable[[], None]
     externals: Mapping[str, Callable[[], float]]
+    worst_sample: bool
     trace: Trace | None
     most_sessions: int
 
@@ -246,7 +247,8 @@ class Attached:
         measuring = None
         if self.plan.probes or self.signals.numbers:
             environment = Environment(clock_words(tick, Memory(tick.step)), self.program.tables)
-            measuring = Measuring(self.signals, branch.remembered, environment, tick.step)
+            worst = self.around.worst_sample
+            measuring = Measuring(self.signals, branch.remembered, environment, tick.step, worst=worst)
         turn = Turn(self, branch, tick, leaders, measuring, facts)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Hashable, Mapping
 from contextvars import ContextVar
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 
@@ -36,6 +36,7 @@ def apply(
     scheduler: Any = None,
     steps: int | None = None,
     guidance: bool | None = None,
+    samples: Literal["mean", "max"] = "mean",
     trace: bool = True,
     **params: Any,
 ) -> Run:
@@ -64,7 +65,7 @@ def apply(
         params = said | params
     elif hasattr(policy, "policy"):
         policy = cast("Any", policy).policy()
-    _refuse_arguments(timestep, steps, guidance)
+    _refuse_arguments(timestep, steps, guidance, samples)
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: _supplier(name, params.pop(name)) for name in named & set(params)}
@@ -87,7 +88,7 @@ def apply(
         )
     run = Run(
         target, loaded, roots, plans, timestep=timestep, scheduler=scheduler, steps=steps, guidance=guidance,
-        externals=externals, trace=trace,
+        externals=externals, worst_sample=samples == "max", trace=trace,
     )  # fmt: skip
     run.attach()
     return run
@@ -119,7 +120,7 @@ class Run:
     `plan` is the (first) denoiser's plan, `plans` holds all by name; `trace` is what happened, None when switched off.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what `apply` was told, by name)
         self,
         target: Any,
         policy: ir.Policy,
@@ -131,6 +132,7 @@ class Run:
         steps: int | None,
         guidance: bool | None = None,
         externals: Mapping[str, Callable[[], float]] | None = None,
+        worst_sample: bool = False,
         trace: bool,
     ) -> None:
         self.target = target
@@ -143,6 +145,7 @@ class Run:
         self._told = Sources(timestep=timestep, steps=steps, reads_t=reads_t)
         self._steps = steps
         self._guidance = guidance
+        self._worst_sample = worst_sample
         self._externals = dict(externals or {})
         self._pipeline = is_pipeline(target)
         self._roots = dict(roots)
@@ -177,7 +180,15 @@ class Run:
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         plan = self.plans[name]
-        around = Surroundings(self._sources, self._guided, self._detach, self._externals, self.trace, MOST_SESSIONS)
+        around = Surroundings(
+            self._sources,
+            self._guided,
+            self._detach,
+            self._externals,
+            self._worst_sample,
+            self.trace,
+            MOST_SESSIONS,
+        )
         attached = Attached(self, module, plan, around)
         self._attached[name] = attached
         for place, handle in attached.handles.items():
@@ -380,7 +391,7 @@ def _already(what: str) -> PolicyError:
     )
 
 
-def _refuse_arguments(timestep: Any, steps: Any, guidance: Any) -> None:
+def _refuse_arguments(timestep: Any, steps: Any, guidance: Any, samples: Any) -> None:
     problem = None
     if timestep is not None and not callable(timestep):
         problem = "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
@@ -388,6 +399,8 @@ def _refuse_arguments(timestep: Any, steps: Any, guidance: Any) -> None:
         problem = f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
     elif guidance is not None and not isinstance(guidance, bool):
         problem = f"`guidance` is `{guidance!r}`", "True, False or None"
+    elif samples not in {"mean", "max"}:
+        problem = f"`samples` is `{samples!r}`", '`"mean"` or `"max"`'
     if problem is not None:
         raise PolicyError.of("E309", problem[0], help=problem[1])
 

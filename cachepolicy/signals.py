@@ -99,9 +99,12 @@ class Remembered:
 class Measuring:
     """The signals of one call: probes as they come in, numbers on demand."""
 
-    __slots__ = ("_environment", "_seen", "_signals", "_step", "past")
+    __slots__ = ("_environment", "_seen", "_signals", "_step", "_worst", "past")
 
-    def __init__(self, signals: Signals, past: Remembered, environment: Environment, step: int) -> None:
+    def __init__(
+        self, signals: Signals, past: Remembered, environment: Environment, step: int, *, worst: bool = False
+    ) -> None:
+        self._worst = worst
         self._signals = signals
         self._environment = environment
         self._step = step
@@ -184,7 +187,8 @@ class Measuring:
             raise Undefined(f"`{call.function}(...)` reads tensors")
         if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:
             raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
-        value = float(_norm(call.function, tensors).item())
+        norm = _worst(call.function, tensors) if self._worst else _norm(call.function, tensors)
+        value = float(norm.item())
         if not math.isfinite(value):
             raise Undefined(f"`{call.function}(...)` is {value}")
         return value
@@ -216,6 +220,13 @@ def _norm(function: str, streams: list[Stream]) -> torch.Tensor:
             return torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
         case _:
             raise Undefined(f"`{function}(...)` is not a norm")
+
+
+def _worst(function: str, streams: list[Stream]) -> torch.Tensor:
+    """The largest of the samples' norms (the smallest cosine), so that none is judged by its neighbours."""
+    samples = [[Stream(sample) for sample in stream.tensor] for stream in streams]
+    norms = torch.stack([_norm(function, list(sample)) for sample in zip(*samples, strict=True)])
+    return norms.min() if function == "cosine" else norms.max()
 
 
 def probed(probe: ir.Probe, names: Mapping[str, Any], first: torch.Tensor | None) -> torch.Tensor | None:

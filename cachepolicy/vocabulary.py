@@ -42,7 +42,7 @@ RESERVED = frozenset((*STATEMENT_WORDS, *CLAUSE_WORDS, *ACTION_WORDS, *SELECTOR_
 APPLY_KEYWORDS = frozenset(
     {
         "target", "policy", "timestep", "scheduler", "steps", "trace", "session", "process_group", "history_dtype",
-        "history_device", "memory_limit",
+        "history_device", "memory_limit", "guidance", "samples",
     }
 )  # fmt: skip
 """What `apply` takes for itself, so that no parameter can be called this."""

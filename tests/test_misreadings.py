@@ -94,10 +94,27 @@ def test_a_late_leader_is_found_by_name() -> None:
     assert set(rows.values()) == {"CRCR"}
 
 
-@pytest.mark.parametrize("wrong", [{"timestep": 5}, {"steps": 0}, {"steps": "x"}, {"guidance": "yes"}])
+@pytest.mark.parametrize(
+    "wrong", [{"timestep": 5}, {"steps": 0}, {"steps": "x"}, {"guidance": "yes"}, {"samples": "all"}]
+)
 def test_arguments_that_do_not_fit_are_refused(wrong: dict[str, object]) -> None:
     """Before anything is attached."""
     model = Small()
     with pytest.raises(cachepolicy.PolicyError, match="E309"):
         cachepolicy.apply(model, cachepolicy.parse(WINDOW), **wrong)
     assert type(model) is Small
+
+
+def test_a_batch_may_be_judged_by_its_worst_sample() -> None:
+    """By default one still sample hides another that moves; with `samples="max"` it does not."""
+    text = (
+        'signal x = input(model)\nsignal drift = relative_l1(x, kept(x))\nmatch "^attn" while drift < 0.35 -> reuse\n'
+    )
+    still, moving = torch.ones(1, 8), torch.ones(1, 8)
+    for samples, row in (("mean", "CRRR"), ("max", "CRCR")):
+        with cachepolicy.apply(Small(), cachepolicy.parse(text), samples=samples) as run:
+            for step in range(4):
+                batch = torch.cat([still, moving * (1 + 0.2 * step)])
+                run.target(batch, torch.tensor(900.0 - 100 * step))
+            assert run.trace is not None
+            assert run.trace.rows()["attn"] == row

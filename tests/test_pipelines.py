@@ -67,6 +67,24 @@ def test_run_after_run_is_the_same_and_as_scheduled(name: str) -> None:
                     assert {len(tiny.timesteps)} == {len(row) for row in got.values()}
 
 
+SHIPPED = {"pab": {"cross_every": 3}, "fbc": {"threshold": 0.5}, "fastercache": {}}
+"""The shipped policies, with settings under which each reuses something on some pipeline."""
+
+
+@pytest.mark.parametrize("policy", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in PIPELINES if not name.startswith("unet")])
+def test_every_shipped_policy_runs_twice_alike(name: str, policy: str) -> None:
+    """A second call of a real pipeline is as the first, under each policy."""
+    tiny = PIPELINES[name]()
+    # These two pipelines do not show whether they guide.
+    guidance = True if name in {"pixart", "dit"} else None
+    with cachepolicy.apply(tiny.pipe, policy, guidance=guidance, **SHIPPED[policy]) as run:
+        assert torch.equal(tiny(), tiny())
+        first, second = run.trace.trajectories[:: len(tiny.denoisers)][:2]
+    assert [call.tick for call in first.calls] == [call.tick for call in second.calls]
+    assert first.rows() == second.rows()
+
+
 def _total(probes: list[Probes]) -> dict[str, int]:
     total = dict[str, int]()
     for each in probes:

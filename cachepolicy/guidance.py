@@ -217,13 +217,38 @@ def _half(value: Any, batch: int | None, layout: str) -> Any:
     return value
 
 
-def prediction_of(output: Any) -> torch.Tensor:
-    """The tensor that a root's output is about: itself, `sample`, or the first of a tuple; a list becomes a batch.
+def predictions_of(output: Any, rows: int) -> list[torch.Tensor]:
+    """The tensors of a root's output that hold one row per sample, in order; a list of samples becomes a batch.
 
     Raises:
         PolicyError: the samples of a list have different shapes.
     """
-    value = _predicted(output)
+    return [_stacked(value) for value in _values(output) if _is_batch(value, rows)]
+
+
+def with_predictions(output: Any, rows: int, predictions: Sequence[torch.Tensor]) -> Any:
+    """`output` with what `predictions_of` gives replaced, each by the next of `predictions`."""
+    given = iter(predictions)
+    values = [_like(value, next(given)) if _is_batch(value, rows) else value for value in _values(output)]
+    if isinstance(output, dict):
+        items = dict(zip(output, values, strict=True))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return items if type(output) is dict else type(output)(**items)  # pyright: ignore[reportUnknownArgumentType]
+    return type(output)(values) if isinstance(output, tuple) else values[0]  # pyright: ignore[reportUnknownVariableType]
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return list(output.values())  # pyright: ignore[reportUnknownArgumentType]
+    return list(output) if isinstance(output, tuple) else [output]  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _is_batch(value: Any, rows: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim > 0 and value.shape[0] == rows
+    return isinstance(value, list) and len(value) == rows and all(isinstance(each, torch.Tensor) for each in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def _stacked(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     if len({each.shape for each in value}) != 1:
@@ -231,25 +256,8 @@ def prediction_of(output: Any) -> torch.Tensor:
     return torch.stack(value)
 
 
-def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """`output` with its prediction replaced."""
-    old = _predicted(output)
-    new = prediction if isinstance(old, torch.Tensor) else list(prediction.unbind(0))
-    if output is old:
-        return new
-    if isinstance(output, dict):
-        items = {key: new if value is old else value for key, value in output.items()}  # pyright: ignore[reportUnknownVariableType]
-        return items if type(output) is dict else type(output)(**items)  # pyright: ignore[reportUnknownArgumentType]
-    return type(output)(new if value is old else value for value in output)
-
-
-def _predicted(output: Any) -> torch.Tensor | list[torch.Tensor]:
-    sample = getattr(output, "sample", None)
-    if isinstance(output, tuple):
-        sample = output[0]  # pyright: ignore[reportUnknownVariableType]
-    elif sample is None and isinstance(output, dict):
-        sample = next(iter(output.values()))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    return output if sample is None else sample  # pyright: ignore[reportReturnType]
+def _like(value: Any, prediction: torch.Tensor) -> Any:
+    return prediction if isinstance(value, torch.Tensor) else list(prediction.unbind(0))
 
 
 # --- the guidance of one trajectory ----------------------------------------------------------------------
@@ -266,13 +274,12 @@ class Problem:
 class Guide:
     """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
 
-    __slots__ = ("_alone", "_apart", "_bands", "_called", "_cond", "_frames", "_several", "_step")
+    __slots__ = ("_alone", "_apart", "_called", "_cond", "_kept", "_rows", "_step")
 
     def __init__(self) -> None:
-        self._bands: Bands | None = None
-        self._frames: Frames | None = None
+        self._kept: list[tuple[Bands, Frames]] = []
         self._cond: Any = None
-        self._several = False
+        self._rows = 0
         self._step = -1
         self._called: tuple[int, int] = (-1, 0)
         self._alone = False
@@ -290,15 +297,13 @@ class Guide:
         elif not guided:
             return Problem("there is no guidance", final=True)
         elif self._several_calls(tick.step, calls):
-            self._bands = None
+            self._kept = []
             return Problem("guidance runs in several calls", final=True)
         elif _batch(arguments) % 2:
             return Problem("the batch has no two halves", final=True)
-        if self._several:
-            return Problem("the output holds more than the prediction", final=True)
         if not self._alone and not self.named(tick.branch):
             return Problem("no step has shown that it has one call", final=False)
-        return None if self._bands is not None else Problem("nothing is kept yet", final=False)
+        return None if self._kept else Problem("nothing is kept yet", final=False)
 
     def _several_calls(self, step: int, calls: int) -> bool:
         """Whether a step of this trajectory has had more than one call; notes when one is over that had just one."""
@@ -319,8 +324,8 @@ class Guide:
 
     def answered(self, settings: Mapping[str, Any]) -> Any:
         """The answer of the unconditional call, from this step's conditional one."""
-        cond = prediction_of(self._cond)
-        return with_prediction(self._cond, self._rebuilt(cond, settings))
+        output, rows = self._cond, self._rows
+        return with_predictions(output, rows, self._rebuilt(predictions_of(output, rows), settings))
 
     def ended(
         self,
@@ -333,41 +338,45 @@ class Guide:
         halved: bool,
     ) -> Any:
         """Keep the difference of a full call, or put the missing half beside the conditional one."""
-        prediction = prediction_of(output)
+        rows = _batch(arguments)
         if tick.branch in COND_BRANCHES:
-            self._cond, self._step = output, tick.step
+            self._cond, self._step, self._rows = output, tick.step, rows
             return output
+        layout = settings["layout"]
         if halved:
-            return with_prediction(output, whole(self._rebuilt(prediction, settings), prediction, settings["layout"]))
-        self._several = _tensors_in(output) > 1
-        if self._several:
-            return output
+            conds = predictions_of(output, rows // 2)
+            unconds = self._rebuilt(conds, settings)
+            both = [whole(uncond, cond, layout) for uncond, cond in zip(unconds, conds, strict=True)]
+            return with_predictions(output, rows // 2, both)
+        predictions = predictions_of(output, rows)
         if tick.branch in UNCOND_BRANCHES:
-            uncond, cond = prediction, prediction_of(self._cond)
+            pairs = list(zip(predictions, predictions_of(self._cond, rows), strict=True))
         else:
-            uncond, cond = halves(prediction, settings["layout"])
+            pairs = [halves(prediction, layout) for prediction in predictions]
         latents = arguments.named.get(arguments.latents or "")
         latents = latents if isinstance(latents, torch.Tensor) else None
-        self._frames = frames_of(prediction, arguments.named, latents, channels, settings)
-        self._bands = difference(self._frames.split(uncond), self._frames.split(cond))
+        self._kept = []
+        for number, (prediction, (uncond, cond)) in enumerate(zip(predictions, pairs, strict=True)):
+            if number > 0 and prediction.ndim == _SEQUENCE:
+                frames = Frames("BSC", (1, 1, prediction.shape[1]))  # a second stream, such as sound
+            else:
+                frames = frames_of(prediction, arguments.named, latents, channels, settings)
+            self._kept.append((difference(frames.split(uncond), frames.split(cond)), frames))
         return output
 
-    def _rebuilt(self, cond: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
-        assert self._bands is not None and self._frames is not None  # noqa: PT018 (`problem` has looked)
-        rows = rebuild(self._bands, self._frames.split(cond), settings["low"], settings["high"])
-        return self._frames.join(rows, cond.shape[0]).to(cond.dtype)
+    def _rebuilt(self, conds: Sequence[torch.Tensor], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+        rebuilt = list[torch.Tensor]()
+        for cond, (bands, frames) in zip(conds, self._kept, strict=True):
+            rows = rebuild(bands, frames.split(cond), settings["low"], settings["high"])
+            rebuilt.append(frames.join(rows, cond.shape[0]).to(cond.dtype))
+        return rebuilt
+
+
+_SEQUENCE = 3  # dimensions of a batch of token sequences
 
 
 def _batch(arguments: Arguments) -> int:
     latents = arguments.named.get(arguments.latents or "")
     if isinstance(latents, torch.Tensor):
         return latents.shape[0] if latents.ndim > 0 else 1
-    return len(latents) if isinstance(latents, list) else 1
-
-
-def _tensors_in(output: Any) -> int:
-    """How many tensors (or lists of samples) an output holds; only the prediction can be rebuilt."""
-    if isinstance(output, torch.Tensor | list):
-        return 1
-    values = output.values() if isinstance(output, dict) else output  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    return sum(isinstance(each, torch.Tensor | list) for each in values)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return len(latents) if isinstance(latents, list) else 1  # pyright: ignore[reportUnknownArgumentType]

@@ -22,11 +22,11 @@ from cachepolicy.guidance import (  # noqa: E402
     conditional,
     difference,
     halves,
-    prediction_of,
+    predictions_of,
     rebuild,
     split_bands,
     whole,
-    with_prediction,
+    with_predictions,
 )
 from cachepolicy.testing import zoo  # noqa: E402
 
@@ -143,18 +143,28 @@ def test_a_prediction_is_replaced_in_any_output(form: str) -> None:
     """The type of the output stays, and so does what else it holds."""
     x, new = _randn(2, 3), _randn(4, 3)
     output = OUTPUTS[form](x)
-    assert torch.equal(prediction_of(output), x)
-    replaced = with_prediction(output, new)
+    (found,) = predictions_of(output, 2)
+    assert torch.equal(found, x)
+    replaced = with_predictions(output, 2, [new])
     assert type(replaced) is type(output)
-    assert torch.equal(prediction_of(replaced), new)
+    assert torch.equal(predictions_of(replaced, 4)[0], new)
     if isinstance(output, tuple):
         assert replaced[1] == output[1]
+
+
+def test_every_tensor_of_an_output_is_rebuilt() -> None:
+    """A model of picture and sound predicts both, and both lose their unconditional half."""
+    picture, sound, new = _randn(4, 3, 8, 8), _randn(4, 6, 5), (_randn(2, 3, 8, 8), _randn(2, 6, 5))
+    output = (picture, sound, "said")
+    assert [x.shape for x in predictions_of(output, 4)] == [picture.shape, sound.shape]
+    replaced = with_predictions(output, 4, new)
+    assert replaced == (new[0], new[1], "said")
 
 
 def test_samples_of_different_shapes_are_refused() -> None:
     """A list of samples is a guidance batch only where they can be halved."""
     with pytest.raises(cachepolicy.PolicyError) as refusal:
-        prediction_of([_randn(2, 3), _randn(2, 4)])
+        predictions_of([_randn(2, 3), _randn(2, 4)], 2)
     assert [each.code for each in refusal.value.diagnostics] == ["E332"]
 
 

@@ -15,6 +15,7 @@ from cachepolicy.evaluate import (
     names_in,
 )
 from cachepolicy.plan import BoundRule, Plan
+from cachepolicy.vocabulary import KEPT_LIMIT
 
 COND_BRANCHES = frozenset({"cond", "pred_cond"})
 UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})
@@ -308,13 +309,10 @@ def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> M
             kept_on = {**memory.accumulated, **decision.accumulated}
             return replace(memory, reuses=counted, accumulated=kept_on, previous=previous, seen=seen)
         case "compute":
-            kept = {what: (value, *memory.kept.get(what, ()))[:_DEPTH] for what, value in now.items()}
+            kept = {what: (value, *memory.kept.get(what, ()))[:KEPT_LIMIT] for what, value in now.items()}
             return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen)
         case _:
             assert_never(decision.verdict)
-
-
-_DEPTH = 4  # how many computes back `kept(x, n)` can reach
 
 
 def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression, float]:

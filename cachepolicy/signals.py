@@ -57,7 +57,8 @@ class Signals:
     """The number signals that rules read, written out down to probes, and what has to be remembered for them."""
 
     numbers: Mapping[str, ir.Expression]
-    remembered: tuple[ir.Expression, ...]
+    remembered: Mapping[ir.Expression, int]
+    """What `prev` and `kept` read, and how many computes back."""
     probes: frozenset[ir.Probe]
     _parts: dict[ir.Expression, list[ir.Call]] = field(
         default_factory=dict[ir.Expression, list[ir.Call]], repr=False, compare=False
@@ -79,10 +80,13 @@ def signals_of(plan: Plan) -> Signals:
     read = {node.name for each in conditions for node in walk(each) if isinstance(node, ir.Name)}
     numbers = {name: value for name, value in closed.items() if name in read}
     nodes = [node for value in numbers.values() for node in walk(value)]
-    remembered = dict.fromkeys(
-        node.arguments[0] for node in nodes if isinstance(node, ir.Call) and node.function in MEMORIES
-    )
-    return Signals(numbers, tuple(remembered), frozenset(node for node in nodes if isinstance(node, ir.Probe)))
+    remembered = dict[ir.Expression, int]()
+    for node in nodes:
+        if isinstance(node, ir.Call) and node.function in MEMORIES:
+            what, *back = node.arguments
+            depth = int(evaluate(back[0])) if back else 1
+            remembered[what] = max(depth, remembered.get(what, 0))
+    return Signals(numbers, remembered, frozenset(node for node in nodes if isinstance(node, ir.Probe)))
 
 
 @dataclass(slots=True)
@@ -139,11 +143,11 @@ class Measuring:
                     now[expression, site] = self._value(expression, site)
                 except Undefined:
                     continue
-        for expression in self._signals.remembered:
+        for expression, depth in self._signals.remembered.items():
             for site in computed:
                 key = (expression, site)
                 if key in now:
-                    self.past.kept[key] = (now[key], *self.past.kept.get(key, ()))[:_DEPTH]
+                    self.past.kept[key] = (now[key], *self.past.kept.get(key, ()))[:depth]
                 else:
                     self.past.kept.pop(key, None)
         self.past.previous, self.past.step = now, self._step
@@ -192,9 +196,6 @@ class Measuring:
         if not math.isfinite(value):
             raise Undefined(f"`{call.function}(...)` is {value}")
         return value
-
-
-_DEPTH = 4  # how many computes back `kept(x, n)` can reach
 
 
 def _outermost(node: ir.Node) -> list[ir.Call]:

@@ -443,8 +443,6 @@ def test_the_simulator_given_the_measured_numbers_decides_the_same(name: str, th
 
 def test_kept_reaches_as_far_back_as_the_language_lets_it() -> None:
     """`kept(x, n)` has a value after n computes, for every n that the checker takes."""
-    policy = cachepolicy.parse(
-        "signal x = input(model)\nmatch attention while kept(step, 6) >= 0 -> reuse\nexpect attention over 9 steps: C C C C C C R R R\n"
-    )
-    rows = cachepolicy.simulate(policy, steps=9, signals={"x": 0.0}).rows
+    policy = cachepolicy.parse("match attention while kept(step, 6) >= 0 -> reuse\n")
+    rows = cachepolicy.simulate(policy, steps=9).rows
     assert set(rows.values()) == {"CCCCCCRRR"}

@@ -24,18 +24,14 @@ PENDING = "pending"
 class Slot:
     """What one site keeps on one branch: its last outputs, the newest first, or the chain of its segments.
 
-    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from,
-    and an
-    answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
-    one tensor
-    that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once somebody
-    wrote into
-    an answer.
+    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from, and
+    an answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
+    one tensor that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once
+    somebody wrote into an answer; `call` is the last forward that the site computed in.
     """
 
     __slots__ = (
-        "call",
-        "chain", "clones", "device", "dtype", "full", "older", "output", "shape", "step", "version", "versions",
+        "call", "chain", "clones", "device", "dtype", "full", "older", "output", "shape", "step", "version", "versions",
     )  # fmt: skip
 
     def __init__(self) -> None:

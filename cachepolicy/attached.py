@@ -22,8 +22,6 @@ from cachepolicy.actions import (
     COMPUTE,
     PENDING,
     REUSE,
-    STORE,
-    STORE_CLONE,
     Keeping,
     Slot,
     keeping,
@@ -321,7 +319,7 @@ class Attached:
         """The codes of all sites; those of equal decisions are laid out once."""
         partition = turn.branch.partition
         by_group = tuple(
-            _code(decision, self.keepings[group.sites[0]], inference=turn.inference)
+            _code(decision, self.keepings[group.sites[0]], turn.store)
             for decision, group in zip(turn.decisions, partition.groups, strict=True)
         )
         key = (partition is self.program.coarse, by_group)
@@ -330,8 +328,7 @@ class Attached:
             if len(self._codes) >= _MOST_SIGNATURES:
                 self._codes.clear()
             codes = self._codes[key] = [by_group[group] for group in partition.group_of]
-        store = STORE_CLONE if turn.inference else STORE
-        return Frame(self, codes, turn.branch.slots, store, turn, turn.tick.step)
+        return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
 
     def end(self, call: RootCall, output: Any) -> Any:
         """Commit what the call did: memories, counts and the trace."""
@@ -400,14 +397,12 @@ class RootCall:
     guidance: dict[str, Any] | None = None
 
 
-def _code(decision: Decision, what: Keeping, *, inference: bool) -> str:
-    """What a site does at this call. Inference tensors have no write counter, so there copies are kept and given."""
+def _code(decision: Decision, what: Keeping, store: str) -> str:
+    """What a site does at this call."""
     if decision is WAITING:
         return PENDING
     if decision.verdict != "reuse":
-        if not what.outputs:
-            return COMPUTE
-        return STORE_CLONE if inference else STORE
+        return store if what.outputs else COMPUTE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
 
 

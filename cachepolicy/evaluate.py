@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
 from cachepolicy import ir
+from cachepolicy.vocabulary import ACCUMULATORS, MEMORIES
 
 Value = int | float | bool | str | tuple["Value", ...] | ir.Interval | None
-
-ACCUMULATORS = frozenset({"sum", "product"})
-MEMORIES = frozenset({"prev", "kept"})
 
 
 class Undefined(Exception):
@@ -209,7 +207,6 @@ _FUNCTIONS: Mapping[str, Any] = {
     "clamp": _clamp,
     "poly": _poly,
 }
-NUMBER_FUNCTIONS = frozenset(_FUNCTIONS)
 
 
 # --- walking and rewriting -------------------------------------------------------------------------------

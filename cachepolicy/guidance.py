@@ -1,8 +1,7 @@
 """Guidance batches: running their conditional half, and the unconditional half rebuilt from kept differences.
 
 FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves in a low and a
-high
-band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
+high band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

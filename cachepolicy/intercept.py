@@ -50,12 +50,12 @@ class Frame:
     )
 
     def __init__(
-        self, owner: object, codes: Sequence[str], slots: Sequence[Slot], store: str, turn: SpecialTurn, step: int
+        self, owner: object, codes: Sequence[str], slots: Sequence[Slot], turn: SpecialTurn, step: int
     ) -> None:
         self.owner = owner
         self.codes = codes
         self.slots = slots
-        self.store = store
+        self.store = turn.store
         self.turn = turn
         self.step = step
         self.halved = turn.halved
@@ -119,6 +119,7 @@ class SpecialTurn(Protocol):
     halved: bool
     half: int
     inference: bool
+    store: str
 
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that the frame's codes do not settle."""

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from cachepolicy import ir
 from cachepolicy.diagnostics import Diagnostic, PolicyError
-from cachepolicy.evaluate import ACCUMULATORS, MEMORIES, names_in, stateful_calls, walk
+from cachepolicy.evaluate import names_in, stateful_calls, walk
 from cachepolicy.files import located
 from cachepolicy.loading import Resolved
 from cachepolicy.printer import format_node
@@ -16,6 +16,7 @@ from cachepolicy.probes import Measured, measured, unmeasurable
 from cachepolicy.shadows import shadowed
 from cachepolicy.sites import Modules, select, why_nothing
 from cachepolicy.skeleton import Skeleton, ancestors
+from cachepolicy.vocabulary import ACCUMULATORS, MEMORIES
 
 CLOCK = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"})
 """The clock words that a run may not be able to tell."""

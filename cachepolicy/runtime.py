@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Hashable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -139,11 +140,9 @@ class Run:
         self.policy = policy
         self.plans = dict(plans)
         self.trace = Trace() if trace else None
-        self._timestep = timestep
         self._scheduler = scheduler
         reads_t = any("t" in plan.needs for plan in plans.values())
         self._told = Sources(timestep=timestep, steps=steps, reads_t=reads_t)
-        self._steps = steps
         self._guidance = guidance
         self._worst_sample = worst_sample
         self._externals = dict(externals or {})
@@ -216,14 +215,14 @@ class Run:
         return follower
 
     def _sources(self) -> Sources:
-        if self._timestep is not None:
+        if self._told.timestep is not None:
             return self._told
         scheduler = self._scheduler
         if scheduler is None and PIPELINE.get() is self:
             scheduler = getattr(self.target, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
         if scheduler is not None and follower is not None and scheduler.timesteps is not None:
-            return Sources(scheduler, follower, steps=self._steps, reads_t=self._told.reads_t)
+            return replace(self._told, scheduler=scheduler, follower=follower)
         return self._told
 
     def _guided(self) -> bool | None:

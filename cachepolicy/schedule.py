@@ -434,9 +434,8 @@ def decide_all(
     """Decide every group at one call; gives the decisions and the memories after it, by group number.
 
     `signals` are the same for all sites. A run measures them at each site instead: with `signals_of`, by site number, a
-    group whose rule reads signals that are not there yet is `WAITING`. `followed` holds the followed branch's
-    decisions by
-    site number. `facts` by site number ask for `program.fine`.
+    group whose rule reads signals that are not there yet is `WAITING`. `followed` holds the decisions of the
+    followed branches, by name and site number. `facts` by site number ask for `program.fine`.
     """
     given = signals or {}
     decisions = list[Decision]()

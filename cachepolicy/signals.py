@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from cachepolicy import ir
-from cachepolicy.evaluate import MEMORIES, Environment, Undefined, children, evaluate, substitute, walk
+from cachepolicy.evaluate import Environment, Undefined, children, evaluate, substitute, walk
 from cachepolicy.plan import Plan
-from cachepolicy.vocabulary import NORMS
+from cachepolicy.vocabulary import MEMORIES, NORMS
 
 
 class Stream:

@@ -2,9 +2,8 @@
 
 While a span computes, its blocks' calls are watched. Where every output of one block is, as the very same tensor, an
 input of the next, both belong to one *segment*; where the model works in between (concatenates two streams, reshapes,
-adds
-a control signal), a new segment begins. Each segment keeps its own residual, so that on a reuse the work between the
-segments runs as it always does and is never counted twice.
+adds a control signal), a new segment begins. Each segment keeps its own residual, so that on a reuse the work between
+the segments runs as it always does and is never counted twice.
 """
 
 from __future__ import annotations

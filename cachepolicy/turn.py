@@ -120,6 +120,8 @@ class Turn:
         self.leaders = leaders
         self.measuring = measuring
         self.inference = torch.is_inference_mode_enabled()
+        # Inference tensors have no write counter, so there copies are kept.
+        self.store = STORE_CLONE if self.inference else STORE
         self.facts = facts
         self.signals_of: dict[int, Mapping[str, float]] = {}
         self.halved = False
@@ -186,13 +188,14 @@ class Turn:
             self.refuse(site, reason)
         for recorder in self._recorders.values():
             recorder.finish()
-        if self.host.program.measured:
-            for site, group in enumerate(self.branch.partition.group_of):
-                if self.decisions[group] is WAITING:
-                    self.decision(site)
+        for site in self._undecided():
+            self.decision(site)
         if self.facts:
             self.decide_again()
-            if self._measured():
+            if waiting := self._undecided():
+                # What hid them had to compute after all.
+                assert self.measuring is not None
+                self.signals_of |= {site: self.measuring.numbers(site) for site in waiting}
                 self.decide_again()
         elif self.signals_of:
             self._resolve()
@@ -203,14 +206,11 @@ class Turn:
             computed = [site for site, decision in enumerate(decisions) if decision.computes]
             self.measuring.finish(list(range(len(decisions))), computed)
 
-    def _measured(self) -> bool:
-        """Give the sites that have come to wait, since what hid them had to compute, their signals."""
-        waiting = [
-            site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING
-        ]
-        if self.measuring is not None:
-            self.signals_of |= {site: self.measuring.numbers(site) for site in waiting}
-        return bool(waiting)
+    def _undecided(self) -> list[int]:
+        """The sites that wait for their signals."""
+        if not self.host.program.measured:
+            return []
+        return [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
 
     def decide_again(self) -> None:
         """Decide with the facts that have come up before anything ran."""
@@ -240,9 +240,16 @@ class Turn:
                 self._record(span, position, module, names, self._opened, output)
         what = self.host.keepings[site.index]
         if what.outputs and not what.streams:
-            code = STORE_CLONE if self.inference else STORE
             states = hidden_states(args, kwargs)
-            keep(self.branch.slots[site.index], what, code, states, output, step=self.tick.step, full=not self.halved)
+            keep(
+                self.branch.slots[site.index],
+                what,
+                self.store,
+                states,
+                output,
+                step=self.tick.step,
+                full=not self.halved,
+            )
 
     def _resolve(self) -> None:
         """Put the decisions that have come in on the way, and what they hide, among those made before."""
@@ -517,7 +524,7 @@ class Turn:
         what = self.host.keepings[site.index]
         if what.streams:
             return COMPUTE  # its history is the chain that `members` names
-        store = (STORE_CLONE if self.inference else STORE) if what.outputs else COMPUTE
+        store = self.store if what.outputs else COMPUTE
         if self.decision(site.index).verdict != "reuse":
             return store
         problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
@@ -534,10 +541,9 @@ class Turn:
         arguments = self.arguments(action, site)
         output = predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
         if feedback(action):
-            code = STORE_CLONE if self.inference else STORE
             if self.halved and slot.full and slot.shape is not None:
                 slot.shape = torch.Size((slot.shape[0] // 2, *slot.shape[1:]))
-            push(slot, self.host.keepings[site], code, output, step=self.tick.step, full=not self.halved)
+            push(slot, self.host.keepings[site], self.store, output, step=self.tick.step, full=not self.halved)
         return output
 
     def arguments(

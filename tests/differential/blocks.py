@@ -7,43 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_first_block_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
-from harness import Clock, Run, flat
+from harness import Clock, Run, Watch, flat
 from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.testing import zoo
 
 TIMESTEPS = (950.0, 880.0, 780.0, 720.0, 650.0, 520.0, 400.0, 300.0)
-
-
-class Watch:
-    """Notes the modules inside which a Linear layer ran."""
-
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.seen = set[str]()
-        for name, module in modules.items():
-            for child in module.modules():
-                if isinstance(child, nn.Linear):
-                    child.register_forward_pre_hook(self._note(name))
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            self.seen.add(name)
-
-        return note
-
-    def take(self) -> frozenset[str]:
-        """The names noted since the last call."""
-        taken = frozenset(self.seen)
-        self.seen.clear()
-        return taken
 
 
 class Cast:

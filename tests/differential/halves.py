@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import FasterCacheConfig
 from diffusers.hooks import apply_faster_cache
-from harness import Clock, Probes, Run, flat
+from harness import Clock, Run, Watch, attentions, flat
 from torch import Tensor, nn
 
 import cachepolicy
@@ -149,7 +149,7 @@ def sample(
     **options: Any,
 ) -> Run:
     """Run the loop on a probed model; `call_of` gives what stands for the model where it is called otherwise."""
-    probes, run = Probes(model), Run()
+    probes, run = Watch(attentions(model)), Run()
     call: Any = model if call_of is None else call_of(model)
     if dtype is not None or latents is not None or more:
         call = Called(name, call, dtype, latents, more or {})

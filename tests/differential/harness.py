@@ -100,12 +100,12 @@ class Clock:
             yield self.t
 
 
-class Probes:
-    """Notes the attention modules whose projections ran."""
+class Watch:
+    """Notes the modules inside which a Linear layer ran."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.seen = set[str]()
-        for name, module in attentions(model).items():
+        for name, module in modules.items():
             for child in module.modules():
                 if isinstance(child, nn.Linear):
                     child.register_forward_pre_hook(self._note(name))
@@ -131,7 +131,7 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
 @torch.no_grad()
 def sample(name: str, model: nn.Module, timesteps: Sequence[float], clock: Clock, **options: Any) -> Run:
     """Run the loop on a probed model; `options` are those of `zoo.trajectory`."""
-    probes, run = Probes(model), Run()
+    probes, run = Watch(attentions(model)), Run()
     for prediction in zoo.trajectory(name, model, clock.over(timesteps), **options):
         run.outputs.append(flat(prediction))
         run.computed.append(probes.take())

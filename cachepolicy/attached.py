@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,13 +24,13 @@ from cachepolicy.actions import (
     REUSE,
     Keeping,
     Slot,
-    keeping,
 )
 from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
 from cachepolicy.guidance import Guide
 from cachepolicy.intercept import Frame, Site
+from cachepolicy.layout import lay_out
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import (
     COND_BRANCHES,
@@ -40,13 +40,12 @@ from cachepolicy.schedule import (
     Memory,
     Tick,
     clock_words,
-    follows,
-    prepare,
     rebuilds_uncond,
     untold,
 )
-from cachepolicy.signals import Measuring, Remembered, signals_of
+from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
+from cachepolicy.told import Told
 from cachepolicy.trace import Call, Trace, Trajectory
 from cachepolicy.turn import Branch, Turn
 
@@ -70,15 +69,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a root is told by its run: where the clock reads, whether batches hold guidance, what externals are."""
+    """What a root is told by its run: where the clock reads, whether batches hold guidance, what the caller said."""
 
     sources: Callable[[], Sources]
     guided: Callable[[], bool | None]
     refuted: Callable[[], None]
-    externals: Mapping[str, Callable[[], float]]
-    worst_sample: bool
+    told: Told
     trace: Trace | None
-    most_sessions: int
 
 
 class Attached:
@@ -89,34 +86,15 @@ class Attached:
         self.module = module
         self.plan = plan
         self.around = around
-        self.program = prepare(plan)
-        self.followed = follows(plan)
-        self.signals = signals_of(plan)
+        self.layout = lay_out(plan)
         self.root = inspect_root(module)
         self.channels = _channels(module)
         self.identity = id(self)
         self.active = 0
         self.continuations = Continuations()
-        self.externals = around.externals
-        self.names: Mapping[int, Sequence[str]] = {site.index: site.modules for site in plan.sites}
-        self.inside: Mapping[int, frozenset[ir.Probe]] = {
-            site.index: _inside(plan, site.modules) for site in plan.sites
-        }
-        actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
-        self.approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
-        halves = self.approximation is not None
-        self.keepings: Sequence[Keeping] = [
-            keeping(
-                [bound.rule for bound in plan.rules if site.index in bound.sites],
-                span=len(site.modules) > 1 or bool(self.inside[site.index]),
-                halves=halves,
-            )
-            for site in plan.sites
-        ]
-        self.itself = next((site.index for site in plan.sites if site.modules == ("",)), None)
+        self.externals = around.told.externals
         self.repeated: set[int] = set()
         self.handles = self._handles()
-        self._codes: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         self._states: OrderedDict[Hashable, State] = OrderedDict()
         self._lock = threading.Lock()
         self._warned = False
@@ -133,7 +111,7 @@ class Attached:
 
         at("")
         for site in sorted(self.plan.sites, key=lambda site: len(site.parents)):
-            what = self.keepings[site.index]
+            what = self.layout.keepings[site.index]
             if what.streams:
                 for position, name in enumerate(site.modules):
                     at(name).members.append((site.index, position))
@@ -146,7 +124,7 @@ class Attached:
             (handle.inputs if before else handle.outputs).append(probe)
             if len(place.modules) > 1:
                 at(place.modules[0]).starts.append(probe)
-        if any(what.streams for what in self.keepings) or self.plan.probes:
+        if any(what.streams for what in self.layout.keepings) or self.plan.probes:
             # Watched blocks teach which output continues which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
@@ -164,7 +142,7 @@ class Attached:
             if state is None:
                 state = self._states[key] = State()
             self._states.move_to_end(key)
-            while len(self._states) > self.around.most_sessions:
+            while len(self._states) > self.around.told.most_sessions:
                 self._states.popitem(last=False)
             return state
 
@@ -221,19 +199,21 @@ class Attached:
         tick = reading.tick
         if reading.starts:
             self._start(state, key, tick)
-        if self.approximation is not None and tick.branch in COND_BRANCHES:
+        if self.layout.approximation is not None and tick.branch in COND_BRANCHES:
             for name in UNCOND_BRANCHES & state.branches.keys():
                 other = state.branches[name]
-                alone = rebuilds_uncond(self.program, other.partition, other.memories, replace(tick, branch=name))
+                alone = rebuilds_uncond(
+                    self.layout.program, other.partition, other.memories, replace(tick, branch=name)
+                )
                 tick = replace(tick, uncond_skipped=alone)
         branch = state.branches.get(tick.branch)
         if branch is None:
-            coarse, slots = self.program.coarse, [Slot() for _ in self.plan.sites]
+            coarse, slots = self.layout.program.coarse, [Slot() for _ in self.plan.sites]
             branch = state.branches[tick.branch] = Branch(coarse, coarse.start(), slots)
         if tick.step != state.step:
             state.decided.clear()
             state.step = tick.step
-        leaders = {name: state.decided[name] for name in self.followed if name in state.decided}
+        leaders = {name: state.decided[name] for name in self.layout.followed if name in state.decided}
         facts = dict[int, str]()
         if reading.stale:
             # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
@@ -243,10 +223,10 @@ class Attached:
             facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
         facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
         measuring = None
-        if self.plan.probes or self.signals.numbers:
-            environment = Environment(clock_words(tick, Memory(tick.step)), self.program.tables)
-            worst = self.around.worst_sample
-            measuring = Measuring(self.signals, branch.remembered, environment, tick.step, worst=worst)
+        if self.plan.probes or self.layout.signals.numbers:
+            environment = Environment(clock_words(tick, Memory(tick.step)), self.layout.program.tables)
+            worst = self.around.told.samples == "max"
+            measuring = Measuring(self.layout.signals, branch.remembered, environment, tick.step, worst=worst)
         turn = Turn(self, branch, tick, leaders, measuring, facts)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
@@ -269,24 +249,24 @@ class Attached:
     def _open(self, call: RootCall) -> None:
         """What the root itself does, where it is a site or probed."""
         site, turn = self.handles[""], call.turn
-        if not site.special and self.itself is None:
+        if not site.special and self.layout.itself is None:
             return
         turn.enter(site, call.arguments.named, call.args, call.kwargs)
-        if self.itself is None:
+        if self.layout.itself is None:
             return
-        decision = turn.decision(self.itself)
-        if self.approximation is not None and (
+        decision = turn.decision(self.layout.itself)
+        if self.layout.approximation is not None and (
             isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
         ):
-            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else self.approximation
+            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else self.layout.approximation
             self._open_guidance(call, action)
         else:
             call.answered, call.output = turn.open(site, call.arguments.named, call.args, call.kwargs)
 
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
         turn = call.turn
-        assert self.itself is not None
-        settings = turn.arguments(action, self.itself, without=_FACTORS)
+        assert self.layout.itself is not None
+        settings = turn.arguments(action, self.layout.itself, without=_FACTORS)
         turn.half = int(settings["layout"] == "uncond first")
         guide = call.state.guide
         call.guidance = settings
@@ -300,11 +280,11 @@ class Attached:
         problem = guide.problem(turn.tick, call.arguments, guided=guided is True, calls=len(call.state.clock.calls))
         if problem is not None:
             call.guidance = None if problem.final else settings
-            if turn.decision(self.itself).verdict == "reuse":
-                turn.refuse(self.itself, problem.reason)
+            if turn.decision(self.layout.itself).verdict == "reuse":
+                turn.refuse(self.layout.itself, problem.reason)
                 turn.decide_again()
-        elif turn.decision(self.itself).verdict == "reuse":
-            settings |= turn.arguments(action, self.itself)
+        elif turn.decision(self.layout.itself).verdict == "reuse":
+            settings |= turn.arguments(action, self.layout.itself)
             if guide.named(turn.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)
             else:
@@ -319,22 +299,22 @@ class Attached:
         """The codes of all sites; those of equal decisions are laid out once."""
         partition = turn.branch.partition
         by_group = tuple(
-            _code(decision, self.keepings[group.sites[0]], turn.store)
+            _code(decision, self.layout.keepings[group.sites[0]], turn.store)
             for decision, group in zip(turn.decisions, partition.groups, strict=True)
         )
-        key = (partition is self.program.coarse, by_group)
-        codes = self._codes.get(key)
+        key = (partition is self.layout.program.coarse, by_group)
+        codes = self.layout.codes.get(key)
         if codes is None:
-            if len(self._codes) >= _MOST_SIGNATURES:
-                self._codes.clear()
-            codes = self._codes[key] = [by_group[group] for group in partition.group_of]
+            if len(self.layout.codes) >= _MOST_SIGNATURES:
+                self.layout.codes.clear()
+            codes = self.layout.codes[key] = [by_group[group] for group in partition.group_of]
         return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
 
     def end(self, call: RootCall, output: Any) -> Any:
         """Commit what the call did: memories, counts and the trace."""
         turn, state = call.turn, call.state
         site = self.handles[""]
-        if self.itself is not None and not call.answered and call.guidance is None:
+        if self.layout.itself is not None and not call.answered and call.guidance is None:
             turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
         if call.guidance is not None and not call.answered:
             output = state.guide.ended(
@@ -344,7 +324,7 @@ class Attached:
             turn.leave(site, self.module, call.arguments.named, output, None)
         turn.close()
         turn.branch.memories = turn.after
-        if self.followed:
+        if self.layout.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
         state.calls += 1
         if not state.reused:
@@ -404,27 +384,6 @@ def _code(decision: Decision, what: Keeping, store: str) -> str:
     if decision.verdict != "reuse":
         return store if what.outputs else COMPUTE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
-
-
-def _never(when: ir.Expression | None) -> bool:
-    """True where a `when` is false whatever the clock: its constants alone make it so."""
-    match when:
-        case ir.Boolean():
-            return not when.value
-        case ir.Negation(operand=ir.Boolean(value=value)):
-            return value
-        case ir.Both():
-            return any(_never(operand) for operand in when.operands)
-        case _:
-            return False
-
-
-def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
-    """The probes that stand inside a site's first block, so that it has to begin before it can be decided."""
-    lead = modules[0]
-    if not lead:
-        return frozenset()
-    return frozenset(probe for probe, place in plan.probes.items() if place.modules[0].startswith(f"{lead}."))
 
 
 def _channels(module: torch.nn.Module) -> int | None:

@@ -21,10 +21,8 @@ from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
 from cachepolicy.plan import Plan, bind
 from cachepolicy.swap import ATTRIBUTE, Method, is_swapped, restore, swap
+from cachepolicy.told import Told, supplier
 from cachepolicy.trace import Trace
-
-MOST_SESSIONS = 64
-"""Sessions with state at a time; beyond, the least recently used one is dropped."""
 
 PolicyLike = str | os.PathLike[str] | ir.Policy | Any
 
@@ -66,10 +64,10 @@ def apply(
         params = said | params
     elif hasattr(policy, "policy"):
         policy = cast("Any", policy).policy()
-    _refuse_arguments(timestep, steps, guidance, samples)
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
-    externals = {name: _supplier(name, params.pop(name)) for name in named & set(params)}
+    externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
+    told = Told(timestep, scheduler, steps, guidance, samples, trace, externals)
     resolved = resolve(loaded, params)
     missing = [name for name in resolved.externals if name not in externals]
     if missing:
@@ -87,10 +85,7 @@ def apply(
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    run = Run(
-        target, loaded, roots, plans, timestep=timestep, scheduler=scheduler, steps=steps, guidance=guidance,
-        externals=externals, worst_sample=samples == "max", trace=trace,
-    )  # fmt: skip
+    run = Run(target, loaded, roots, plans, told)
     run.attach()
     return run
 
@@ -121,31 +116,21 @@ class Run:
     `plan` is the (first) denoiser's plan, `plans` holds all by name; `trace` is what happened, None when switched off.
     """
 
-    def __init__(  # noqa: PLR0913 (what `apply` was told, by name)
+    def __init__(
         self,
         target: Any,
         policy: ir.Policy,
         roots: Mapping[str, torch.nn.Module],
         plans: Mapping[str, Plan],
-        *,
-        timestep: Callable[[], Any] | None,
-        scheduler: Any,
-        steps: int | None,
-        guidance: bool | None = None,
-        externals: Mapping[str, Callable[[], float]] | None = None,
-        worst_sample: bool = False,
-        trace: bool,
+        told: Told,
     ) -> None:
         self.target = target
         self.policy = policy
         self.plans = dict(plans)
-        self.trace = Trace() if trace else None
-        self._scheduler = scheduler
+        self.trace = Trace() if told.trace else None
+        self._told = told
         reads_t = any("t" in plan.needs for plan in plans.values())
-        self._told = Sources(timestep=timestep, steps=steps, reads_t=reads_t)
-        self._guidance = guidance
-        self._worst_sample = worst_sample
-        self._externals = dict(externals or {})
+        self._bare = Sources(timestep=told.timestep, steps=told.steps, reads_t=reads_t)
         self._pipeline = is_pipeline(target)
         self._roots = dict(roots)
         self._attached: dict[str, Attached] = {}
@@ -171,23 +156,15 @@ class Run:
                 self._attach_root(name, module)
             if self._pipeline:
                 self._swap(self.target, {"__call__": _pipeline_override}, self)
-            if self._scheduler is not None:
-                self._follow(self._scheduler)
+            if self._told.scheduler is not None:
+                self._follow(self._told.scheduler)
         except BaseException:
             self._detach()
             raise
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         plan = self.plans[name]
-        around = Surroundings(
-            self._sources,
-            self._guided,
-            self._detach,
-            self._externals,
-            self._worst_sample,
-            self.trace,
-            MOST_SESSIONS,
-        )
+        around = Surroundings(self._sources, self._guided, self._detach, self._told, self.trace)
         attached = Attached(self, module, plan, around)
         self._attached[name] = attached
         for place, handle in attached.handles.items():
@@ -216,19 +193,19 @@ class Run:
 
     def _sources(self) -> Sources:
         if self._told.timestep is not None:
-            return self._told
-        scheduler = self._scheduler
+            return self._bare
+        scheduler = self._told.scheduler
         if scheduler is None and PIPELINE.get() is self:
             scheduler = getattr(self.target, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
         if scheduler is not None and follower is not None and scheduler.timesteps is not None:
-            return replace(self._told, scheduler=scheduler, follower=follower)
-        return self._told
+            return replace(self._bare, scheduler=scheduler, follower=follower)
+        return self._bare
 
     def _guided(self) -> bool | None:
         """Whether the pipeline that is running (or the caller) says that batches hold both halves of guidance."""
-        if self._guidance is not None:
-            return self._guidance
+        if self._told.guidance is not None:
+            return self._told.guidance
         if PIPELINE.get() is not self:
             return None
         said = getattr(self.target, "do_classifier_free_guidance", None)
@@ -387,28 +364,4 @@ def _already(what: str) -> PolicyError:
         "E301",
         f"{what} has a policy already",
         help="`cachepolicy.remove(...)` it first, or combine both with `use` in one policy",
-    )
-
-
-def _refuse_arguments(timestep: Any, steps: Any, guidance: Any, samples: Any) -> None:
-    problem = None
-    if timestep is not None and not callable(timestep):
-        problem = "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
-    elif steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        problem = f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
-    elif guidance is not None and not isinstance(guidance, bool):
-        problem = f"`guidance` is `{guidance!r}`", "True, False or None"
-    elif samples not in {"mean", "max"}:
-        problem = f"`samples` is `{samples!r}`", '`"mean"` or `"max"`'
-    if problem is not None:
-        raise PolicyError.of("E309", problem[0], help=problem[1])
-
-
-def _supplier(name: str, value: Any) -> Callable[[], float]:
-    if callable(value):
-        return cast("Callable[[], float]", value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return lambda: value
-    raise PolicyError.of(
-        "E307", f"`{name}` is `{type(value).__name__}`", help="a number, or a function that returns one"
     )

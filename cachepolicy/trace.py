@@ -13,7 +13,10 @@ from cachepolicy.schedule import Decision, Partition, Tick
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the root: the clock, a decision per group, what only the run knew by site, and its wall seconds."""
+    """One call of the root: the clock, a decision per group, what only the run knew by site, and its wall seconds.
+
+    `held` are the bytes of history that the session held after it.
+    """
 
     tick: Tick
     partition: Partition
@@ -21,6 +24,7 @@ class Call:
     facts: Mapping[int, str]
     seconds: float
     signals: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
+    held: int = 0
 
     @property
     def decisions(self) -> list[Decision]:

@@ -16,7 +16,6 @@ from cachepolicy.actions import (
     PENDING,
     STORE,
     STORE_CLONE,
-    Keeping,
     Slot,
     feedback,
     hidden_states,
@@ -31,6 +30,7 @@ from cachepolicy.actions import (
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.intercept import Frame, Leave, Site
+from cachepolicy.layout import Layout
 from cachepolicy.schedule import (
     HIDDEN,
     WAITING,
@@ -38,7 +38,6 @@ from cachepolicy.schedule import (
     Inputs,
     Memory,
     Partition,
-    Program,
     Tick,
     advance,
     clock_words,
@@ -76,12 +75,9 @@ class Branch:
 class Host(Protocol):
     """What a turn asks of the root that it is a call of."""
 
-    program: Program
-    keepings: Sequence[Keeping]
+    layout: Layout
     continuations: Continuations
-    inside: Mapping[int, frozenset[ir.Probe]]
     externals: Mapping[str, Any]
-    names: Mapping[int, Sequence[str]]
     module: torch.nn.Module
     repeated: set[int]
 
@@ -144,11 +140,11 @@ class Turn:
 
     def _decided(self) -> tuple[list[Decision], list[Memory]]:
         return decide_all(
-            self.host.program,
+            self.host.layout.program,
             self.branch.partition,
             self.branch.memories,
             self.tick,
-            signals_of=self.signals_of if self.host.program.measured else None,
+            signals_of=self.signals_of if self.host.layout.program.measured else None,
             followed=self.leaders,
             facts=self.facts,
         )
@@ -169,7 +165,7 @@ class Turn:
     def _inputs(self, site: int, memory: Memory) -> Inputs:
         leaders = {name: decided[site] for name, decided in self.leaders.items()}
         signals = self.signals_of.get(site, {})
-        return Inputs(self.tick, memory, signals, self.host.program.tables, leaders, self.facts.get(site))
+        return Inputs(self.tick, memory, signals, self.host.layout.program.tables, leaders, self.facts.get(site))
 
     def repeats(self, site: int) -> None:
         """A site that one forward calls more than once has one slot for several answers: it always computes."""
@@ -178,7 +174,7 @@ class Turn:
     def refuse(self, site: int, reason: str) -> None:
         """The site has to compute after all, and so does what stands inside it."""
         self.facts[site] = reason
-        for each in self.host.program.plan.sites:
+        for each in self.host.layout.program.plan.sites:
             if site in each.parents:
                 self.facts.setdefault(each.index, "the site around it had to compute")
 
@@ -208,15 +204,15 @@ class Turn:
 
     def _undecided(self) -> list[int]:
         """The sites that wait for their signals."""
-        if not self.host.program.measured:
+        if not self.host.layout.program.measured:
             return []
         return [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
 
     def decide_again(self) -> None:
         """Decide with the facts that have come up before anything ran."""
-        if self.branch.partition is not self.host.program.fine:
-            self.branch.memories = self.host.program.split(self.branch.memories)
-            self.branch.partition = self.host.program.fine
+        if self.branch.partition is not self.host.layout.program.fine:
+            self.branch.memories = self.host.layout.program.split(self.branch.memories)
+            self.branch.partition = self.host.layout.program.fine
         self.decisions, self.after = self._decided()
 
     def open(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
@@ -238,7 +234,7 @@ class Turn:
         for span, position in site.members:
             if self._opened is not None:
                 self._record(span, position, module, names, self._opened, output)
-        what = self.host.keepings[site.index]
+        what = self.host.layout.keepings[site.index]
         if what.outputs and not what.streams:
             states = hidden_states(args, kwargs)
             keep(
@@ -301,7 +297,7 @@ class Turn:
         if answer is not None or code == ANSWER:
             return output
         if code != COMPUTE:
-            slot, what = self.branch.slots[site.index], self.host.keepings[site.index]
+            slot, what = self.branch.slots[site.index], self.host.layout.keepings[site.index]
             keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
         self.leave(site, module, names, output, before)
         self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
@@ -394,7 +390,7 @@ class Turn:
 
     def _ready(self, span: int) -> bool:
         assert self.measuring is not None
-        return all(self.measuring.has(probe) for probe in self.host.inside[span])
+        return all(self.measuring.has(probe) for probe in self.host.layout.inside[span])
 
     # --- spans -------------------------------------------------------------------------------------------
 
@@ -436,7 +432,7 @@ class Turn:
     def _recorder(self, span: int) -> Recorder:
         recorder = self._recorders.get(span)
         if recorder is None:
-            what = self.host.keepings[span]
+            what = self.host.layout.keepings[span]
             keeps = Keeps(
                 what.depth,
                 residuals=what.residuals > 0,
@@ -444,7 +440,7 @@ class Turn:
                 step=self.tick.step,
                 full=not self.halved,
             )
-            names = self.host.names[span]
+            names = self.host.layout.names[span]
             recorder = self._recorders[span] = Recorder(self._chain(span), self.host.continuations, names, keeps)
         return recorder
 
@@ -453,7 +449,7 @@ class Turn:
         if recorder is None:
             return
         recorder.end(position, module, names, begun, output)
-        if recorder.calls == len(self.host.names[span]):
+        if recorder.calls == len(self.host.layout.names[span]):
             self._recorders.pop(span).finish()
 
     def _linked(self, span: int, position: int, names: Names) -> Any:
@@ -487,11 +483,11 @@ class Turn:
             pairs = [
                 (answer, given, value is not None) for answer, given, value in zip(answers, inputs, values, strict=True)
             ]
-            what = self.host.keepings[span]
+            what = self.host.layout.keepings[span]
             residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
             outputs = tuple(answer if known and what.outputs else None for answer, _, known in pairs)
             newest = Entry(residuals, outputs, self.tick.step, not self.halved)
-            chain.history[link.segment] = [newest, *history][: self.host.keepings[span].depth]
+            chain.history[link.segment] = [newest, *history][: self.host.layout.keepings[span].depth]
         return answers
 
     def _own(self, entry: Entry, place: int, *, residual: bool) -> torch.Tensor | None:
@@ -504,7 +500,7 @@ class Turn:
         skips = isinstance(action, ir.Skip)
         if not chain.links:
             return "its inputs and outputs are not known yet" if skips else "nothing is kept yet"
-        if len(chain.links) < len(self.host.names[span]):
+        if len(chain.links) < len(self.host.layout.names[span]):
             return "a block of it did not run when it computed"
         if skips:
             return None
@@ -521,7 +517,7 @@ class Turn:
         """What a site of its own does: `ANSWER`, or how it computes."""
         if site.index < 0:
             return COMPUTE
-        what = self.host.keepings[site.index]
+        what = self.host.layout.keepings[site.index]
         if what.streams:
             return COMPUTE  # its history is the chain that `members` names
         store = self.store if what.outputs else COMPUTE
@@ -543,7 +539,7 @@ class Turn:
         if feedback(action):
             if self.halved and slot.full and slot.shape is not None:
                 slot.shape = torch.Size((slot.shape[0] // 2, *slot.shape[1:]))
-            push(slot, self.host.keepings[site], self.store, output, step=self.tick.step, full=not self.halved)
+            push(slot, self.host.layout.keepings[site], self.store, output, step=self.tick.step, full=not self.halved)
         return output
 
     def arguments(
@@ -560,7 +556,7 @@ class Turn:
             read = set[str]().union(*(names_in(argument.value) for argument in wanted))
             names |= {name: self._asked(name, site) for name in self.host.externals if name in read}
         names |= clock_words(self.tick, Memory(self.tick.step))
-        environment = Environment(names, self.host.program.tables)
+        environment = Environment(names, self.host.layout.program.tables)
         try:
             return {argument.label: evaluate(argument.value, environment) for argument in wanted}
         except (Undefined, TypeError) as error:
@@ -574,7 +570,7 @@ class Turn:
         supply = self.host.externals[external]
         if not getattr(supply, "takes_module", False):
             return supply()
-        return supply(self.host.module.get_submodule(self.host.names[site][0]))
+        return supply(self.host.module.get_submodule(self.host.layout.names[site][0]))
 
 
 def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""A plan laid out for the engine: what of it a root's calls read, worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cachepolicy import ir
+from cachepolicy.actions import Keeping, keeping
+from cachepolicy.plan import Plan
+from cachepolicy.schedule import Program, follows, prepare
+from cachepolicy.signals import Signals, signals_of
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A plan with all that follows from it.
+
+    By site number: `keepings` are what its history has to hold, `names` its modules, `inside` the probes that stand
+    inside its first block, so that it has to begin before it can be decided. `approximation` is the action that
+    rebuilds the unconditional half, where there is one; `itself` is the number of the root's own site.
+    """
+
+    plan: Plan
+    program: Program
+    followed: frozenset[str]
+    signals: Signals
+    keepings: Sequence[Keeping]
+    names: Mapping[int, Sequence[str]]
+    inside: Mapping[int, frozenset[ir.Probe]]
+    approximation: ir.ApproximateUncond | None
+    itself: int | None
+    codes: dict[tuple[bool, tuple[str, ...]], list[str]] = field(
+        default_factory=dict[tuple[bool, tuple[str, ...]], list[str]], repr=False, compare=False
+    )
+    """What frames hold, by the decisions that they were made from."""
+
+
+def lay_out(plan: Plan) -> Layout:
+    """Work out what the engine reads of a plan."""
+    actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
+    approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
+    inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
+    keepings = [
+        keeping(
+            [bound.rule for bound in plan.rules if site.index in bound.sites],
+            span=len(site.modules) > 1 or bool(inside[site.index]),
+            halves=approximation is not None,
+        )
+        for site in plan.sites
+    ]
+    return Layout(
+        plan,
+        prepare(plan),
+        follows(plan),
+        signals_of(plan),
+        keepings,
+        {site.index: site.modules for site in plan.sites},
+        inside,
+        approximation,
+        next((site.index for site in plan.sites if site.modules == ("",)), None),
+    )
+
+
+def _never(when: ir.Expression | None) -> bool:
+    """True where a `when` is false whatever the clock: its constants alone make it so."""
+    match when:
+        case ir.Boolean():
+            return not when.value
+        case ir.Negation(operand=ir.Boolean(value=value)):
+            return value
+        case ir.Both():
+            return any(_never(operand) for operand in when.operands)
+        case _:
+            return False
+
+
+def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
+    lead = modules[0]
+    if not lead:
+        return frozenset()
+    return frozenset(probe for probe, place in plan.probes.items() if place.modules[0].startswith(f"{lead}."))

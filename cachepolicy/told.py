@@ -1,0 +1,60 @@
+"""What the caller of `apply` says about a run, besides the policy and its params."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from cachepolicy.diagnostics import PolicyError
+
+MOST_SESSIONS = 64
+"""Sessions with state at a time; beyond, the least recently used one is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The keywords of one `apply`, as `apply` documents them."""
+
+    timestep: Callable[[], Any] | None = None
+    scheduler: Any = None
+    steps: int | None = None
+    guidance: bool | None = None
+    samples: Literal["mean", "max"] = "mean"
+    trace: bool = True
+    externals: Mapping[str, Callable[[], float]] = field(default_factory=dict[str, Callable[[], float]])
+    most_sessions: int = MOST_SESSIONS
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            raise PolicyError.of("E309", problem[0], help=problem[1])
+
+    def _problem(self) -> tuple[str, str] | None:
+        """What is wrong, and what is right."""
+        # The annotations say what these are; a caller without a type checker may give anything.
+        steps, guidance, samples = cast("tuple[Any, Any, Any]", (self.steps, self.guidance, self.samples))
+        if self.timestep is not None and not callable(self.timestep):
+            return "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            return f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
+        if guidance is not None and not isinstance(guidance, bool):
+            return f"`guidance` is `{guidance!r}`", "True, False or None"
+        if samples not in {"mean", "max"}:
+            return f"`samples` is `{samples!r}`", '`"mean"` or `"max"`'
+        return None
+
+
+def supplier(name: str, value: Any) -> Callable[[], float]:
+    """The function that gives an external's value.
+
+    Raises:
+        PolicyError: the value is neither a number nor a function.
+    """
+    if callable(value):
+        return cast("Callable[[], float]", value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return lambda: value
+    raise PolicyError.of(
+        "E307", f"`{name}` is `{type(value).__name__}`", help="a number, or a function that returns one"
+    )

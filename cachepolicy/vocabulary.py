@@ -39,6 +39,11 @@ SELECTOR_WORDS = (*KINDS, "blocks", "each", "of", "class", "optional")
 VALUE_WORDS = ("and", "or", "not", "if", "else", "in", "off", "inf", "true", "false")
 PROBES = ("input", "output", "residual", "argument")
 RESERVED = frozenset((*STATEMENT_WORDS, *CLAUSE_WORDS, *ACTION_WORDS, *SELECTOR_WORDS, *VALUE_WORDS, *PROBES))
+PHRASES = (
+    "from end", "since compute", "at most", "in a row", "in all", "over N steps", "reuse residual", "of residual",
+    "approximate uncond",
+)  # fmt: skip
+"""Fixed phrases: their words are words of the language together, also those that are names elsewhere."""
 APPLY_KEYWORDS = frozenset(
     {
         "target", "policy", "timestep", "scheduler", "steps", "trace", "session", "process_group", "history_dtype",

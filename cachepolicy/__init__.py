@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cachepolicy.runtime import Run, apply, remove
     from cachepolicy.simulation import plan, simulate
     from cachepolicy.syntax import parse
+    from cachepolicy.trace import load_trace
 
     __version__: str
 
@@ -59,6 +60,7 @@ __all__ = [
     "format",
     "is_cache_enabled",
     "load",
+    "load_trace",
     "parse",
     "plan",
     "remove",
@@ -85,6 +87,7 @@ _HOMES = {
     "format": "printer",
     "is_cache_enabled": "diffusers",
     "load": "files",
+    "load_trace": "trace",
     "parse": "syntax",
     "plan": "simulation",
     "remove": "runtime",

@@ -332,7 +332,15 @@ class Attached:
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
             seconds = time.perf_counter() - turn.started
             state.trajectory.calls.append(
-                Call(turn.tick, turn.branch.partition, turn.decisions, turn.facts, seconds, turn.signals_of)
+                Call(
+                    turn.tick,
+                    turn.branch.partition,
+                    turn.decisions,
+                    turn.facts,
+                    seconds,
+                    turn.signals_of,
+                    began=turn.started,
+                )
             )
         with self._lock:
             self.active -= 1

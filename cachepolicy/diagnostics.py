@@ -236,6 +236,7 @@ CODES: dict[str, str] = {
     "E256": "a signal that the policy has not",
     "E257": "a signal that only a run can measure",
     "E258": "no place in a schedule",
+    "E260": "a file that holds no trace",
     # E3xx: a policy on a running model.
     "E300": "nothing to apply a policy to",
     "E301": "a model that has a policy already",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -56,13 +56,20 @@ class Resolved:
     expects: tuple[ir.Expect, ...]
     settings: Mapping[str, Value]
     digest: str
+    used: Used = field(default_factory=dict[tuple[str, str], ir.Policy], repr=False, compare=False)
+    """The policies that were used, by the key of the user's origin and the name in its `use`."""
 
 
-def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> Resolved:
+Used = Mapping[tuple[str, str], ir.Policy]
+Loader = Callable[[str, ir.Policy], ir.Policy]
+"""Finds the policy that `use NAME` in a policy means."""
+
+
+def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, loader: Loader = load_used) -> Resolved:
     """Set the parameters, write out what the policy uses, and put constants for parameters and lets.
 
-    `settings` values are Python's (None for `off`, a tuple `(low, high)` for an open range) or expressions. The policy
-    itself is not changed.
+    `settings` values are Python's (None for `off`, a tuple `(low, high)` for an open range) or expressions. `loader`
+    finds what the policy uses. The policy itself is not changed.
 
     Raises:
         PolicyError: a setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
@@ -73,7 +80,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> 
         errors = [each for each in check_names(policy) if each.severity == "error"]
         if errors:
             raise PolicyError(errors)
-    flat = _Flat()
+    flat = _Flat(loader)
     names = flat.add(policy, settings or {}, (origin(policy),))
     if flat.findings:
         raise PolicyError(flat.findings)
@@ -89,6 +96,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None) -> 
         expects=tuple(flat.expects),
         settings={param.name: python(names[param.name]) for param in _of(policy, ir.Param)},
         digest=digest(policy.edition, rules, signals, flat.tables),
+        used=flat.files,
     )
 
 
@@ -103,6 +111,7 @@ def _of(policy: ir.Policy, kind: type[S]) -> list[S]:
 class _Flat:
     """What has been written out so far, of the policy and of those it uses."""
 
+    loader: Loader
     rules: list[ir.Rule] = field(default_factory=list[ir.Rule])
     sources: list[Source] = field(default_factory=list[Source])
     signals: dict[str, ir.Signal] = field(default_factory=dict[str, ir.Signal])
@@ -247,7 +256,7 @@ class _Flat:
             raise PolicyError.of("E157", f"more than {USE_LIMIT} policies are used: {chain(path)}")
         key = (path[-1].key, name)
         if key not in self.files:
-            self.files[key] = load_used(name, user)
+            self.files[key] = self.loader(name, user)
         used = self.files[key]
         here = origin(used)
         if here.key in {each.key for each in path}:

@@ -113,9 +113,9 @@ def from_json(text: str | bytes) -> Skeleton:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the text"
         raise PolicyError.of("E210", f"no skeleton of a model: {where}: {_lower(first['msg'])}") from error
-    fault = _fault(skeleton)
-    if fault is not None:
-        raise PolicyError.of("E210", f"no skeleton of a model: {fault}")
+    problem = fault(skeleton)
+    if problem is not None:
+        raise PolicyError.of("E210", f"no skeleton of a model: {problem}")
     return skeleton
 
 
@@ -123,7 +123,7 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _fault(skeleton: Skeleton) -> str | None:
+def fault(skeleton: Skeleton) -> str | None:
     """What makes the modules no tree with a root, if anything."""
     if skeleton.modules[0].name != "":
         return 'the first module is the root, whose name is ""'

@@ -18,7 +18,7 @@ FINE, FINDINGS, UNUSABLE = 0, 1, 2
 """Exit codes: nothing wrong; the policy is wrong or an expectation fails; the command or a file cannot be used."""
 
 _ABOUT_THE_COMMAND = frozenset(
-    "E150 E151 E152 E153 E160 E161 E162 E210 E211 E250 E252 E253 E254 E255 E256 E257 E258".split()  # noqa: SIM905
+    "E150 E151 E152 E153 E160 E161 E162 E210 E211 E250 E252 E253 E254 E255 E256 E257 E258 E260".split()  # noqa: SIM905
 )
 """Codes that are the caller's mistake and not the policy's, where they have no place in its text."""
 

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
+from cachepolicy import saved
+from cachepolicy.diagnostics import PolicyError
 from cachepolicy.plan import Plan
-from cachepolicy.schedule import Decision, Partition, Tick
+from cachepolicy.saved import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
+from cachepolicy.schedule import Decision, Partition, Tick, prepare
+from cachepolicy.simulation import replay
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The time that one call of an intercepted module took; `began` is on the clock of `Call.began`."""
+
+    module: str
+    began: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of the root: the clock, a decision per group, what only the run knew by site, and its wall seconds.
 
-    `held` are the bytes of history that the session held after it.
+    `held` are the bytes of history that the session held after it. `began` is `time.perf_counter` at its beginning,
+    `profile` the time of every module that it called, where the run was applied with `trace="profile"`.
     """
 
     tick: Tick
@@ -25,6 +42,8 @@ class Call:
     seconds: float
     signals: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
     held: int = 0
+    began: float = 0.0
+    profile: Sequence[Slice] = ()
 
     @property
     def decisions(self) -> list[Decision]:
@@ -123,6 +142,14 @@ class Trace:
         """`Trajectory.rows` of the newest trajectory."""
         return self.last.rows(branch) if self.last is not None else {}
 
+    def to_json(self) -> str:
+        """The trace as JSON text, which `from_json` reads back; `saved.schema()` is its schema."""
+        return _document(self.trajectories).model_dump_json(indent=1, exclude_defaults=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace to a JSON file, which `load_trace` and `cachepolicy report` read."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
     def __str__(self) -> str:
         newest = self.last
         if newest is None:
@@ -147,3 +174,191 @@ def _grouped(rows: Mapping[str, str]) -> list[str]:
         sites.setdefault(row, []).append(site)
     more = {row: f" and {len(names) - 1} more" if len(names) > 1 else "" for row, names in sites.items()}
     return [f"  {row}  {names[0]}{more[row]}" for row, names in sites.items()]
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def load_trace(path: str | os.PathLike[str]) -> Trace:
+    """The trace in a file that `Trace.save` wrote; every decision is made once more, and carries what it read.
+
+    Raises:
+        PolicyError: E260, the file cannot be read or holds no trace, or its decisions are not those of its own policy,
+            clock and measurements; the message names the place.
+    """
+    shown = os.fspath(path)
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(saved.FILE_LIMIT + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PolicyError.of("E260", f"`{shown}` cannot be read: {reason.lower()}") from error
+    try:
+        return from_json(text)
+    except PolicyError as error:
+        first = error.diagnostics[0]
+        raise PolicyError.of("E260", f"`{shown}`: {first.message}", help=first.help) from error
+
+
+def from_json(text: str | bytes) -> Trace:
+    """The trace that a JSON text describes.
+
+    Raises:
+        PolicyError: E260, as for `load_trace`.
+    """
+    read = saved.document(text)
+    plans = [saved.plan_of(form, f"plans.{place}") for place, form in enumerate(read.plans)]
+    trace = Trace(max(1, len(read.trajectories)))
+    for place, form in enumerate(read.trajectories):
+        where = f"trajectories.{place}"
+        if form.plan >= len(plans):
+            raise _wrong(f"{where}.plan", f"there is no plan {form.plan}")
+        trajectory = trace.begin(form.session, plans[form.plan])
+        trajectory.calls += _replayed(plans[form.plan], form, where)
+    return trace
+
+
+def _wrong(where: str, what: str) -> PolicyError:
+    return PolicyError.of("E260", f"no trace: {where}: {what}")
+
+
+def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[Call]:
+    """The calls of a trajectory, decided once more and held to what was saved."""
+    fine = prepare(plan).fine
+    order = [group.sites[0] for group in fine.groups]
+    ticks = [_tick(call) for call in form.calls]
+    for place, call in enumerate(form.calls):
+        _hold_together(plan, form, call, f"{where}.calls.{place}")
+    if len({(tick.step, tick.branch) for tick in ticks}) < len(ticks):
+        raise _wrong(f"{where}.calls", "a branch is called twice at one step")
+    names = [site.name for site in plan.sites]
+    schedule = replay(
+        plan,
+        ticks,
+        signals={(call.step, call.branch): call.signals for call in form.calls},
+        facts={(names[site], call.step, call.branch): fact for call in form.calls for site, fact in call.facts.items()},
+    )
+    for place, (call, (_, decisions)) in enumerate(zip(form.calls, schedule, strict=True)):
+        for site, (number, decision) in enumerate(zip(call.decisions, decisions, strict=True)):
+            said, made = form.decisions[number], _decision_form(decision)
+            if said != made:
+                message = f"`{names[site]}` is said to {_shown(said)}, and its policy says {_shown(made)}"
+                raise _wrong(f"{where}.calls.{place}.decisions.{site}", message)
+        yield Call(
+            tick=ticks[place],
+            partition=fine,
+            decided=[decisions[site] for site in order],
+            facts=call.facts,
+            seconds=call.seconds,
+            signals=call.signals,
+            held=call.held,
+            began=form.began + call.began,
+            profile=[Slice(each.module, form.began + each.began, each.seconds) for each in call.profile],
+        )
+
+
+def _hold_together(plan: Plan, form: TrajectoryForm, call: CallForm, where: str) -> None:
+    sites = len(plan.sites)
+    if len(call.decisions) != sites:
+        raise _wrong(f"{where}.decisions", f"{len(call.decisions)} decisions for {sites} sites")
+    if call.decisions and max(call.decisions) >= len(form.decisions):
+        raise _wrong(f"{where}.decisions", f"there is no decision {max(call.decisions)}")
+    for name, numbers in (("facts", call.facts), ("signals", call.signals)):
+        outside = [number for number in numbers if number >= sites]
+        if outside:
+            raise _wrong(f"{where}.{name}", f"there is no site {outside[0]}")
+
+
+def _shown(form: DecisionForm) -> str:
+    rule = "no rule" if form.rule is None else f"rule {form.rule}"
+    return f"{form.verdict} by {rule} ({form.reason})"
+
+
+def _tick(call: CallForm) -> Tick:
+    return Tick(call.step, call.t, call.steps, call.sigma, call.branch, call.uncond_skipped)
+
+
+def _document(trajectories: Sequence[Trajectory]) -> Document:
+    plans = list[Plan]()
+    for trajectory in trajectories:
+        if not any(trajectory.plan is plan for plan in plans):
+            plans.append(trajectory.plan)
+    places = {id(plan): place for place, plan in enumerate(plans)}
+    sessions = session_names(trajectories)
+    start = min((call.began for trajectory in trajectories for call in trajectory.calls), default=0.0)
+    forms = [
+        _trajectory_form(trajectory, places[id(trajectory.plan)], sessions[id(trajectory)], start)
+        for trajectory in trajectories
+    ]
+    plan_forms: Iterable[PlanForm] = map(saved.form_of, plans)
+    return Document(plans=tuple(plan_forms), trajectories=tuple(forms))
+
+
+def session_names(trajectories: Iterable[Trajectory]) -> dict[int, str]:
+    """What each trajectory's session is called, by the id of the trajectory: keys of the caller's by themselves."""
+    names, counts = dict[object, str](), Counter[str]()
+    called = dict[int, str]()
+    for trajectory in trajectories:
+        key = trajectory.session
+        if key not in names:
+            kind, name = _session(key)
+            counts[kind] += 1
+            names[key] = name or f"{kind} {counts[kind]}"
+        called[id(trajectory)] = names[key]
+    return called
+
+
+def _session(key: object) -> tuple[str, str]:
+    """What kind of session the key is of, and its name where the caller gave one."""
+    if isinstance(key, str):
+        return "saved", key
+    if not isinstance(key, tuple):
+        return "thread", ""
+    kind, name = cast("tuple[str, object]", key)
+    return ("session", f"session {name}") if kind == "session" else ("pipeline call", "")
+
+
+def _trajectory_form(trajectory: Trajectory, plan: int, session: str, start: float) -> TrajectoryForm:
+    forms = dict[DecisionForm, int]()
+    known = dict[int, int]()
+    calls, first = list[CallForm](), trajectory.calls[0].began if trajectory.calls else start
+
+    def number(decision: Decision) -> int:
+        # Most sites share the very same decision.
+        if id(decision) not in known:
+            known[id(decision)] = forms.setdefault(_decision_form(decision), len(forms))
+        return known[id(decision)]
+
+    for call in trajectory.calls:
+        by_group = [number(decision) for decision in call.decided]
+        calls.append(_call_form(call, tuple(by_group[group] for group in call.partition.group_of), first))
+    return TrajectoryForm(
+        session=session, plan=plan, began=max(0.0, first - start), decisions=tuple(forms), calls=tuple(calls)
+    )
+
+
+def _decision_form(decision: Decision) -> DecisionForm:
+    rule = None if decision.rule is None else decision.rule + 1
+    return DecisionForm(verdict=decision.verdict, rule=rule, reason=decision.reason)
+
+
+def _call_form(call: Call, decisions: tuple[int, ...], first: float) -> CallForm:
+    tick = call.tick
+    return CallForm(
+        step=tick.step,
+        t=tick.t,
+        steps=tick.steps,
+        sigma=tick.sigma,
+        branch=tick.branch,
+        uncond_skipped=tick.uncond_skipped,
+        began=max(0.0, call.began - first),
+        seconds=call.seconds,
+        held=call.held,
+        decisions=decisions,
+        facts=dict(call.facts),
+        signals={site: dict(values) for site, values in call.signals.items()},
+        profile=tuple(
+            SliceForm(module=each.module, began=max(0.0, each.began - first), seconds=each.seconds)
+            for each in call.profile
+        ),
+    )

@@ -36,6 +36,7 @@ EXPORTS = [
     "format",
     "is_cache_enabled",
     "load",
+    "load_trace",
     "parse",
     "plan",
     "remove",

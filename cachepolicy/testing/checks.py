@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cachepolicy.runtime import PolicyLike
-    from cachepolicy.trace import Trajectory
+    from cachepolicy.trace import Trace, Trajectory
 
 __all__ = [
     "bounds_hold",
@@ -195,6 +195,20 @@ def trace_agrees(trajectory: Trajectory) -> None:
             )
 
 
+def saved_alike(trace: Trace) -> None:
+    """A trace that is saved and read back tells the same: its decisions are made once more and held to the saved."""
+    from cachepolicy.trace import from_json
+
+    again = from_json(trace.to_json())
+    assert trace.to_json() == again.to_json()
+    for ours, theirs in zip(trace, again, strict=True):
+        assert ours.counts() == theirs.counts()
+        assert [call.tick for call in ours.calls] == [call.tick for call in theirs.calls]
+        assert {branch: ours.rows(branch) for branch in ours.branches} == {
+            branch: theirs.rows(branch) for branch in theirs.branches
+        }
+
+
 def engine_agrees(
     model: nn.Module, policy: PolicyLike, run: Callable[[nn.Module], object], **options: Any
 ) -> tuple[Trajectory, ...]:
@@ -215,6 +229,7 @@ def engine_agrees(
             run(model)
             assert attached.trace is not None, "engine_agrees needs the trace"
             trajectories = attached.trace.trajectories
+            saved_alike(attached.trace)
     finally:
         executed = probes.take()
         probes.remove()

@@ -28,6 +28,7 @@ from cachepolicy.actions import (
     versions,
 )
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.intercept import Frame, Leave, Site
 from cachepolicy.layout import Layout
@@ -262,13 +263,14 @@ class Turn:
 
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module that is probed, stands in a span, or waits for signals."""
-        names = bind_names(site.parameters, args, kwargs)
+        given, named = entered(module, args, kwargs)
+        names = bind_names(site.parameters, given, named)
         if site.members and not site.inputs and not site.starts:
             span, position = site.members[0]
             if self._modes.get(span) == ANSWER:
                 return self._linked(span, position, names)
         self._learn(names)
-        self.enter(site, names, args, kwargs)
+        self.enter(site, names, given, named)
         recording = list[tuple[int, int, Begun]]()
         waiting = list[int]()
         answer: int | None = None

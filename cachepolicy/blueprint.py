@@ -1,22 +1,63 @@
-"""The skeleton of a model that is known by its configuration alone: built on the meta device, without weights."""
+"""A model that is known by its configuration alone: built on the meta device, without weights."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.forecast import Work
 from cachepolicy.skeleton import FILE_LIMIT, Skeleton, from_json
+
+if TYPE_CHECKING:
+    from cachepolicy.calls import Picture
 
 DENOISERS = ("transformer", "unet", "transformer_2", "dit", "prior", "decoder")
 """The folders of a pipeline that may hold its denoiser; the first that is there counts."""
 
 
-def read_model(path: str | os.PathLike[str]) -> Skeleton:
-    """The skeleton that a file or folder describes.
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A model as its configuration says; without one (a skeleton file) nothing but its modules is known."""
+
+    skeleton: Skeleton
+    class_name: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    model: Any = field(default=None, repr=False)
+
+    def work(self, picture: Picture, shapes: Mapping[str, Any] | None = None) -> Work:
+        """The FLOPs of one call for a picture, counted on the meta device; `shapes` are those of its arguments.
+
+        Raises:
+            PolicyError: E212, how the class is called is not known, or its forward needs data.
+        """
+        import torch
+
+        from cachepolicy.calls import arguments_from, arguments_of
+        from cachepolicy.flops import count
+
+        if self.class_name is None:
+            raise PolicyError.of("E212", f"`{self.skeleton.name}` is known by its modules only, so nothing is counted")
+        call = arguments_from(shapes) if shapes else arguments_of(self.class_name, self.config, picture)
+        try:
+            with torch.device("meta"):
+                flops = count(self.model, **call)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PolicyError.of(
+                "E212",
+                f"`{self.class_name}` does not run on these shapes without data: {reason}",
+                help="its FLOPs are not counted; everything else is",
+            ) from error
+        return Work(flops.total, dict(flops.modules))
+
+
+def read_model(path: str | os.PathLike[str]) -> Blueprint:
+    """The model that a file or folder describes.
 
     `path` is a diffusers `config.json`, the folder of a model or of a pipeline (its denoiser counts), or a skeleton
     that was written by `skeleton.write`. Only a configuration needs diffusers and torch.
@@ -26,16 +67,34 @@ def read_model(path: str | os.PathLike[str]) -> Skeleton:
         ModuleNotFoundError: a configuration is given and diffusers is not installed.
     """
     file = _config_file(Path(path))
+    content, config = _read(file)
+    if not isinstance(config, dict) or "_class_name" not in config:
+        return Blueprint(from_json(content))
+    return _built(config, str(file))  # pyright: ignore[reportUnknownArgumentType]
+
+
+def is_model(path: str | os.PathLike[str]) -> bool:
+    """True where a path looks like a model and not like a policy: a folder, or JSON of a configuration or skeleton."""
+    where = Path(path)
+    if where.is_dir():
+        return True
+    if where.suffix != ".json" or not where.is_file():
+        return False
+    try:
+        _, data = _read(where)
+    except PolicyError:
+        return False
+    return isinstance(data, dict) and ("_class_name" in data or "modules" in data)
+
+
+def _read(file: Path) -> tuple[bytes, Any]:
     try:
         with file.open("rb") as opened:
             content = opened.read(FILE_LIMIT + 1)
-        config = json.loads(content)
+        return content, json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it holds no JSON"
         raise PolicyError.of("E210", f"`{file}` cannot be read: {reason}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
-        return from_json(content)
-    return _built(config, str(file))  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _config_file(path: Path) -> Path:
@@ -47,7 +106,7 @@ def _config_file(path: Path) -> Path:
     raise PolicyError.of("E210", f"`{path}` holds no `config.json` of a model")
 
 
-def _built(config: Mapping[str, Any], shown: str) -> Skeleton:
+def _built(config: Mapping[str, Any], shown: str) -> Blueprint:
     import diffusers
     import torch
     from diffusers.models.modeling_utils import ModelMixin
@@ -62,7 +121,8 @@ def _built(config: Mapping[str, Any], shown: str) -> Skeleton:
     try:
         with torch.device("meta"):
             build: Any = found
-            return describe(build.from_config(dict(config)))
+            model = build.from_config(dict(config)).eval()
+            return Blueprint(describe(model), name, dict(model.config), model)
     except PolicyError:
         raise
     except Exception as error:

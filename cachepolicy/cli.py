@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cachepolicy import ir, options, terminal
-from cachepolicy.blueprint import read_model
+from cachepolicy.blueprint import is_model, read_model
 from cachepolicy.check import Expectations, check_text, run_expectations
 from cachepolicy.check import check as check_policy
 from cachepolicy.diagnostics import Diagnostic, PolicyError, to_json
+from cachepolicy.difference import compare
+from cachepolicy.difference import draw as draw_difference
 from cachepolicy.explanation import Explanation
 from cachepolicy.explanation import explain as explain_place
 from cachepolicy.files import SHIPPED, load, read
 from cachepolicy.loading import resolve
 from cachepolicy.plan import Plan, bind
+from cachepolicy.planning import show_overview, show_plan
 from cachepolicy.printer import format as printed
 from cachepolicy.printer import format_node
-from cachepolicy.report import draw
-from cachepolicy.report import to_json as report_json
 from cachepolicy.resources import shipped_policies
-from cachepolicy.simulation import simulate
 from cachepolicy.syntax import parse, recover
 from cachepolicy.vocabulary import TEXT_LIMIT
 
@@ -158,21 +158,52 @@ def _formatted(name: str, *, only_check: bool) -> int:
 
 
 @main.command()
-@_file
+@click.argument("names", nargs=-1, required=True, metavar="[MODEL] [FILE]")
 @options.schedule
+@options.picture
 @terminal.guarded
-def plan(*, file: str, as_json: bool, **given: Any) -> None:
+def plan(*, names: Sequence[str], as_json: bool, shapes: str | None, **given: Any) -> None:
     """Draw what will be computed and reused, sites by steps, before anything is run.
 
-    Without --model or --site the model is a generic diffusion transformer.
+    MODEL is a diffusers folder or configuration (no weights are read), or a skeleton file: then FLOPs are counted too.
+    Without one it is a generic diffusion transformer. Without FILE, all shipped policies are compared.
     """
+    model, file = _model_and_policy(names, given["model"])
+    wanted = options.trajectory({**given, "model": model})
+    picture = {name: given[name] for name in options.PICTURE}
+    if file is None:
+        show_overview(wanted, picture, shapes, as_json=as_json)
+    else:
+        show_plan(_bound(file, wanted), wanted, picture, shapes, as_json=as_json)
+
+
+def _model_and_policy(names: Sequence[str], model: str | None) -> tuple[str | None, str | None]:
+    """Which of one or two names is the model, and which the policy."""
+    if len(names) > 2 or (len(names) == 2 and model is not None):
+        raise click.UsageError("name one model and one policy")
+    if len(names) == 2:
+        return names[0], names[1]
+    return (names[0], None) if model is None and is_model(names[0]) else (model, names[0])
+
+
+@main.command()
+@click.argument("first", metavar="FIRST")
+@click.argument("second", metavar="SECOND")
+@options.schedule
+@click.option("--set-second", type=options.Setting(), multiple=True, help="Set a parameter of SECOND alone.")
+@terminal.guarded
+def diff(
+    *, first: str, second: str, set_second: Sequence[tuple[str, ir.Expression]], as_json: bool, **given: Any
+) -> None:
+    """Compare two policies on one model and clock: the calls that they decide differently."""
     wanted = options.trajectory(given)
-    schedule = simulate(_bound(file, wanted), **wanted.arguments)
+    other = replace(wanted, settings={**wanted.settings, **dict(set_second)})
+    found = compare(_bound(first, wanted), _bound(second, other), **wanted.arguments)
     if as_json:
-        terminal.say_json(report_json(schedule))
+        terminal.say_json(found.to_json())
         return
-    terminal.report(schedule.plan.warnings, error=True)
-    terminal.say(draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
+    names = (first, second) if first != second else (f"{first} (first)", f"{second} (second)")
+    terminal.say(draw_difference(found, names, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
 
 
 @main.command()
@@ -210,7 +241,7 @@ def _explained(explanation: Explanation) -> dict[str, object]:
 @terminal.guarded
 def test(*, files: Sequence[str], model: str | None, as_json: bool) -> None:
     """Run the `expect` statements of policies, and name the rules that none of them reaches."""
-    skeleton = read_model(model) if model else None
+    skeleton = read_model(model).skeleton if model else None
     ran = {name: run_expectations(_opened(name), skeleton) for name in files}
     if as_json:
         terminal.say_json({name: _expectations_json(each) for name, each in ran.items()})

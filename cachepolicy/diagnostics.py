@@ -225,6 +225,7 @@ CODES: dict[str, str] = {
     "E209": "an action or clause that fits the whole model only, or never",
     "E210": "a file that holds no skeleton of a model",
     "E211": "a site name that is none",
+    "E212": "FLOPs that cannot be counted",
     "E220": "an expectation that does not hold",
     # E25x: a simulation.
     "E250": "a clock word that the run does not tell",

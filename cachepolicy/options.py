@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cachepolicy import ir
-from cachepolicy.blueprint import read_model
+from cachepolicy.blueprint import Blueprint, read_model
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import constant
 from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
@@ -76,13 +76,39 @@ def schedule(command: Decorated) -> Decorated:
     return command
 
 
+def picture(command: Decorated) -> Decorated:
+    """The options that say what a call of the model is counted for."""
+    size = click.IntRange(1, 1_000_000)
+    options = (
+        click.option("--height", type=size, default=1024, show_default=True, help="Pixels."),
+        click.option("--width", type=size, default=1024, show_default=True, help="Pixels."),
+        click.option("--frames", type=size, default=81, show_default=True, help="Of a video."),
+        click.option(
+            "--batch", type=size, default=1, show_default=True, help="Samples a call, both halves of guidance."
+        ),
+        click.option("--text-tokens", "text", type=size, help="Text tokens (default: as the pipeline has them)."),
+        click.option("--arguments", "shapes", type=click.Path(dir_okay=False), help="JSON with the arguments' shapes."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+PICTURE = ("height", "width", "frames", "batch", "text")
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """The options of `schedule`, as `simulate` takes them."""
 
-    skeleton: Skeleton
+    blueprint: Blueprint
     settings: Mapping[str, ir.Expression]
     arguments: Mapping[str, Any]
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The modules of the model."""
+        return self.blueprint.skeleton
 
 
 def trajectory(given: Mapping[str, Any]) -> Trajectory:
@@ -95,9 +121,9 @@ def trajectory(given: Mapping[str, Any]) -> Trajectory:
     if given["model"] and given["sites"]:
         raise click.UsageError("--model and --site exclude each other")
     if given["model"]:
-        skeleton = read_model(given["model"])
+        blueprint = read_model(given["model"])
     else:
-        skeleton = sites_skeleton(given["sites"]) if given["sites"] else builtin()
+        blueprint = Blueprint(sites_skeleton(given["sites"]) if given["sites"] else builtin())
     series = next((len(given[name]) for name in ("timesteps", "sigmas") if given[name]), 50)
     arguments = {
         "steps": given["steps"] or series,
@@ -106,4 +132,4 @@ def trajectory(given: Mapping[str, Any]) -> Trajectory:
         "signals": {name: constant(value) for name, value in given["signals"]},
         "branches": given["branches"] or ("",),
     }
-    return Trajectory(skeleton, dict(given["settings"]), arguments)
+    return Trajectory(blueprint, dict(given["settings"]), arguments)

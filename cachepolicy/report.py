@@ -176,7 +176,7 @@ def _ruler(start: int, count: int) -> str:
 def _painted(letters: str) -> str:
     painted, before = "", ""
     for letter in letters:
-        painted += letter if letter == before else f"{_RESET if before else ''}{_COLOURS[letter]}{letter}"
+        painted += letter if letter == before else f"{_RESET if before else ''}{_COLOURS.get(letter, '')}{letter}"
         before = letter
     return painted + (_RESET if before else "")
 

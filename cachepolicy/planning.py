@@ -1,0 +1,67 @@
+"""What the `plan` command shows: the grid, the FLOPs behind it, or all shipped policies side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from cachepolicy import forecast, overview, report, terminal
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.forecast import Work
+from cachepolicy.options import Trajectory
+from cachepolicy.plan import Plan
+from cachepolicy.simulation import simulate
+
+
+def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
+    """Print the schedule of one policy, and what it skips where the model's FLOPs can be counted."""
+    schedule = simulate(plan, **wanted.arguments)
+    work = _work(wanted, picture, shapes)
+    outlook = None if work is None else forecast.forecast(schedule.plan, schedule, work)
+    if as_json:
+        flops = None if outlook is None else outlook.to_json()
+        terminal.say_json({**report.to_json(schedule), "flops": flops})
+        return
+    terminal.report(schedule.plan.warnings, error=True)
+    terminal.say(report.draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
+    if outlook is not None and work is not None:
+        terminal.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
+
+
+def show_overview(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
+    """Print what the model is made of, and what each shipped policy would do with it."""
+    work = _work(wanted, picture, shapes)
+    clock = {name: value for name, value in wanted.arguments.items() if name != "signals"}
+    found = overview.prospects(wanted.skeleton, work, **clock)
+    if as_json:
+        terminal.say_json(overview.to_json(wanted.skeleton, work, found))
+    else:
+        terminal.say(overview.draw(wanted.skeleton, work, found, steps=wanted.arguments["steps"]))
+
+
+def _work(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None) -> Work | None:
+    """The FLOPs of a call; None, and a word about it, where they cannot be counted."""
+    if wanted.blueprint.class_name is None:
+        return None
+    from cachepolicy.calls import Picture
+
+    try:
+        return wanted.blueprint.work(Picture(**picture), None if shapes is None else _shapes(shapes))
+    except PolicyError as error:
+        if shapes is not None:
+            raise
+        terminal.say(f"note: {error.diagnostics[0].message}", error=True)
+        return None
+
+
+def _shapes(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise PolicyError.of("E212", f"`{path}` cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise PolicyError.of("E212", f"`{path}` holds no object of argument names and shapes")
+    return found  # pyright: ignore[reportUnknownVariableType]

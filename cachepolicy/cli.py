@@ -18,7 +18,7 @@ from cachepolicy.check import check as check_policy
 from cachepolicy.diagnostics import Diagnostic, PolicyError, to_json
 from cachepolicy.difference import compare
 from cachepolicy.difference import draw as draw_difference
-from cachepolicy.explanation import Explanation
+from cachepolicy.explanation import Explanation, explain_run
 from cachepolicy.explanation import explain as explain_place
 from cachepolicy.files import SHIPPED, load, read
 from cachepolicy.loading import resolve
@@ -28,6 +28,7 @@ from cachepolicy.printer import format as printed
 from cachepolicy.printer import format_node
 from cachepolicy.resources import shipped_policies
 from cachepolicy.syntax import parse, recover
+from cachepolicy.trace import Trajectory, load_trace
 from cachepolicy.vocabulary import TEXT_LIMIT
 
 STDIN = "-"
@@ -207,18 +208,34 @@ def diff(
 
 
 @main.command()
-@_file
-@click.argument("place", metavar="SITE@STEP")
+@click.argument("names", nargs=-1, required=True, metavar="[FILE] SITE@STEP")
+@click.option("--trace", type=click.Path(dir_okay=False), help="A saved trace: explain what a run did, without FILE.")
+@click.option("--trajectory", type=int, default=-1, show_default=True, help="Which one of the trace, -1 the newest.")
 @options.schedule
 @terminal.guarded
-def explain(*, file: str, place: str, as_json: bool, **given: Any) -> None:
-    """Say why a site computes or reuses at a step: the rule that decided, clause by clause."""
-    wanted = options.trajectory(given)
-    explanation = explain_place(_bound(file, wanted), place, **wanted.arguments)
+def explain(*, names: Sequence[str], trace: str | None, trajectory: int, as_json: bool, **given: Any) -> None:
+    """Say why a site computes or reuses at a step: the rule that decided, clause by clause.
+
+    With --trace it is why it did so in a run, by the numbers that were measured there.
+    """
+    if len(names) != (2 if trace is None else 1):
+        raise click.UsageError("name a policy and a place, or a place and --trace")
+    if trace is None:
+        wanted = options.trajectory(given)
+        explanation = explain_place(_bound(names[0], wanted), names[1], **wanted.arguments)
+    else:
+        explanation = explain_run(_trajectory(trace, trajectory), names[0], branch=next(iter(given["branches"]), None))
     if as_json:
         terminal.say_json(_explained(explanation))
     else:
         terminal.say(str(explanation))
+
+
+def _trajectory(path: str, number: int) -> Trajectory:
+    recorded = load_trace(path).trajectories
+    if not -len(recorded) <= number < len(recorded):
+        raise click.UsageError(f"the trace has {len(recorded)} trajectories, so there is none with the number {number}")
+    return recorded[number]
 
 
 def _explained(explanation: Explanation) -> dict[str, object]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.diagnostics import PolicyError, suggestion
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in, walk
 from cachepolicy.plan import BoundRule, Plan
 from cachepolicy.printer import format_node
@@ -23,6 +23,7 @@ from cachepolicy.schedule import (
     within,
 )
 from cachepolicy.simulation import simulate
+from cachepolicy.trace import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +86,39 @@ def explain(
     Raises:
         PolicyError: as `simulate`, or `where` names no site or step of the schedule.
     """
+    site, step = _place(where)
+    schedule = simulate(policy, steps=steps, **options)
+    name = schedule.branches[0] if branch is None else branch
+    decision = schedule.decision(site, step, name)
+    return explain_decision(schedule.plan, site, step, name, decision)
+
+
+def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None) -> Explanation:
+    """Why a site computed or reused in a run: `where` is `SITE@STEP`, `branch` the first one that ran by default.
+
+    Raises:
+        PolicyError: E258, no such form; E252, no such site; E253, the branch has no call at that step.
+    """
+    site, step = _place(where)
+    names = [each.name for each in trajectory.plan.sites]
+    if site not in names:
+        raise PolicyError.of("E252", f"no rule selects a site `{site}`", help=suggestion(site, names))
+    wanted = next(iter(trajectory.branches), "") if branch is None else branch
+    for call in trajectory.calls:
+        if (call.tick.step, call.tick.branch) == (step, wanted):
+            return explain_decision(trajectory.plan, site, step, wanted, call.decisions[names.index(site)])
+    of = f" of branch `{wanted}`" if wanted else ""
+    help = f"its branches are {', '.join(f'`{each}`' for each in trajectory.branches)}" if branch is not None else None
+    raise PolicyError.of("E253", f"the run has no step {step}{of}", help=help)
+
+
+def _place(where: str) -> tuple[str, int]:
     site, at, number = where.rpartition("@")
     if not at or not number.isdecimal():
         raise PolicyError.of(
             "E258", f"`{where}` is not a place in a schedule", help="write it as `transformer_blocks.0.attn1@17`"
         )
-    schedule = simulate(policy, steps=steps, **options)
-    name = schedule.branches[0] if branch is None else branch
-    decision = schedule.decision(site, int(number), name)
-    return explain_decision(schedule.plan, site, int(number), name, decision)
+    return site, int(number)
 
 
 def explain_decision(plan: Plan, site: str, step: int, branch: str, decision: Decision) -> Explanation:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.diagnostics import PolicyError
-from cachepolicy.explanation import Explanation, explain, explain_decision
+from cachepolicy.explanation import Explanation, explain, explain_decision, explain_run
 from cachepolicy.simulation import simulate
 from cachepolicy.syntax import parse
 from cachepolicy.testing import strategies
@@ -144,3 +144,64 @@ def test_a_run_is_explained_as_a_simulation_is() -> None:
     site = run.trace.last.plan.sites[0]
     explanation = explain_decision(run.trace.last.plan, site.name, 1, "", call.decisions[site.index])
     assert "yes  when t < 900   (t = 850)" in str(explanation)
+
+
+# --- runs that are over ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """A run on a toy by a signal and a clock, and the file that its trace was saved to."""
+    from cachepolicy.testing.models import Toy, inputs, sample
+
+    text = "match attention when t > 900 -> compute\nmatch attention every 2 while sum(t) < 9000 -> reuse\n"
+    model = Toy().build()
+    with torch.no_grad(), cachepolicy.apply(model, parse(text)) as run:
+        list(sample(model, (950.0, 850.0, 750.0, 650.0), *inputs(Toy())))
+        run.trace.save(tmp_path / "trace.json")
+        return run.trace.last, tmp_path / "trace.json"
+
+
+def test_every_decision_of_a_saved_run_is_explained_as_it_was_in_the_run(traced):
+    """From the file come the same rules, clauses and values as from the run itself."""
+    from cachepolicy.trace import load_trace
+
+    trajectory, file = traced
+    again = load_trace(file).last
+    for call in trajectory.calls:
+        for site in trajectory.plan.sites:
+            where = f"{site.name}@{call.tick.step}"
+            assert str(explain_run(trajectory, where)) == str(explain_run(again, where))
+
+
+def test_a_run_names_the_rule_and_why_the_earlier_one_did_not_decide(traced):
+    """Rule 1 lost by its `when`, with the timestep of the run; rule 2 owns the step."""
+    told = str(explain_run(traced[0], "blocks.0.attn@1"))
+    assert "reuses at step 1" in told
+    assert "no   when t > 900   (t = 850)" in told
+    assert "yes  while sum(t) < 9000" in told
+
+
+def test_places_that_the_run_does_not_have_are_refused(traced):
+    """An unknown site with the nearest one, a step that never ran, a branch that never ran."""
+    with pytest.raises(PolicyError, match=r"blocks\.0\.attn"):
+        explain_run(traced[0], "blocks.0.atn@1")
+    with pytest.raises(PolicyError, match="no step 9"):
+        explain_run(traced[0], "blocks.0.attn@9")
+    with pytest.raises(PolicyError, match="branch `cond`"):
+        explain_run(traced[0], "blocks.0.attn@1", branch="cond")
+
+
+def test_the_command_explains_a_saved_run(traced):
+    """`--trace` stands for the policy; both, or a trajectory that is not there, are usage errors."""
+    from click.testing import CliRunner
+
+    from cachepolicy.cli import main
+
+    file = str(traced[1])
+    result = CliRunner().invoke(main, ["explain", "blocks.0.attn@1", "--trace", file])
+    assert 0 == result.exit_code
+    assert "blocks.0.attn reuses at step 1" in result.stdout
+    assert 2 == CliRunner().invoke(main, ["explain", "pab", "blocks.0.attn@1", "--trace", file]).exit_code
+    assert 2 == CliRunner().invoke(main, ["explain", "blocks.0.attn@1", "--trace", file, "--trajectory", "5"]).exit_code
+    assert 2 == CliRunner().invoke(main, ["explain", "blocks.0.attn@1"]).exit_code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
 import warnings
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy import ir
+from cachepolicy import ir, neighbours
 from cachepolicy.actions import (
     ANSWER,
     COMPUTE,
@@ -29,7 +28,7 @@ from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, 
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
 from cachepolicy.guidance import Guide
-from cachepolicy.intercept import Frame, Site
+from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import lay_out
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import (
@@ -45,6 +44,7 @@ from cachepolicy.schedule import (
 )
 from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
+from cachepolicy.swap import Handle
 from cachepolicy.told import Told
 from cachepolicy.trace import Call, Trace, Trajectory
 from cachepolicy.turn import Branch, Turn
@@ -74,11 +74,12 @@ class Surroundings:
     sources: Callable[[], Sources]
     guided: Callable[[], bool | None]
     refuted: Callable[[], None]
+    settle: Callable[[Attached], None]
     told: Told
     trace: Trace | None
 
 
-class Attached:
+class Attached(Handle):
     """One root of a run: a denoiser with its plan, its sites and the sessions that go through it."""
 
     def __init__(self, run: Any, module: torch.nn.Module, plan: Plan, around: Surroundings) -> None:
@@ -94,6 +95,8 @@ class Attached:
         self.continuations = Continuations()
         self.externals = around.told.externals
         self.repeated: set[int] = set()
+        self.keeps_graphs = False
+        self.switches = neighbours.checkpointing(module)
         self.handles = self._handles()
         self._states: OrderedDict[Hashable, State] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,8 +108,7 @@ class Attached:
 
         def at(name: str) -> Site:
             if name not in handles:
-                forward = self.module.get_submodule(name).forward
-                handles[name] = Site(self, name or "model", tuple(inspect.signature(forward).parameters))
+                handles[name] = Site(self, name or "model", parameters_of(self.module.get_submodule(name)))
             return handles[name]
 
         at("")
@@ -180,8 +182,9 @@ class Attached:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall | None:
         """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
-        if self.identity in DISABLED.get() or torch.compiler.is_exporting():
+        if self.identity in DISABLED.get() or neighbours.traced():
             return None
+        neighbours.refuse_call(self.switches)
         key = session_key()
         state = self.state(key)
         try:
@@ -198,6 +201,7 @@ class Attached:
         reading = read(state.clock, self.around.sources(), self.root, arguments)
         tick = reading.tick
         if reading.starts:
+            self.around.settle(self)
             self._start(state, key, tick)
         if self.layout.approximation is not None and tick.branch in COND_BRANCHES:
             for name in UNCOND_BRANCHES & state.branches.keys():
@@ -329,6 +333,8 @@ class Attached:
         state.calls += 1
         if not state.reused:
             state.reused = any(decision.verdict == "reuse" for decision in turn.decisions)
+        if state.reused and torch.is_grad_enabled():
+            self.keeps_graphs = True
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
             seconds = time.perf_counter() - turn.started
             state.trajectory.calls.append(
@@ -351,6 +357,15 @@ class Attached:
         with self._lock:
             self.active -= 1
         self._forget(call.key, call.state, error)
+
+    def refuse_recompute(self, name: str) -> None:
+        """Refuse a site that gradient checkpointing runs again; what it answered is not known any more.
+
+        Raises:
+            PolicyError: the call is in a backward pass (E342).
+        """
+        if neighbours.recomputes():
+            neighbours.refuse_recompute(name)
 
     def _forget(self, key: Hashable, state: State, error: BaseException) -> None:
         with self._lock:

@@ -256,6 +256,9 @@ CODES: dict[str, str] = {
     "E330": "no evidence of guidance",
     "E331": "a prediction whose layout is not clear",
     "E332": "samples of different shapes",
+    "E340": "another cache on the model",
+    "E341": "a site that is no longer where it was",
+    "E342": "a call that a policy cannot follow",
     # W5xx: doubtful, but a policy.
     "W501": "a `sum` over a distance from the last compute",
     "W502": "a distance from the step before, without a `sum`",

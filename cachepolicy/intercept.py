@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from cachepolicy.actions import (
     reused,
     unfit,
 )
-from cachepolicy.swap import ATTRIBUTE, Method
+from cachepolicy.swap import ATTRIBUTE, Handle, Method
 
 
 class Frame:
@@ -77,7 +78,7 @@ LOCAL = _Local()
 """The frame of the root call that this thread is in. Dynamo traces a `threading.local`, not a ContextVar."""
 
 
-class Site:
+class Site(Handle):
     """What an intercepted module knows of itself.
 
     `index` is its own site number, or -1; `members` are the spans (or the chain of its own) that it stands in, with its
@@ -91,7 +92,7 @@ class Site:
         "index", "inputs", "keeping", "members", "name", "outputs", "owner", "parameters", "plain", "special", "starts",
     )  # fmt: skip
 
-    def __init__(self, owner: object, name: str, parameters: Sequence[str]) -> None:
+    def __init__(self, owner: Owner, name: str, parameters: Sequence[str]) -> None:
         self.owner = owner
         self.name = name
         self.parameters = tuple(parameters)
@@ -103,6 +104,21 @@ class Site:
         self.outputs: list[ir.Probe] = []
         self.starts: list[ir.Probe] = []
         self.special = False
+
+
+def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """The names of what a module's forward takes."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+class Owner(Protocol):
+    """What a site asks of the root that it belongs to, where it is called outside the root's calls."""
+
+    keeps_graphs: bool
+
+    def refuse_recompute(self, name: str) -> None:
+        """Raise where the call is a second run of what the root has answered."""
+        ...
 
 
 class Leave(Exception):
@@ -137,6 +153,8 @@ def site_override(original: Method) -> Method:
         frame = LOCAL.frame
         site: Site | None = self.__dict__.get(ATTRIBUTE)
         if frame is None or site is None or frame.owner is not site.owner:
+            if site is not None and not torch.compiler.is_compiling() and site.owner.keeps_graphs:
+                site.owner.refuse_recompute(site.name)
             return original(self, *args, **kwargs)
         if site.special:
             return frame.turn.special(original, self, site, args, kwargs)
@@ -205,6 +223,8 @@ class RootTurn(Protocol):
 class RootHandle(Protocol):
     """What the root's override asks: `begin` decides (None: run bare), then `end` or `fail`."""
 
+    module: torch.nn.Module
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
         """The call's decisions, or None."""
         ...
@@ -250,9 +270,10 @@ def root_override(original: Method) -> Method:
 
     # Dynamo skips this frame and traces what it calls, so that the decision is never part of a graph.
     @_eager_itself
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
-        turn = None if handle is None else _begin(handle, args, kwargs)
+        # A replica of `nn.DataParallel` shares the handle, and lives for one call.
+        turn = None if handle is None or handle.module is not self else _begin(handle, args, kwargs)
         if handle is None or turn is None:
             return original(self, *args, **kwargs)
         outer = LOCAL.frame
@@ -265,5 +286,13 @@ def root_override(original: Method) -> Method:
             raise
         finally:
             LOCAL.frame = outer
+
+    # torch puts a check in front that refuses an export; here an export is of the bare model.
+    unchecked = getattr(decided, "__wrapped__", decided)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if torch.compiler.is_exporting():
+            return original(self, *args, **kwargs)
+        return unchecked(self, *args, **kwargs)
 
     return __call__

@@ -11,16 +11,17 @@ from typing import Any, Literal, Self, cast
 
 import torch
 
-from cachepolicy import ir
+from cachepolicy import ir, neighbours
 from cachepolicy.attached import DISABLED, SESSION, Attached, Surroundings
 from cachepolicy.clock import CONTEXT, SCHEDULER_METHODS, Context, Follower, Sources
 from cachepolicy.configs import config_of
 from cachepolicy.diagnostics import PolicyError
-from cachepolicy.intercept import root_override, site_override
+from cachepolicy.intercept import root_override
 from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
+from cachepolicy.placement import Placement
 from cachepolicy.plan import Plan, bind
-from cachepolicy.swap import ATTRIBUTE, Method, is_swapped, restore, swap
+from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
 from cachepolicy.told import Told, supplier
 from cachepolicy.trace import Trace
 
@@ -77,6 +78,7 @@ def apply(
     roots = denoisers(target)
     for name, module in roots.items():
         _refuse_attached(name, module)
+        neighbours.refuse(module, target)
     if is_swapped(target):
         raise _already("the pipeline")
     plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
@@ -110,7 +112,7 @@ def run_of(target: Any) -> Run | None:
     return handle.run if isinstance(handle, Attached) else None
 
 
-class Run:
+class Run(Handle):
     """A policy attached to a model: a context manager that takes it off at the end.
 
     `plan` is the (first) denoiser's plan, `plans` holds all by name; `trace` is what happened, None when switched off.
@@ -134,6 +136,7 @@ class Run:
         self._pipeline = is_pipeline(target)
         self._roots = dict(roots)
         self._attached: dict[str, Attached] = {}
+        self._placements: dict[int, Placement] = {}
         self._swapped: list[Any] = []
         self._followers: list[tuple[Any, Follower]] = []
 
@@ -164,15 +167,21 @@ class Run:
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         plan = self.plans[name]
-        around = Surroundings(self._sources, self._guided, self._detach, self._told, self.trace)
+        around = Surroundings(self._sources, self._guided, self._detach, self._settle, self._told, self.trace)
         attached = Attached(self, module, plan, around)
         self._attached[name] = attached
-        for place, handle in attached.handles.items():
-            if place:
-                self._swap(module.get_submodule(place), {"__call__": site_override}, handle)
+        placement = Placement(module, attached.handles)
+        placement.place()
+        self._placements[attached.identity] = placement
         methods = {"__call__": root_override}
         methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(module, name)}
         self._swap(module, methods, attached)
+
+    def _settle(self, attached: Attached) -> None:
+        """A trajectory starts: look once more at what else is on the model."""
+        neighbours.refuse(attached.module, self.target)
+        self._placements[attached.identity].settle()
+        attached.switches = neighbours.checkpointing(attached.module)
 
     def _swap(self, target: Any, methods: dict[str, Any], handle: object) -> None:
         swap(target, methods, handle)
@@ -288,6 +297,9 @@ class Run:
         for target in reversed(self._swapped):
             restore(target)
         self._swapped.clear()
+        for placement in self._placements.values():
+            placement.lift()
+        self._placements.clear()
         self._followers.clear()
         self._attached.clear()
 
@@ -348,7 +360,11 @@ def _reset_override(original: Method) -> Method:
     return _reset_stateful_cache
 
 
-_ROOT_METHODS = {"cache_context": _cache_context_override, "_reset_stateful_cache": _reset_override}
+_ROOT_METHODS = {
+    "cache_context": _cache_context_override,
+    "_reset_stateful_cache": _reset_override,
+    "enable_cache": neighbours.enable_cache_override,
+}
 
 
 # --- refusals --------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.intercept import Frame, Leave, Site
 from cachepolicy.layout import Layout
+from cachepolicy.neighbours import left
 from cachepolicy.schedule import (
     HIDDEN,
     WAITING,
@@ -322,6 +323,7 @@ class Turn:
             if leave.span not in waiting:
                 raise
             self._recorders.pop(leave.span, None)
+            left(module)
             return self._linked(leave.span, 0, names), leave.span
         finally:
             for span in waiting:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.ir import Kind
@@ -19,6 +19,8 @@ FILE_LIMIT = 64 * 2**20
 """Bytes of a skeleton file; the largest of diffusers' models takes about 1 MiB."""
 
 Text = Annotated[str, Field(max_length=1000)]
+Kinds = Annotated[frozenset[Kind], PlainSerializer(sorted, list[str], "json")]
+"""Sorted in JSON, so that equal skeletons are equal texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Module:
 
     name: Text
     class_name: Text
-    kinds: frozenset[Kind] = frozenset()
+    kinds: Kinds = frozenset()
     is_list: bool = False
     callable: bool = True
 

@@ -120,3 +120,10 @@ def test_names_that_are_none(name: str) -> None:
     """A name is parts joined by dots."""
     with pytest.raises(PolicyError, match="E211"):
         sites_skeleton([name])
+
+
+def test_equal_skeletons_are_equal_texts():
+    """The order of a module's kinds, which a set does not keep, does not show in JSON."""
+    one = Skeleton("m", (Module("", "M", frozenset({"model"})), Module("a", "A", frozenset(["attention", "block"]))))
+    assert '"attention",\n    "block"' in to_json(one)
+    assert to_json(one) == to_json(from_json(to_json(one)))

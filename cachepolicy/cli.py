@@ -346,3 +346,35 @@ def demo(
         Path(output),
         as_json=as_json,
     )
+
+
+@main.command()
+@click.argument("folder", metavar="FOLDER")
+@click.option("--policy", metavar="FILE", help="The policy; without one the bare pipeline is sampled.")
+@options.set_param
+@click.option("--prompt", help="The prompt, for a pipeline that was saved with its text encoder.")
+@click.option("--embeds", metavar="FILE", help="Tensors for the call by name, such as prompt_embeds (safetensors, pt).")
+@click.option("--argument", "more", multiple=True, metavar="NAME=VALUE", help="Any other argument of the call.")
+@click.option("--seed", "seeds", type=click.IntRange(0, 2**31), multiple=True, help="Seeds; repeatable (default 0).")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
+@click.option("--compare/--no-compare", "compares", default=True, help="Sample uncached too, and measure the distance.")
+@click.option(
+    "--output", type=click.Path(file_okay=False), default="run", show_default=True, help="Folder to write to."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to run.")
+@click.option("--dtype", default="float32", show_default=True, help="In which precision.")
+@options.json_form
+@terminal.guarded
+def run(*, folder: str, policy: str | None, settings: Sequence[tuple[str, ir.Expression]], **given: Any) -> None:
+    """Sample a pipeline from a diffusers folder, with a policy and without: pictures, trace, report and metrics."""
+    opened = None if policy is None else _opened(policy)
+    from cachepolicy.running import Task, show_run
+    from cachepolicy.sampling import open_pipeline, read_tensors, values
+
+    named = {"prompt": given["prompt"], "num_inference_steps": given["steps"]}
+    tensors = {} if given["embeds"] is None else read_tensors(given["embeds"], device=given["device"])
+    arguments = {name: value for name, value in named.items() if value is not None} | tensors | values(given["more"])
+    output, seeds = Path(given["output"]), given["seeds"] or (0,)
+    task = Task(arguments, seeds, output, opened, dict(settings), given["compares"])
+    pipe = open_pipeline(folder, dtype=given["dtype"], device=given["device"])
+    show_run(pipe, task, as_json=given["as_json"])

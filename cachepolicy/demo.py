@@ -19,6 +19,7 @@ import torch
 from cachepolicy import ir
 from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
 from cachepolicy.flops import Flops, counting
+from cachepolicy.quality import psnr
 from cachepolicy.runtime import apply
 
 Progress = Callable[[int, int, str], None]
@@ -149,16 +150,6 @@ def _measured(
         uncached=last["uncached"].images,
         cached=last["policy"].images,
     )
-
-
-def psnr(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: the mean over those that differ, and the worst.
-
-    Both are infinite where no picture differs.
-    """
-    errors = (reference.double() - other.double()).square().flatten(1).mean(1)
-    each = [10 * math.log10(4 / float(error)) for error in errors if error > 0]
-    return (statistics.fmean(each), min(each)) if each else (math.inf, math.inf)
 
 
 def _share(part: int, whole: int) -> float:

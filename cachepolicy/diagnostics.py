@@ -226,6 +226,7 @@ CODES: dict[str, str] = {
     "E210": "a file that holds no skeleton of a model",
     "E211": "a site name that is none",
     "E212": "FLOPs that cannot be counted",
+    "E213": "a pipeline that cannot be run",
     "E220": "an expectation that does not hold",
     # E25x: a simulation.
     "E250": "a clock word that the run does not tell",

@@ -16,9 +16,10 @@ from PIL import Image
 
 import cachepolicy
 from cachepolicy import report
-from cachepolicy.demo import Sampling, measure, psnr, save
+from cachepolicy.demo import Sampling, measure, save
 from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline
 from cachepolicy.flops import count, counting
+from cachepolicy.quality import psnr
 from cachepolicy.showing import table
 
 SMALL = Sampling(steps=5, pictures=2, pairs=1)

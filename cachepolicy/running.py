@@ -28,7 +28,7 @@ class Task:
     seeds: Sequence[int]
     output: Path
     policy: ir.Policy | None = None
-    settings: Mapping[str, ir.Expression] | None = None
+    settings: Mapping[str, Any] | None = None
     compares: bool = True
 
 

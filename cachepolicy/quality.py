@@ -60,13 +60,14 @@ def ssim(reference: torch.Tensor, other: torch.Tensor) -> float | None:
     # A picture smaller than the window has no structure that it could compare.
     if min(reference.shape[-2:]) < 11:
         return None
-    return float(structural_similarity_index_measure(other.float(), reference.float(), data_range=2.0))
+    found: Any = structural_similarity_index_measure(other.float(), reference.float(), data_range=2.0)
+    return float(found)
 
 
 def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
     """Learned perceptual distance (Zhang et al. 2018), None where its package or its weights are not there."""
     try:
-        import lpips as package
+        import lpips as package  # pyright: ignore[reportMissingImports]
 
         network = package.LPIPS(net="alex", verbose=False)
     except (ImportError, OSError, RuntimeError):

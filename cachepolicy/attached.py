@@ -44,6 +44,7 @@ from cachepolicy.schedule import (
 )
 from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
+from cachepolicy.stopwatch import now
 from cachepolicy.swap import Handle
 from cachepolicy.told import Told
 from cachepolicy.trace import Call, Trace, Trajectory
@@ -336,21 +337,25 @@ class Attached(Handle):
         if state.reused and torch.is_grad_enabled():
             self.keeps_graphs = True
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
-            seconds = time.perf_counter() - turn.started
-            state.trajectory.calls.append(
-                Call(
-                    turn.tick,
-                    turn.branch.partition,
-                    turn.decisions,
-                    turn.facts,
-                    seconds,
-                    turn.signals_of,
-                    began=turn.started,
-                )
-            )
+            state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls)))
         with self._lock:
             self.active -= 1
         return output
+
+    def _recorded(self, call: RootCall, number: int) -> Call:
+        """The call as the trace has it."""
+        turn = call.turn
+        profiled = self.around.told.trace == "profile"
+        return Call(
+            turn.tick,
+            turn.branch.partition,
+            turn.decisions,
+            turn.facts,
+            (now() if profiled else time.perf_counter()) - turn.started,
+            turn.signals_of,
+            began=turn.started,
+            profile=call.frame.profile if number < _MOST_PROFILED else (),
+        )
 
     def fail(self, call: RootCall, error: BaseException) -> None:
         """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
@@ -381,6 +386,7 @@ _FACTORS = frozenset({"low", "high"})
 """What the rebuilding of a step is told, and a computed step does not ask for."""
 
 _MOST_CALLS = 10_000  # of one trajectory in the trace; a model that tells no time may never end one
+_MOST_PROFILED = 1_000  # of those, with the times of their modules
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 

@@ -32,7 +32,7 @@ class Frame:
     """What the root decided for one call: for each site number a code and a slot. Sites read it and nothing else.
 
     `unfit` collects the sites whose history did not fit their call after all, so that they computed. `turn` is asked by
-    sites whose action is more than a store or a reuse.
+    sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled.
     """
 
     __slots__ = (
@@ -41,6 +41,7 @@ class Frame:
         "halved",
         "inference",
         "owner",
+        "profile",
         "serial",
         "shares",
         "slots",
@@ -65,6 +66,7 @@ class Frame:
         self.shares = not turn.halved and not turn.inference
         self.serial = next(_serials)
         self.unfit: list[tuple[int, str]] = []
+        self.profile: list[Any] = []
 
 
 _serials = itertools.count()

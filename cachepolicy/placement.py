@@ -10,7 +10,8 @@ from torch import nn
 from cachepolicy import neighbours
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.intercept import Site, parameters_of
-from cachepolicy.swap import intercepts, is_swapped, restore, swap
+from cachepolicy.stopwatch import timed
+from cachepolicy.swap import Override, intercepts, is_swapped, restore, swap
 
 
 class Placement:
@@ -19,8 +20,9 @@ class Placement:
     Adapters put a layer of their own in a module's place, and give the old one back when they go; `settle` follows.
     """
 
-    def __init__(self, root: nn.Module, sites: Mapping[str, Site]) -> None:
+    def __init__(self, root: nn.Module, sites: Mapping[str, Site], *, profiled: bool = False) -> None:
         self._root = root
+        self._profiled = profiled
         self._sites = {place: site for place, site in sites.items() if place}
         self._modules: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
@@ -45,7 +47,7 @@ class Placement:
                 module = self._found(place)
                 if module is not self._modules.get(place):
                     self._move(place, site, module)
-                elif not intercepts(module, {"__call__": neighbours.override_of(module)}, site):
+                elif not intercepts(module, {"__call__": self._override(module)}, site):
                     restore(module)
                     self._put(place, site, module)
 
@@ -65,6 +67,10 @@ class Placement:
                 help="`remove` the policy and apply it to the model as it is now",
             ) from error
 
+    def _override(self, module: nn.Module) -> Override:
+        override = neighbours.override_of(module)
+        return timed(override) if self._profiled else override
+
     def _move(self, place: str, site: Site, module: nn.Module) -> None:
         if is_swapped(module) and module not in self._modules.values():
             raise PolicyError.of(
@@ -79,6 +85,6 @@ class Placement:
         site.parameters = parameters_of(module)
 
     def _put(self, place: str, site: Site, module: nn.Module) -> None:
-        swap(module, {"__call__": neighbours.override_of(module)}, site)
+        swap(module, {"__call__": self._override(module)}, site)
         self._modules[place] = module
         neighbours.introduce(module)

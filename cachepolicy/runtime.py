@@ -37,7 +37,7 @@ def apply(
     steps: int | None = None,
     guidance: bool | None = None,
     samples: Literal["mean", "max"] = "mean",
-    trace: bool = True,
+    trace: bool | Literal["profile"] = True,
     **params: Any,
 ) -> Run:
     """Attach a policy to a model or a diffusers pipeline; nothing is attached when anything is wrong.
@@ -47,8 +47,9 @@ def apply(
     an object with a `.policy()` method. `timestep` returns the current timestep in training units (0..1000) as a
     number or tensor; without it the clock reads `scheduler`, the pipeline's scheduler, or the model's own timestep
     argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch
-    holds the unconditional and the conditional half, where no pipeline tells. `params` are the policy's own knobs; a
-    function given for an `external` is asked once for each answer.
+    holds the unconditional and the conditional half, where no pipeline tells. `trace` is False for none, and "profile"
+    for one with the time of every site, which takes some itself. `params` are the policy's own knobs; a function given
+    for an `external` is asked once for each answer.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
@@ -170,7 +171,7 @@ class Run(Handle):
         around = Surroundings(self._sources, self._guided, self._detach, self._settle, self._told, self.trace)
         attached = Attached(self, module, plan, around)
         self._attached[name] = attached
-        placement = Placement(module, attached.handles)
+        placement = Placement(module, attached.handles, profiled=self._told.trace == "profile")
         placement.place()
         self._placements[attached.identity] = placement
         methods = {"__call__": root_override}

@@ -21,7 +21,7 @@ class Told:
     steps: int | None = None
     guidance: bool | None = None
     samples: Literal["mean", "max"] = "mean"
-    trace: bool = True
+    trace: bool | Literal["profile"] = True
     externals: Mapping[str, Callable[[], float]] = field(default_factory=dict[str, Callable[[], float]])
     most_sessions: int = MOST_SESSIONS
 
@@ -33,7 +33,8 @@ class Told:
     def _problem(self) -> tuple[str, str] | None:
         """What is wrong, and what is right."""
         # The annotations say what these are; a caller without a type checker may give anything.
-        steps, guidance, samples = cast("tuple[Any, Any, Any]", (self.steps, self.guidance, self.samples))
+        told = (self.steps, self.guidance, self.samples, self.trace)
+        steps, guidance, samples, trace = cast("tuple[Any, Any, Any, Any]", told)
         if self.timestep is not None and not callable(self.timestep):
             return "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
@@ -42,6 +43,8 @@ class Told:
             return f"`guidance` is `{guidance!r}`", "True, False or None"
         if samples not in {"mean", "max"}:
             return f"`samples` is `{samples!r}`", '`"mean"` or `"max"`'
+        if not isinstance(trace, bool) and trace != "profile":
+            return f"`trace` is `{trace!r}`", 'True, False or `"profile"`'
         return None
 
 

@@ -235,7 +235,7 @@ class Attached(Handle):
         turn = Turn(self, branch, tick, leaders, measuring, facts)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
-        call.frame = turn.frame = self._frame(turn)
+        call.frame = self._frame(turn)
         return call
 
     def _start(self, state: State, key: Hashable, tick: Tick) -> None:
@@ -327,7 +327,7 @@ class Attached(Handle):
             )
         if site.outputs:
             turn.leave(site, self.module, call.arguments.named, output, None)
-        turn.close()
+        turn.close(call.frame.unfit)
         turn.branch.memories = turn.after
         if self.layout.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)

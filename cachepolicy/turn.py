@@ -30,7 +30,7 @@ from cachepolicy.actions import (
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
-from cachepolicy.intercept import Frame, Leave, Site
+from cachepolicy.intercept import Leave, Site
 from cachepolicy.layout import Layout
 from cachepolicy.neighbours import left
 from cachepolicy.schedule import (
@@ -131,7 +131,6 @@ class Turn:
             self.decide_again()
         else:
             self.decisions, self.after = self._decided()
-        self.frame: Frame
         self._modes: dict[int, str] = {}
         self._recorders: dict[int, Recorder] = {}
         self._waiting: list[int] = []
@@ -180,9 +179,13 @@ class Turn:
             if site in each.parents:
                 self.facts.setdefault(each.index, "the site around it had to compute")
 
-    def close(self) -> None:
-        """Decide once more with all that the call has shown, so that memory and trace say what happened."""
-        for site, reason in self.frame.unfit:
+    def close(self, unfit: Sequence[tuple[int, str]]) -> None:
+        """Decide once more with all that the call has shown, so that memory and trace say what happened.
+
+        `unfit` are the sites whose history did not fit after all, as the frame has collected them: a turn that held
+        its frame, which holds the turn, would keep a call's tensors until the garbage collector comes by.
+        """
+        for site, reason in unfit:
             self.refuse(site, reason)
         for recorder in self._recorders.values():
             recorder.finish()

@@ -249,7 +249,7 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
     output = slot.output
     if halved and slot.full:
         output = map_tensors(_half(half), output)
-    if slot.clones or inference:
+    if slot.clones or inference or (slot.version is None and slot.versions is None and _of_inference(output)):
         return cloned(output)
     # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
     return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)  # pyright: ignore[reportUnknownVariableType]
@@ -264,6 +264,11 @@ def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *
     answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
     given = iter(answers)
     return map_tensors(lambda _: next(given), slot.output)
+
+
+def _of_inference(output: Any) -> bool:
+    """True for what was kept under `torch.inference_mode`; outside, only a copy of it is a tensor like any other."""
+    return not torch.compiler.is_compiling() and any(tensor.is_inference() for tensor in _flat(output))
 
 
 def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -148,6 +148,9 @@ class SpecialTurn(Protocol):
         ...
 
 
+_CALL = torch.nn.Module.__call__
+
+
 def site_override(original: Method) -> Method:
     """`__call__` of a site: answer from the slot, or compute and keep, as the frame says."""
 
@@ -155,8 +158,12 @@ def site_override(original: Method) -> Method:
         frame = LOCAL.frame
         site: Site | None = self.__dict__.get(ATTRIBUTE)
         if frame is None or site is None or frame.owner is not site.owner:
-            if site is not None and not torch.compiler.is_compiling() and site.owner.keeps_graphs:
-                site.owner.refuse_recompute(site.name)
+            if site is not None and not torch.compiler.is_compiling():
+                if site.owner.keeps_graphs:
+                    site.owner.refuse_recompute(site.name)
+                if original is _CALL:
+                    # torch.fx exchanges this method while it records modules by their calls.
+                    return torch.nn.Module.__call__(self, *args, **kwargs)
             return original(self, *args, **kwargs)
         if site.special:
             return frame.turn.special(original, self, site, args, kwargs)

@@ -48,11 +48,11 @@ def refuse(root: nn.Module, pipeline: Any = None) -> None:
     """
     if "diffusers.hooks" in sys.modules:
         for module in root.modules():
-            for name in hooks_of(module):
-                if name in _CACHES:
+            if "_diffusers_hook" in module.__dict__:
+                for name in _CACHES.keys() & hooks_of(module).keys():
                     _refuse(f"diffusers' {_CACHES[name]}", "`model.disable_cache()` takes it off; a policy can do both")
     if "cache_dit" in sys.modules and any(
-        getattr(each, "_is_cached", False) is True or hasattr(each, "_context_manager") for each in (root, pipeline)
+        "_context_manager" in getattr(each, "__dict__", ()) for each in (root, pipeline)
     ):
         _refuse("cache-dit's cache", "`cache_dit.disable_cache(...)` takes it off; a policy can do both")
 
@@ -190,13 +190,15 @@ def left(module: nn.Module) -> None:
 
 
 _TORCH: Any = vars(torch)["_C"]
+_FX: Any = vars(torch.fx)["_symbolic_trace"]
 """Where torch says what it has no public name for."""
 
 
 def traced() -> bool:
-    """True where the call is recorded, not made: by `torch.export`, `torch.jit.trace` or `make_fx`."""
+    """True where the call is recorded, not made: by `torch.export`, `torch.jit.trace`, `torch.fx` or `make_fx`."""
     return (
         torch.compiler.is_exporting()
+        or _FX.is_fx_tracing()
         or _TORCH._is_tracing()
         or _TORCH._get_dispatch_mode(_TORCH._TorchDispatchModeKey.PROXY) is not None
     )

@@ -182,7 +182,6 @@ class Run(Handle):
         """A trajectory starts: look once more at what else is on the model."""
         neighbours.refuse(attached.module, self.target)
         self._placements[attached.identity].settle()
-        attached.switches = neighbours.checkpointing(attached.module)
 
     def _swap(self, target: Any, methods: dict[str, Any], handle: object) -> None:
         swap(target, methods, handle)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cachepolicy

@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,9 +24,11 @@ from cachepolicy.actions import (
     Keeping,
     Slot,
 )
+from cachepolicy.blocks import Graphs
 from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
+from cachepolicy.graphs import Part
 from cachepolicy.guidance import Guide
 from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import lay_out
@@ -76,6 +78,7 @@ class Surroundings:
     guided: Callable[[], bool | None]
     refuted: Callable[[], None]
     settle: Callable[[Attached], None]
+    intercept: Callable[[Attached, str, Site], None]
     told: Told
     trace: Trace | None
 
@@ -99,6 +102,7 @@ class Attached(Handle):
         self.keeps_graphs = False
         self.switches = neighbours.checkpointing(module)
         self.handles = self._handles()
+        self.graphs = Graphs(self)
         self._states: OrderedDict[Hashable, State] = OrderedDict()
         self._lock = threading.Lock()
         self._warned = False
@@ -181,7 +185,7 @@ class Attached(Handle):
 
     # --- one call ----------------------------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall | None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool = False) -> RootCall | None:
         """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
         if self.identity in DISABLED.get() or neighbours.traced():
             return None
@@ -189,7 +193,7 @@ class Attached(Handle):
         key = session_key()
         state = self.state(key)
         try:
-            call = self._call(key, state, args, kwargs)
+            call = self._call(key, state, args, kwargs, compiler=compiler)
         except BaseException as error:
             self._forget(key, state, error)
             raise
@@ -197,7 +201,9 @@ class Attached(Handle):
             self.active += 1
         return call
 
-    def _call(self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall:
+    def _call(
+        self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
+    ) -> RootCall:
         arguments = arguments_of(self.root, args, kwargs)
         reading = read(state.clock, self.around.sources(), self.root, arguments)
         tick = reading.tick
@@ -235,12 +241,19 @@ class Attached(Handle):
         turn = Turn(self, branch, tick, leaders, measuring, facts)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
+        if self.graphs.used(whole=compiler) and not call.answered:
+            call.learns = self.graphs.learns(arguments)
+            if not call.learns:
+                call.parts = self.graphs.parts(turn, whole=compiler)
         call.frame = self._frame(turn)
+        if call.parts:
+            self.graphs.place(call.frame, call.parts, whole=compiler)
         return call
 
     def _start(self, state: State, key: Hashable, tick: Tick) -> None:
         if state.calls:
             self._finished(state)
+        self.graphs.look()
         state.branches.clear()
         state.decided.clear()
         state.guide = Guide()
@@ -315,6 +328,10 @@ class Attached(Handle):
             codes = self.layout.codes[key] = [by_group[group] for group in partition.group_of]
         return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
 
+    def surprised(self) -> None:
+        """A site found itself in a graph: from the next call on there is a stage for it."""
+        self.graphs.surprised = True
+
     def end(self, call: RootCall, output: Any) -> Any:
         """Commit what the call did: memories, counts and the trace."""
         turn, state = call.turn, call.state
@@ -327,7 +344,11 @@ class Attached(Handle):
             )
         if site.outputs:
             turn.leave(site, self.module, call.arguments.named, output, None)
+        if call.parts:
+            self.graphs.end(turn, call.parts)
         turn.close(call.frame.unfit)
+        if call.learns:
+            self.graphs.learnt(turn, call.arguments)
         turn.branch.memories = turn.after
         if self.layout.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
@@ -404,6 +425,8 @@ class RootCall:
     answered: bool = False
     output: Any = None
     guidance: dict[str, Any] | None = None
+    learns: bool = False
+    parts: Mapping[int, Part] = field(default_factory=dict[int, Part])
 
 
 def _code(decision: Decision, what: Keeping, store: str) -> str:

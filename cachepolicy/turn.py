@@ -16,6 +16,7 @@ from cachepolicy.actions import (
     PENDING,
     STORE,
     STORE_CLONE,
+    Keeping,
     Slot,
     feedback,
     hidden_states,
@@ -30,6 +31,7 @@ from cachepolicy.actions import (
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
+from cachepolicy.graphs import Part
 from cachepolicy.intercept import Leave, Site
 from cachepolicy.layout import Layout
 from cachepolicy.neighbours import left
@@ -53,15 +55,18 @@ from cachepolicy.spans import (
     Chain,
     Continuations,
     Entry,
+    Form,
     Keeps,
     Link,
     Names,
     Recorder,
+    bind_names,
     parts,
     passed,
     rebuilt,
     signature,
 )
+from cachepolicy.staging import fill, problem
 
 
 @dataclass(slots=True)
@@ -74,6 +79,12 @@ class Branch:
     remembered: Remembered = field(default_factory=Remembered)
 
 
+class Forms(Protocol):
+    """How the blocks of each span go on, as far as calls outside graphs have shown it."""
+
+    forms: dict[int, Form]
+
+
 class Host(Protocol):
     """What a turn asks of the root that it is a call of."""
 
@@ -82,6 +93,11 @@ class Host(Protocol):
     externals: Mapping[str, Any]
     module: torch.nn.Module
     repeated: set[int]
+
+    @property
+    def graphs(self) -> Forms:
+        """What is known of the model's graphs."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +147,8 @@ class Turn:
             self.decide_again()
         else:
             self.decisions, self.after = self._decided()
+        self.parts: Mapping[int, Part] = {}
+        self._before: dict[str, int | None] = {}
         self._modes: dict[int, str] = {}
         self._recorders: dict[int, Recorder] = {}
         self._waiting: list[int] = []
@@ -149,6 +167,61 @@ class Turn:
             followed=self.leaders,
             facts=self.facts,
         )
+
+    # --- what graphs ask -----------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots by site number."""
+        return self.branch.slots
+
+    @property
+    def keepings(self) -> Sequence[Keeping]:
+        """What each site keeps."""
+        return self.host.layout.keepings
+
+    @property
+    def forms(self) -> Mapping[int, Form]:
+        """How the blocks of each span go on, as far as known."""
+        return self.host.graphs.forms
+
+    @property
+    def step(self) -> int:
+        """The step of the call."""
+        return self.tick.step
+
+    def gate(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A probed or waiting module is about to run in a graph."""
+        names = bind_names(site.parameters, args, kwargs)
+        self.enter(site, names, args, kwargs)
+        self._before[site.name] = _counter(names)
+        self.release()
+
+    def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A probed module has run in a graph."""
+        names = bind_names(site.parameters, args, kwargs)
+        self.leave(site, module, names, output, self._before.pop(site.name, None))
+
+    def release(self) -> None:
+        """Decide what graphs wait for, where all signals are there."""
+        if (
+            not self.parts
+            or self.measuring is None
+            or not all(self.measuring.has(probe) for probe in self.host.layout.plan.probes)
+        ):
+            return
+        for site, part in self.parts.items():
+            if self.decided(site) is not WAITING:
+                continue
+            self.decision(site)
+            reason = problem(self, site)
+            if reason is not None:
+                self.refuse(site, reason)
+            fill(self, site, part, refused=reason is not None)
+
+    def decided(self, site: int) -> Decision:
+        """The site's decision as it stands, `WAITING` where it waits."""
+        return self.decisions[self.branch.partition.group_of[site]]
 
     # --- decisions on the way ----------------------------------------------------------------------------
 
@@ -275,6 +348,7 @@ class Turn:
                 return self._linked(span, position, names)
         self._learn(names)
         self.enter(site, names, given, named)
+        self.release()
         recording = list[tuple[int, int, Begun]]()
         waiting = list[int]()
         answer: int | None = None
@@ -511,8 +585,10 @@ class Turn:
             return "a block of it did not run when it computed"
         if skips:
             return None
+        if chain.signature is None:
+            return None  # kept by a graph: the root has seen that it is called with the same
         given, newest = signature(names), chain.history[0][0]
-        if chain.signature is None or len(chain.signature) != len(given):
+        if len(chain.signature) != len(given):
             return "the history does not fit this call"
         halved = self.halved and newest.full
         same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
@@ -578,15 +654,6 @@ class Turn:
         if not getattr(supply, "takes_module", False):
             return supply()
         return supply(self.host.module.get_submodule(self.host.layout.names[site][0]))
-
-
-def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by parameter name."""
-    names: dict[str, Any] = dict(zip(parameters, args, strict=False))
-    for index in range(len(parameters), len(args)):
-        names[f"*{index}"] = args[index]
-    names.update(kwargs)
-    return names
 
 
 def _target(names: Names) -> str | None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cachepolicy import ir
-from cachepolicy.keeping import Keeping
 from cachepolicy.spans import Chain
 
 COMPUTE = "compute"
@@ -59,54 +58,139 @@ class Kept:
     full: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What a site has to keep: how many outputs, how many residuals, and whether it must know its streams at all."""
+
+    outputs: int
+    residuals: int
+    streams: bool
+    halves: bool
+
+    @property
+    def depth(self) -> int:
+        """How many results of either form."""
+        return max(1, self.outputs, self.residuals)
+
+    @property
+    def plain(self) -> bool:
+        """True where the newest output alone is kept."""
+        return self.outputs == 1 and not self.streams and not self.halves
+
+
+def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
+    """What the actions of a site's rules read from its history."""
+    outputs = residuals = 0
+    skips = False
+    for rule in rules:
+        match rule.action:
+            case ir.Reuse(residual=True):
+                residuals = max(residuals, 1)
+            case ir.Reuse():
+                outputs = max(outputs, 1)
+            case ir.Predict(residual=True):
+                residuals = max(residuals, depth(rule.action))
+            case ir.Predict():
+                outputs = max(outputs, depth(rule.action))
+            case ir.Skip():
+                skips = True
+            case _:
+                pass
+    return Keeping(outputs, residuals, span or residuals > 0 or skips, halves)
+
+
+def depth(action: ir.Predict) -> int:
+    """How many computed results a predictor reads at most."""
+    for argument in action.arguments:
+        if argument.label == "order" and isinstance(argument.value, ir.Number):
+            return int(argument.value.value) + 1
+    return 2
+
+
+def feedback(action: ir.Action | None) -> bool:
+    """True where the action's answers enter the history too."""
+    return isinstance(action, ir.Predict) and any(
+        argument.label == "feedback" and isinstance(argument.value, ir.Boolean) and argument.value.value
+        for argument in action.arguments
+    )
+
+
 # --- predictors ------------------------------------------------------------------------------------------
 
 Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The numbers of one prediction: what neighbouring differences are divided by, and what each order counts.
+
+    Numbers, or tensors without dimensions where a compiled graph has to take other ones at each step. `divisors` are
+    None where differences are taken as they are.
+    """
+
+    divisors: tuple[Any, ...] | None
+    factors: tuple[Any, ...]
+
+
+def weights(predictor: str, steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+    """The numbers of a prediction at `step` from values at `steps`, the newest first."""
+    return _PREDICTORS[predictor](steps, step, arguments)
+
+
+def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
+    """The newest value and its differences of rising order, each times its factor."""
+    answer = history[0]
+    for difference, factor in zip(_differences(history, numbers), numbers.factors, strict=True):
+        answer = answer + difference * factor
+    # What is kept is not handed out: whoever receives an answer may write into it.
+    return answer.clone() if answer is history[0] else answer
 
 
 def predict(
     predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
 ) -> torch.Tensor:
     """The value at `step` from computed ones at `steps`, the newest first; a short history lowers the order."""
-    answer = _PREDICTORS[predictor](history, steps, step, arguments)
-    # What is kept is not handed out: whoever receives an answer may write into it.
-    return answer.clone() if answer is history[0] else answer
+    return combine(history, weights(predictor, steps, step, arguments))
 
 
-def _linear(history: Sequence[torch.Tensor], _steps: Sequence[int], _step: int, arguments: Arguments) -> torch.Tensor:
-    """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
-    newest, older = history[0], history[min(1, len(history) - 1)]
-    return newest + (newest - older) * arguments["weight"]
-
-
-def _taylor(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments) -> torch.Tensor:
-    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
-    k = step - steps[0]
-    answer = history[0]
-    for order, difference in enumerate(_differences(history, steps, arguments["order"]), 1):
-        answer = answer + difference * (k**order / math.factorial(order))
-    return answer
-
-
-def _hermite(history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments) -> torch.Tensor:
-    """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
-    scale = arguments["scale"]
-    x = scale * (step - steps[0])
-    before, polynomial = 1.0, 2.0 * x
-    answer = history[0]
-    for order, difference in enumerate(_differences(history, steps, arguments["order"]), 1):
-        answer = answer + difference * (scale**order * polynomial / math.factorial(order))
-        before, polynomial = polynomial, 2.0 * x * polynomial - 2.0 * order * before
-    return answer
-
-
-def _differences(history: Sequence[torch.Tensor], steps: Sequence[int], order: int) -> list[torch.Tensor]:
-    level: list[torch.Tensor] = list(history[: order + 1])
-    found = list[torch.Tensor]()
+def _differences(history: Sequence[torch.Tensor], numbers: Weights) -> list[torch.Tensor]:
+    """The newest difference of each order."""
+    divisors = numbers.divisors
+    if divisors is None:
+        return [history[0] - history[min(1, len(history) - 1)]]
+    level: list[torch.Tensor] = list(history[: len(numbers.factors) + 1])
+    found: list[torch.Tensor] = []
     while len(level) > 1:
-        level = [(new - old) / (steps[i] - steps[i + 1]) for i, (new, old) in enumerate(pairwise(level))]
+        level = [(level[i] - level[i + 1]) / divisors[i] for i in range(len(level) - 1)]
         found.append(level[0])
     return found
+
+
+def _linear(_steps: Sequence[int], _step: int, arguments: Arguments) -> Weights:
+    """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
+    return Weights(None, (arguments["weight"],))
+
+
+def _taylor(steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
+    divisors = _divisors(steps, arguments["order"])
+    k = step - steps[0]
+    return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
+
+
+def _hermite(steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+    """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
+    divisors, scale = _divisors(steps, arguments["order"]), arguments["scale"]
+    x = scale * (step - steps[0])
+    before, polynomial, factors = 1.0, 2.0 * x, list[float]()
+    for order in range(1, len(divisors) + 1):
+        factors.append(scale**order * polynomial / math.factorial(order))
+        before, polynomial = polynomial, 2.0 * x * polynomial - 2.0 * order * before
+    return Weights(divisors, tuple(factors))
+
+
+def _divisors(steps: Sequence[int], order: int) -> tuple[int, ...]:
+    return tuple(newer - older for newer, older in pairwise(steps[: order + 1]))
 
 
 _PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}
@@ -146,20 +230,21 @@ def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> s
         return "nothing is kept yet"
     if not fits(slot, states, halved=halved):
         return "the history does not fit this call"
-    if not slot.clones and _overwritten(slot):
+    if not slot.clones and overwritten(slot):
         # From now on this site keeps and gives copies: somebody downstream writes into what it returns.
-        _spoilt(slot)
+        spoil(slot)
         return "the history was overwritten in place"
     return None
 
 
-def _overwritten(slot: Slot) -> bool:
+def overwritten(slot: Slot) -> bool:
+    """True where somebody wrote into what the slot keeps."""
     if slot.version is not None:
         return slot.output._version != slot.version
     return slot.versions is not None and versions(slot.output) != slot.versions
 
 
-def _spoilt(slot: Slot) -> None:
+def spoil(slot: Slot) -> None:
     """Forget what was overwritten; the older results were handed out too."""
     slot.clones, slot.output, slot.older = True, None, []
 
@@ -177,8 +262,8 @@ def keep(
 
 def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
     """Make `output` the newest of the history."""
-    if what.outputs > 1 and not slot.clones and slot.output is not None and _overwritten(slot):
-        _spoilt(slot)
+    if what.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
+        spoil(slot)
     if what.outputs > 1 and slot.output is not None:
         slot.older = [Kept(slot.output, slot.step, slot.full), *slot.older][: what.outputs - 1]
     clone = slot.clones or code == STORE_CLONE

@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,17 +21,17 @@ from cachepolicy.actions import (
     COMPUTE,
     PENDING,
     REUSE,
+    Keeping,
     Slot,
 )
+from cachepolicy.blocks import Graphs
 from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
+from cachepolicy.graphs import Part
 from cachepolicy.guidance import Guide
-from cachepolicy.histories import held, storage_bytes
 from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import lay_out
-from cachepolicy.liveness import Liveness
-from cachepolicy.outlook import Ahead
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import (
     COND_BRANCHES,
@@ -44,7 +44,7 @@ from cachepolicy.schedule import (
     rebuilds_uncond,
     untold,
 )
-from cachepolicy.signals import Measuring
+from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
 from cachepolicy.stopwatch import now
 from cachepolicy.swap import Handle
@@ -68,7 +68,6 @@ class State:
     reused: bool = False
     calls: int = 0
     trajectory: Trajectory | None = None
-    liveness: Liveness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +78,7 @@ class Surroundings:
     guided: Callable[[], bool | None]
     refuted: Callable[[], None]
     settle: Callable[[Attached], None]
+    intercept: Callable[[Attached, str, Site], None]
     told: Told
     trace: Trace | None
 
@@ -102,6 +102,7 @@ class Attached(Handle):
         self.keeps_graphs = False
         self.switches = neighbours.checkpointing(module)
         self.handles = self._handles()
+        self.graphs = Graphs(self)
         self._states: OrderedDict[Hashable, State] = OrderedDict()
         self._lock = threading.Lock()
         self._warned = False
@@ -184,7 +185,7 @@ class Attached(Handle):
 
     # --- one call ----------------------------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall | None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool = False) -> RootCall | None:
         """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
         if self.identity in DISABLED.get() or neighbours.traced():
             return None
@@ -192,7 +193,7 @@ class Attached(Handle):
         key = session_key()
         state = self.state(key)
         try:
-            call = self._call(key, state, args, kwargs)
+            call = self._call(key, state, args, kwargs, compiler=compiler)
         except BaseException as error:
             self._forget(key, state, error)
             raise
@@ -200,7 +201,9 @@ class Attached(Handle):
             self.active += 1
         return call
 
-    def _call(self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall:
+    def _call(
+        self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
+    ) -> RootCall:
         arguments = arguments_of(self.root, args, kwargs)
         reading = read(state.clock, self.around.sources(), self.root, arguments)
         tick = reading.tick
@@ -225,32 +228,32 @@ class Attached(Handle):
         facts = dict[int, str]()
         if reading.stale:
             # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
-            branch.forget()
+            branch.slots = [Slot() for _ in self.plan.sites]
+            branch.remembered = Remembered()
             state.guide = Guide()
             facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
         facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
-        liveness = self._liveness(state, reading.ahead)
         measuring = None
-        if self.layout.signals.numbers and liveness.measures(tick, now=True):
+        if self.plan.probes or self.layout.signals.numbers:
             environment = Environment(clock_words(tick, Memory(tick.step)), self.layout.program.tables)
             worst = self.around.told.samples == "max"
             measuring = Measuring(self.layout.signals, branch.remembered, environment, tick.step, worst=worst)
-        turn = Turn(self, branch, tick, leaders, measuring, facts, liveness)
+        turn = Turn(self, branch, tick, leaders, measuring, facts)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
+        if self.graphs.used(whole=compiler) and not call.answered:
+            call.learns = self.graphs.learns(arguments)
+            if not call.learns:
+                call.parts = self.graphs.parts(turn, whole=compiler)
         call.frame = self._frame(turn)
+        if call.parts:
+            self.graphs.place(call.frame, call.parts, whole=compiler)
         return call
-
-    def _liveness(self, state: State, ahead: Ahead) -> Liveness:
-        """What may be read later, on the clock as it is known now."""
-        loose, found = bool(self.repeated), state.liveness
-        if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
-            found = state.liveness = self.layout.liveness(ahead, loose=loose)
-        return found
 
     def _start(self, state: State, key: Hashable, tick: Tick) -> None:
         if state.calls:
             self._finished(state)
+        self.graphs.look()
         state.branches.clear()
         state.decided.clear()
         state.guide = Guide()
@@ -314,7 +317,7 @@ class Attached(Handle):
         """The codes of all sites; those of equal decisions are laid out once."""
         partition = turn.branch.partition
         by_group = tuple(
-            _code(decision, turn, group.sites[0])
+            _code(decision, self.layout.keepings[group.sites[0]], turn.store)
             for decision, group in zip(turn.decisions, partition.groups, strict=True)
         )
         key = (partition is self.layout.program.coarse, by_group)
@@ -325,21 +328,28 @@ class Attached(Handle):
             codes = self.layout.codes[key] = [by_group[group] for group in partition.group_of]
         return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
 
+    def surprised(self) -> None:
+        """A site found itself in a graph: from the next call on there is a stage for it."""
+        self.graphs.surprised = True
+
     def end(self, call: RootCall, output: Any) -> Any:
         """Commit what the call did: memories, counts and the trace."""
         turn, state = call.turn, call.state
         site = self.handles[""]
         if self.layout.itself is not None and not call.answered and call.guidance is None:
             turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
-        if call.guidance is not None and not call.answered and self._guides(call):
+        if call.guidance is not None and not call.answered:
             output = state.guide.ended(
                 turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved
             )
         if site.outputs:
             turn.leave(site, self.module, call.arguments.named, output, None)
+        if call.parts:
+            self.graphs.end(turn, call.parts)
         turn.close(call.frame.unfit)
+        if call.learns:
+            self.graphs.learnt(turn, call.arguments)
         turn.branch.memories = turn.after
-        self._release(call)
         if self.layout.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
         state.calls += 1
@@ -364,36 +374,9 @@ class Attached(Handle):
             turn.facts,
             (now() if profiled else time.perf_counter()) - turn.started,
             turn.signals_of,
-            held=self._held(call.state),
             began=turn.started,
             profile=call.frame.profile if number < _MOST_PROFILED else (),
         )
-
-    def _release(self, call: RootCall) -> None:
-        """Let go of what no later step of the trajectory reads, and count what is left."""
-        turn, state = call.turn, call.state
-        if self.layout.approximation is not None:
-            state.guide.release(
-                kept=not turn.liveness.approximates(turn.tick, now=False), cond=turn.tick.branch in UNCOND_BRANCHES
-            )
-        if turn.release() and state.trajectory is not None:
-            turn.branch.held = held(turn.branch.slots, turn.branch.remembered)
-
-    def _guides(self, call: RootCall) -> bool:
-        """Whether an unconditional half is rebuilt from the call's prediction, in this step or a later one."""
-        turn, branch = call.turn, call.turn.tick.branch
-        if turn.halved:
-            return True
-        if branch in COND_BRANCHES:
-            # From this step's unconditional call, if that is still to come.
-            called = any(each.branch in UNCOND_BRANCHES for each in call.state.clock.calls)
-            return not called and turn.liveness.approximates(turn.tick, now=True)
-        return turn.liveness.approximates(turn.tick, now=False)
-
-    def _held(self, state: State) -> int:
-        """Bytes of history that the session holds."""
-        guide = storage_bytes(state.guide.held) if self.layout.approximation is not None else 0
-        return guide + sum(branch.held for branch in state.branches.values())
 
     def fail(self, call: RootCall, error: BaseException) -> None:
         """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
@@ -442,14 +425,16 @@ class RootCall:
     answered: bool = False
     output: Any = None
     guidance: dict[str, Any] | None = None
+    learns: bool = False
+    parts: Mapping[int, Part] = field(default_factory=dict[int, Part])
 
 
-def _code(decision: Decision, turn: Turn, site: int) -> str:
-    """What a site does at this call: it keeps only what a later step may read."""
+def _code(decision: Decision, what: Keeping, store: str) -> str:
+    """What a site does at this call."""
     if decision is WAITING:
         return PENDING
     if decision.verdict != "reuse":
-        return turn.store if turn.wanted(site).outputs else COMPUTE
+        return store if what.outputs else COMPUTE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
 
 

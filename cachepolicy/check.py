@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.diagnostics import Diagnostic, PolicyError, Related, Span
 from cachepolicy.evaluate import Undefined, constant, walk
 from cachepolicy.files import is_file, load, located
 from cachepolicy.loading import Resolved, resolve
@@ -18,6 +18,7 @@ from cachepolicy.shadows import interval, shadowed
 from cachepolicy.simulation import Schedule, simulate
 from cachepolicy.sites import Modules, select, why_nothing
 from cachepolicy.skeleton import Skeleton, ancestors, builtin
+from cachepolicy.source import prepare
 from cachepolicy.syntax import recover
 
 
@@ -39,9 +40,12 @@ def check_text(text: str | bytes, *, source: str = "<text>") -> tuple[Diagnostic
     policy, findings = recover(text, source=source)
     if any(each.severity == "error" for each in findings):
         return findings
-    if is_file(Path(source)):
-        policy = policy.model_copy(update={"source_name": str(Path(source).absolute())})
-    return (*findings, *_whole(policy))
+    path, held = Path(source).absolute(), prepare(text, source)[0]
+    if is_file(path):
+        policy = policy.model_copy(update={"source_name": str(path)})
+    # What is said of this text shows its lines, not those that its file has at present.
+    further = (held.locate(each) if Path(each.source or "").absolute() == path else each for each in _whole(policy))
+    return (*findings, *further)
 
 
 def _whole(policy: ir.Policy) -> tuple[Diagnostic, ...]:
@@ -63,8 +67,16 @@ def _doubts(resolved: Resolved) -> Iterator[Diagnostic]:
     ]
     for number, by in shadowed(alike):
         message = f"this rule never decides: `{label(resolved.rules[by[0]])}` comes first and takes the same"
-        found = Diagnostic("W510", message, severity="warning", help="the first rule whose `when` holds decides")
+        help = "the first rule whose `when` holds decides"
+        related = tuple(_earlier(resolved, each) for each in by)
+        found = Diagnostic("W510", message, severity="warning", help=help, related=related)
         yield located(found, resolved.sources[number].policy, resolved.rules[number].span)
+
+
+def _earlier(resolved: Resolved, rule: int) -> Related:
+    source = resolved.sources[rule]
+    span = source.policy.statements[source.statement].span or Span(0, 0, 1, 1, 1, 1)
+    return Related("this rule comes first", span, source.policy.source_name)
 
 
 def _empty_intervals(rule: ir.Rule) -> Iterator[Diagnostic]:

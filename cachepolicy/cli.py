@@ -378,3 +378,19 @@ def run(*, folder: str, policy: str | None, settings: Sequence[tuple[str, ir.Exp
     task = Task(arguments, seeds, output, opened, dict(settings), given["compares"])
     pipe = open_pipeline(folder, dtype=given["dtype"], device=given["device"])
     show_run(pipe, task, as_json=given["as_json"])
+
+
+# --- editors ---------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--stdio", is_flag=True, expose_value=False, help="Standard input and output; there is no other way.")
+@terminal.guarded
+def lsp() -> None:
+    """Serve an editor: findings as you type, hover, completion, definitions, fixes and formatting.
+
+    Editors start it; docs/editors.md says how.
+    """
+    from cachepolicy.lsp import serve
+
+    serve()

@@ -17,7 +17,6 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diagnostics import PolicyError
-from cachepolicy.outlook import Ahead
 from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES, Scale
 from cachepolicy.schedule import Tick
 from cachepolicy.swap import ATTRIBUTE, Method
@@ -230,8 +229,6 @@ class Clock:
     calls: list[_Called] = field(default_factory=list[_Called])
     known: dict[str, Identity] = field(default_factory=dict[str, Identity])
     signatures: dict[str, Any] = field(default_factory=dict[str, Any])
-    ahead: Ahead = field(default_factory=Ahead)
-    numbers: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,12 +244,11 @@ class Sources:
 
 @dataclass(slots=True)
 class Reading:
-    """One reading of the clock: the tick, whether a trajectory starts or histories no longer fit, what lies ahead."""
+    """One reading of the clock: the tick, and whether a trajectory starts or the histories no longer fit."""
 
     tick: Tick
     starts: bool
     stale: bool
-    ahead: Ahead
 
 
 def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Reading:
@@ -280,19 +276,7 @@ def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Re
     signature = arguments.signature()
     stale = not starts and clock.signatures.get(branch, signature) != signature
     clock.signatures[branch] = signature
-    return Reading(_with_context(tick, branch, context), starts, stale, _ahead(clock, context))
-
-
-_UNKNOWN = Ahead()
-_FALLING = Ahead(direction=-1, lowest=-1.0)
-_IN_ONE_DIRECTION = {-1: Ahead(direction=-1), 0: _UNKNOWN, 1: Ahead(direction=1)}
-
-
-def _ahead(clock: Clock, context: Context | None) -> Ahead:
-    """What is known of the steps to come; where the caller says each step by itself, nothing is."""
-    if context is None or (context.sigma is None and context.num_inference_steps is None):
-        return clock.ahead
-    return _UNKNOWN
+    return Reading(_with_context(tick, branch, context), starts, stale)
 
 
 def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
@@ -361,9 +345,6 @@ def _by_scheduler(
         clock.calls.clear()
         clock.raw = raw
     clock.step = step
-    if starts or clock.numbers is not timesteps:
-        rest = None if sigmas is None else tuple(sigmas[clock.begin :])
-        clock.ahead, clock.numbers = Ahead(tuple(timesteps[clock.begin :]), rest), timesteps
     index = min(clock.begin + step, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
@@ -420,7 +401,6 @@ def _by_value(
     clock.t = t
     if starts:
         clock.direction = 0
-    clock.ahead = _UNKNOWN if index is not None else _FALLING if known else _IN_ONE_DIRECTION[clock.direction]
     return starts, Tick(clock.step, t, sources.steps)
 
 

@@ -23,6 +23,15 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Related:
+    """Another place that a finding is about, and what it has to do with it; `source` names its file."""
+
+    message: str
+    span: Span
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnostic:
     """One finding: a stable code, a sentence, a place in the text and one way out.
 
@@ -39,6 +48,7 @@ class Diagnostic:
     excerpt: tuple[str, ...] = ()
     label: str = ""
     help: str | None = None
+    related: tuple[Related, ...] = ()
 
 
 class PolicyError(Exception):

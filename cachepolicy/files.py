@@ -221,6 +221,14 @@ def _is_file_name(name: str | None) -> TypeGuard[str]:
     return name is not None and Path(name).is_absolute()
 
 
+def path_of(source_name: str | None) -> Path | None:
+    """The file that `Policy.source_name` stands for, a shipped one where those are files; None for a text."""
+    if source_name is None or not source_name.startswith(SHIPPED):
+        return Path(source_name) if _is_file_name(source_name) else None
+    found = shipped_policies().get(_stem(source_name.removeprefix(SHIPPED)))
+    return found if isinstance(found, Path) else None
+
+
 def chain(origins: Sequence[Origin]) -> str:
     """`a.cp -> b.cp -> a.cp`, for errors."""
     return " -> ".join(each.shown for each in origins)

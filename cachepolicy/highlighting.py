@@ -67,10 +67,9 @@ def _phrase(text: str, *, opens: State | None = None, closes: bool = False) -> C
     words = text.split()
     parts = ["[0-9]+" if word == "N" else word for word in words]
     expression = r"\b" + rf"({_GAP})".join(f"({each})" for each in parts) + r"\b"
-    clause: Role = "clause"
     roles: list[Role] = []
     for word in words:
-        roles += ["space", _PHRASED.get(word, clause)]
+        roles.extend(("space", _PHRASED.get(word, "clause")))
     return Colouring(expression, tuple(roles[1:]), opens, closes)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+import torch._dynamo
 
 from cachepolicy import ir
 from cachepolicy.actions import (
@@ -17,6 +18,7 @@ from cachepolicy.actions import (
     PENDING,
     REUSE,
     STORE,
+    Keeping,
     Slot,
     counters,
     hidden_states,
@@ -24,7 +26,7 @@ from cachepolicy.actions import (
     reused,
     unfit,
 )
-from cachepolicy.keeping import Keeping
+from cachepolicy.graphs import UNCOMPILED, Stage, traced, tracing, waits
 from cachepolicy.swap import ATTRIBUTE, Handle, Method
 
 
@@ -32,10 +34,12 @@ class Frame:
     """What the root decided for one call: for each site number a code and a slot. Sites read it and nothing else.
 
     `unfit` collects the sites whose history did not fit their call after all, so that they computed. `turn` is asked by
-    sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled.
+    sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled. Compiled
+    graphs read `stage`, or their block's in `blocks`.
     """
 
     __slots__ = (
+        "blocks",
         "codes",
         "half",
         "halved",
@@ -45,6 +49,7 @@ class Frame:
         "serial",
         "shares",
         "slots",
+        "stage",
         "step",
         "store",
         "turn",
@@ -67,6 +72,8 @@ class Frame:
         self.serial = next(_serials)
         self.unfit: list[tuple[int, str]] = []
         self.profile: list[Any] = []
+        self.stage: Stage | None = None
+        self.blocks: Sequence[Stage] = ()
 
 
 _serials = itertools.count()
@@ -74,10 +81,14 @@ _serials = itertools.count()
 
 class _Local(threading.local):
     frame: Frame | None = None
+    stage: Stage | None = None
 
 
 LOCAL = _Local()
-"""The frame of the root call that this thread is in. Dynamo traces a `threading.local`, not a ContextVar."""
+"""The frame of the root call that this thread is in, and the stage of the compiled block that it is in.
+
+Dynamo traces a `threading.local`, not a ContextVar.
+"""
 
 
 class Site(Handle):
@@ -85,13 +96,14 @@ class Site(Handle):
 
     `index` is its own site number, or -1; `members` are the spans (or the chain of its own) that it stands in, with its
     position there, the outermost first; `inputs` and `outputs` are the probes that look at it, `starts` those of spans
-    that begin with it. `special` is set where
-    any
-    of these needs more than the frame.
+    that begin with it. `special` is set where any of these needs more than the frame, or where it is a block that is
+    compiled alone: the number `block` of that, -1 elsewhere. Inside such a block a site has the number `within` and
+    the members `inside`, so that equal blocks share their graphs.
     """
 
     __slots__ = (
-        "index", "inputs", "keeping", "members", "name", "outputs", "owner", "parameters", "plain", "special", "starts",
+        "block", "index", "inputs", "inside", "keeping", "members", "name", "outputs", "owner", "parameters", "plain",
+        "special", "starts", "within",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, name: str, parameters: Sequence[str]) -> None:
@@ -106,6 +118,14 @@ class Site(Handle):
         self.outputs: list[ir.Probe] = []
         self.starts: list[ir.Probe] = []
         self.special = False
+        self.block = -1
+        self.within = -1
+        self.inside: list[tuple[int, int]] = []
+
+    @property
+    def watched(self) -> bool:
+        """True where spans or probes have to see its calls."""
+        return bool(self.members or self.inputs or self.outputs or self.starts)
 
 
 def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
@@ -147,6 +167,18 @@ class SpecialTurn(Protocol):
         """The site was called a second time in one forward."""
         ...
 
+    def gate(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A probed or waiting module is about to run in a graph."""
+        ...
+
+    def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A probed module has run in a graph."""
+        ...
+
+    def release(self) -> None:
+        """Decide what graphs wait for, where all signals are there."""
+        ...
+
 
 _CALL = torch.nn.Module.__call__
 
@@ -165,7 +197,11 @@ def site_override(original: Method) -> Method:
                     # torch.fx exchanges this method while it records modules by their calls.
                     return torch.nn.Module.__call__(self, *args, **kwargs)
             return original(self, *args, **kwargs)
+        if tracing():
+            return _traced(__call__, original, self, site, frame, args, kwargs)
         if site.special:
+            if site.block >= 0:
+                return _block(original, self, site, frame, args, kwargs)
             return frame.turn.special(original, self, site, args, kwargs)
         index = site.index
         code = frame.codes[index]
@@ -193,30 +229,64 @@ def site_override(original: Method) -> Method:
         output = original(self, *args, **kwargs)
         if code is COMPUTE:
             return output
-        if not torch.compiler.is_compiling():
-            if slot.call == frame.serial:
-                frame.turn.repeats(index)
-            slot.call = frame.serial
-            if code is STORE and site.plain and not slot.clones:
-                # The usual misses, likewise.
-                states = args[0] if args else kwargs.get("hidden_states")
-                version, versions = None, None
-                if type(output) is not torch.Tensor:
-                    versions = counters(output)
-                elif not output.requires_grad and not output.is_inference():
-                    version = output._version
-                if type(states) is torch.Tensor and (version is not None or versions is not None):
-                    slot.output, slot.version, slot.versions = output, version, versions
-                    slot.shape = states.shape
-                    slot.dtype = states.dtype
-                    slot.device = states.device
-                    return output
-        # Reading the step would make a compiled graph a step; only predictors and halved batches ask for it.
-        step, full = (-1, True) if site.plain else (frame.step, not frame.halved)
-        keep(slot, site.keeping, code, hidden_states(args, kwargs), output, step=step, full=full)
+        if slot.call == frame.serial:
+            frame.turn.repeats(index)
+        slot.call = frame.serial
+        if code is STORE and site.plain and not slot.clones:
+            # The usual misses, likewise.
+            states = args[0] if args else kwargs.get("hidden_states")
+            version, versions = None, None
+            if type(output) is not torch.Tensor:
+                versions = counters(output)
+            elif not output.requires_grad and not output.is_inference():
+                version = output._version
+            if type(states) is torch.Tensor and (version is not None or versions is not None):
+                slot.output, slot.version, slot.versions = output, version, versions
+                slot.shape = states.shape
+                slot.dtype = states.dtype
+                slot.device = states.device
+                return output
+        states = hidden_states(args, kwargs)
+        keep(slot, site.keeping, code, states, output, step=frame.step, full=not frame.halved)
         return output
 
     return __call__
+
+
+def _block(original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A block that is compiled alone: its graph is to find its own stage, and no number of its own."""
+    outer = LOCAL.stage
+    LOCAL.stage = frame.blocks[site.block] if frame.blocks else None
+    try:
+        if site.index < 0 and not site.watched:
+            frame.turn.release()
+            return original(module, *args, **kwargs)
+        return frame.turn.special(original, module, site, args, kwargs)
+    finally:
+        LOCAL.stage = outer
+
+
+def _traced(
+    call: Any, original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A call inside a graph; what needs a decision on the way, or was never seen outside, leaves it."""
+    alone = LOCAL.stage
+    stage = frame.stage if alone is None else alone
+    if stage is None:
+        return _outside(call, module, site, args, kwargs)
+    number, members = (site.index, site.members) if alone is None else (site.within, site.inside)
+    if members and "_diffusers_hook" in module.__dict__:
+        # A hook may split what the module is called with, and is asked outside.
+        return _outside(call, module, site, args, kwargs)
+    probed = bool(site.inputs or site.outputs or site.starts)
+    if probed or waits(stage, number, members):
+        _gate(frame.turn, site, args, kwargs)
+        if waits(stage, number, members):
+            return _outside(call, module, site, args, kwargs)
+    output = traced(original, module, stage, number, members, site.parameters, args, kwargs)
+    if site.outputs:
+        _look_after(frame.turn, site, module, args, kwargs, output)
+    return output
 
 
 class RootTurn(Protocol):
@@ -227,6 +297,7 @@ class RootTurn(Protocol):
     output: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    learns: bool
 
 
 class RootHandle(Protocol):
@@ -234,8 +305,12 @@ class RootHandle(Protocol):
 
     module: torch.nn.Module
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
-        """The call's decisions, or None."""
+    def surprised(self) -> None:
+        """A site found itself in a graph that was not prepared for it."""
+        ...
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool) -> RootTurn | None:
+        """The call's decisions, or None; `compiler` says whether the root is compiled as a whole."""
         ...
 
     def end(self, turn: Any, output: Any) -> Any:
@@ -246,6 +321,21 @@ class RootHandle(Protocol):
         """Undo the call."""
         ...
 
+
+def _smallest_graph(empty: torch.Tensor) -> torch.Tensor:
+    """Something to compile: torch takes a `fullgraph=True` call that needed no graph for a mistake."""
+    return empty.view(-1)
+
+
+_EMPTY = torch.empty(0)
+
+# What torch has no public name for: to skip a frame and not what it calls; whether a compiler is at work in the thread;
+# how many graphs a `fullgraph=True` call has run, -1 where nobody counts. The last two are builtins, for frames that
+# Dynamo skips; where a version of torch lacks them, there is nothing to ask.
+_skip_code: Callable[[Any], None] = cast("Any", torch._dynamo.eval_frame).skip_code  # noqa: SLF001
+_native: Any = cast("Any", torch)._C._dynamo.eval_frame  # noqa: SLF001
+_callback: Callable[[], Any] = getattr(_native, "get_eval_frame_callback", lambda: None)
+_count: Callable[[int], int] = getattr(_native, "set_fullgraph_compiled_frame_count", lambda _: -1)
 
 F = TypeVar("F")
 
@@ -259,9 +349,51 @@ _eager = cast("_Decorator", torch.compiler.disable)  # pyright: ignore[reportUnk
 _eager_itself = cast("_Decorator", torch.compiler.disable(recursive=False))  # pyright: ignore[reportUnknownMemberType]
 
 
+def _with_reason(reason: str) -> _Decorator:
+    """`_eager` with a reason, which torch shows where a graph may not break."""
+    try:
+        return cast("_Decorator", torch.compiler.disable(reason=reason))  # pyright: ignore[reportUnknownMemberType]
+    except TypeError:  # before torch 2.7
+        return _eager
+
+
+_outside_graphs = _with_reason(
+    "a cache policy decides here by what it measures, or learns how blocks go on; compile block by block, or without "
+    "`fullgraph=True`"
+)
+
+
+@_outside_graphs
+def _gate(turn: SpecialTurn, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Between two graphs: probes see what goes in, and what can be decided now is."""
+    turn.gate(site, args, kwargs)
+
+
+@_outside_graphs
+def _look_after(
+    turn: SpecialTurn, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Between two graphs: probes see what comes out."""
+    turn.look_after(site, module, args, kwargs, output)
+
+
+@_outside_graphs
+def _outside(call: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call of a site as it is without a compiler: a break of the graph."""
+    cast("RootHandle", site.owner).surprised()
+    return call(module, *args, **kwargs)
+
+
 @_eager
-def _begin(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootTurn | None:
-    return handle.begin(args, kwargs)
+def _begin(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> RootTurn | None:
+    return handle.begin(args, kwargs, compiler=compiler)
+
+
+@_eager
+def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward outside any graph."""
+    with UNCOMPILED:
+        return call(module, *args, **kwargs)
 
 
 @_eager
@@ -281,27 +413,36 @@ def root_override(original: Method) -> Method:
     @_eager_itself
     def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
+        compiler = _callback() is not None or self.__dict__.get("_compiled_call_impl") is not None
         # A replica of `nn.DataParallel` shares the handle, and lives for one call.
-        turn = None if handle is None or handle.module is not self else _begin(handle, args, kwargs)
+        turn = None if handle is None or handle.module is not self else _begin(handle, args, kwargs, compiler)
         if handle is None or turn is None:
             return original(self, *args, **kwargs)
-        outer = LOCAL.frame
-        LOCAL.frame = turn.frame
+        outer = LOCAL.frame, LOCAL.stage
+        LOCAL.frame, LOCAL.stage = turn.frame, None
         try:
-            output = turn.output if turn.answered else original(self, *turn.args, **turn.kwargs)
+            if turn.answered:
+                output = turn.output
+            elif turn.learns:
+                output = _learn(original, self, turn.args, turn.kwargs)
+            else:
+                output = original(self, *turn.args, **turn.kwargs)
+            if compiler and (turn.answered or turn.learns):
+                counted = _count(0)
+                if counted < 0:
+                    _count(counted)
+                else:
+                    _smallest_graph(_EMPTY)
             return _end(handle, turn, output)
         except BaseException as error:
             _fail(handle, turn, error)
             raise
         finally:
-            LOCAL.frame = outer
+            LOCAL.frame, LOCAL.stage = outer
 
-    # torch puts a check in front that refuses an export; here an export is of the bare model.
-    unchecked = getattr(decided, "__wrapped__", decided)
-
+    # torch refuses to export what it may not enter; an export is of the bare model, and enters this frame alone.
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        if torch.compiler.is_exporting():
-            return original(self, *args, **kwargs)
-        return unchecked(self, *args, **kwargs)
+        return original(self, *args, **kwargs) if torch.compiler.is_exporting() else decided(self, *args, **kwargs)
 
+    _skip_code(__call__.__code__)
     return __call__

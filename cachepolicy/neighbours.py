@@ -198,7 +198,7 @@ def traced() -> bool:
     """True where the call is recorded, not made: by `torch.export`, `torch.jit.trace`, `torch.fx` or `make_fx`."""
     return (
         torch.compiler.is_exporting()
-        or _FX.is_fx_tracing()
+        or _FX._is_fx_tracing_flag
         or _TORCH._is_tracing()
         or _TORCH._get_dispatch_mode(_TORCH._TorchDispatchModeKey.PROXY) is not None
     )

@@ -36,6 +36,12 @@ class Placement:
             self.lift()
             raise
 
+    def add(self, place: str, site: Site) -> None:
+        """Intercept one more module."""
+        with self._lock:
+            self._sites[place] = site
+            self._put(place, site, self._root.get_submodule(place))
+
     def settle(self) -> None:
         """See that each path still leads to what is intercepted, in the way its neighbours need; move what has moved.
 

@@ -15,6 +15,13 @@ def shipped(folder: str) -> Traversable:
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / folder
 
 
+def documentation(page: str) -> str | None:
+    """The address of a page such as `language.md#when`, where the documents are installed as files."""
+    name, mark, anchor = page.partition("#")
+    path = shipped("docs").joinpath(*name.split("/"))
+    return path.as_uri() + mark + anchor if isinstance(path, Path) and path.is_file() else None
+
+
 def shipped_policies() -> dict[str, Traversable]:
     """The shipped policies by name, in alphabetical order: `{"pab": .../policies/pab.cp, ...}`."""
     found = {

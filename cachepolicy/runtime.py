@@ -16,7 +16,7 @@ from cachepolicy.attached import DISABLED, SESSION, Attached, Surroundings
 from cachepolicy.clock import CONTEXT, SCHEDULER_METHODS, Context, Follower, Sources
 from cachepolicy.configs import config_of
 from cachepolicy.diagnostics import PolicyError
-from cachepolicy.intercept import root_override
+from cachepolicy.intercept import Site, root_override
 from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
 from cachepolicy.placement import Placement
@@ -168,7 +168,9 @@ class Run(Handle):
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         plan = self.plans[name]
-        around = Surroundings(self._sources, self._guided, self._detach, self._settle, self._told, self.trace)
+        around = Surroundings(
+            self._sources, self._guided, self._detach, self._settle, self._intercept, self._told, self.trace
+        )
         attached = Attached(self, module, plan, around)
         self._attached[name] = attached
         placement = Placement(module, attached.handles, profiled=self._told.trace == "profile")
@@ -182,6 +184,9 @@ class Run(Handle):
         """A trajectory starts: look once more at what else is on the model."""
         neighbours.refuse(attached.module, self.target)
         self._placements[attached.identity].settle()
+
+    def _intercept(self, attached: Attached, place: str, site: Site) -> None:
+        self._placements[attached.identity].add(place, site)
 
     def _swap(self, target: Any, methods: dict[str, Any], handle: object) -> None:
         swap(target, methods, handle)

@@ -70,7 +70,8 @@ class Source:
         starts = self._line_starts
         last = max(span.line, span.end_line - (span.end_column == 1))
         ends = [*starts[1:], len(self.text) + 1]
-        lines = range(span.line, min(last, span.line + _EXCERPT_LINES - 1) + 1)
+        # A file may have become shorter since its policy was read.
+        lines = range(span.line, min(last, span.line + _EXCERPT_LINES - 1, len(starts)) + 1)
         stretches = (self.clean[starts[line - 1] : ends[line - 1] - 1][:_EXCERPT_WIDTH] for line in lines)
         return tuple(_FORBIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
 

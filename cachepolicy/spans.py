@@ -39,6 +39,23 @@ class Link:
     leads: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of a segment: for each stream of its first block, the output that it ends as, if any."""
+
+    segment: int
+    outputs: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the blocks of a span go on into one another, by position, once a compute has shown it."""
+
+    links: tuple[Link, ...]
+    endings: tuple[Ending | None, ...]
+    segments: int
+
+
 @dataclass(slots=True)
 class Entry:
     """One computed result of a segment: residuals and outputs, as far as kept, by place of the leading block's output.
@@ -145,15 +162,24 @@ class Chain:
     `clones` says that blocks write into their inputs.
     """
 
-    __slots__ = ("clones", "history", "leads", "links", "signature", "splits")
+    __slots__ = ("clones", "endings", "history", "leads", "links", "signature", "splits")
 
     def __init__(self) -> None:
         self.links: dict[int, Link] = {}
+        self.endings: dict[int, Ending] = {}
         self.history: list[list[Entry]] = []
         self.signature: tuple[Any, ...] | None = None
         self.clones = False
         self.splits: set[int] = set()
         self.leads: set[int] = set()
+
+    def form(self, blocks: int) -> Form | None:
+        """How the blocks go on, where all of so many have shown it."""
+        if len(self.links) < blocks or not self.history:
+            return None
+        places = range(blocks)
+        links = tuple(self.links[place] for place in places)
+        return Form(links, tuple(self.endings.get(place) for place in places), len(self.history))
 
 
 Begun = tuple[Names | None, dict[str, int | None]]
@@ -179,7 +205,7 @@ class Recorder:
         self._last: Call | None = None
         self._segment: list[tuple[int, Shape]] = []
         self._links: dict[int, Link] = {}
-        self._ends: set[int] = set()
+        self._ends: dict[int, Ending] = {}
         self._seen: set[int] = set()
         self._entries: list[Entry] = []
         self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
@@ -308,17 +334,15 @@ class Recorder:
             self._chain.leads.add(lead.position)
         number = len(self._entries)
         self._segment.append((last.position, shape))
-        self._ends.add(last.position)
         for position, form in self._segment:
             self._links[position] = Link(form, number, leads=position == lead.position)
-        reached = {
-            last.origin.get(source): output
-            for source, output in zip(shape.inputs, last.outputs, strict=True)
-            if source is not None
-        }
+        reached = {last.origin.get(source): place for place, source in enumerate(shape.inputs) if source is not None}
+        sources = self._segment[0][1].inputs
+        ends = tuple(reached.get(source) if source is not None else None for source in sources)
+        self._ends[last.position] = Ending(number, ends)
         residuals, outputs = list[torch.Tensor | None](), list[torch.Tensor | None]()
-        for source in self._segment[0][1].inputs:
-            output = reached.get(source) if source is not None else None
+        for source, place in zip(sources, ends, strict=True):
+            output = last.outputs[place] if place is not None else None
             base = lead.bases[source] if source is not None and lead.bases is not None else None
             wanted = self._keeps.residuals
             residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)
@@ -334,19 +358,28 @@ class Recorder:
             self._close(last, self._settled(last))
         chain = self._chain
         if self._spoilt is not None or not self._entries:
-            chain.links, chain.history, chain.signature = {}, [], None
+            chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
             return self._spoilt or "no block of the span ran"
         same = len(chain.history) == len(self._entries) and chain.signature == self._signature
         old: list[list[Entry]] = chain.history if same else [[] for _ in self._entries]
         depth = self._keeps.depth
         chain.history = [[entry, *past][:depth] for entry, past in zip(self._entries, old, strict=True)]
-        chain.links, chain.signature = self._links, self._signature
+        chain.links, chain.endings, chain.signature = self._links, self._ends, self._signature
         return None
 
 
 def _held(call: Call | None) -> list[Any]:
     """All that the record of a call keeps alive."""
     return [] if call is None else [*call.names.values(), *call.outputs]
+
+
+def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by parameter name."""
+    names: dict[str, Any] = dict(zip(parameters, args, strict=False))
+    for index in range(len(parameters), len(args)):
+        names[f"*{index}"] = args[index]
+    names.update(kwargs)
+    return names
 
 
 def parts(output: Any) -> tuple[list[Any], tuple[str, ...] | None]:

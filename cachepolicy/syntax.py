@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lark
@@ -18,7 +18,7 @@ from cachepolicy.resources import shipped
 from cachepolicy.source import Chunk, Source, prepare
 from cachepolicy.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
 
-__all__ = ["check_names", "parse", "parse_selector", "parse_value", "recover"]
+__all__ = ["Ahead", "check_names", "look_ahead", "parse", "parse_selector", "parse_value", "recover"]
 
 
 def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
@@ -65,6 +65,31 @@ def parse_selector(text: str) -> ir.Selector:
         PolicyError: `text` is not a selector.
     """
     return _parse_part(text, "selector", Lowering.selector)
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What may follow the beginning of a statement: names of terminals, and those that were read before it."""
+
+    accepts: frozenset[str]
+    words: frozenset[str]
+    """The keywords among them."""
+    read: tuple[tuple[str, str], ...]
+    """The terminals of the beginning, each with its text."""
+
+
+def look_ahead(source: Source, start: int, end: int) -> Ahead | None:
+    """What may stand at `end` in a statement that starts at `start`; None where it is wrong before."""
+    # A line that is begun and empty continues nothing yet, so the parser would take it for an end.
+    end = start + len(source.clean[start:end].rstrip())
+    parser = _parser().parse_interactive(lark.TextSlice(source.clean, start, end), start="line")
+    try:
+        read = parser.exhaust_lexer()
+    except lark.exceptions.UnexpectedInput:
+        return None
+    accepts = frozenset[str](parser.accepts())
+    words = frozenset(word for name, word in _words().items() if name in accepts)
+    return Ahead(accepts, words, tuple((str(each.type), str(each)) for each in read))
 
 
 def _place(finding: Diagnostic) -> tuple[int, int]:

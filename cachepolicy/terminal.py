@@ -22,6 +22,12 @@ _ABOUT_THE_COMMAND = frozenset(
 )
 """Codes that are the caller's mistake and not the policy's, where they have no place in its text."""
 
+_EXTRAS = {
+    **dict.fromkeys(("diffusers", "torch", "tqdm", "PIL", "safetensors"), "diffusers"),
+    **dict.fromkeys(("pygls", "lsprotocol"), "lsp"),
+}
+"""The extra of the package that installs a library."""
+
 P = ParamSpec("P")
 
 
@@ -80,9 +86,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except PolicyError as error:
             fail(error.diagnostics, as_json=bool(kwargs.get("as_json")))
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in {"diffusers", "torch", "tqdm", "PIL", "safetensors"}:
+            extra = _EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
                 raise
-            say(f'error: `{error.name}` is not installed: pip install "cachepolicy[diffusers]"', error=True)
+            say(f'error: `{error.name}` is not installed: pip install "cachepolicy[{extra}]"', error=True)
             raise SystemExit(UNUSABLE) from error
         except BrokenPipeError:
             raise  # click ends quietly when the reader has gone

@@ -16,7 +16,9 @@ from cachepolicy.actions import (
     PENDING,
     STORE,
     STORE_CLONE,
+    Keeping,
     Slot,
+    feedback,
     hidden_states,
     keep,
     predict,
@@ -29,13 +31,10 @@ from cachepolicy.actions import (
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
-from cachepolicy.histories import trim
+from cachepolicy.graphs import Part
 from cachepolicy.intercept import Leave, Site
-from cachepolicy.keeping import feedback
 from cachepolicy.layout import Layout
-from cachepolicy.liveness import Liveness
 from cachepolicy.neighbours import left
-from cachepolicy.outlook import Reads
 from cachepolicy.schedule import (
     HIDDEN,
     WAITING,
@@ -49,7 +48,6 @@ from cachepolicy.schedule import (
     decide,
     decide_all,
     hides,
-    owner_of,
 )
 from cachepolicy.signals import Measuring, Remembered, probed
 from cachepolicy.spans import (
@@ -57,15 +55,18 @@ from cachepolicy.spans import (
     Chain,
     Continuations,
     Entry,
+    Form,
     Keeps,
     Link,
     Names,
     Recorder,
+    bind_names,
     parts,
     passed,
     rebuilt,
     signature,
 )
+from cachepolicy.staging import fill, problem
 
 
 @dataclass(slots=True)
@@ -76,17 +77,12 @@ class Branch:
     memories: list[Memory]
     slots: list[Slot]
     remembered: Remembered = field(default_factory=Remembered)
-    reads: dict[int, Reads] = field(default_factory=dict[int, Reads])
-    """What may still be read of the sites of a group, by its first site, when it was last looked at."""
-    held: int = 0
-    """Bytes."""
 
-    def forget(self) -> None:
-        """Let go of all that is kept; what decisions remember stays."""
-        self.slots = [Slot() for _ in self.slots]
-        self.remembered = Remembered()
-        self.reads.clear()
-        self.held = 0
+
+class Forms(Protocol):
+    """How the blocks of each span go on, as far as calls outside graphs have shown it."""
+
+    forms: dict[int, Form]
 
 
 class Host(Protocol):
@@ -97,6 +93,11 @@ class Host(Protocol):
     externals: Mapping[str, Any]
     module: torch.nn.Module
     repeated: set[int]
+
+    @property
+    def graphs(self) -> Forms:
+        """What is known of the model's graphs."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +127,12 @@ class Turn:
         leaders: Mapping[str, Sequence[Decision]],
         measuring: Measuring | None,
         facts: dict[int, str],
-        liveness: Liveness,
     ) -> None:
         self.host = host
         self.branch = branch
         self.tick = tick
         self.leaders = leaders
         self.measuring = measuring
-        self.liveness = liveness
         self.inference = torch.is_inference_mode_enabled()
         # Inference tensors have no write counter, so there copies are kept.
         self.store = STORE_CLONE if self.inference else STORE
@@ -148,6 +147,8 @@ class Turn:
             self.decide_again()
         else:
             self.decisions, self.after = self._decided()
+        self.parts: Mapping[int, Part] = {}
+        self._before: dict[str, int | None] = {}
         self._modes: dict[int, str] = {}
         self._recorders: dict[int, Recorder] = {}
         self._waiting: list[int] = []
@@ -167,32 +168,60 @@ class Turn:
             facts=self.facts,
         )
 
-    # --- what is kept ------------------------------------------------------------------------------------
+    # --- what graphs ask -----------------------------------------------------------------------------------
 
-    def wanted(self, site: int) -> Reads:
-        """What later steps may read of a result that the site computes now."""
-        return self.liveness.wanted(self.host.layout.program.alike.group_of[site], self.tick, self.tick.step)
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots by site number."""
+        return self.branch.slots
 
-    def release(self) -> bool:
-        """Let go of what no later step reads; True where what is held may have changed."""
-        alike, reads_of, slots = self.host.layout.program.alike.group_of, self.branch.reads, self.branch.slots
-        changed = False
-        for group, decision, memory in zip(self.branch.partition.groups, self.decisions, self.after, strict=True):
-            first = group.sites[0]
-            reads = self.liveness.wanted(alike[first], self.tick, memory.last)
-            pushes = decision.computes or (decision.verdict == "reuse" and feedback(decision.action))
-            same = reads_of.get(first) is reads
-            if same and not pushes:
+    @property
+    def keepings(self) -> Sequence[Keeping]:
+        """What each site keeps."""
+        return self.host.layout.keepings
+
+    @property
+    def forms(self) -> Mapping[int, Form]:
+        """How the blocks of each span go on, as far as known."""
+        return self.host.graphs.forms
+
+    @property
+    def step(self) -> int:
+        """The step of the call."""
+        return self.tick.step
+
+    def gate(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A probed or waiting module is about to run in a graph."""
+        names = bind_names(site.parameters, args, kwargs)
+        self.enter(site, names, args, kwargs)
+        self._before[site.name] = _counter(names)
+        self.release()
+
+    def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A probed module has run in a graph."""
+        names = bind_names(site.parameters, args, kwargs)
+        self.leave(site, module, names, output, self._before.pop(site.name, None))
+
+    def release(self) -> None:
+        """Decide what graphs wait for, where all signals are there."""
+        if (
+            not self.parts
+            or self.measuring is None
+            or not all(self.measuring.has(probe) for probe in self.host.layout.plan.probes)
+        ):
+            return
+        for site, part in self.parts.items():
+            if self.decided(site) is not WAITING:
                 continue
-            changed |= bool(reads) or not same
-            if not same or self.facts or (reads and reads.depth < self.liveness.full[alike[first]].depth):
-                reads_of[first] = reads
-                for site in group.sites:
-                    trim(slots[site], reads)
-        if self.branch.remembered.previous and not self.liveness.measures(self.tick, now=False):
-            self.branch.remembered = Remembered()
-            changed = True
-        return changed or self.measuring is not None
+            self.decision(site)
+            reason = problem(self, site)
+            if reason is not None:
+                self.refuse(site, reason)
+            fill(self, site, part, refused=reason is not None)
+
+    def decided(self, site: int) -> Decision:
+        """The site's decision as it stands, `WAITING` where it waits."""
+        return self.decisions[self.branch.partition.group_of[site]]
 
     # --- decisions on the way ----------------------------------------------------------------------------
 
@@ -269,8 +298,7 @@ class Turn:
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
                 return True, self._linked(span, position, names)
-            if self._watches(span):
-                self._opened = self._recorder(span).begin(position, names)
+            self._opened = self._recorder(span).begin(position, names)
         if self._code(site, args, kwargs) == ANSWER:
             return True, self.answered(site.index)
         if self.facts:
@@ -285,7 +313,7 @@ class Turn:
             if self._opened is not None:
                 self._record(span, position, module, names, self._opened, output)
         what = self.host.layout.keepings[site.index]
-        if not what.streams and self.wanted(site.index).outputs:
+        if what.outputs and not what.streams:
             states = hidden_states(args, kwargs)
             keep(
                 self.branch.slots[site.index],
@@ -320,6 +348,7 @@ class Turn:
                 return self._linked(span, position, names)
         self._learn(names)
         self.enter(site, names, given, named)
+        self.release()
         recording = list[tuple[int, int, Begun]]()
         waiting = list[int]()
         answer: int | None = None
@@ -331,8 +360,7 @@ class Turn:
                 break
             if mode == PENDING:
                 waiting.append(span)
-            if self._watches(span):
-                recording.append((span, position, self._recorder(span).begin(position, names)))
+            recording.append((span, position, self._recorder(span).begin(position, names)))
         code = COMPUTE if answer is not None else self._code(site, args, kwargs)
         before = _counter(names)
         if answer is not None:
@@ -455,8 +483,7 @@ class Turn:
         group = self.branch.partition.group_of[span]
         if mode is None and self.decisions[group] is WAITING and position == 0 and not self._ready(span):
             self._modes[span] = PENDING
-            owner = owner_of(self.branch.partition.groups[group].rules, self._inputs(span, self.branch.memories[group]))
-            problem = self._chain_problem(span, names, None if owner is None else owner.rule.action)
+            problem = self._chain_problem(span, names, None)
             if problem is not None:
                 self.facts[span] = problem
             return PENDING
@@ -467,7 +494,7 @@ class Turn:
         """Decide a span; one that has begun to run, or whose history does not fit, computes."""
         decision = self.decision(span)
         problem = self.facts.get(span)
-        if names is not None and problem is None and decision.verdict == "reuse":
+        if names is not None and problem is None:
             problem = self._chain_problem(span, names, decision.action)
         if decision.verdict != "reuse":
             self._modes[span] = COMPUTE
@@ -476,10 +503,6 @@ class Turn:
             self._modes[span] = COMPUTE
         else:
             self._modes[span] = ANSWER
-
-    def _watches(self, span: int) -> bool:
-        """Whether a span that computes is to be recorded: for what it keeps, or to know its blocks at all."""
-        return not self._chain(span).links or bool(self.wanted(span))
 
     def _chain(self, span: int) -> Chain:
         slot = self.branch.slots[span]
@@ -490,11 +513,11 @@ class Turn:
     def _recorder(self, span: int) -> Recorder:
         recorder = self._recorders.get(span)
         if recorder is None:
-            wanted = self.wanted(span)
+            what = self.host.layout.keepings[span]
             keeps = Keeps(
-                max(1, wanted.depth),
-                residuals=wanted.residuals > 0,
-                outputs=wanted.outputs > 0,
+                what.depth,
+                residuals=what.residuals > 0,
+                outputs=what.outputs > 0,
                 step=self.tick.step,
                 full=not self.halved,
             )
@@ -558,14 +581,14 @@ class Turn:
         skips = isinstance(action, ir.Skip)
         if not chain.links:
             return "its inputs and outputs are not known yet" if skips else "nothing is kept yet"
-        if not skips and not _holds(chain, residual=_of_residual(action)):
-            return "nothing is kept yet"
         if len(chain.links) < len(self.host.layout.names[span]):
             return "a block of it did not run when it computed"
         if skips:
             return None
+        if chain.signature is None:
+            return None  # kept by a graph: the root has seen that it is called with the same
         given, newest = signature(names), chain.history[0][0]
-        if chain.signature is None or len(chain.signature) != len(given):
+        if len(chain.signature) != len(given):
             return "the history does not fit this call"
         halved = self.halved and newest.full
         same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
@@ -580,7 +603,7 @@ class Turn:
         what = self.host.layout.keepings[site.index]
         if what.streams:
             return COMPUTE  # its history is the chain that `members` names
-        store = self.store if self.wanted(site.index).outputs else COMPUTE
+        store = self.store if what.outputs else COMPUTE
         if self.decision(site.index).verdict != "reuse":
             return store
         problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
@@ -633,15 +656,6 @@ class Turn:
         return supply(self.host.module.get_submodule(self.host.layout.names[site][0]))
 
 
-def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by parameter name."""
-    names: dict[str, Any] = dict(zip(parameters, args, strict=False))
-    for index in range(len(parameters), len(args)):
-        names[f"*{index}"] = args[index]
-    names.update(kwargs)
-    return names
-
-
 def _target(names: Names) -> str | None:
     """The input that carries the hidden states."""
     if isinstance(names.get("hidden_states"), torch.Tensor):
@@ -653,14 +667,6 @@ def _counter(names: Names) -> int | None:
     """The write counter of the hidden states that go in."""
     states = names.get(_target(names) or "")
     return states._version if isinstance(states, torch.Tensor) and not states.is_inference() else None
-
-
-def _holds(chain: Chain, *, residual: bool) -> bool:
-    """True where each segment's newest result is kept in the form that is asked for."""
-    return bool(chain.history) and all(
-        any(tensor is not None for tensor in (entries[0].residuals if residual else entries[0].outputs))
-        for entries in chain.history
-    )
 
 
 def _of_residual(action: ir.Action | None) -> bool:

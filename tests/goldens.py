@@ -49,7 +49,7 @@ def index() -> str:
     lines = ["# Diagnostics", "", "Every finding has a code that stays what it is. `E` are errors, `W` warnings.", ""]
     lines += ["| code | meaning |", "| --- | --- |"]
     lines += [f"| {f'[{code}]({code}.md)' if code in EXPLAINED else code} | {CODES[code]} |" for code in sorted(CODES)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "```{toctree}", ":hidden:", ":glob:", "", "E*", "W*", "```"]) + "\n"
 
 
 def conformance(name: str) -> tuple[Path, str]:

@@ -140,10 +140,11 @@ print("torch" in sys.modules)
 WHOLE = """
 import cachepolicy
 from cachepolicy.check import run_expectations
-from cachepolicy.resources import shipped, shipped_policies
+from cachepolicy.resources import documentation, shipped, shipped_policies
 assert cachepolicy.__version__
 assert shipped("data").joinpath("emoji-dit", "config.json").is_file()
 assert shipped("data").joinpath("emoji-dit", "diffusion_pytorch_model.safetensors").is_file()
+assert documentation("language.md#when") and documentation("diagnostics/E001.md")
 for name in shipped_policies():
     assert run_expectations(name).hold
 print(*shipped_policies())
@@ -153,7 +154,7 @@ print(*shipped_policies())
 
 def test_a_plain_checkout_is_whole(tmp_path: Path) -> None:
     """A copy of the files finds its grammar, policies and data without being installed."""
-    for folder in ("cachepolicy", "grammars", "policies", "data"):
+    for folder in ("cachepolicy", "grammars", "policies", "data", "docs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
     assert " ".join(shipped_policies()) == run_python(WHOLE, environment={"PYTHONPATH": str(tmp_path)})

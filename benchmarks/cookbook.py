@@ -1,0 +1,153 @@
+"""Write the cookbook: a page for each shipped policy, with what it does to the pictures of the emoji model.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.cookbook [NAME ...] [--pairs 3]
+
+Measures the policies that are named, or all, and writes `docs/cookbook`: the pages, a picture each, and the numbers in
+`measured.json`. `--pages` writes the pages again from numbers that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import cachepolicy
+from cachepolicy import ir
+from cachepolicy.demo import Sampling, measure, save
+from cachepolicy.emoji import load_pipeline
+from cachepolicy.modules import describe
+from cachepolicy.printer import format_node
+from cachepolicy.report import draw
+from cachepolicy.resources import shipped_policies
+from cachepolicy.skeleton import Skeleton
+
+FOLDER = Path(__file__).parents[1] / "docs" / "cookbook"
+MEASURED = FOLDER / "measured.json"
+STEPS, PICTURES = 50, 12
+SIGNALS = {"fbc": "drift"}
+
+
+def digest(name: str) -> str:
+    """The hash of what the policy means with its defaults: a page is old once it changes."""
+    return cachepolicy.plan(cachepolicy.load(name)).resolved.digest
+
+
+def measured(name: str, pairs: int) -> dict[str, Any]:
+    """Sample the emoji model without the policy, with it and with fewer steps, and keep the pictures."""
+    sampling = Sampling(steps=STEPS, pictures=PICTURES, pairs=pairs)
+    outcome = measure(name, {}, sampling)
+    save(outcome, FOLDER / f"{name}.png", (f"uncached, {STEPS} steps", name))
+    return {**outcome.to_json(), "digest": digest(name)}
+
+
+def page(name: str, numbers: dict[str, Any], skeleton: Skeleton) -> str:
+    """The page of a policy."""
+    policy = cachepolicy.load(name)
+    parts = [
+        f"# {policy.title or name}",
+        _source(policy),
+        _sites(name, skeleton),
+        "## Its text",
+        f"`cachepolicy show {name}` prints it.",
+        f"```cachepolicy\n{cachepolicy.format(policy).rstrip()}\n```",
+        "## What can be set",
+        _params(policy),
+        "## What it costs and saves",
+        _table(numbers),
+        f"```{{image}} {name}.png\n:alt: Twelve emoji drawn without the policy, and the same ones with it.\n```",
+    ]
+    return "\n\n".join(each for each in parts if each) + "\n"
+
+
+def _source(policy: ir.Policy) -> str:
+    source = policy.source or ""
+    if source.startswith("arXiv:"):
+        return f"Source: [{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})."
+    return f"Source: [{source}](https://{source})." if source else ""
+
+
+def _sites(name: str, skeleton: Skeleton) -> str:
+    """The grid on the emoji model; where a signal decides, for a made-up series that says so."""
+    plan = cachepolicy.plan(cachepolicy.load(name), skeleton=skeleton)
+    signal, text = SIGNALS.get(name), f"On the emoji model, over {STEPS} steps:"
+    signals = dict[str, list[float]]()
+    if signal is not None:
+        signals[signal] = [0.0, *([0.02, 0.04, 0.08] * STEPS)][:STEPS]
+        text = f"When it reuses depends on what `{signal}` measures. Were it 0.02, 0.04, 0.08 and again so:"
+    schedule = cachepolicy.simulate(plan, steps=STEPS, signals=signals)
+    return f"{text}\n\n```text\n{draw(schedule, width=110)}\n```"
+
+
+def _params(policy: ir.Policy) -> str:
+    rows = ["| param | type | default | |", "| --- | --- | --- | --- |"]
+    for each in policy.statements:
+        if isinstance(each, ir.Param):
+            kind = f"{each.type}?" if each.optional else each.type
+            default = format_node(each.default).replace("|", "\\|")
+            rows.append(f"| `{each.name}` | {kind} | `{default}` | {each.doc or ''} |")
+    return "\n".join(rows)
+
+
+def _table(numbers: dict[str, Any]) -> str:
+    policy, fewer = numbers["policy"], numbers["fewer_steps"]
+    rows = ["| | steps | FLOPs | CPU time | PSNR, mean | worst picture |", "| --- | --: | --: | --: | --: | --: |"]
+    for label, row in (("with the policy", policy), ("no policy, fewer steps", fewer)):
+        cpu = 1 / row["cpu"]["median"]
+        nearness = [f"{value:.1f} dB" if value is not None else "equal" for value in (row["psnr"], row["worst_psnr"])]
+        rows.append(f"| {label} | {row['steps']} | {row['flops']:.3f} | {cpu:.2f} | {nearness[0]} | {nearness[1]} |")
+    return "\n".join(
+        [
+            f"{PICTURES} pictures of the emoji model on one CPU thread; {STEPS} steps uncached are 1. CPU time is the",
+            f"median of {numbers['pairs']} rounds in which the ways took turns. Fewer steps at about the same FLOPs is",
+            "what a policy has to beat; [all settings side by side](../emoji-results.md) are a page of their own.",
+            "",
+            *rows,
+        ]
+    )
+
+
+def index(names: list[str]) -> str:
+    """The page that leads to the others."""
+    lines = [
+        "# Cookbook",
+        "",
+        "The policies that come with cachepolicy, a page each: where it is from, its text, what it computes and",
+        "reuses, and what it does to the pictures of the small emoji model. Which one fits a model of yours,",
+        "[`cachepolicy plan MODEL`](../planning.md) shows.",
+        "",
+        "```{toctree}",
+        *names,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(numbers: dict[str, dict[str, Any]]) -> None:
+    """Write all pages."""
+    skeleton = describe(load_pipeline().transformer)
+    for name, each in numbers.items():
+        (FOLDER / f"{name}.md").write_text(page(name, each, skeleton), "utf-8")
+    (FOLDER / "index.md").write_text(index(sorted(numbers)), "utf-8")
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pages", action="store_true", help="write the pages only")
+    given = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    numbers = json.loads(MEASURED.read_text("utf-8")) if MEASURED.exists() else {}
+    if not given.pages:
+        for name in given.names or shipped_policies():
+            numbers[name] = measured(name, given.pairs)
+            print(f"{name}: {numbers[name]['policy']['psnr']:.1f} dB at {numbers[name]['policy']['flops']:.3f} FLOPs")
+        MEASURED.write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n", "utf-8")
+    write(numbers)
+
+
+if __name__ == "__main__":
+    main()

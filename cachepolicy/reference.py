@@ -1,0 +1,174 @@
+"""What every word of the language means, in a sentence: the tables of `docs/language.md`, for editors to show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the language's reference: the forms of one sort, each with what is to be said of it.
+
+    `verb` joins the two: *t* is the timestep, *attention* takes attention modules. `section` is the heading's anchor.
+    """
+
+    sort: str
+    verb: str
+    section: str
+    says: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A form of the language, with the table that it stands in."""
+
+    form: str
+    says: str
+    table: Table
+
+    @property
+    def sentence(self) -> str:
+        """What the form does: `takes attention modules`."""
+        return f"{self.table.verb} {self.says}"
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the form, as it is written."""
+        return re.findall(r"[A-Za-z_][A-Za-z0-9_]*", re.sub(r'"[^"]*"', "", self.form))
+
+
+TABLES = (
+    Table("statement", "is", "a-file", {
+        "cachepolicy 1": "the edition of the language",
+        'policy NAME ["title"]': "the policy's name",
+        'source "..."': "the paper or repository that the policy follows",
+        'param NAME: TYPE = DEFAULT [in DOMAIN] ["doc"]': "a knob",
+        "let NAME = EXPRESSION": "a named value of clock, params and tables",
+        "table NAME = [...]": "calibrated constants",
+        "signal NAME = ...": "a tensor or number measured once a step and branch",
+        "external NAME: float": "a number that the caller supplies",
+        "match SELECTOR ... -> ACTION": "a rule",
+        "use POLICY [with A = V, ...]": "another policy's rules, here",
+        "expect SELECTOR over N steps [with A = V, ...]: C R ...": "a test inside the file",
+    }),
+    Table("part of a rule", "says", "which-rule-decides", {
+        "optional": "that the rule may take nothing",
+        "when G": "at which steps the rule owns its sites, by the clock and the params",
+        "while C": "what must hold for a reuse, of what was measured",
+        "at most N in a row": "that a site reuses while age ≤ N",
+        "at most N in all": "how often the rule may reuse at a site and branch, over the trajectory",
+        "follow BRANCH": "that any other branch does what this one did",
+    }),
+    Table("selector", "takes", "selectors", {
+        '"regex"': "modules whose qualified name contains a match",
+        "NAME": "the same, for a `string` or `list` param: any regex of the list",
+        "attention": "attention modules",
+        "cross_attention": "attention modules that read another sequence, such as the prompt's",
+        "self_attention": "all other attention modules",
+        "feedforward": "feed-forward modules",
+        "block": "the elements of the model's block lists",
+        "model": "the root",
+        'class "regex"': "modules whose class name contains a match",
+        "each blocks, each blocks[a:b]": "blocks, one site each",
+        "blocks, blocks[a:b], blocks[i]": "consecutive blocks as **one** site, a span",
+        'blocks of "regex"': "blocks of the lists whose name contains a match",
+        "S and S, S or S, not S, ( S )": "sets of modules; `not` binds before `and`, `and` before `or`",
+    }),
+    Table("clock word", "is", "when", {
+        "t": "the scheduler's timestep in training units, 1000 to 0, whatever scale the model's argument has",
+        "step": "the number of the step, from 0",
+        "steps": "how many steps the trajectory has",
+        "progress": "step / (steps − 1), 0 to 1",
+        "sigma": "the scheduler's sigma",
+        "branch": 'the name of the branch, a string: `branch == "cond"`',
+        "uncond_skipped": (
+            "true where this step's call computes the conditional half only; rules on `model` cannot read it"
+        ),
+        "age": "steps since this site last computed",
+    }),
+    Table("expression", "is", "when", {
+        "a if c else b": "a where c holds, else b; only the one that is taken is read",
+        "a or b": "true where one holds",
+        "a and b": "true where both hold",
+        "not a": "true where a does not hold",
+        "x in C": "true where x lies in an interval, a set, or a `range` or `list` param",
+        "true, false": "a condition that always, or never, holds",
+        "inf": "the number above all others",
+        "off": "the value of an optional param that is not set",
+        "abs(x)": "x without its sign",
+        "min(x, y, ...)": "the smallest of them",
+        "max(x, y, ...)": "the largest of them",
+        "sqrt(x)": "the square root",
+        "exp(x)": "e to the power of x",
+        "log(x)": "the natural logarithm",
+        "clamp(x, low, high)": "x, but not below low and not above high",
+        "poly([highest, ..., c0], x)": "the polynomial of x with these coefficients",
+    }),
+    Table("schedule", "computes when", "schedules", {
+        "every N": "step % N == 0",
+        "every N offset K": "(step − K) % N == 0",
+        "every N from end": "(steps − 1 − step) % N == 0",
+        "every N since compute": "age ≥ N",
+        "on {0, 1, 2, 7}, on NAME": "step is one of these; NAME is a `list` param",
+        'mask "1101", mask NAME': "the step's letter is 1; NAME is a `string` param",
+    }),
+    Table("measure", "is", "while", {
+        "input(S)": "the tensor that goes into the site",
+        "output(S)": "the tensor that comes out of it",
+        "residual(S)": "output minus input",
+        'argument(S, "temb")': "the tensor that the site's forward is given under this name",
+        "prev(x)": "x at the step just before, on this branch",
+        "kept(x)": "x at the step this site last computed, for whatever reason",
+        "kept(x, 2)": "x at the compute before that; so on up to 16",
+        "l1(x), l1(x, y)": "mean|x|, mean|x − y|",
+        "l2(x), l2(x, y)": "the root mean square of x, of x − y",
+        "relative_l1(x, y)": "mean|x − y| / mean|y|",
+        "cosine(x, y)": "the cosine of the angle between them: 1 where they point the same way",
+        "sum(x)": "the sum of x over the steps since this site last computed, this one included",
+        "product(x)": "the product of x over the same steps",
+    }),
+    Table("action", "answers with", "actions", {
+        "compute": "nothing: the site runs",
+        "skip": "its input",
+        "reuse": "its last output",
+        "reuse residual": "its input plus its last residual (output minus input)",
+        "predict NAME(...)": "a sum of its history, with weights that depend on the clock",
+        "predict NAME(...) of residual": "its input plus the same of its residuals",
+        "approximate uncond spectral(...)": "on `model` only: half computed, half rebuilt",
+    }),
+    Table("predictor", "answers with, where k = age", "actions", {
+        "linear(weight: E)": "newest + (newest − the one before) · weight",
+        "taylor(order: m)": (
+            "Σ Δ^i k^i / i! for i up to m, of recursive differences at computes, Δ^(i+1) = (Δ^i − previous Δ^i) / gap"
+        ),
+        "hermite(order: m, scale: E)": "the same with E^i H_i(E k) in place of k^i, of Hermite polynomials H",
+    }),
+    Table("type", "is", "params", {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "string": "a text",
+        "range": "an interval of numbers",
+        "list": "numbers, or strings",
+    }),
+)  # fmt: skip
+
+
+@cache
+def _entries() -> tuple[Entry, ...]:
+    return tuple(Entry(form, says, table) for table in TABLES for form, says in table.says.items())
+
+
+def explain(word: str) -> tuple[Entry, ...]:
+    """The forms that begin with a word of the language; else the shortest that hold it, or the phrase that it is."""
+    if " " in word:
+        return tuple(each for each in _entries() if word in each.form)
+    begun = [each for each in _entries() if any(re.match(rf"{word}\b", part) for part in each.form.split(", "))]
+    if begun:
+        return tuple(begun)
+    held = [each for each in _entries() if word in each.words]
+    least = min((len(each.words) for each in held), default=0)
+    return tuple(each for each in held if len(each.words) == least)

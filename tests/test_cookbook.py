@@ -1,0 +1,37 @@
+"""The cookbook is that of the policies as they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from benchmarks import cookbook
+from cachepolicy.emoji import load_pipeline
+from cachepolicy.modules import describe
+from cachepolicy.resources import shipped_policies
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """The numbers that the pages were written from."""
+    return json.loads(cookbook.MEASURED.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_a_page_shows_the_policy_as_it_is(name: str, measured: dict[str, Any]) -> None:
+    """Its text, params and grid are today's, and its numbers were measured with a policy that meant the same."""
+    assert cookbook.digest(name) == measured[name]["digest"], "measure it again: python -m benchmarks.cookbook " + name
+    skeleton = describe(load_pipeline().transformer)
+    expected = cookbook.page(name, measured[name], skeleton)
+    assert expected == (cookbook.FOLDER / f"{name}.md").read_text("utf-8"), "python -m benchmarks.cookbook --pages"
+    assert (cookbook.FOLDER / f"{name}.png").is_file()
+
+
+def test_the_index_leads_to_all(measured: dict[str, Any]) -> None:
+    """No shipped policy is without a page, and no page without a policy."""
+    assert sorted(shipped_policies()) == sorted(measured)
+    assert cookbook.index(sorted(measured)) == (cookbook.FOLDER / "index.md").read_text("utf-8")

@@ -208,6 +208,28 @@ def test_a_text_under_its_path_uses_its_neighbours(tmp_path: Path, monkeypatch: 
     assert ["E150"] == codes(check_text("use 'part.cp'\n"))
 
 
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_text_is_shown_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
+    """What is found in a text that was not saved shows its own lines, under the name that it was given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.cp").write_text("# one line\n")
+    name = "mine.cp" if relative else str(tmp_path / "mine.cp")
+    (found,) = check_text(f"\n\n{RULE}\n{RULE}", source=name)
+    assert ("W510", name, (RULE.strip(),)) == (found.code, found.source, found.excerpt)
+    (related,) = found.related
+    assert (str(tmp_path / "mine.cp"), 3) == (related.source, related.span.line)
+
+
+def test_a_file_that_became_shorter(tmp_path: Path) -> None:
+    """A finding about lines that a file has no more is told without them."""
+    path = tmp_path / "mine.cp"
+    path.write_text(f"\n\n{RULE}{RULE}")
+    policy = load(path)
+    path.write_text("")
+    (found,) = check(policy)
+    assert ("W510", ()) == (found.code, found.excerpt)
+
+
 def test_warnings_of_names_are_checked_too() -> None:
     """What nothing reads is doubtful, told once."""
     assert ["W503"] == codes(check(parse("param unread: int = 2\n" + RULE)))

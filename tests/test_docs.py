@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,16 @@ def _pipeline() -> object:
     pipe = AnyPipeline(loaded.transformer, loaded.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_the_settings_of_editors_can_be_read() -> None:
+    """What a reader copies into the settings of an editor is TOML and JSON, and starts the language server."""
+    page = {each.language: each.text for each in fences(ROOT / "docs" / "editors.md")}
+    server = tomllib.loads(page["toml"])["language-server"]["cachepolicy"]
+    commands = [[server["command"], *server["args"]], json.loads(page["json"])["cachepolicy.command"]]
+    assert "lsp" in main.commands
+    assert [["cachepolicy", "lsp"], ["cachepolicy", "lsp"]] == [command[-2:] for command in commands]
+    assert 'cmd = { "cachepolicy", "lsp" }' in page["lua"]
 
 
 def test_links_lead_somewhere() -> None:

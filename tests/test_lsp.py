@@ -307,6 +307,8 @@ def test_a_text_that_is_longer_than_its_file(editor: Editor, tmp_path: Path) -> 
         ("match block when |t < 3 -> reuse", "**`t`** is the scheduler's timestep"),
         ("match block when t < 3 and |step > 2 -> reuse", "**`step`** is the number of the step"),
         ("match block every 2 from e|nd -> reuse", "**`every N from end`** computes when"),
+        ("param end: int = 1\nmatch block every 2 from e|nd -> reuse", "**`every N from end`** computes when"),
+        ("param all: range = (1, 2)\nmatch block when t in a|ll -> reuse", "param all: range = (1, 2)"),
         ("match block at most 2 in a r|ow -> reuse", "**`at most N in a row`** says that a site reuses while age ≤ N"),
         ("match block -> reuse resi|dual", "**`reuse residual`** answers with its input plus"),
         ("match block -> predict tay|lor(order: 1)", "**`taylor(order: m)`**"),
@@ -396,6 +398,7 @@ external strength: float
         ("expect block over 3 steps: |", {"C", "R"}, {"t"}),
         ("match attention when ) |", set(), {"t"}),
         ("# wh|", set(), {"when"}),
+        ("match attention # ev|", set(), {"every"}),
         ("match 'a|", set(), {"attention"}),
     ],
 )

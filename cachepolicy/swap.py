@@ -107,9 +107,14 @@ def _generate(base: type, methods: Methods) -> type:
         "_cachepolicy_methods": methods,
     }
     for name, override in methods:
-        original = getattr(base, name)
+        original = getattr(_beyond_us(base, name), name)
         namespace[name] = functools.wraps(original)(override(original))
     return type(base)(base.__name__, (base,), namespace)
+
+
+def _beyond_us(base: type, name: str) -> type:
+    """The class whose method is overridden: not one of ours that somebody else's class has kept below it."""
+    return next(cls for cls in base.__mro__ if name in cls.__dict__ and "_cachepolicy_class" not in cls.__dict__)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

@@ -327,3 +327,53 @@ def test_an_attention_backend_is_part_of_the_model() -> None:
         with cachepolicy.apply(twin, parse("match attention every 2 -> reuse")):
             wanted = list(zoo.trajectory("flux", twin, TIMESTEPS))
         assert same(wanted, list(zoo.trajectory("flux", model, TIMESTEPS)))
+
+
+def test_an_image_prompt_is_part_of_the_model() -> None:
+    """The processors of an IP-Adapter, put in under a policy, and another scale: as with the policy put on last."""
+    pytest.importorskip("diffusers")
+    text = "match attention every 2 -> reuse"
+    model = _image_prompted(text)
+    results = list[list[Tensor]]()
+    for scale in (0.7, 0.2):
+        twin = _image_prompted(None)
+        for each in (model, twin):
+            for processor in each.attn_processors.values():
+                if hasattr(processor, "scale"):
+                    processor.scale = [scale]
+        with cachepolicy.apply(twin, parse(text)):
+            wanted = _prompted(twin)
+        results.append(_prompted(model))
+        assert same(wanted, results[-1])
+    assert not same(*results)
+
+
+def _image_prompted(text: str | None) -> Any:
+    """A U-Net with the layers of an IP-Adapter, which come after the policy where there is one."""
+    from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+    model: Any = zoo.build("unet2d_condition")
+    if text is not None:
+        cachepolicy.apply(model, parse(text))
+    torch.manual_seed(0)
+    width = model.config.cross_attention_dim
+    processors = dict[str, Any]()
+    for name in model.attn_processors:
+        attention = model.get_submodule(name.removesuffix(".processor"))
+        processors[name] = AttnProcessor2_0()
+        if attention.is_cross_attention:
+            processors[name] = IPAdapterAttnProcessor2_0(attention.query_dim, width, num_tokens=(2,))
+    model.set_attn_processor(processors)
+    model.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(5, width, 2)])
+    model.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    return model.eval()
+
+
+@torch.no_grad()
+def _prompted(model: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, model.config.in_channels, 16, 16, generator=generator)
+    prompt = torch.randn(1, 3, model.config.cross_attention_dim, generator=generator)
+    image = {"image_embeds": [torch.randn(1, 1, 5, generator=generator)]}
+    return [model(x, t, prompt, added_cond_kwargs=image).sample for t in TIMESTEPS]

@@ -323,3 +323,31 @@ def _cast(model: nn.Module) -> None:
     hooks.apply_layerwise_casting(
         model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16, skip_modules_pattern=("norm",)
     )
+
+
+def test_a_pipeline_is_offloaded_as_diffusers_does_it() -> None:
+    """Hooks that a pipeline's end takes off and puts on again: every call is that of the policy alone."""
+    from tests import tiny_pipelines
+
+    text = "match attention every 2 -> reuse"
+    alone = tiny_pipelines.flux()
+    with cachepolicy.apply(alone.pipe, parse(text)):
+        wanted = alone()
+    for first in ("neighbour", "policy"):
+        tiny = tiny_pipelines.flux()
+        if first == "neighbour":
+            _offloaded(tiny.pipe)
+        with cachepolicy.apply(tiny.pipe, parse(text)) as attached:
+            if first == "policy":
+                _offloaded(tiny.pipe)
+            for _ in range(2):
+                assert torch.equal(wanted, tiny())
+                accelerate.hooks.remove_hook_from_module(tiny.pipe.transformer, recurse=True)
+                _offloaded(tiny.pipe)
+            assert "R" in "".join(attached.trace.rows().values())
+
+
+def _offloaded(pipe: Any) -> None:
+    """What `enable_model_cpu_offload` does, which itself asks for an accelerator."""
+    _, hook = accelerate.cpu_offload_with_hook(pipe.transformer, torch.device("cpu"))
+    pipe._all_hooks = [hook]

@@ -70,6 +70,33 @@ def test_restore_gives_class_and_dict_back() -> None:
         assert not is_swapped(thing)
 
 
+def test_what_was_left_below_another_class_does_not_act_twice() -> None:
+    """Somebody swapped the class after us and stayed: the next interception, of either kind, acts once."""
+    thing = Thing()
+    swap(thing, {"__call__": doubling}, 2)
+    thing.__class__ = type("Theirs", (type(thing),), {})
+    restore(thing)
+    assert 3 == thing(2)
+    swap(thing, {"__call__": doubling}, 2)
+    assert (6, "Theirs") == (thing(2), type(thing).__name__)
+    restore(thing)
+    swap(thing, {"__call__": tripling}, 2)
+    assert 9 == thing(2)
+    restore(thing)
+    assert 3 == thing(2)
+
+
+def test_a_generated_class_that_somebody_changed_is_not_used_again() -> None:
+    """What another library put on the class of an intercepted object stays with that object."""
+    one, other = Thing(), Thing()
+    swap(one, {"__call__": doubling}, 2)
+    type(one).__call__ = lambda self, x: 100
+    swap(other, {"__call__": doubling}, 2)
+    assert (100, 6) == (one(2), other(2))
+    restore(one)
+    assert 3 == one(2)
+
+
 def test_other_objects_of_the_class_are_left_alone() -> None:
     """Only the one object changes."""
     one, other = Thing(), Thing()

@@ -72,7 +72,7 @@ def _make_fx(function: Any, x: Tensor) -> Any:
 @pytest.mark.parametrize("record", [_jit, _make_fx])
 def test_a_recording_is_of_the_bare_model(record: Callable[[Any, Tensor], Any]) -> None:
     """What records a call for later records no decision of the moment, and disturbs no trajectory."""
-    model = Toy().build().requires_grad_(False)
+    model = Toy().build().requires_grad_(requires_grad=False)
     x, _ = inputs(Toy())
     wanted = call(model)(x)
     with cachepolicy.apply(model, parse(EVERY_2)):
@@ -83,20 +83,34 @@ def test_a_recording_is_of_the_bare_model(record: Callable[[Any, Tensor], Any]) 
         assert torch.equal(wanted, recorded(x))
 
 
+class Straight(nn.Module):
+    """A model that can be compiled to a script and traced with symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.out(self.attention(x + timestep))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_holds_no_policy() -> None:
+    """torch.jit.script compiles forwards, which are those of the bare model."""
+    model = Straight().requires_grad_(requires_grad=False)
+    x, t = torch.randn(2, 8), torch.tensor(900.0)
+    wanted = model(x, t)
+    with cachepolicy.apply(model, parse('match "^(attention|out)$" every 2 -> reuse')):
+        script = torch.jit.script(model)
+    for _ in range(3):
+        assert torch.equal(wanted, script(x, t))
+
+
 def test_a_symbolic_trace_holds_no_policy() -> None:
     """torch.fx records modules by their calls; its graph computes what the bare model computes."""
-
-    class Straight(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-            self.out = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-            return self.out(self.attention(x + timestep))
-
     torch.manual_seed(0)
-    model = Straight().requires_grad_(False)
+    model = Straight().requires_grad_(requires_grad=False)
     x, t = torch.randn(2, 8), torch.tensor(900.0)
     wanted = model(x, t)
     plain = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
@@ -118,7 +132,7 @@ def test_a_symbolic_trace_holds_no_policy() -> None:
 )
 def test_transformed_calls_are_refused_by_name(transform: Callable[[Any, Tensor], Any]) -> None:
     """The tensors of `torch.func` do not outlive a transformation; inside `disabled` the bare model is transformed."""
-    model = Toy().build().requires_grad_(False)
+    model = Toy().build().requires_grad_(requires_grad=False)
     x, _ = inputs(Toy())
     with cachepolicy.apply(model, parse(EVERY_2)) as attached:
         with pytest.raises(PolicyError, match=r"torch\.func") as caught:
@@ -253,7 +267,7 @@ def test_training_runs_through_what_was_computed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_gradient_checkpointing_of_diffusers_is_refused_where_it_would_run() -> None:
+def test_gradient_checkpointing_is_refused_where_it_would_run() -> None:
     """Switched on it is refused by name with gradients, and does nothing without: then the policy runs as ever."""
     pytest.importorskip("diffusers")
     model, twin = zoo.build("flux").train(), zoo.build("flux").train()

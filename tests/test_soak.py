@@ -151,18 +151,28 @@ class Soak(RuleBasedStateMachine):
             if lane is not None:
                 self._step(lane)
 
+    @invariant()
+    def everybody_goes_on(self) -> None:
+        """Whatever came, each lane takes a step."""
+        for lane in list(getattr(self, "lanes", ())):
+            self._step(lane)
+
     @rule(
         which=st.integers(0, MOST_LANES - 1),
         number=st.integers(0, 99),
         error=st.sampled_from([RuntimeError, StopNow, KeyboardInterrupt]),
+        goes_on=st.booleans(),
     )
-    def fail(self, which: int, number: int, error: type[BaseException]) -> None:
-        """A module raises, where it runs: what the lane kept is gone, as if its trajectory had not been."""
+    def fail(self, which: int, number: int, error: type[BaseException], goes_on: bool) -> None:
+        """A module raises, where it runs: what the lane kept is gone, as if its trajectory had not been.
+
+        It begins anew, or tries the same step again.
+        """
         lane = self._lane(which)
         if lane is None:
             return
         name = self.names[number % len(self.names)]
-        before = self._kept(lane)
+        before = self._held()
         with self.bombs.arm(name, error()):
             if lane.twin is not None:
                 lane.twin.bombs.armed = self.bombs.armed
@@ -170,9 +180,10 @@ class Soak(RuleBasedStateMachine):
             if lane.twin is not None:
                 lane.twin.bombs.armed = None
         if not went:
-            lane.begin()
+            if not goes_on:
+                lane.begin()
             self._anew(lane)
-            assert [] == [each for each in before if each() is not None]
+            self._let_go(before)
 
     def _step(self, lane: Lane, *, scribble: bool = False) -> bool:
         """One step of a lane, all its branches; False where a call raised."""
@@ -291,16 +302,19 @@ class Soak(RuleBasedStateMachine):
         lane = self._lane(which)
         if lane is None or self.run is None or lane.place != "key":
             return
-        before = self._kept(lane)
+        before = self._held()
         self.run.reset(lane.number)
         self._anew(lane)
-        assert [] == [each for each in before if each() is not None]
+        self._let_go(before)
 
     @rule()
     def reset_all(self) -> None:
-        """All sessions are ended."""
+        """All sessions are ended: nothing is kept at all."""
         if self.run is not None:
+            before = self._held()
             self.run.reset()
+            assert {} == self._held()
+            self._let_go(before)
             for lane in self.lanes:
                 self._anew(lane)
 
@@ -318,24 +332,17 @@ class Soak(RuleBasedStateMachine):
         got = lane.carry(job)
         assert_same(self._called(self.bare, None, lane, (lane.x, torch.tensor(5.0), lane.ys[0]), 0), got)
 
-    # --- what always holds -------------------------------------------------------------------------------
+    # --- what is kept ------------------------------------------------------------------------------------
 
-    def _kept(self, lane: Lane) -> list[weakref.ref[Tensor]]:
-        """Everything that a session of a key keeps."""
-        attached = self.model.__dict__.get("_cachepolicy")
-        if lane.place != "key" or attached is None:
-            return []
-        state = attached._states.get(("session", lane.number))
-        return [] if state is None else [weakref.ref(each) for each in tensors_of(state, besides=[lane.x, *lane.ys])]
+    def _held(self) -> dict[int, weakref.ref[Tensor]]:
+        """Every tensor that is reached from the run, without those that the lanes hold."""
+        mine = [each for lane in self.lanes for each in (lane.x, *lane.ys)]
+        return {} if self.run is None else {id(each): weakref.ref(each) for each in tensors_of(self.run, besides=mine)}
 
-    @invariant()
-    def nothing_is_left_of_those_who_left(self) -> None:
-        """There are no more sessions by key than lanes."""
-        attached = self.model.__dict__.get("_cachepolicy") if hasattr(self, "model") else None
-        if attached is not None:
-            keys = {key[1] for key in attached.sessions if isinstance(key, tuple) and key[0] == "session"}
-            assert keys <= {lane.number for lane in self.lanes}
-            assert 0 == attached.active
+    def _let_go(self, before: dict[int, weakref.ref[Tensor]]) -> None:
+        """What the run does not reach any more is not alive."""
+        now = self._held()
+        assert [] == [name for name, each in before.items() if name not in now and each() is not None]
 
     def teardown(self) -> None:
         """The end: everything off, everything gone."""
@@ -394,8 +401,8 @@ def tensors_of(root: object, besides: list[Tensor]) -> Iterator[Tensor]:
             queue += gc.get_referents(each)
 
 
-FAST = settings(max_examples=60, stateful_step_count=25)
-DEEP = settings(max_examples=1500, stateful_step_count=60)
+FAST = settings(max_examples=25, stateful_step_count=20)
+DEEP = settings(max_examples=400, stateful_step_count=50)
 
 
 def _soak(profile: settings) -> None:

@@ -24,6 +24,7 @@ from cachepolicy.actions import (
     Keeping,
     Slot,
 )
+from cachepolicy.agreement import Agreement
 from cachepolicy.blocks import Graphs
 from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
@@ -33,6 +34,7 @@ from cachepolicy.guidance import Guide
 from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import lay_out
 from cachepolicy.plan import Plan
+from cachepolicy.processes import Peers, holders_of, peers_of
 from cachepolicy.schedule import (
     COND_BRANCHES,
     UNCOND_BRANCHES,
@@ -68,6 +70,14 @@ class State:
     reused: bool = False
     calls: int = 0
     trajectory: Trajectory | None = None
+    agreement: Agreement | None = None
+    company: Agreement | None = None
+
+    def abandon(self) -> None:
+        """Tell the processes that decide with this one that its trajectory has failed."""
+        for agreement in (self.agreement, self.company):
+            if agreement is not None:
+                agreement.abandon()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,7 @@ class Attached(Handle):
         self._states: OrderedDict[Hashable, State] = OrderedDict()
         self._lock = threading.Lock()
         self._warned = False
+        self._peers: list[Peers] = []
 
     def _handles(self) -> dict[str, Site]:
         """What each intercepted module has to know, by the module's name; the root's is ""."""
@@ -153,12 +164,15 @@ class Attached(Handle):
                 self._states.popitem(last=False)
             return state
 
-    def drop(self, key: Hashable) -> None:
-        """End a session: its histories are released."""
+    def drop(self, key: Hashable, *, failed: bool = False) -> None:
+        """End a session: its histories are released. The processes that share its samples hear of a failure."""
         with self._lock:
             state = self._states.pop(key, None)
-        if state is not None:
-            self._finished(state)
+        if state is None:
+            return
+        if failed:
+            state.abandon()
+        self._finished(state)
 
     def drop_current(self) -> None:
         """End the session of the present call: its trajectory is over."""
@@ -205,7 +219,13 @@ class Attached(Handle):
         self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
     ) -> RootCall:
         arguments = arguments_of(self.root, args, kwargs)
-        reading = read(state.clock, self.around.sources(), self.root, arguments)
+        try:
+            reading = read(state.clock, self.around.sources(), self.root, arguments)
+        except BaseException:
+            # Nobody can tell any more whether a trajectory was to begin here; one that was is over.
+            for peers in self._peers:
+                Agreement(peers, "").abandon()
+            raise
         tick = reading.tick
         if reading.starts:
             self.around.settle(self)
@@ -237,8 +257,15 @@ class Attached(Handle):
         if self.plan.probes or self.layout.signals.numbers:
             environment = Environment(clock_words(tick, Memory(tick.step)), self.layout.program.tables)
             worst = self.around.told.samples == "max"
-            measuring = Measuring(self.layout.signals, branch.remembered, environment, tick.step, worst=worst)
-        turn = Turn(self, branch, tick, leaders, measuring, facts)
+            measuring = Measuring(
+                self.layout.signals,
+                branch.remembered,
+                environment,
+                tick.step,
+                worst=worst,
+                agreement=state.agreement,
+            )
+        turn = Turn(self, branch, tick, leaders, measuring, facts, state.company)
         call = RootCall(key, state, turn, arguments, args, kwargs)
         self._open(call)
         if self.graphs.used(whole=compiler) and not call.answered:
@@ -260,9 +287,24 @@ class Attached(Handle):
         state.reused, state.calls = False, 0
         trace = self.around.trace
         state.trajectory = trace.begin(key, self.plan) if trace is not None else None
+        self._meet(state)
         error = untold(self.plan, tick)
         if error is not None:
             raise error
+
+    def _meet(self, state: State) -> None:
+        """Find those who decide with this process; at each trajectory, for models are spread out late too."""
+        state.agreement = state.company = None
+        told = self.around.told
+        if not self.layout.signals.numbers or told.process_group is False:
+            return
+        policy = f"{self.plan.resolved.digest} {told.samples}"
+        peers, holders = peers_of(told.process_group, self.module), holders_of(self.module)
+        if peers is not None:
+            state.agreement = Agreement(peers, policy)
+        if holders is not None and (peers is None or not set(holders.ranks) <= set(peers.ranks)):
+            state.company = Agreement(holders, policy)
+        self._peers = [each for each in (peers, holders if state.company is not None else None) if each is not None]
 
     def _open(self, call: RootCall) -> None:
         """What the root itself does, where it is a site or probed."""
@@ -272,7 +314,8 @@ class Attached(Handle):
         turn.enter(site, call.arguments.named, call.args, call.kwargs)
         if self.layout.itself is None:
             return
-        decision = turn.decision(self.layout.itself)
+        problem = turn.problem(site, call.arguments.named, call.args, call.kwargs)
+        decision = turn.decision(self.layout.itself, problem)
         if self.layout.approximation is not None and (
             isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
         ):
@@ -398,6 +441,7 @@ class Attached(Handle):
             self._states.pop(key, None)
         if state.trajectory is not None and self.around.trace is not None:
             self.around.trace.drop(state.trajectory)
+        state.abandon()
         if isinstance(error, PolicyError) and any(each.code in _REFUTED for each in error.diagnostics):
             self.around.refuted()
 

@@ -270,6 +270,9 @@ CODES: dict[str, str] = {
     "E340": "another cache on the model",
     "E341": "a site that is no longer where it was",
     "E342": "a call that a policy cannot follow",
+    "E350": "another process that failed",
+    "E351": "processes that are not at the same decision",
+    "E352": "a process that does not answer",
     # W5xx: doubtful, but a policy.
     "W501": "a `sum` over a distance from the last compute",
     "W502": "a distance from the step before, without a `sum`",

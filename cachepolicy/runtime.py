@@ -21,6 +21,7 @@ from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
 from cachepolicy.placement import Placement
 from cachepolicy.plan import Plan, bind
+from cachepolicy.processes import member_ranks
 from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
 from cachepolicy.told import Told, supplier
 from cachepolicy.trace import Trace
@@ -37,6 +38,7 @@ def apply(
     steps: int | None = None,
     guidance: bool | None = None,
     samples: Literal["mean", "max"] = "mean",
+    process_group: Any = None,
     trace: bool | Literal["profile"] = True,
     **params: Any,
 ) -> Run:
@@ -49,7 +51,9 @@ def apply(
     argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch
     holds the unconditional and the conditional half, where no pipeline tells. `trace` is False for none, and "profile"
     for one with the time of every site, which takes some itself. `params` are the policy's own knobs; a function given
-    for an `external` is asked once for each answer.
+    for an `external` is asked once for each answer. `process_group` names the processes that hold pieces of the same
+    samples, and so decide as one: a `ProcessGroup` or `DeviceMesh`; None for what diffusers' context parallelism and
+    parameters in pieces (FSDP2) show, False for none.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
@@ -69,13 +73,15 @@ def apply(
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
-    told = Told(timestep, scheduler, steps, guidance, samples, trace, externals)
+    told = Told(timestep, scheduler, steps, guidance, samples, trace, process_group, externals)
     resolved = resolve(loaded, params)
     missing = [name for name in resolved.externals if name not in externals]
     if missing:
         raise PolicyError.of(
             "E307", f"the policy asks for `{missing[0]}`", help=f"pass `{missing[0]}=` a function that returns it"
         )
+    if process_group is not None and process_group is not False:
+        member_ranks(process_group)
     roots = denoisers(target)
     for name, module in roots.items():
         _refuse_attached(name, module)
@@ -246,12 +252,14 @@ class Run(Handle):
         explicit = SESSION.get()
         key: Hashable = explicit if explicit is not None else ("pipeline", object())
         tokens = SESSION.set(key), PIPELINE.set(self)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             PIPELINE.reset(tokens[1])
             SESSION.reset(tokens[0])
-            self._drop(key)
+            self._drop(key, failed=failed)
 
     # --- using -------------------------------------------------------------------------------------------
 
@@ -273,9 +281,9 @@ class Run(Handle):
         for attached in self._attached.values():
             attached.drop_all()
 
-    def _drop(self, key: Hashable) -> None:
+    def _drop(self, key: Hashable, *, failed: bool = False) -> None:
         for attached in self._attached.values():
-            attached.drop(key)
+            attached.drop(key, failed=failed)
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Calls inside run the bare model and leave all state as it is."""

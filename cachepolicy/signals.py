@@ -7,28 +7,31 @@ to the last bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from cachepolicy import ir
+from cachepolicy.agreement import Agreement
 from cachepolicy.evaluate import Environment, Undefined, children, evaluate, substitute, walk
 from cachepolicy.plan import Plan
+from cachepolicy.shares import Share, Sum, in_pieces, norm_alone, share, summed
 from cachepolicy.vocabulary import MEMORIES, NORMS
 
 
 class Stream:
     """A tensor that was seen, with its write counter then, and its mean magnitude once somebody asked."""
 
-    __slots__ = ("_magnitude", "_tensor", "_version")
+    __slots__ = ("_magnitude", "_sum", "_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         # An inference tensor has no write counter: a copy cannot be written into.
         self._tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
         self._version = None if tensor.is_inference() else tensor._version
         self._magnitude: torch.Tensor | None = None
+        self._sum: Sum | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -48,6 +51,12 @@ class Stream:
             self._magnitude = self.tensor.abs().mean()
         return self._magnitude
 
+    def sum(self, *, by_sample: bool) -> Sum:
+        """The sum of |x|, computed once."""
+        if self._sum is None:
+            self._sum = summed(self.tensor.abs(), by_sample=by_sample)
+        return self._sum
+
 
 Value = Stream | float
 
@@ -60,6 +69,10 @@ class Signals:
     remembered: Mapping[ir.Expression, int]
     """What `prev` and `kept` read, and how many computes back."""
     probes: frozenset[ir.Probe]
+    decisive: tuple[ir.Call, ...] = ()
+    """The norms that the numbers are made of."""
+    lasting: tuple[ir.Call, ...] = ()
+    """The norms that remembered numbers are made of."""
     _parts: dict[ir.Expression, list[ir.Call]] = field(
         default_factory=dict[ir.Expression, list[ir.Call]], repr=False, compare=False
     )
@@ -86,7 +99,8 @@ def signals_of(plan: Plan) -> Signals:
             what, *back = node.arguments
             depth = int(evaluate(back[0])) if back else 1
             remembered[what] = max(depth, remembered.get(what, 0))
-    return Signals(numbers, remembered, frozenset(node for node in nodes if isinstance(node, ir.Probe)))
+    probes = frozenset(node for node in nodes if isinstance(node, ir.Probe))
+    return Signals(numbers, remembered, probes, _norms(numbers.values()), _norms(remembered))
 
 
 @dataclass(slots=True)
@@ -103,12 +117,21 @@ class Remembered:
 class Measuring:
     """The signals of one call: probes as they come in, numbers on demand."""
 
-    __slots__ = ("_environment", "_seen", "_signals", "_step", "_worst", "past")
+    __slots__ = ("_agreed", "_environment", "_seen", "_signals", "_step", "_worst", "agreement", "past")
 
     def __init__(
-        self, signals: Signals, past: Remembered, environment: Environment, step: int, *, worst: bool = False
+        self,
+        signals: Signals,
+        past: Remembered,
+        environment: Environment,
+        step: int,
+        *,
+        worst: bool = False,
+        agreement: Agreement | None = None,
     ) -> None:
         self._worst = worst
+        self.agreement = agreement
+        self._agreed: dict[tuple[ir.Call, int], float] = {}
         self._signals = signals
         self._environment = environment
         self._step = step
@@ -134,8 +157,46 @@ class Measuring:
                 found[name] = float("nan")
         return found
 
+    def agree(self, what: str, past: str, sites: Sequence[int], *, refuses: bool = False) -> bool:
+        """Work out the norms that the numbers of `sites` are made of, together with the other processes.
+
+        `what` is decided, and `past` is all else that it depends on, in words that are the same on all of them;
+        `refuses` says that it could not reuse here. Gives whether it could not somewhere.
+        """
+        return self._settle(what, self._signals.decisive, sites, past, refuses=refuses)
+
+    def _settle(
+        self, what: str, norms: Sequence[ir.Call], sites: Sequence[int], past: str = "", *, refuses: bool = False
+    ) -> bool:
+        assert self.agreement is not None
+        keys = dict.fromkeys(self._key(call, site) for site in sites for call in norms)
+        # What is defined stays so for the rest of the call, on all processes alike.
+        missing = [key for key in keys if math.isnan(self._agreed.get(key, math.nan))]
+        wanted = [(call.function, self._share(call, max(site, 0))) for call, site in missing]
+        branch = self._environment.names.get("branch")
+        where = f"{what} at step {self._step}" + (f" of `{branch}`" if branch else "")
+        settled = self.agreement.settle(where, wanted, past=past, refuses=refuses)
+        self._agreed.update(zip(missing, settled.norms, strict=True))
+        return settled.refused > 0
+
+    def _key(self, call: ir.Call, site: int) -> tuple[ir.Call, int]:
+        """A norm and the site that it is of; -1 where it is the same for all."""
+        return call, site if any(isinstance(node, ir.Call) and node.function == "kept" for node in walk(call)) else -1
+
+    def _share(self, call: ir.Call, site: int) -> Share | None:
+        """This process' share of a norm, None where it is undefined here."""
+        try:
+            x, *others = self._streams(call, site)
+            y = others[0].tensor if others else None
+            magnitude = others[0].sum(by_sample=self._worst) if call.function == "relative_l1" else None
+            return share(call.function, x.tensor, y, by_sample=self._worst, magnitude=magnitude)
+        except Undefined:
+            return None
+
     def finish(self, sites: list[int], computed: list[int]) -> None:
         """Remember this step: for `prev` at the next one, for `kept` where a site has computed."""
+        if self.agreement is not None and self._signals.lasting:
+            self._settle("what is remembered", self._signals.lasting, sites)
         now = dict[tuple[ir.Expression, int], Value]()
         for expression in self._signals.remembered:
             for site in sites:
@@ -185,17 +246,35 @@ class Measuring:
         return evaluate(expression, replace(self._environment, stateful=stateful))
 
     def _norm(self, call: ir.Call, site: int) -> float:
+        if self.agreement is not None:
+            value = self._agreed.get(self._key(call, site), math.nan)
+        else:
+            tensors = self._streams(call, site)
+            if in_pieces(tensors[0].tensor):
+                x, y = tensors[0].tensor, tensors[1].tensor if len(tensors) > 1 else None
+                value = norm_alone(call.function, x, y, by_sample=self._worst)
+            else:
+                norm = _worst(call.function, tensors) if self._worst else _norm(call.function, tensors)
+                value = float(norm.item())
+        if not math.isfinite(value):
+            raise Undefined(f"`{call.function}(...)` is {value}")
+        return value
+
+    def _streams(self, call: ir.Call, site: int) -> list[Stream]:
+        """The tensors that a norm reads."""
         streams = [self._value(argument, site) for argument in call.arguments]
         tensors = [stream for stream in streams if isinstance(stream, Stream)]
         if len(tensors) != len(streams):
             raise Undefined(f"`{call.function}(...)` reads tensors")
         if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:
             raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
-        norm = _worst(call.function, tensors) if self._worst else _norm(call.function, tensors)
-        value = float(norm.item())
-        if not math.isfinite(value):
-            raise Undefined(f"`{call.function}(...)` is {value}")
-        return value
+        return tensors
+
+
+def _norms(expressions: Iterable[ir.Expression]) -> tuple[ir.Call, ...]:
+    """The norms that numbers are made of, without those that are remembered."""
+    calls = [call for each in expressions for call in _outermost(each)]
+    return tuple(dict.fromkeys(call for call in calls if call.function in NORMS))
 
 
 def _outermost(node: ir.Node) -> list[ir.Call]:

@@ -22,6 +22,7 @@ class Told:
     guidance: bool | None = None
     samples: Literal["mean", "max"] = "mean"
     trace: bool | Literal["profile"] = True
+    process_group: Any = None
     externals: Mapping[str, Callable[[], float]] = field(default_factory=dict[str, Callable[[], float]])
     most_sessions: int = MOST_SESSIONS
 

@@ -28,6 +28,7 @@ from cachepolicy.actions import (
     unfit,
     versions,
 )
+from cachepolicy.agreement import Agreement
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
@@ -48,6 +49,7 @@ from cachepolicy.schedule import (
     decide,
     decide_all,
     hides,
+    owner_of,
 )
 from cachepolicy.signals import Measuring, Remembered, probed
 from cachepolicy.spans import (
@@ -127,12 +129,14 @@ class Turn:
         leaders: Mapping[str, Sequence[Decision]],
         measuring: Measuring | None,
         facts: dict[int, str],
+        company: Agreement | None = None,
     ) -> None:
         self.host = host
         self.branch = branch
         self.tick = tick
         self.leaders = leaders
         self.measuring = measuring
+        self.company = company
         self.inference = torch.is_inference_mode_enabled()
         # Inference tensors have no write counter, so there copies are kept.
         self.store = STORE_CLONE if self.inference else STORE
@@ -225,16 +229,71 @@ class Turn:
 
     # --- decisions on the way ----------------------------------------------------------------------------
 
-    def decision(self, site: int) -> Decision:
-        """The site's decision, made now where it has waited for its signals."""
+    def decision(self, site: int, problem: str | None = None) -> Decision:
+        """The site's decision, made now where it has waited for its signals.
+
+        Where other processes decide with this one, they are told of the `problem` that keeps it from reusing.
+        """
         group = self.branch.partition.group_of[site]
         if self.decisions[group] is WAITING:
-            assert self.measuring is not None
-            self.signals_of[site] = self.measuring.numbers(site)
-            self.decisions[group] = decide(
-                self.branch.partition.groups[group].rules, self._inputs(site, self.branch.memories[group])
-            )
+            refusal = self.facts.get(site) or problem
+            if self.measuring is not None and self.measuring.agreement is not None:
+                refusal = self._measured_together(site, refusal)
+            self._decide(site)
+            self._consent(site, refusal)
         return self.decisions[group]
+
+    def _decide(self, site: int) -> None:
+        assert self.measuring is not None
+        group = self.branch.partition.group_of[site]
+        self.signals_of[site] = self.measuring.numbers(site)
+        rules, memory = self.branch.partition.groups[group].rules, self.branch.memories[group]
+        self.decisions[group] = decide(rules, self._inputs(site, memory))
+
+    def _shared(self, site: int) -> bool:
+        """Whether other processes take part in a decision that has not been made."""
+        waits = self.decisions[self.branch.partition.group_of[site]] is WAITING
+        measures = self.measuring is not None and self.measuring.agreement is not None
+        return waits and (measures or self.company is not None)
+
+    def _measured_together(self, site: int, refusal: str | None) -> str | None:
+        """Measure with the processes that hold the other pieces of the samples; none of them reuses if one cannot."""
+        assert self.measuring is not None
+        refused = self.measuring.agree(*self._matter(site), [site], refuses=refusal is not None)
+        return (refusal or "another process could not reuse") if refused else None
+
+    def _consent(self, site: int, refusal: str | None) -> None:
+        """A site that was decided computes after all where somebody refuses, or runs it while it is in pieces."""
+        decision = self.decisions[self.branch.partition.group_of[site]]
+        if self.company is not None:
+            what, past = self._matter(site)
+            computes = decision.verdict != "reuse" or refusal is not None
+            refused = self.company.settle(f"{what} at step {self.tick.step}", [], past=past, refuses=computes).refused
+            refusal = refusal or ("another process had to compute" if refused else None)
+        if refusal is not None and decision.verdict == "reuse":
+            self.facts[site] = refusal
+            self._decide(site)
+
+    def _matter(self, site: int) -> tuple[str, str]:
+        """What is decided, and what is decided from besides signals, in words that are the same on all processes."""
+        memory = self.branch.memories[self.branch.partition.group_of[site]]
+        name = self.host.layout.program.plan.sites[site].name
+        return f"`{name}`", f"{self.tick.branch} {memory.last} {memory.computes}"
+
+    def problem(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why a site could not reuse, where other processes have to know before it is decided."""
+        if not self._shared(site.index) or isinstance(self._action(site.index), ir.ApproximateUncond):
+            return None
+        if self.host.layout.keepings[site.index].streams:
+            return self._chain_problem(site.index, names, self._action(site.index))
+        return unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+
+    def _action(self, site: int) -> ir.Action | None:
+        """What the site does if it is to reuse; the clock alone says so."""
+        group = self.branch.partition.group_of[site]
+        rules, memory = self.branch.partition.groups[group].rules, self.branch.memories[group]
+        owner = owner_of(rules, self._inputs(site, memory))
+        return None if owner is None else owner.rule.action
 
     def _inputs(self, site: int, memory: Memory) -> Inputs:
         leaders = {name: decided[site] for name, decided in self.leaders.items()}
@@ -262,8 +321,13 @@ class Turn:
             self.refuse(site, reason)
         for recorder in self._recorders.values():
             recorder.finish()
-        for site in self._undecided():
-            self.decision(site)
+        undecided = self._undecided()
+        if undecided and self.measuring is not None and self.measuring.agreement is not None:
+            self.measuring.agree("what did not run", "", undecided)
+        for site in undecided:
+            self._decide(site)
+            if not any(hides(self.decisions[parent]) for parent in self._around(site)):
+                self._consent(site, self.facts.get(site))
         if self.facts:
             self.decide_again()
             if waiting := self._undecided():
@@ -279,6 +343,10 @@ class Turn:
             decisions = self.branch.partition.spread(self.decisions)
             computed = [site for site, decision in enumerate(decisions) if decision.computes]
             self.measuring.finish(list(range(len(decisions))), computed)
+
+    def _around(self, site: int) -> Sequence[int]:
+        """The groups of the sites around a site."""
+        return self.branch.partition.groups[self.branch.partition.group_of[site]].parents
 
     def _undecided(self) -> list[int]:
         """The sites that wait for their signals."""
@@ -492,14 +560,20 @@ class Turn:
 
     def _settle(self, span: int, names: Names | None, *, ran: bool) -> None:
         """Decide a span; one that has begun to run, or whose history does not fit, computes."""
-        decision = self.decision(span)
         problem = self.facts.get(span)
-        if names is not None and problem is None:
-            problem = self._chain_problem(span, names, decision.action)
+        late = "its first block had run before it was decided" if ran else None
+        if self._shared(span):
+            if names is not None and problem is None:
+                problem = self._chain_problem(span, names, self._action(span))
+            decision, problem = self.decision(span, problem or late), None
+        else:
+            decision = self.decision(span)
+            if names is not None and problem is None:
+                problem = self._chain_problem(span, names, decision.action)
         if decision.verdict != "reuse":
             self._modes[span] = COMPUTE
         elif problem is not None or ran:
-            self.refuse(span, problem or "its first block had run before it was decided")
+            self.refuse(span, problem or late or "")
             self._modes[span] = COMPUTE
         else:
             self._modes[span] = ANSWER
@@ -604,7 +678,7 @@ class Turn:
         if what.streams:
             return COMPUTE  # its history is the chain that `members` names
         store = self.store if what.outputs else COMPUTE
-        if self.decision(site.index).verdict != "reuse":
+        if self.decision(site.index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
             return store
         problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
         if problem is None:

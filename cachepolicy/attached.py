@@ -271,7 +271,7 @@ class Attached(Handle):
         if self.graphs.used(whole=compiler) and not call.answered:
             call.learns = self.graphs.learns(arguments)
             if not call.learns:
-                call.parts = self.graphs.parts(turn, whole=compiler)
+                call.parts = self.graphs.parts(turn, arguments, whole=compiler)
         call.frame = self._frame(turn)
         if call.parts:
             self.graphs.place(call.frame, call.parts, whole=compiler)

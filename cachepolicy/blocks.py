@@ -106,7 +106,7 @@ class Graphs:
         tries = self._learnt.get(kind, 0) + 1
         self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
 
-    def parts(self, turn: Turn, *, whole: bool) -> Mapping[int, Part]:
+    def parts(self, turn: Turn, arguments: Arguments, *, whole: bool) -> Mapping[int, Part]:
         """What the graphs are given; a site whose history cannot answer computes."""
         sites = (
             range(len(turn.branch.slots)) if whole or self.surprised else [n for block in self._blocks for n in block]
@@ -116,11 +116,12 @@ class Graphs:
                 turn.refuse(site, reason)
             turn.decide_again()
         turn.parts = parts = {site: staged(turn, site) for site in sites}
-        self._count(tuple((part.code, part.answer, len(part.given)) for part in parts.values()))
+        decided = tuple((part.code, part.answer, len(part.given)) for part in parts.values())
+        self._count((decided, turn.halved, arguments.signature()))
         return parts
 
     def _count(self, signature: Any) -> None:
-        """Each set of decisions is a graph of its own: torch has to allow that many."""
+        """Each set of decisions is a graph of its own, at each size of the inputs: torch has to allow that many."""
         self._signatures.add(signature)
         wanted = len(self._signatures) + _MARGIN
         if wanted <= allowed_graphs():
@@ -130,7 +131,7 @@ class Graphs:
         elif not self._warned:
             self._warned = True
             warnings.warn(
-                f"the policy has more than {MOST_GRAPHS} sets of decisions, each a graph of its own: "
+                f"the policy has more than {MOST_GRAPHS} sets of decisions and sizes of inputs, each a graph of its own: "
                 "torch will stop compiling and run the rest as it is",
                 UserWarning,
                 stacklevel=2,

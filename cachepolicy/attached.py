@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import threading
 import time
 import warnings
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,14 +24,13 @@ from cachepolicy.actions import (
 )
 from cachepolicy.agreement import Agreement
 from cachepolicy.blocks import Graphs
-from cachepolicy.clock import CONTEXT, Arguments, Clock, Sources, arguments_of, inspect_root, read
+from cachepolicy.clock import CONTEXT, Arguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
 from cachepolicy.graphs import Part
 from cachepolicy.guidance import Guide
 from cachepolicy.intercept import Frame, Site, parameters_of
-from cachepolicy.layout import lay_out
-from cachepolicy.plan import Plan
+from cachepolicy.layout import Layout
 from cachepolicy.processes import Peers, holders_of, peers_of
 from cachepolicy.schedule import (
     COND_BRANCHES,
@@ -46,74 +43,64 @@ from cachepolicy.schedule import (
     rebuilds_uncond,
     untold,
 )
+from cachepolicy.sessions import Entered, Session, Sessions, State
 from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
 from cachepolicy.stopwatch import now
 from cachepolicy.swap import Handle
-from cachepolicy.told import Told
-from cachepolicy.trace import Call, Trace, Trajectory
+from cachepolicy.terms import Terms
+from cachepolicy.trace import Call, Trace
 from cachepolicy.turn import Branch, Turn
 
-SESSION: ContextVar[Hashable] = ContextVar("cachepolicy_session", default=None)
 DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
-
-
-@dataclass(slots=True)
-class State:
-    """One session on one root: its clock, its branches and the record of its trajectory."""
-
-    clock: Clock = field(default_factory=Clock)
-    branches: dict[str, Branch] = field(default_factory=dict[str, Branch])
-    decided: dict[str, Sequence[Decision]] = field(default_factory=dict[str, Sequence[Decision]])
-    guide: Guide = field(default_factory=Guide)
-    step: int = -1
-    reused: bool = False
-    calls: int = 0
-    trajectory: Trajectory | None = None
-    agreement: Agreement | None = None
-    company: Agreement | None = None
-
-    def abandon(self) -> None:
-        """Tell the processes that decide with this one that its trajectory has failed."""
-        for agreement in (self.agreement, self.company):
-            if agreement is not None:
-                agreement.abandon()
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a root is told by its run: where the clock reads, whether batches hold guidance, what the caller said."""
 
-    sources: Callable[[], Sources]
-    guided: Callable[[], bool | None]
+    sources: Callable[[Terms, Entered | None], Sources]
+    guided: Callable[[Terms, Entered | None], bool | None]
     refuted: Callable[[], None]
     settle: Callable[[Attached], None]
     intercept: Callable[[Attached, str, Site], None]
-    told: Told
+    sessions: Sessions
+    terms: Terms
     trace: Trace | None
+
+
+@dataclass(slots=True)
+class Hosted:
+    """A root under the terms of one session."""
+
+    layout: Layout
+    continuations: Continuations
+    externals: Mapping[str, Any]
+    module: torch.nn.Module
+    repeated: set[int]
+    graphs: Graphs
 
 
 class Attached(Handle):
     """One root of a run: a denoiser with its plan, its sites and the sessions that go through it."""
 
-    def __init__(self, run: Any, module: torch.nn.Module, plan: Plan, around: Surroundings) -> None:
+    def __init__(self, run: Any, name: str, module: torch.nn.Module, around: Surroundings) -> None:
         self.run = run
+        self.name = name
         self.module = module
-        self.plan = plan
         self.around = around
-        self.layout = lay_out(plan)
+        self.layout = around.terms.layouts[name]
+        self.plan = self.layout.plan
         self.root = inspect_root(module)
         self.channels = _channels(module)
-        self.identity = id(self)
+        self.identity = next(_identities)
         self.active = 0
         self.continuations = Continuations()
-        self.externals = around.told.externals
         self.repeated: set[int] = set()
         self.keeps_graphs = False
         self.switches = neighbours.checkpointing(module)
         self.handles = self._handles()
         self.graphs = Graphs(self)
-        self._states: OrderedDict[Hashable, State] = OrderedDict()
         self._lock = threading.Lock()
         self._warned = False
         self._peers: list[Peers] = []
@@ -151,51 +138,15 @@ class Attached(Handle):
             handle.special |= bool(handle.members or handle.inputs or handle.outputs or handle.starts)
         return handles
 
-    # --- sessions ----------------------------------------------------------------------------------------
-
-    def state(self, key: Hashable) -> State:
-        """The session's state; the least recently used session goes when there are too many."""
-        with self._lock:
-            state = self._states.get(key)
-            if state is None:
-                state = self._states[key] = State()
-            self._states.move_to_end(key)
-            while len(self._states) > self.around.told.most_sessions:
-                self._states.popitem(last=False)
-            return state
-
-    def drop(self, key: Hashable, *, failed: bool = False) -> None:
-        """End a session: its histories are released. The processes that share its samples hear of a failure."""
-        with self._lock:
-            state = self._states.pop(key, None)
-        if state is None:
-            return
-        if failed:
-            state.abandon()
-        self._finished(state)
+    def finished(self, state: State) -> None:
+        """A trajectory is over: one that has reused nothing is warned of once."""
+        if state.count > 1 and not state.reused and not self._warned:
+            self._warned = True
+            warnings.warn(_why_nothing(state), UserWarning, stacklevel=2)
 
     def drop_current(self) -> None:
         """End the session of the present call: its trajectory is over."""
-        self.drop(session_key())
-
-    def drop_all(self) -> None:
-        """End all sessions."""
-        with self._lock:
-            states = list(self._states.values())
-            self._states.clear()
-        for state in states:
-            self._finished(state)
-
-    @property
-    def sessions(self) -> tuple[Hashable, ...]:
-        """The keys of the sessions that have state."""
-        with self._lock:
-            return tuple(self._states)
-
-    def _finished(self, state: State) -> None:
-        if state.calls > 1 and not state.reused and not self._warned:
-            self._warned = True
-            warnings.warn(_why_nothing(state), UserWarning, stacklevel=2)
+        self.around.sessions.end_current()
 
     # --- one call ----------------------------------------------------------------------------------------
 
@@ -204,69 +155,32 @@ class Attached(Handle):
         if self.identity in DISABLED.get() or neighbours.traced():
             return None
         neighbours.refuse_call(self.switches)
-        key = session_key()
-        state = self.state(key)
+        session, here = self.around.sessions.begin()
         try:
-            call = self._call(key, state, args, kwargs, compiler=compiler)
+            call = self._call(session, here, args, kwargs, compiler=compiler)
         except BaseException as error:
-            self._forget(key, state, error)
+            self._forget(session, error)
             raise
         with self._lock:
             self.active += 1
         return call
 
     def _call(
-        self, key: Hashable, state: State, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
+        self, session: Session, here: Entered | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
     ) -> RootCall:
+        terms = self._terms(session, here)
+        state = session.states.get(self.name)
+        if state is None:
+            state = session.states[self.name] = State(self._hosted(terms))
         arguments = arguments_of(self.root, args, kwargs)
-        try:
-            reading = read(state.clock, self.around.sources(), self.root, arguments)
-        except BaseException:
-            # Nobody can tell any more whether a trajectory was to begin here; one that was is over.
-            for peers in self._peers:
-                Agreement(peers, "").abandon()
-            raise
-        tick = reading.tick
+        reading = self._read(session, state, self.around.sources(terms, here), arguments)
         if reading.starts:
             self.around.settle(self)
-            self._start(state, key, tick)
-        if self.layout.approximation is not None and tick.branch in COND_BRANCHES:
-            for name in UNCOND_BRANCHES & state.branches.keys():
-                other = state.branches[name]
-                alone = rebuilds_uncond(
-                    self.layout.program, other.partition, other.memories, replace(tick, branch=name)
-                )
-                tick = replace(tick, uncond_skipped=alone)
-        branch = state.branches.get(tick.branch)
-        if branch is None:
-            coarse, slots = self.layout.program.coarse, [Slot() for _ in self.plan.sites]
-            branch = state.branches[tick.branch] = Branch(coarse, coarse.start(), slots)
-        if tick.step != state.step:
-            state.decided.clear()
-            state.step = tick.step
-        leaders = {name: state.decided[name] for name in self.layout.followed if name in state.decided}
-        facts = dict[int, str]()
-        if reading.stale:
-            # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
-            branch.slots = [Slot() for _ in self.plan.sites]
-            branch.remembered = Remembered()
-            state.guide = Guide()
-            facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
-        facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
-        measuring = None
-        if self.plan.probes or self.layout.signals.numbers:
-            environment = Environment(clock_words(tick, Memory(tick.step)), self.layout.program.tables)
-            worst = self.around.told.samples == "max"
-            measuring = Measuring(
-                self.layout.signals,
-                branch.remembered,
-                environment,
-                tick.step,
-                worst=worst,
-                agreement=state.agreement,
-            )
-        turn = Turn(self, branch, tick, leaders, measuring, facts, state.company)
-        call = RootCall(key, state, turn, arguments, args, kwargs)
+            self._start(session, state, reading.tick)
+        turn = self._turn(terms, state, reading)
+        call = RootCall(session, state, turn, arguments, args, kwargs)
+        if turn.host.layout.approximation is not None:
+            call.guided = self.around.guided(terms, here)
         self._open(call)
         if self.graphs.used(whole=compiler) and not call.answered:
             call.learns = self.graphs.learns(arguments)
@@ -277,28 +191,79 @@ class Attached(Handle):
             self.graphs.place(call.frame, call.parts, whole=compiler)
         return call
 
-    def _start(self, state: State, key: Hashable, tick: Tick) -> None:
-        if state.calls:
-            self._finished(state)
+    def _terms(self, session: Session, here: Entered | None) -> Terms:
+        if session.terms is None:
+            said = here.terms if here is not None and here.of(self.around.sessions) else None
+            session.terms = said or self.around.terms
+        return session.terms
+
+    def _read(self, session: Session, state: State, sources: Sources, arguments: Arguments) -> Reading:
+        try:
+            return read(session.clock, state.calls, sources, self.root, arguments)
+        except BaseException:
+            # Nobody can tell any more whether a trajectory was to begin here; one that was is over.
+            for peers in self._peers:
+                Agreement(peers, "").abandon()
+            raise
+
+    def _turn(self, terms: Terms, state: State, reading: Reading) -> Turn:
+        """The call's decisions, on the branch that it is of."""
+        layout, tick = state.host.layout, reading.tick
+        if layout.approximation is not None and tick.branch in COND_BRANCHES:
+            for name in UNCOND_BRANCHES & state.branches.keys():
+                other = state.branches[name]
+                alone = rebuilds_uncond(layout.program, other.partition, other.memories, replace(tick, branch=name))
+                tick = replace(tick, uncond_skipped=alone)
+        branch = state.branches.get(tick.branch)
+        if branch is None:
+            coarse, slots = layout.program.coarse, [Slot() for _ in self.plan.sites]
+            branch = state.branches[tick.branch] = Branch(coarse, coarse.start(), slots)
+        if tick.step != state.step:
+            state.decided.clear()
+            state.step = tick.step
+        leaders = {name: state.decided[name] for name in layout.followed if name in state.decided}
+        facts = dict[int, str]()
+        if reading.stale:
+            # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
+            branch.slots = [Slot() for _ in self.plan.sites]
+            branch.remembered = Remembered()
+            state.guide = Guide()
+            facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
+        facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
+        measuring = None
+        if self.plan.probes or layout.signals.numbers:
+            environment = Environment(clock_words(tick, Memory(tick.step)), layout.program.tables)
+            worst = terms.told.samples == "max"
+            measuring = Measuring(
+                layout.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
+            )
+        return Turn(state.host, branch, tick, leaders, measuring, facts, state.company)
+
+    def _hosted(self, terms: Terms) -> Hosted:
+        layout, externals = terms.layouts[self.name], terms.told.externals
+        return Hosted(layout, self.continuations, externals, self.module, self.repeated, self.graphs)
+
+    def _start(self, session: Session, state: State, tick: Tick) -> None:
+        """A trajectory begins, on all roots: what they hold of the last one is released."""
+        for each in session.states.values():
+            if each is state or each.calls.trajectory != session.clock.trajectories:
+                self.finished(each)
+                each.clear()
         self.graphs.look()
-        state.branches.clear()
-        state.decided.clear()
-        state.guide = Guide()
-        state.reused, state.calls = False, 0
-        trace = self.around.trace
-        state.trajectory = trace.begin(key, self.plan) if trace is not None else None
+        trace, plan = self.around.trace, state.host.layout.plan
+        state.trajectory = trace.begin(session.key, plan) if trace is not None else None
         self._meet(state)
-        error = untold(self.plan, tick)
+        error = untold(plan, tick)
         if error is not None:
             raise error
 
     def _meet(self, state: State) -> None:
         """Find those who decide with this process; at each trajectory, for models are spread out late too."""
         state.agreement = state.company = None
-        told = self.around.told
-        if not self.layout.signals.numbers or told.process_group is False:
+        told, layout = self.around.terms.told, state.host.layout
+        if not layout.signals.numbers or told.process_group is False:
             return
-        policy = f"{self.plan.resolved.digest} {told.samples}"
+        policy = f"{layout.plan.resolved.digest} {told.samples}"
         peers, holders = peers_of(told.process_group, self.module), holders_of(self.module)
         if peers is not None:
             state.agreement = Agreement(peers, policy)
@@ -309,66 +274,64 @@ class Attached(Handle):
     def _open(self, call: RootCall) -> None:
         """What the root itself does, where it is a site or probed."""
         site, turn = self.handles[""], call.turn
-        if not site.special and self.layout.itself is None:
+        layout = turn.host.layout
+        if not site.special and layout.itself is None:
             return
         turn.enter(site, call.arguments.named, call.args, call.kwargs)
-        if self.layout.itself is None:
+        if layout.itself is None:
             return
         problem = turn.problem(site, call.arguments.named, call.args, call.kwargs)
-        decision = turn.decision(self.layout.itself, problem)
-        if self.layout.approximation is not None and (
+        decision = turn.decision(layout.itself, problem)
+        if layout.approximation is not None and (
             isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
         ):
-            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else self.layout.approximation
+            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else layout.approximation
             self._open_guidance(call, action)
         else:
             call.answered, call.output = turn.open(site, call.arguments.named, call.args, call.kwargs)
 
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
         turn = call.turn
-        assert self.layout.itself is not None
-        settings = turn.arguments(action, self.layout.itself, without=_FACTORS)
+        itself = turn.host.layout.itself
+        assert itself is not None
+        settings = turn.arguments(action, itself, without=_FACTORS)
         turn.half = int(settings["layout"] == "uncond first")
         guide = call.state.guide
         call.guidance = settings
-        guided = self._guided()
+        guided = _guided(call)
         if guided is None and not guide.named(turn.tick.branch):
             raise PolicyError.of(
                 "E330",
                 "nothing tells whether this batch holds both halves of guidance",
                 help="apply the policy to the pipeline, or say `guidance=True` (or False) to `apply`",
             )
-        problem = guide.problem(turn.tick, call.arguments, guided=guided is True, calls=len(call.state.clock.calls))
+        problem = guide.problem(turn.tick, call.arguments, guided=guided is True, calls=len(call.state.calls.present))
         if problem is not None:
             call.guidance = None if problem.final else settings
-            if turn.decision(self.layout.itself).verdict == "reuse":
-                turn.refuse(self.layout.itself, problem.reason)
+            if turn.decision(itself).verdict == "reuse":
+                turn.refuse(itself, problem.reason)
                 turn.decide_again()
-        elif turn.decision(self.layout.itself).verdict == "reuse":
-            settings |= turn.arguments(action, self.layout.itself)
+        elif turn.decision(itself).verdict == "reuse":
+            settings |= turn.arguments(action, itself)
             if guide.named(turn.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)
             else:
                 turn.halved = True
                 call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
 
-    def _guided(self) -> bool | None:
-        context = CONTEXT.get()
-        return True if context is not None and context.name == "cond_uncond" else self.around.guided()
-
     def _frame(self, turn: Turn) -> Frame:
         """The codes of all sites; those of equal decisions are laid out once."""
-        partition = turn.branch.partition
+        partition, layout = turn.branch.partition, turn.host.layout
         by_group = tuple(
-            _code(decision, self.layout.keepings[group.sites[0]], turn.store)
+            _code(decision, layout.keepings[group.sites[0]], turn.store)
             for decision, group in zip(turn.decisions, partition.groups, strict=True)
         )
-        key = (partition is self.layout.program.coarse, by_group)
-        codes = self.layout.codes.get(key)
+        key = (partition is layout.program.coarse, by_group)
+        codes = layout.codes.get(key)
         if codes is None:
-            if len(self.layout.codes) >= _MOST_SIGNATURES:
-                self.layout.codes.clear()
-            codes = self.layout.codes[key] = [by_group[group] for group in partition.group_of]
+            if len(layout.codes) >= _MOST_SIGNATURES:
+                layout.codes.clear()
+            codes = layout.codes[key] = [by_group[group] for group in partition.group_of]
         return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
 
     def surprised(self) -> None:
@@ -379,7 +342,7 @@ class Attached(Handle):
         """Commit what the call did: memories, counts and the trace."""
         turn, state = call.turn, call.state
         site = self.handles[""]
-        if self.layout.itself is not None and not call.answered and call.guidance is None:
+        if turn.host.layout.itself is not None and not call.answered and call.guidance is None:
             turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
         if call.guidance is not None and not call.answered:
             output = state.guide.ended(
@@ -393,23 +356,26 @@ class Attached(Handle):
         if call.learns:
             self.graphs.learnt(turn, call.arguments)
         turn.branch.memories = turn.after
-        if self.layout.followed:
+        if turn.host.layout.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
-        state.calls += 1
+        state.count += 1
         if not state.reused:
             state.reused = any(decision.verdict == "reuse" for decision in turn.decisions)
         if state.reused and torch.is_grad_enabled():
             self.keeps_graphs = True
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
             state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls)))
+        if turn.tick.steps is not None and turn.tick.step + 1 >= turn.tick.steps:
+            self._over(call)
         with self._lock:
             self.active -= 1
+        call.session.leave()
         return output
 
     def _recorded(self, call: RootCall, number: int) -> Call:
         """The call as the trace has it."""
         turn = call.turn
-        profiled = self.around.told.trace == "profile"
+        profiled = self.around.terms.told.trace == "profile"
         return Call(
             turn.tick,
             turn.branch.partition,
@@ -421,11 +387,24 @@ class Attached(Handle):
             profile=call.frame.profile if number < _MOST_PROFILED else (),
         )
 
+    def _over(self, call: RootCall) -> None:
+        """A call of the last step has ended: no later one reads what this branch, or a root before it, has kept."""
+        state, tick = call.state, call.turn.tick
+        state.over = True
+        branch = call.turn.branch
+        branch.slots, branch.remembered = [Slot() for _ in self.plan.sites], Remembered()
+        if tick.branch not in COND_BRANCHES:
+            state.guide = Guide()
+        for other in call.session.states.values():
+            if other.step < tick.step - 1:
+                other.branches.clear()
+                other.guide = Guide()
+
     def fail(self, call: RootCall, error: BaseException) -> None:
         """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
         with self._lock:
             self.active -= 1
-        self._forget(call.key, call.state, error)
+        self._forget(call.session, error)
 
     def refuse_recompute(self, name: str) -> None:
         """Refuse a site that gradient checkpointing runs again; what it answered is not known any more.
@@ -436,12 +415,12 @@ class Attached(Handle):
         if neighbours.recomputes():
             neighbours.refuse_recompute(name)
 
-    def _forget(self, key: Hashable, state: State, error: BaseException) -> None:
-        with self._lock:
-            self._states.pop(key, None)
-        if state.trajectory is not None and self.around.trace is not None:
-            self.around.trace.drop(state.trajectory)
-        state.abandon()
+    def _forget(self, session: Session, error: BaseException) -> None:
+        for _, state in session.end():
+            if state.trajectory is not None and self.around.trace is not None:
+                self.around.trace.drop(state.trajectory)
+            state.abandon()
+        session.leave()
         if isinstance(error, PolicyError) and any(each.code in _REFUTED for each in error.diagnostics):
             self.around.refuted()
 
@@ -459,7 +438,7 @@ _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid o
 class RootCall:
     """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
 
-    key: Hashable
+    session: Session
     state: State
     turn: Turn
     arguments: Arguments
@@ -471,6 +450,13 @@ class RootCall:
     guidance: dict[str, Any] | None = None
     learns: bool = False
     parts: Mapping[int, Part] = field(default_factory=dict[int, Part])
+    guided: bool | None = None
+
+
+def _guided(call: RootCall) -> bool | None:
+    """Whether this batch holds both halves of guidance; None where nothing tells."""
+    context = CONTEXT.get()
+    return True if context is not None and context.name == "cond_uncond" else call.guided
 
 
 def _code(decision: Decision, what: Keeping, store: str) -> str:
@@ -501,31 +487,7 @@ def _why_nothing(state: State) -> str:
     common = max(reasons, key=lambda reason: reasons[reason], default="")
     ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None] if state.trajectory else []
     seen = f"; t went from {ts[0]:g} to {ts[-1]:g}" if ts else ""
-    return f"the policy reused nothing in a trajectory of {state.calls} calls (mostly: {common or 'unknown'}{seen})"
+    return f"the policy reused nothing in a trajectory of {state.count} calls (mostly: {common or 'unknown'}{seen})"
 
 
-def session_key() -> Hashable:
-    """Whose state a call is: the explicit session, the pipeline call, else the task or thread."""
-    explicit = SESSION.get()
-    if explicit is not None:
-        return explicit
-    if asyncio._get_running_loop() is not None:  # noqa: SLF001 (asyncio documents it for frameworks)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
-        task = asyncio.current_task()
-        if task is not None:
-            return _TASKS.setdefault(task, _Token())
-    return _THREAD.token
-
-
-class _Token:
-    """Stands for one task or thread as long as it lives; numbers of dead ones are given again."""
-
-    __slots__ = ("__weakref__",)
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.token = _Token()
-
-
-_THREAD = _Thread()
-_TASKS: weakref.WeakKeyDictionary[Any, _Token] = weakref.WeakKeyDictionary()
+_identities = itertools.count()

@@ -17,9 +17,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.following import Follower
 from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES, Scale
 from cachepolicy.schedule import Tick
-from cachepolicy.swap import ATTRIBUTE, Method
 
 # --- what the caller says --------------------------------------------------------------------------------
 
@@ -36,66 +36,6 @@ class Context:
 
 
 CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=None)
-
-
-class Follower:
-    """Counts the steps of one scheduler: `step` advances with each `scheduler.step`, `set_timesteps` starts anew."""
-
-    __slots__ = ("_numbers", "_source", "begin", "generation", "step")
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.begin: int | None = None
-        self.generation = 0
-        self._source: Any = None
-        self._numbers: tuple[list[float], list[float] | None] = ([], None)
-
-    def restart(self) -> None:
-        """The next call is step 0 of a new trajectory."""
-        self.step = 0
-        self.begin = None
-        self.generation += 1
-
-    def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
-        """The scheduler's timesteps and sigmas as plain numbers, read from the device once a trajectory."""
-        if scheduler.timesteps is not self._source:
-            self._source = scheduler.timesteps
-            sigmas = getattr(scheduler, "sigmas", None)
-            self._numbers = (_floats(scheduler.timesteps), None if sigmas is None else _floats(sigmas))
-        return self._numbers
-
-
-def _floats(values: Any) -> list[float]:
-    return [float(each) for each in (values.tolist() if hasattr(values, "tolist") else values)]
-
-
-def step_override(original: Method) -> Method:
-    """`scheduler.step` that tells the follower."""
-
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        follower = self.__dict__.get(ATTRIBUTE)
-        if follower is not None:
-            follower.step += 1
-        return result
-
-    return step
-
-
-def set_timesteps_override(original: Method) -> Method:
-    """`scheduler.set_timesteps` that tells the follower."""
-
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        follower = self.__dict__.get(ATTRIBUTE)
-        if follower is not None:
-            follower.restart()
-        return result
-
-    return set_timesteps
-
-
-SCHEDULER_METHODS = {"step": step_override, "set_timesteps": set_timesteps_override}
 
 
 # --- one call of the root --------------------------------------------------------------------------------
@@ -217,7 +157,10 @@ class _Called:
 
 @dataclass(slots=True)
 class Clock:
-    """The steps and branches of one session on one root."""
+    """The steps of one session: one trajectory, whichever of its roots is called.
+
+    `number` counts the steps over all trajectories, `trajectories` those begun.
+    """
 
     step: int = -1
     t: float | None = None
@@ -225,10 +168,26 @@ class Clock:
     generation: int | None = None
     begin: int = 0
     extra: int = 0
+    number: int = 0
+    trajectories: int = 0
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of one root in a session: those of the present step, and what tells its branches."""
+
+    number: int = -1
+    trajectory: int = -1
     raw: Any = None
-    calls: list[_Called] = field(default_factory=list[_Called])
+    present: list[_Called] = field(default_factory=list[_Called])
     known: dict[str, Identity] = field(default_factory=dict[str, Identity])
     signatures: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def follow(self, clock: Clock) -> None:
+        """Forget the present step's calls where the clock has moved on without this root."""
+        if self.number != clock.number:
+            self.present.clear()
+            self.number = clock.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +210,7 @@ class Reading:
     stale: bool
 
 
-def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Reading:
+def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Arguments) -> Reading:
     """Advance the clock by one call of the root.
 
     Raises:
@@ -262,20 +221,30 @@ def read(clock: Clock, sources: Sources, root: Root, arguments: Arguments) -> Re
         [value for name, value in arguments.named.items() if name not in (arguments.latents, arguments.timestep)]
     )
     name = context.name if context is not None else None
-    repeats = functools.partial(_repeats, clock, name, conditioning)
+    calls.follow(clock)
+    repeats = functools.partial(_repeats, calls, name, conditioning)
     if sources.scheduler is not None and sources.follower is not None:
-        starts, tick = _by_scheduler(clock, sources.scheduler, sources.follower, root, arguments, repeats)
+        starts, moved, tick = _by_scheduler(clock, calls, sources.scheduler, sources.follower, root, arguments, repeats)
     else:
-        starts, tick = _by_value(clock, sources, context, root, arguments, repeats)
+        starts, moved, tick = _by_value(clock, calls, sources, context, root, arguments, repeats)
     if starts:
-        clock.known.clear()
-        clock.signatures.clear()
-    branch = _named(clock, name) if name is not None else _branch(clock, conditioning)
-    clock.calls.append(_Called(branch, name, conditioning))
-    clock.known[branch] = conditioning
+        clock.trajectories += 1
+    if starts or moved:
+        clock.number += 1
+        calls.follow(clock)
+    if not calls.present:
+        calls.raw = arguments.named.get(arguments.timestep or "")
+    starts = calls.trajectory != clock.trajectories
+    if starts:
+        calls.trajectory = clock.trajectories
+        calls.known.clear()
+        calls.signatures.clear()
+    branch = _named(calls, name) if name is not None else _branch(calls, conditioning)
+    calls.present.append(_Called(branch, name, conditioning))
+    calls.known[branch] = conditioning
     signature = arguments.signature()
-    stale = not starts and clock.signatures.get(branch, signature) != signature
-    clock.signatures[branch] = signature
+    stale = not starts and calls.signatures.get(branch, signature) != signature
+    calls.signatures[branch] = signature
     return Reading(_with_context(tick, branch, context), starts, stale)
 
 
@@ -289,30 +258,30 @@ def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
     return Tick(tick.step, tick.t, steps, sigma, branch)
 
 
-def _repeats(clock: Clock, name: str | None, conditioning: Identity) -> bool:
+def _repeats(calls: Calls, name: str | None, conditioning: Identity) -> bool:
     """True where this call has the name or the conditioning of one of the present step.
 
     Where nobody counts the steps it has moved on then: a second-order sampler calls twice at one timestep with the same
     conditioning; a branch brings its own.
     """
     if name is not None:
-        return any(called.name == name for called in clock.calls)
-    return any(called.conditioning.same(conditioning) for called in clock.calls)
+        return any(called.name == name for called in calls.present)
+    return any(called.conditioning.same(conditioning) for called in calls.present)
 
 
-def _named(clock: Clock, name: str) -> str:
+def _named(calls: Calls, name: str) -> str:
     """The branch of a named call; the second of its name in a step has a number."""
-    before = sum(called.name == name for called in clock.calls)
+    before = sum(called.name == name for called in calls.present)
     return f"{name} {before + 1}" if before else name
 
 
-def _branch(clock: Clock, conditioning: Identity) -> str:
+def _branch(calls: Calls, conditioning: Identity) -> str:
     """The branch of an unnamed call: the one whose conditioning it carries, else its place within the step."""
-    taken = {called.branch for called in clock.calls}
-    for name, identity in clock.known.items():
+    taken = {called.branch for called in calls.present}
+    for name, identity in calls.known.items():
         if name not in taken and identity.same(conditioning):
             return name
-    ordinal = len(clock.calls)
+    ordinal = len(calls.present)
     while _ordinal(ordinal) in taken:
         ordinal += 1
     return _ordinal(ordinal)
@@ -323,8 +292,14 @@ def _ordinal(number: int) -> str:
 
 
 def _by_scheduler(
-    clock: Clock, scheduler: Any, follower: Follower, root: Root, arguments: Arguments, repeats: Callable[[], bool]
-) -> tuple[bool, Tick]:
+    clock: Clock,
+    calls: Calls,
+    scheduler: Any,
+    follower: Follower,
+    root: Root,
+    arguments: Arguments,
+    repeats: Callable[[], bool],
+) -> tuple[bool, bool, Tick]:
     timesteps, sigmas = follower.numbers(scheduler)
     if follower.begin is not None and follower.begin + follower.step >= len(timesteps):
         follower.restart()
@@ -337,18 +312,16 @@ def _by_scheduler(
         clock.begin = follower.begin
     step = follower.step + clock.extra
     raw = arguments.named.get(arguments.timestep or "")
-    if not starts and step == clock.step and raw is not None and repeats() and _number(raw) != _number(clock.raw):
+    if not starts and step == clock.step and raw is not None and repeats() and _number(raw) != _number(calls.raw):
         # The loop goes on to another timestep without stepping this scheduler: count the steps ourselves.
         clock.extra += 1
         step += 1
-    if starts or step != clock.step:
-        clock.calls.clear()
-        clock.raw = raw
+    moved = step != clock.step
     clock.step = step
     index = min(clock.begin + step, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
-    return starts, Tick(step, timesteps[index], len(timesteps) - clock.begin, sigma)
+    return starts, moved, Tick(step, timesteps[index], len(timesteps) - clock.begin, sigma)
 
 
 def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Arguments, stepped: int) -> int:
@@ -373,12 +346,13 @@ _NEAR = 5e-3  # a timestep that went through bfloat16 is off by up to 1 in 256
 
 def _by_value(
     clock: Clock,
+    calls: Calls,
     sources: Sources,
     context: Context | None,
     root: Root,
     arguments: Arguments,
     repeats: Callable[[], bool],
-) -> tuple[bool, Tick]:
+) -> tuple[bool, bool, Tick]:
     t, known = _timestep(sources, context, root, arguments)
     index = context.step_index if context is not None else None
     if clock.step < 0:
@@ -391,17 +365,16 @@ def _by_value(
         # Second-order samplers repeat every timestep but the first: this is a run again, after one that was given up.
         starts, moved = True, True
     else:
-        starts, moved = len(clock.calls) >= _MOST_BRANCHES, repeats()
+        starts, moved = len(calls.present) >= _MOST_BRANCHES, repeats()
     if not starts and moved and sources.steps is not None and clock.step + 1 >= sources.steps:
         starts = index is None
     if starts or moved:
-        clock.calls.clear()
         following = 0 if starts else clock.step + 1
         clock.step = index if index is not None else following
     clock.t = t
     if starts:
         clock.direction = 0
-    return starts, Tick(clock.step, t, sources.steps)
+    return starts, moved, Tick(clock.step, t, sources.steps)
 
 
 _MOST_BRANCHES = 16  # a run without a clock looks like ever more branches of one step

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Generator, Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 
 from cachepolicy import ir, neighbours
-from cachepolicy.attached import DISABLED, SESSION, Attached, Surroundings
-from cachepolicy.clock import CONTEXT, SCHEDULER_METHODS, Context, Follower, Sources
+from cachepolicy.attached import DISABLED, Attached, Surroundings
+from cachepolicy.clock import CONTEXT, Context, Sources
 from cachepolicy.configs import config_of
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.following import Follower, Weakly, follow, unfollow
 from cachepolicy.intercept import Site, root_override
 from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
+from cachepolicy.pipelines import PipelineCall, pipeline_override
 from cachepolicy.placement import Placement
 from cachepolicy.plan import Plan, bind
 from cachepolicy.processes import member_ranks
-from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
-from cachepolicy.told import Told, supplier
+from cachepolicy.sessions import Entered, Sessions, State
+from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
+from cachepolicy.terms import Offer, Terms
+from cachepolicy.told import MOST_SESSIONS, Told, supplier
 from cachepolicy.trace import Trace
 
+P = TypeVar("P")
 PolicyLike = str | os.PathLike[str] | ir.Policy | Any
 
 
@@ -40,6 +46,7 @@ def apply(
     samples: Literal["mean", "max"] = "mean",
     process_group: Any = None,
     trace: bool | Literal["profile"] = True,
+    max_sessions: int = MOST_SESSIONS,
     **params: Any,
 ) -> Run:
     """Attach a policy to a model or a diffusers pipeline; nothing is attached when anything is wrong.
@@ -50,10 +57,11 @@ def apply(
     number or tensor; without it the clock reads `scheduler`, the pipeline's scheduler, or the model's own timestep
     argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch
     holds the unconditional and the conditional half, where no pipeline tells. `trace` is False for none, and "profile"
-    for one with the time of every site, which takes some itself. `params` are the policy's own knobs; a function given
-    for an `external` is asked once for each answer. `process_group` names the processes that hold pieces of the same
-    samples, and so decide as one: a `ProcessGroup` or `DeviceMesh`; None for what diffusers' context parallelism and
-    parameters in pieces (FSDP2) show, False for none.
+    for one with the time of every site, which takes some itself. `max_sessions` is how many sessions hold something at
+    a time; beyond, the one that was used longest ago ends. `process_group` names the processes that hold pieces of the
+    same samples, and so decide as one: a `ProcessGroup` or `DeviceMesh`; None for what diffusers' context parallelism
+    and parameters in pieces (FSDP2) show, False for none. `params` are the policy's own knobs; a function given for an
+    `external` is asked once for each answer.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
@@ -73,7 +81,7 @@ def apply(
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
-    told = Told(timestep, scheduler, steps, guidance, samples, trace, process_group, externals)
+    told = Told(timestep, scheduler, steps, guidance, samples, trace, process_group, externals, max_sessions)
     resolved = resolve(loaded, params)
     missing = [name for name in resolved.externals if name not in externals]
     if missing:
@@ -94,7 +102,7 @@ def apply(
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    run = Run(target, loaded, roots, plans, told)
+    run = Run(target, Offer(loaded, plans, told, params), roots)
     run.attach()
     return run
 
@@ -125,27 +133,24 @@ class Run(Handle):
     `plan` is the (first) denoiser's plan, `plans` holds all by name; `trace` is what happened, None when switched off.
     """
 
-    def __init__(
-        self,
-        target: Any,
-        policy: ir.Policy,
-        roots: Mapping[str, torch.nn.Module],
-        plans: Mapping[str, Plan],
-        told: Told,
-    ) -> None:
+    def __init__(self, target: Any, offer: Offer, roots: Mapping[str, torch.nn.Module]) -> None:
         self.target = target
-        self.policy = policy
-        self.plans = dict(plans)
-        self.trace = Trace() if told.trace else None
-        self._told = told
-        reads_t = any("t" in plan.needs for plan in plans.values())
-        self._bare = Sources(timestep=told.timestep, steps=told.steps, reads_t=reads_t)
-        self._pipeline = is_pipeline(target)
+        self.policy = offer.policy
+        self.trace = Trace() if offer.terms.told.trace else None
+        self._offer = offer
+        self._terms = offer.terms
         self._roots = dict(roots)
         self._attached: dict[str, Attached] = {}
         self._placements: dict[int, Placement] = {}
-        self._swapped: list[Any] = []
-        self._followers: list[tuple[Any, Follower]] = []
+        self._swapped: list[torch.nn.Module] = []
+        self._schedulers: Weakly[Any] = Weakly()
+        self._pipelines: Weakly[Any] = Weakly()
+        self._sessions = Sessions(offer.terms.told.max_sessions, self._finished)
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plan of each denoiser, by its name in the pipeline."""
+        return {name: layout.plan for name, layout in self._terms.layouts.items()}
 
     @property
     def plan(self) -> Plan:
@@ -164,22 +169,28 @@ class Run(Handle):
         try:
             for name, module in self._roots.items():
                 self._attach_root(name, module)
-            if self._pipeline:
-                self._swap(self.target, {"__call__": _pipeline_override}, self)
-            if self._told.scheduler is not None:
-                self._follow(self._told.scheduler)
+            if is_pipeline(self.target):
+                self._take_up(self.target)
+            if self._terms.told.scheduler is not None:
+                self._follow(self._terms.told.scheduler)
         except BaseException:
             self._detach()
             raise
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
-        plan = self.plans[name]
         around = Surroundings(
-            self._sources, self._guided, self._detach, self._settle, self._intercept, self._told, self.trace
+            self._sources,
+            _guided,
+            self._detach,
+            self._settle,
+            self._intercept,
+            self._sessions,
+            self._terms,
+            self.trace,
         )
-        attached = Attached(self, module, plan, around)
+        attached = Attached(self, name, module, around)
         self._attached[name] = attached
-        placement = Placement(module, attached.handles, profiled=self._told.trace == "profile")
+        placement = Placement(module, attached.handles, profiled=self._terms.told.trace == "profile")
         placement.place()
         self._placements[attached.identity] = placement
         methods = {"__call__": root_override}
@@ -194,96 +205,141 @@ class Run(Handle):
     def _intercept(self, attached: Attached, place: str, site: Site) -> None:
         self._placements[attached.identity].add(place, site)
 
-    def _swap(self, target: Any, methods: dict[str, Any], handle: object) -> None:
-        swap(target, methods, handle)
-        self._swapped.append(target)
+    def _swap(self, module: torch.nn.Module, methods: dict[str, Any], handle: object) -> None:
+        swap(module, methods, handle)
+        self._swapped.append(module)
+
+    def _take_up(self, pipeline: Any) -> None:
+        swap(pipeline, {"__call__": pipeline_override}, self)
+        self._pipelines.add(pipeline)
 
     def _follow(self, scheduler: Any) -> Follower | None:
         """The follower of a scheduler; it is intercepted the first time."""
-        for known, follower in self._followers:
-            if known is scheduler:
-                return follower
-        if not hasattr(scheduler, "timesteps") or not hasattr(scheduler, "step") or is_swapped(scheduler):
-            return None
-        follower = Follower()
-        methods = {name: override for name, override in SCHEDULER_METHODS.items() if hasattr(scheduler, name)}
-        self._swap(scheduler, methods, follower)
-        self._followers.append((scheduler, follower))
+        follower = follow(scheduler, self)
+        if follower is not None:
+            self._schedulers.add(scheduler)
         return follower
 
-    def _sources(self) -> Sources:
-        if self._told.timestep is not None:
-            return self._bare
-        scheduler = self._told.scheduler
-        if scheduler is None and PIPELINE.get() is self:
-            scheduler = getattr(self.target, "scheduler", None)
+    def _sources(self, terms: Terms, here: Entered | None) -> Sources:
+        """Where the clock of a call reads."""
+        if terms.told.timestep is not None:
+            return terms.bare
+        scheduler = terms.told.scheduler
+        if scheduler is None and here is not None and here.pipeline is not None and here.of(self._sessions):
+            scheduler = getattr(here.pipeline, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
         if scheduler is not None and follower is not None and scheduler.timesteps is not None:
-            return replace(self._bare, scheduler=scheduler, follower=follower)
-        return self._bare
+            return replace(terms.bare, scheduler=scheduler, follower=follower)
+        return terms.bare
 
-    def _guided(self) -> bool | None:
-        """Whether the pipeline that is running (or the caller) says that batches hold both halves of guidance."""
-        if self._told.guidance is not None:
-            return self._told.guidance
-        if PIPELINE.get() is not self:
-            return None
-        said = getattr(self.target, "do_classifier_free_guidance", None)
-        return said if isinstance(said, bool) else None
+    def _finished(self, name: str, state: State) -> None:
+        if name in self._attached:
+            self._attached[name].finished(state)
 
-    @contextlib.contextmanager
-    def pipeline_call(self) -> Generator[None]:
-        """One call of the pipeline: a session of its own, unless one is set, and one trajectory.
+    # --- pipelines ---------------------------------------------------------------------------------------
+
+    def follow(self, pipeline: P) -> P:
+        """Let another pipeline over the same denoisers run as the one that `apply` was given; gives the pipeline.
+
+        Its calls are sessions of their own, with its own scheduler as their clock. Servers make such a pipeline for
+        each request, with a scheduler of its own: nothing here keeps it alive, and nothing has to be undone.
+
+        Raises:
+            PolicyError: it is no pipeline (E300), has a policy already (E301), or none of its denoisers is this run's
+                (E315).
+        """
+        if not self.attached:
+            raise PolicyError.of("E302", "the run was removed", help="`cachepolicy.apply` attaches a new one")
+        if not is_pipeline(pipeline):
+            raise PolicyError.of(
+                "E300", f"`{type(pipeline).__name__}` is no pipeline", help="pass a diffusers pipeline"
+            )
+        handle = pipeline.__dict__.get(ATTRIBUTE)
+        if handle is self:
+            return pipeline
+        if handle is not None:
+            raise _already("the pipeline")
+        shared = cast("Any", pipeline).components.values()
+        if not any(each is module for each in shared for module in self._roots.values()):
+            raise PolicyError.of(
+                "E315",
+                f"no denoiser of this `{type(pipeline).__name__}` is one that the policy was applied to",
+                help="`run.share(scheduler=...)` makes one that shares them; or apply the policy to this one too",
+            )
+        self._take_up(pipeline)
+        return pipeline
+
+    def share(self, kind: type | None = None, **parts: Any) -> Any:
+        """A new pipeline over the models of the one that `apply` was given, followed: `run.share(scheduler=...)`.
+
+        `kind` is its class, by default the same one. `parts` are what it has to itself: a scheduler, as a request has,
+        or other arguments of the class. (`from_pipe` would not know the attached models, and casts all of them.)
+
+        Raises:
+            PolicyError: the policy was applied to a model (E300), or the class takes none of its denoisers (E315).
+        """
+        if not is_pipeline(self.target):
+            raise PolicyError.of("E300", "the policy was applied to a model", help="apply it to a pipeline to share it")
+        made: Any = kind or plain(type(self.target))  # pyright: ignore[reportUnknownArgumentType]
+        held = {**getattr(self.target, "config", {}), **self.target.components, **parts}
+        taken = inspect.signature(made).parameters
+        return self.follow(made(**{name: value for name, value in held.items() if name in taken}))
+
+    def pipeline_call(self, pipeline: Any) -> PipelineCall:
+        """One call of a pipeline: a session of its own, unless one is set, and one trajectory.
 
         Raises:
             PolicyError: a denoiser of the pipeline was replaced since `apply`.
         """
+        mine = pipeline is self.target
         for name, module in self._roots.items():
-            if getattr(self.target, name) is not module:
-                raise PolicyError.of(
-                    "E303",
-                    f"the pipeline's `{name}` was replaced after the policy was applied",
-                    help="`run.remove()`, then apply the policy to the pipeline again",
-                )
-        scheduler = getattr(self.target, "scheduler", None)
-        follower = self._follow(scheduler) if scheduler is not None else None
-        if follower is not None:
-            follower.restart()
-        explicit = SESSION.get()
-        key: Hashable = explicit if explicit is not None else ("pipeline", object())
-        tokens = SESSION.set(key), PIPELINE.set(self)
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            PIPELINE.reset(tokens[1])
-            SESSION.reset(tokens[0])
-            self._drop(key, failed=failed)
+            if getattr(pipeline, name, module if not mine else None) is not module:
+                raise _replaced(name)
+        scheduler = getattr(pipeline, "scheduler", None)
+        return PipelineCall(self._sessions, pipeline, self._follow(scheduler) if scheduler is not None else None)
 
     # --- using -------------------------------------------------------------------------------------------
 
-    def session(self, key: Hashable) -> contextlib.AbstractContextManager[None]:
-        """Calls inside belong to the session `key`; leaving only leaves it, its state stays until `reset(key)`.
+    def session(
+        self,
+        key: Hashable,
+        *,
+        timestep: Callable[[], Any] | None = None,
+        scheduler: Any = None,
+        steps: int | None = None,
+        guidance: bool | None = None,
+        **params: Any,
+    ) -> contextlib.AbstractContextManager[None]:
+        """Calls inside belong to the session `key`; leaving only leaves it.
+
+        A session ends with its trajectory, by `reset(key)`, or when many others have been used since. What is said here
+        holds for it alone and until it ends, in place of what `apply` was told: its clock, and params of the policy
+        that change no hook, such as thresholds and intervals. Who enters it again need not say it again.
 
         Raises:
-            PolicyError: the key is None.
+            PolicyError: the key is None, a param does not fit or would change what is attached (E314), or the session's
+                trajectory has begun under other ones (E313).
         """
         if key is None:
             raise PolicyError.of("E304", "a session's key is None", help="use a string or a number of your own")
-        return _set(SESSION, ("session", key))
+        said = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance}
+        told = {name: value for name, value in said.items() if value is not None}
+        terms = self._offer.depart(told, params) if told or params else None
+        return self._inside(key, terms)
+
+    @contextlib.contextmanager
+    def _inside(self, key: Hashable, terms: Terms | None) -> Generator[None]:
+        if terms is not None:
+            self._sessions.agree(key, terms)
+        with Entered(self._sessions, key=key, terms=terms).inside():
+            yield
 
     def reset(self, key: Hashable | None = None) -> None:
         """End the session `key`, or all sessions: the next call starts a trajectory with nothing kept."""
         if key is not None:
-            self._drop(("session", key))
-            return
-        for attached in self._attached.values():
-            attached.drop_all()
-
-    def _drop(self, key: Hashable, *, failed: bool = False) -> None:
-        for attached in self._attached.values():
-            attached.drop(key, failed=failed)
+            self._sessions.drop(key)
+        else:
+            self._sessions.clear()
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Calls inside run the bare model and leave all state as it is."""
@@ -302,28 +358,26 @@ class Run(Handle):
                 "the run cannot be removed while a forward is running",
                 help="remove it when the call has returned",
             )
-        for attached in self._attached.values():
-            attached.drop_all()
+        self._sessions.clear()
         self._detach()
 
     def _detach(self) -> None:
-        for target in reversed(self._swapped):
-            restore(target)
-        self._swapped.clear()
+        for scheduler in self._schedulers:
+            unfollow(scheduler, self)
+        for pipeline in self._pipelines:
+            restore(pipeline)
+        for module in reversed(self._swapped):
+            restore(module)
         for placement in self._placements.values():
             placement.lift()
-        self._placements.clear()
-        self._followers.clear()
-        self._attached.clear()
+        for each in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
+            each.clear()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-PIPELINE: ContextVar[Run | None] = ContextVar("cachepolicy_pipeline", default=None)
 
 
 @contextlib.contextmanager
@@ -335,18 +389,15 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
         variable.reset(token)
 
 
-# --- the pipeline's and the root's other methods ---------------------------------------------------------
+def _guided(terms: Terms, here: Entered | None) -> bool | None:
+    """Whether the caller, or the pipeline that is running, says that batches hold both halves of guidance."""
+    if terms.told.guidance is not None or here is None:
+        return terms.told.guidance
+    said = getattr(here.pipeline, "do_classifier_free_guidance", None)
+    return said if isinstance(said, bool) else None
 
 
-def _pipeline_override(original: Method) -> Method:
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        run = self.__dict__.get(ATTRIBUTE)
-        if run is None:
-            return original(self, *args, **kwargs)
-        with run.pipeline_call():
-            return original(self, *args, **kwargs)
-
-    return __call__
+# --- the root's other methods ----------------------------------------------------------------------------
 
 
 def _cache_context_override(original: Method) -> Method:
@@ -386,6 +437,14 @@ _ROOT_METHODS = {
 def _refuse_attached(name: str, module: torch.nn.Module) -> None:
     if any(is_swapped(each) for each in module.modules()):
         raise _already(f"`{name}`" if name else "the model")
+
+
+def _replaced(name: str) -> PolicyError:
+    return PolicyError.of(
+        "E303",
+        f"the pipeline's `{name}` was replaced after the policy was applied",
+        help="`run.remove()`, then apply the policy to the pipeline again",
+    )
 
 
 def _already(what: str) -> PolicyError:

@@ -24,7 +24,7 @@ class Told:
     trace: bool | Literal["profile"] = True
     process_group: Any = None
     externals: Mapping[str, Callable[[], float]] = field(default_factory=dict[str, Callable[[], float]])
-    most_sessions: int = MOST_SESSIONS
+    max_sessions: int = MOST_SESSIONS
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -46,6 +46,9 @@ class Told:
             return f"`samples` is `{samples!r}`", '`"mean"` or `"max"`'
         if not isinstance(trace, bool) and trace != "profile":
             return f"`trace` is `{trace!r}`", 'True, False or `"profile"`'
+        most = cast("Any", self.max_sessions)
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            return f"`max_sessions` is `{most!r}`", "how many sessions hold something at a time, at least 1"
         return None
 
 

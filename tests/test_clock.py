@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.clock import Follower, Identity
+from cachepolicy.clock import Identity
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.following import Follower
 from cachepolicy.scales import SCALES, TIMESTEP_NAMES
 from cachepolicy.syntax import parse
 from cachepolicy.testing import strategies

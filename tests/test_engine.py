@@ -834,8 +834,7 @@ def test_a_session_is_bounded_in_number() -> None:
         for key in range(80):
             with attached.session(key):
                 run(model, timesteps=[900.0])
-        (root,) = attached._attached.values()
-        assert 64 == len(root.sessions)
+        assert 64 == len(attached._sessions.keys)
         assert 8 == len(attached.trace)
 
 

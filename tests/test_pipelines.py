@@ -200,7 +200,7 @@ def test_nothing_is_kept_between_calls() -> None:
         gc.collect()
         assert kept
         assert all(each() is None for each in kept)
-        assert () == next(iter(run._attached.values())).sessions
+        assert () == run._sessions.keys
 
 
 # --- what may happen to a pipeline -----------------------------------------------------------------------

@@ -232,8 +232,8 @@ def entered(sessions: Sessions) -> Entered | None:
 class Sessions:
     """The sessions of one run, no more than `most` with something in them; beyond, the least recently used ends.
 
-    `finished` is told of what each root had when a session ends. Dead owners leave a dead reference, which goes at the
-    next look: nothing has to be done, and no lock taken, when they die.
+    `finished` is told of what each root had when a session ends well. Dead owners leave a dead reference, which goes
+    at the next look: nothing has to be done, and no lock taken, when they die.
     """
 
     def __init__(self, most: int, finished: Callable[[str, State], None]) -> None:
@@ -357,7 +357,8 @@ class Sessions:
         for name, state in session.end():
             if failed:
                 state.abandon()
-            self._finished(name, state)
+            else:
+                self._finished(name, state)
 
     def clear(self) -> None:
         """End all sessions."""

@@ -396,7 +396,8 @@ def tensors_of(root: object, besides: list[Tensor]) -> Iterator[Tensor]:
             continue
         seen.add(id(each))
         if isinstance(each, Tensor):
-            yield each
+            if each.ndim > 0:  # a number is a timestep, and the caller's
+                yield each
         elif type(each).__module__.startswith("cachepolicy") or isinstance(each, dict | list | tuple | set):
             queue += gc.get_referents(each)
 

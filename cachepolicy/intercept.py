@@ -167,7 +167,7 @@ class SpecialTurn(Protocol):
         """The site was called a second time in one forward."""
         ...
 
-    def gate(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A probed or waiting module is about to run in a graph."""
         ...
 
@@ -280,7 +280,7 @@ def _traced(
         return _outside(call, module, site, args, kwargs)
     probed = bool(site.inputs or site.outputs or site.starts)
     if probed or waits(stage, number, members):
-        _gate(frame.turn, site, args, kwargs)
+        _gate(frame.turn, site, module, args, kwargs)
         if waits(stage, number, members):
             return _outside(call, module, site, args, kwargs)
     output = traced(original, module, stage, number, members, site.parameters, args, kwargs)
@@ -364,9 +364,9 @@ _outside_graphs = _with_reason(
 
 
 @_outside_graphs
-def _gate(turn: SpecialTurn, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _gate(turn: SpecialTurn, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Between two graphs: probes see what goes in, and what can be decided now is."""
-    turn.gate(site, args, kwargs)
+    turn.gate(site, module, args, kwargs)
 
 
 @_outside_graphs

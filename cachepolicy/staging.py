@@ -69,7 +69,12 @@ class Staged(Protocol):
 def problem(turn: Staged, site: int) -> str | None:
     """Why a graph cannot answer for the site although it is decided to reuse; None where it can."""
     decision = turn.decided(site)
-    if decision.verdict != "reuse" or isinstance(decision.action, ir.ApproximateUncond):
+    return lacking(turn, site, decision.action) if decision.verdict == "reuse" else None
+
+
+def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
+    """Why a graph could not answer for the site if it were to reuse."""
+    if isinstance(action, ir.ApproximateUncond):
         return None
     slot, what = turn.slots[site], turn.keepings[site]
     if what.streams:
@@ -78,7 +83,7 @@ def problem(turn: Staged, site: int) -> str | None:
             return None
         return (
             "its inputs and outputs are not known yet"
-            if isinstance(decision.action, ir.Skip)
+            if isinstance(action, ir.Skip)
             else "nothing is kept yet"
         )
     if slot.output is None:

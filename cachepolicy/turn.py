@@ -68,7 +68,7 @@ from cachepolicy.spans import (
     rebuilt,
     signature,
 )
-from cachepolicy.staging import fill, problem
+from cachepolicy.staging import fill, lacking, problem
 
 
 @dataclass(slots=True)
@@ -194,16 +194,17 @@ class Turn:
         """The step of the call."""
         return self.tick.step
 
-    def gate(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A probed or waiting module is about to run in a graph."""
-        names = bind_names(site.parameters, args, kwargs)
-        self.enter(site, names, args, kwargs)
+        given, named = entered(module, args, kwargs)
+        names = bind_names(site.parameters, given, named)
+        self.enter(site, names, given, named)
         self._before[site.name] = _counter(names)
         self.release()
 
     def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A probed module has run in a graph."""
-        names = bind_names(site.parameters, args, kwargs)
+        names = bind_names(site.parameters, *entered(module, args, kwargs))
         self.leave(site, module, names, output, self._before.pop(site.name, None))
 
     def release(self) -> None:
@@ -217,7 +218,7 @@ class Turn:
         for site, part in self.parts.items():
             if self.decided(site) is not WAITING:
                 continue
-            self.decision(site)
+            self.decision(site, lacking(self, site, self._action(site)) if self._shared(site) else None)
             reason = problem(self, site)
             if reason is not None:
                 self.refuse(site, reason)

@@ -103,7 +103,6 @@ class Attached(Handle):
         self.graphs = Graphs(self)
         self._lock = threading.Lock()
         self._warned = False
-        self._peers: list[Peers] = []
 
     def _handles(self) -> dict[str, Site]:
         """What each intercepted module has to know, by the module's name; the root's is ""."""
@@ -202,8 +201,9 @@ class Attached(Handle):
             return read(session.clock, state.calls, sources, self.root, arguments)
         except BaseException:
             # Nobody can tell any more whether a trajectory was to begin here; one that was is over.
-            for peers in self._peers:
-                Agreement(peers, "").abandon()
+            for peers in self._others(state.host.layout, known=True):
+                if peers is not None:
+                    Agreement(peers, "").abandon()
             raise
 
     def _turn(self, terms: Terms, state: State, reading: Reading) -> Turn:
@@ -259,17 +259,21 @@ class Attached(Handle):
 
     def _meet(self, state: State) -> None:
         """Find those who decide with this process; at each trajectory, for models are spread out late too."""
-        state.agreement = state.company = None
-        told, layout = self.around.terms.told, state.host.layout
-        if not layout.signals.numbers or told.process_group is False:
-            return
-        policy = f"{layout.plan.resolved.digest} {told.samples}"
-        peers, holders = peers_of(told.process_group, self.module), holders_of(self.module)
-        if peers is not None:
-            state.agreement = Agreement(peers, policy)
-        if holders is not None and (peers is None or not set(holders.ranks) <= set(peers.ranks)):
-            state.company = Agreement(holders, policy)
-        self._peers = [each for each in (peers, holders if state.company is not None else None) if each is not None]
+        layout = state.host.layout
+        policy = f"{layout.plan.resolved.digest} {self.around.terms.told.samples}"
+        peers, holders = self._others(layout)
+        state.agreement = Agreement(peers, policy) if peers is not None else None
+        state.company = Agreement(holders, policy) if holders is not None else None
+
+    def _others(self, layout: Layout, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
+        """Those who hold pieces of the samples, and those beyond them who hold pieces of the parameters."""
+        told = self.around.terms.told.process_group
+        if not layout.signals.numbers or told is False:
+            return None, None
+        peers = peers_of(told, self.module, known=known)
+        holders = holders_of(self.module, known=known)
+        among = peers is not None and holders is not None and set(holders.ranks) <= set(peers.ranks)
+        return peers, None if among else holders
 
     def _open(self, call: RootCall) -> None:
         """What the root itself does, where it is a site or probed."""

@@ -50,11 +50,12 @@ def _unfit(problem: str, help: str | None) -> PolicyError:
     return PolicyError.of("E309", problem, help=help)
 
 
-def peers_of(process_group: Any, model: torch.nn.Module) -> Peers | None:
+def peers_of(process_group: Any, model: torch.nn.Module, *, known: bool = False) -> Peers | None:
     """Those who share the samples of `model`: as the caller says, or as diffusers' context parallelism does.
 
     None where every process has samples of its own: nothing is told and nothing found, False is told, or the group is
-    of one. The first time all processes of the group have to ask, as they do at the start of a trajectory.
+    of one. The first time all processes of the group have to ask, as they do at the start of a trajectory; with `known`
+    nobody is waited for, and those who have never met are None.
     """
     if process_group is False:
         return None
@@ -63,10 +64,10 @@ def peers_of(process_group: Any, model: torch.nn.Module) -> Peers | None:
         if process_group is None:
             return None
     ranks = member_ranks(process_group)
-    return _known(ranks, process_group) if len(ranks) > 1 else None
+    return _met(ranks, process_group, known=known) if len(ranks) > 1 else None
 
 
-def holders_of(model: torch.nn.Module) -> Peers | None:
+def holders_of(model: torch.nn.Module, *, known: bool = False) -> Peers | None:
     """Those who hold the parameters of `model` in pieces, as FSDP2 and tensor parallelism have it; None without any.
 
     A module that runs on one of them and is skipped on another waits for pieces that nobody sends, or takes others for
@@ -76,7 +77,7 @@ def holders_of(model: torch.nn.Module) -> Peers | None:
         return None
     held = {_holders(parameter) for parameter in model.parameters() if hasattr(parameter, "device_mesh")}
     ranks = max(held, key=len, default=())
-    return _known(ranks, distributed.group.WORLD) if len(ranks) > 1 else None
+    return _met(ranks, distributed.group.WORLD, known=known) if len(ranks) > 1 else None
 
 
 def _holders(parameter: Any) -> Ranks:
@@ -104,7 +105,7 @@ def _mesh_of(model: torch.nn.Module) -> Any:
 
 
 class Peers:
-    """The processes that share samples, and the group over which they add up numbers; one for each set of them.
+    """The processes that share samples, and the group over which they add up numbers; one for each set of them and timeout.
 
     `number` counts the trajectories that have begun, on every process alike.
     """
@@ -152,7 +153,7 @@ class Peers:
             yield
         except RuntimeError as error:
             # The group is of no use any more. The others will find the same, and all of them make a new one.
-            _all.pop(self.ranks, None)
+            _all.pop((self.ranks, self.timeout), None)
             said = str(error).rpartition("] ")[2].partition(". ")[0]
             raise PolicyError.of(
                 "E352",
@@ -170,15 +171,17 @@ class Peers:
             distributed.destroy_process_group(self.group)
 
 
-_all: dict[Ranks, tuple[Any, Peers]] = {}
+_all: dict[tuple[Ranks, timedelta], tuple[Any, Peers]] = {}
 
 
-def _known(ranks: Ranks, process_group: Any) -> Peers:
-    """The peers of these ranks; new ones where torch.distributed was started anew since."""
-    world, peers = _all.get(ranks, (None, None))
-    if peers is None or world is not distributed.group.WORLD:
-        peers = Peers(ranks, _timeout(process_group))
-        _all[ranks] = (distributed.group.WORLD, peers)
+def _met(ranks: Ranks, process_group: Any, *, known: bool) -> Peers | None:
+    """The peers of these ranks; new ones the first time, and where torch.distributed was started anew since."""
+    timeout = _timeout(process_group)
+    world, peers = _all.get((ranks, timeout), (None, None))
+    if world is not distributed.group.WORLD:
+        peers = None if known else Peers(ranks, timeout)
+        if peers is not None:
+            _all[ranks, timeout] = (distributed.group.WORLD, peers)
     return peers
 
 

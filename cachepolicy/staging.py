@@ -81,11 +81,7 @@ def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
         chain = slot.chain
         if chain is not None and chain.links:
             return None
-        return (
-            "its inputs and outputs are not known yet"
-            if isinstance(action, ir.Skip)
-            else "nothing is kept yet"
-        )
+        return "its inputs and outputs are not known yet" if isinstance(action, ir.Skip) else "nothing is kept yet"
     if slot.output is None:
         return "nothing is kept yet"
     if not slot.clones and overwritten(slot):

@@ -250,7 +250,7 @@ TIMESTEPS = (950.0, 900.0, 850.0, 600.0, 550.0, 500.0, 450.0, 100.0)
 @pytest.fixture
 def meeting(monkeypatch):
     """`apply(..., process_group=thread)` decides with the other threads."""
-    monkeypatch.setattr(attached, "peers_of", lambda given, _: given or None)
+    monkeypatch.setattr(attached, "peers_of", lambda given, _, known=False: given or None)
     monkeypatch.setattr("cachepolicy.runtime.member_ranks", lambda given: given.ranks)
 
 
@@ -382,6 +382,30 @@ def test_what_one_cannot_reuse_nobody_reuses(meeting, form: str, lost: str):
     if lost != "nan":
         assert {"another process could not reuse"} == one[1]
         assert one[1] != other[1]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.filterwarnings("ignore:the policy reused nothing")
+def test_parameters_in_pieces_are_used_by_all_or_none(meeting, monkeypatch, name: str):
+    """Each thread measures samples of its own; a site is reused where both would, and where they part it says so."""
+    monkeypatch.setattr(attached, "peers_of", lambda given, _, known=False: None)
+
+    monkeypatch.setattr(
+        attached, "holders_of", lambda model, known=False: next(each for each in met if each.model is model)
+    )
+    met = list[Any]()
+
+    def joined(peers: Thread) -> Any:
+        peers.model = Toy(blocks=3).build()
+        met.append(peers)
+        return run(peers, POLICIES[name], half=peers.rank, model=peers.model)
+
+    one, other = together(2, joined)
+    assert one[0] == other[0]
+    assert {"C", "R"} <= set("".join(one[0].values())) or name == "of the model"
+    had_to = [{place for place, fact in each[2].facts.items() if fact.startswith("another")} for each in (one, other)]
+    assert any(had_to) or name not in {"on the way", "inside the first block"}
+    assert not had_to[0] & had_to[1]
 
 
 def test_each_deciding_for_itself_is_told_apart(meeting):

@@ -105,7 +105,7 @@ def _mesh_of(model: torch.nn.Module) -> Any:
 
 
 class Peers:
-    """The processes that share samples, and the group over which they add up numbers; one for each set of them and timeout.
+    """Processes that decide together, and the group over which they add up numbers; one for each set and timeout.
 
     `number` counts the trajectories that have begun, on every process alike.
     """

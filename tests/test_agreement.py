@@ -366,7 +366,7 @@ def test_what_one_cannot_reuse_nobody_reuses(meeting, form: str, lost: str):
                     given = {"nan": x * math.nan, "another dtype": x.double(), "another length": x[:, :3]}.get(lost, x)
                     model.to(given.dtype)
                     if lost == "written into":
-                        (state,) = attached._attached[""]._states.values()
+                        (state,) = attached._sessions.alive()[0].states.values()
                         for slot in state.branches[""].slots:
                             slot.output.add_(0)
                 model(given, torch.tensor(t), y.to(given.dtype))

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from benchmarks import emoji, fbc, overhead, pab
+from benchmarks import emoji, fbc, overhead, pab, processes
 from benchmarks._measure import Spread, spread, table
 
 
@@ -61,6 +61,14 @@ def test_fewer_steps_are_read_between_their_rows():
     rows = {name: emoji.Row(way.steps, once, 100 * way.steps, 10 * way.steps) for name, way in emoji.STEPS.items()}
     assert emoji.fewer_steps(rows, 0.6) == pytest.approx((60.0, 6.0))
     assert emoji.fewer_steps(rows, 0.9) is None
+
+
+def test_processes_prints_percents_of_a_block(capsys):
+    """What two processes take to decide as one stands beside what one takes alone."""
+    processes.main(["--tokens", "8", "--width", "16", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    for words in ("one block", "deciding alone", "deciding as one: the message", "deciding as one, in all"):
+        assert words in printed
 
 
 def test_a_loop_hits_or_misses_as_its_name_says():

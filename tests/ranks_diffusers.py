@@ -117,6 +117,16 @@ def uneven_tokens_decide_as_alone(rank: int) -> None:
     _both("flux", "fbc", lambda model: split(model, anything=True), text=5, threshold=0.9)
 
 
+def compiled_blocks_decide_as_alone(rank: int) -> None:
+    """The message goes between the graphs."""
+
+    def compiled(model: Any) -> None:
+        split(model)
+        model.compile_repeated_blocks(backend="eager")
+
+    _both("wan", "fbc", compiled, threshold=0.25)
+
+
 def the_group_is_found_where_it_is(rank: int) -> None:
     """On the model, inside a wrapper, and not before it is spread; a list of ranks for each of its forms."""
 

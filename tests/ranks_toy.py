@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import cachepolicy
 from cachepolicy import processes
+from cachepolicy.diagnostics import PolicyError
 from cachepolicy.shares import norm_alone, norm_of, numbers_of, share
 from cachepolicy.testing.models import Attention, Toy, ToyDiT, sample
 from tests.ranks import gathered
@@ -150,6 +152,20 @@ def each_rank_for_itself_would_part(rank: int) -> None:
         parts[group is not False] = len({str(each) for each in gathered(rows)})
     assert parts[True] == 1
     assert parts[False] > 1
+
+
+def groups_that_do_not_fit_are_refused(rank: int) -> None:
+    """At `apply`, before anything is attached: what is no group, and a group of others."""
+    model = Toy(blocks=3).build()
+    alone = [dist.new_group([each]) for each in range(4)]
+    for wrong in (True, "world", [0, 1], alone[(rank + 1) % 4]):
+        with pytest.raises(PolicyError, match="process_group") as caught:
+            cachepolicy.apply(model, "fora", process_group=wrong)
+        assert caught.value.diagnostics[0].code == "E309"
+    others = DeviceMesh("cpu", [[0, 1], [2, 3]][rank < 2], _init_backend=False)
+    with pytest.raises(PolicyError, match=f"this is {rank}"):
+        cachepolicy.apply(model, "fora", process_group=others)
+    cachepolicy.apply(model, "fora").remove()
 
 
 def two_groups_do_not_couple(rank: int) -> None:

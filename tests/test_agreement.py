@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy import attached  # noqa: E402
+from cachepolicy import attached, processes  # noqa: E402
 from cachepolicy.agreement import LENGTH, MOST_NORMS, Agreement  # noqa: E402
 from cachepolicy.diagnostics import PolicyError  # noqa: E402
 from cachepolicy.shares import share  # noqa: E402
@@ -235,6 +235,17 @@ def test_an_answer_that_never_comes_ends_the_trajectory():
         alone.settle("here", [])
     alone.abandon()
     assert 0 == peers.sent
+
+
+def test_a_group_needs_processes_that_were_started():
+    """Before torch.distributed runs, a group is refused, and False and None are as none."""
+    model = Toy(blocks=3).build()
+    with pytest.raises(PolicyError, match="has not been initialised") as caught:
+        cachepolicy.apply(model, POLICY, process_group=object())
+    assert "E309" == code(caught.value)
+    for nobody in (None, False):
+        assert processes.peers_of(nobody, model) is None
+    assert processes.holders_of(model) is None
 
 
 # --- on a model ------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def test_four_processes_decide_as_one():
                 "pieces_decide_as_the_whole",
                 "pieces_of_samples_decide_as_the_worst",
                 "each_rank_for_itself_would_part",
+                "groups_that_do_not_fit_are_refused",
                 "two_groups_do_not_couple",
                 "a_nan_on_one_rank_makes_all_compute",
                 "copies_decide_as_one_of_them",
@@ -53,6 +54,7 @@ def test_context_parallelism_of_diffusers():
                 "a_norm_inside_the_first_block_decides_as_alone",
                 "static_policies_say_nothing",
                 "uneven_tokens_decide_as_alone",
+                "compiled_blocks_decide_as_alone",
                 "the_group_is_found_where_it_is",
             ],
         )

@@ -19,7 +19,6 @@ from cachepolicy.actions import (
     COMPUTE,
     PENDING,
     REUSE,
-    Keeping,
     Slot,
 )
 from cachepolicy.agreement import Agreement
@@ -29,8 +28,11 @@ from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
 from cachepolicy.graphs import Part
 from cachepolicy.guidance import Guide
+from cachepolicy.histories import held, storage_bytes
 from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import Layout
+from cachepolicy.liveness import Liveness
+from cachepolicy.outlook import Ahead
 from cachepolicy.processes import Peers, holders_of, peers_of
 from cachepolicy.schedule import (
     COND_BRANCHES,
@@ -44,7 +46,7 @@ from cachepolicy.schedule import (
     untold,
 )
 from cachepolicy.sessions import Entered, Session, Sessions, State
-from cachepolicy.signals import Measuring, Remembered
+from cachepolicy.signals import Measuring
 from cachepolicy.spans import Continuations
 from cachepolicy.stopwatch import now
 from cachepolicy.swap import Handle
@@ -225,19 +227,26 @@ class Attached(Handle):
         facts = dict[int, str]()
         if reading.stale:
             # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
-            branch.slots = [Slot() for _ in self.plan.sites]
-            branch.remembered = Remembered()
+            branch.forget()
             state.guide = Guide()
             facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
         facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
+        liveness = self._liveness(state, reading.ahead)
         measuring = None
-        if self.plan.probes or layout.signals.numbers:
+        if layout.signals.numbers and liveness.measures(tick, now=True):
             environment = Environment(clock_words(tick, Memory(tick.step)), layout.program.tables)
             worst = terms.told.samples == "max"
             measuring = Measuring(
                 layout.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
             )
-        return Turn(state.host, branch, tick, leaders, measuring, facts, state.company)
+        return Turn(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
+
+    def _liveness(self, state: State, ahead: Ahead) -> Liveness:
+        """What may be read later, on the clock as it is known now."""
+        loose, found = bool(self.repeated), state.liveness
+        if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
+            found = state.liveness = state.host.layout.liveness(ahead, loose=loose)
+        return found
 
     def _hosted(self, terms: Terms) -> Hosted:
         layout, externals = terms.layouts[self.name], terms.told.externals
@@ -327,7 +336,7 @@ class Attached(Handle):
         """The codes of all sites; those of equal decisions are laid out once."""
         partition, layout = turn.branch.partition, turn.host.layout
         by_group = tuple(
-            _code(decision, layout.keepings[group.sites[0]], turn.store)
+            _code(decision, turn, group.sites[0])
             for decision, group in zip(turn.decisions, partition.groups, strict=True)
         )
         key = (partition is layout.program.coarse, by_group)
@@ -348,7 +357,7 @@ class Attached(Handle):
         site = self.handles[""]
         if turn.host.layout.itself is not None and not call.answered and call.guidance is None:
             turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
-        if call.guidance is not None and not call.answered:
+        if call.guidance is not None and not call.answered and self._guides(call):
             output = state.guide.ended(
                 turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved
             )
@@ -360,6 +369,7 @@ class Attached(Handle):
         if call.learns:
             self.graphs.learnt(turn, call.arguments)
         turn.branch.memories = turn.after
+        self._release(call)
         if turn.host.layout.followed:
             state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
         state.count += 1
@@ -387,16 +397,42 @@ class Attached(Handle):
             turn.facts,
             (now() if profiled else time.perf_counter()) - turn.started,
             turn.signals_of,
+            held=self._held(call.state),
             began=turn.started,
             profile=call.frame.profile if number < _MOST_PROFILED else (),
         )
+
+    def _release(self, call: RootCall) -> None:
+        """Let go of what no later step of the trajectory reads, and count what is left."""
+        turn, state = call.turn, call.state
+        if turn.host.layout.approximation is not None:
+            state.guide.release(
+                kept=not turn.liveness.approximates(turn.tick, now=False), cond=turn.tick.branch in UNCOND_BRANCHES
+            )
+        if turn.let_go() and state.trajectory is not None:
+            turn.branch.held = held(turn.branch.slots, turn.branch.remembered)
+
+    def _guides(self, call: RootCall) -> bool:
+        """Whether an unconditional half is rebuilt from the call's prediction, in this step or a later one."""
+        turn, branch = call.turn, call.turn.tick.branch
+        if turn.halved:
+            return True
+        if branch in COND_BRANCHES:
+            # From this step's unconditional call, if that is still to come.
+            called = any(each.branch in UNCOND_BRANCHES for each in call.state.calls.present)
+            return not called and turn.liveness.approximates(turn.tick, now=True)
+        return turn.liveness.approximates(turn.tick, now=False)
+
+    def _held(self, state: State) -> int:
+        """Bytes of history that the session holds on this root."""
+        guide = storage_bytes(state.guide.held) if state.host.layout.approximation is not None else 0
+        return guide + sum(branch.held for branch in state.branches.values())
 
     def _over(self, call: RootCall) -> None:
         """A call of the last step has ended: no later one reads what this branch, or a root before it, has kept."""
         state, tick = call.state, call.turn.tick
         state.over = True
-        branch = call.turn.branch
-        branch.slots, branch.remembered = [Slot() for _ in self.plan.sites], Remembered()
+        call.turn.branch.forget()
         if tick.branch not in COND_BRANCHES:
             state.guide = Guide()
         for other in call.session.states.values():
@@ -463,12 +499,12 @@ def _guided(call: RootCall) -> bool | None:
     return True if context is not None and context.name == "cond_uncond" else call.guided
 
 
-def _code(decision: Decision, what: Keeping, store: str) -> str:
-    """What a site does at this call."""
+def _code(decision: Decision, turn: Turn, site: int) -> str:
+    """What a site does at this call: it keeps only what a later step may read."""
     if decision is WAITING:
         return PENDING
     if decision.verdict != "reuse":
-        return store if what.outputs else COMPUTE
+        return turn.store if turn.wanted(site).outputs else COMPUTE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
 
 

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.following import Follower
+from cachepolicy.outlook import Ahead
 from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES, Scale
 from cachepolicy.schedule import Tick
 
@@ -170,6 +171,8 @@ class Clock:
     extra: int = 0
     number: int = 0
     trajectories: int = 0
+    ahead: Ahead = field(default_factory=Ahead)
+    numbers: object = None
 
 
 @dataclass(slots=True)
@@ -203,11 +206,12 @@ class Sources:
 
 @dataclass(slots=True)
 class Reading:
-    """One reading of the clock: the tick, and whether a trajectory starts or the histories no longer fit."""
+    """One reading of the clock: the tick, whether a trajectory starts or histories no longer fit, what lies ahead."""
 
     tick: Tick
     starts: bool
     stale: bool
+    ahead: Ahead
 
 
 def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Arguments) -> Reading:
@@ -245,7 +249,19 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ar
     signature = arguments.signature()
     stale = not starts and calls.signatures.get(branch, signature) != signature
     calls.signatures[branch] = signature
-    return Reading(_with_context(tick, branch, context), starts, stale)
+    return Reading(_with_context(tick, branch, context), starts, stale, _ahead(clock, context))
+
+
+_UNKNOWN = Ahead()
+_FALLING = Ahead(direction=-1, lowest=-1.0)
+_IN_ONE_DIRECTION = {-1: Ahead(direction=-1), 0: _UNKNOWN, 1: Ahead(direction=1)}
+
+
+def _ahead(clock: Clock, context: Context | None) -> Ahead:
+    """What is known of the steps to come; where the caller says each step by itself, nothing is."""
+    if context is None or (context.sigma is None and context.num_inference_steps is None):
+        return clock.ahead
+    return _UNKNOWN
 
 
 def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
@@ -318,6 +334,9 @@ def _by_scheduler(
         step += 1
     moved = step != clock.step
     clock.step = step
+    if starts or clock.numbers is not timesteps:
+        rest = None if sigmas is None else tuple(sigmas[clock.begin :])
+        clock.ahead, clock.numbers = Ahead(tuple(timesteps[clock.begin :]), rest), timesteps
     index = min(clock.begin + step, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
@@ -374,6 +393,7 @@ def _by_value(
     clock.t = t
     if starts:
         clock.direction = 0
+    clock.ahead = _UNKNOWN if index is not None else _FALLING if known else _IN_ONE_DIRECTION[clock.direction]
     return starts, moved, Tick(clock.step, t, sources.steps)
 
 

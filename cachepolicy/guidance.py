@@ -284,6 +284,19 @@ class Guide:
         self._alone = False
         self._apart = False
 
+    def release(self, *, kept: bool, cond: bool) -> None:
+        """Let go of the kept difference, or of the conditional prediction; what was shown of guidance stays known."""
+        if kept:
+            self._kept = []
+        if cond:
+            self._cond = None
+
+    @property
+    def held(self) -> list[torch.Tensor]:
+        """The tensors that are kept."""
+        outputs = predictions_of(self._cond, self._rows) if self._cond is not None else []
+        return [*outputs, *(band for bands, _ in self._kept for band in (bands.low, bands.high))]
+
     def named(self, branch: str) -> bool:
         """True where the branch's name says which half it is."""
         return branch in COND_BRANCHES or branch in UNCOND_BRANCHES

@@ -18,7 +18,6 @@ from cachepolicy.actions import (
     PENDING,
     REUSE,
     STORE,
-    Keeping,
     Slot,
     counters,
     hidden_states,
@@ -27,6 +26,7 @@ from cachepolicy.actions import (
     unfit,
 )
 from cachepolicy.graphs import UNCOMPILED, Stage, traced, tracing, waits
+from cachepolicy.keeping import Keeping
 from cachepolicy.swap import ATTRIBUTE, Handle, Method
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cachepolicy import ir
-from cachepolicy.actions import Keeping, keeping
+from cachepolicy.keeping import Keeping, keeping
+from cachepolicy.liveness import Liveness
+from cachepolicy.outlook import Ahead
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import Program, follows, prepare
 from cachepolicy.signals import Signals, signals_of
@@ -34,6 +36,22 @@ class Layout:
         default_factory=dict[tuple[bool, tuple[str, ...]], list[str]], repr=False, compare=False
     )
     """What frames hold, by the decisions that they were made from."""
+    livenesses: dict[tuple[Ahead, bool], Liveness] = field(
+        default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
+    )
+    """What may be read later, by what is known of the clock."""
+
+    def liveness(self, ahead: Ahead, *, loose: bool) -> Liveness:
+        """What may be read later on this clock; `loose` where a site always computes that its rules may reuse."""
+        found = self.livenesses.get((ahead, loose))
+        if found is None:
+            if len(self.livenesses) >= _MOST_CLOCKS:
+                self.livenesses.clear()
+            found = self.livenesses[ahead, loose] = Liveness(self.program, ahead, loose=loose)
+        return found
+
+
+_MOST_CLOCKS = 32  # distinct clocks whose answers are kept
 
 
 def lay_out(plan: Plan) -> Layout:

@@ -373,6 +373,8 @@ class Program:
     tables: Mapping[str, Sequence[int | float]]
     measured: frozenset[int]
     """The rules whose `while` reads signals."""
+    alike: Partition
+    """Sites of equal rules in equal surroundings together, whatever their signals."""
 
     def split(self, memories: Sequence[Memory]) -> list[Memory]:
         """Memories by group of `coarse`, as memories by group of `fine`."""
@@ -396,8 +398,8 @@ def prepare(plan: Plan) -> Program:
     )
     fine = _partition(plan, rules, coarse=False)
     # Signals may be worth something else at each site, so that sites of one rule part.
-    coarse = fine if measured else _partition(plan, rules, coarse=True)
-    return Program(plan, coarse, fine, plan.resolved.tables, measured)
+    alike = _partition(plan, rules, coarse=True)
+    return Program(plan, fine if measured else alike, fine, plan.resolved.tables, measured, alike)
 
 
 def _partition(plan: Plan, rules: Sequence[tuple[BoundRule, ...]], *, coarse: bool) -> Partition:

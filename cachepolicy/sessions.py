@@ -21,6 +21,7 @@ from cachepolicy.agreement import Agreement
 from cachepolicy.clock import Calls, Clock
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.guidance import Guide
+from cachepolicy.liveness import Liveness
 from cachepolicy.schedule import Decision
 from cachepolicy.terms import Terms
 from cachepolicy.trace import Trajectory
@@ -46,6 +47,7 @@ class State:
     trajectory: Trajectory | None = None
     agreement: Agreement | None = None
     company: Agreement | None = None
+    liveness: Liveness | None = None
 
     def abandon(self) -> None:
         """Tell the processes that decide with this one that its trajectory has failed."""
@@ -55,6 +57,7 @@ class State:
 
     def clear(self) -> None:
         """Release the histories, as before a trajectory."""
+        self.liveness = None
         self.branches.clear()
         self.decided.clear()
         self.guide = Guide()

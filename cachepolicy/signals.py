@@ -45,6 +45,11 @@ class Stream:
         return self._tensor
 
     @property
+    def held(self) -> torch.Tensor:
+        """The tensor that is kept, whether or not somebody wrote into it."""
+        return self._tensor
+
+    @property
     def magnitude(self) -> torch.Tensor:
         """mean|x|, computed once."""
         if self._magnitude is None:

@@ -173,6 +173,13 @@ class Chain:
         self.splits: set[int] = set()
         self.leads: set[int] = set()
 
+    def holds(self, *, residual: bool) -> bool:
+        """True where each segment's newest result is kept in the form that is asked for."""
+        return bool(self.history) and all(
+            entries and any(tensor is not None for tensor in (entries[0].residuals if residual else entries[0].outputs))
+            for entries in self.history
+        )
+
     def form(self, blocks: int) -> Form | None:
         """How the blocks go on, where all of so many have shown it."""
         if len(self.links) < blocks or not self.history:

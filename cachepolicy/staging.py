@@ -14,11 +14,9 @@ from cachepolicy.actions import (
     PENDING,
     REUSE,
     STORE,
-    Keeping,
     Kept,
     Slot,
     Weights,
-    feedback,
     map_tensors,
     overwritten,
     push,
@@ -26,6 +24,7 @@ from cachepolicy.actions import (
     weights,
 )
 from cachepolicy.graphs import Answer, Part, Place
+from cachepolicy.keeping import Keeping, feedback
 from cachepolicy.schedule import WAITING, Decision
 from cachepolicy.spans import Chain, Entry, Form
 
@@ -79,9 +78,10 @@ def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
     slot, what = turn.slots[site], turn.keepings[site]
     if what.streams:
         chain = slot.chain
-        if chain is not None and chain.links:
-            return None
-        return "its inputs and outputs are not known yet" if isinstance(action, ir.Skip) else "nothing is kept yet"
+        if isinstance(action, ir.Skip):
+            return None if chain is not None and chain.links else "its inputs and outputs are not known yet"
+        residual = isinstance(action, ir.Reuse | ir.Predict) and action.residual
+        return None if chain is not None and chain.holds(residual=residual) else "nothing is kept yet"
     if slot.output is None:
         return "nothing is kept yet"
     if not slot.clones and overwritten(slot):

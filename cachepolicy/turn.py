@@ -16,9 +16,7 @@ from cachepolicy.actions import (
     PENDING,
     STORE,
     STORE_CLONE,
-    Keeping,
     Slot,
-    feedback,
     hidden_states,
     keep,
     predict,
@@ -33,9 +31,13 @@ from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.graphs import Part
+from cachepolicy.histories import trim
 from cachepolicy.intercept import Leave, Site
+from cachepolicy.keeping import Keeping, feedback
 from cachepolicy.layout import Layout
+from cachepolicy.liveness import Liveness
 from cachepolicy.neighbours import left
+from cachepolicy.outlook import Reads
 from cachepolicy.schedule import (
     HIDDEN,
     WAITING,
@@ -79,6 +81,17 @@ class Branch:
     memories: list[Memory]
     slots: list[Slot]
     remembered: Remembered = field(default_factory=Remembered)
+    reads: dict[int, Reads] = field(default_factory=dict[int, Reads])
+    """What may still be read of the sites of a group, by its first site, when it was last looked at."""
+    held: int = 0
+    """Bytes."""
+
+    def forget(self) -> None:
+        """Let go of all that is kept; what decisions remember stays."""
+        self.slots = [Slot() for _ in self.slots]
+        self.remembered = Remembered()
+        self.reads.clear()
+        self.held = 0
 
 
 class Forms(Protocol):
@@ -129,6 +142,7 @@ class Turn:
         leaders: Mapping[str, Sequence[Decision]],
         measuring: Measuring | None,
         facts: dict[int, str],
+        liveness: Liveness,
         company: Agreement | None = None,
     ) -> None:
         self.host = host
@@ -137,6 +151,7 @@ class Turn:
         self.leaders = leaders
         self.measuring = measuring
         self.company = company
+        self.liveness = liveness
         self.inference = torch.is_inference_mode_enabled()
         # Inference tensors have no write counter, so there copies are kept.
         self.store = STORE_CLONE if self.inference else STORE
@@ -227,6 +242,35 @@ class Turn:
     def decided(self, site: int) -> Decision:
         """The site's decision as it stands, `WAITING` where it waits."""
         return self.decisions[self.branch.partition.group_of[site]]
+
+    # --- what is kept ------------------------------------------------------------------------------------
+
+    def wanted(self, site: int) -> Reads:
+        """What later steps may read of a result that the site computes now."""
+        return self.liveness.wanted(self.host.layout.program.alike.group_of[site], self.tick, self.tick.step)
+
+    def let_go(self) -> bool:
+        """Let go of what no later step reads; True where what is held may have changed."""
+        alike, reads_of, slots = self.host.layout.program.alike.group_of, self.branch.reads, self.branch.slots
+        changed = False
+        for group, decision, memory in zip(self.branch.partition.groups, self.decisions, self.after, strict=True):
+            first = group.sites[0]
+            reads = self.liveness.wanted(alike[first], self.tick, memory.last)
+            pushes = decision.computes or (decision.verdict == "reuse" and feedback(decision.action))
+            same = reads_of.get(first) is reads
+            if same and not pushes:
+                continue
+            changed |= bool(reads) or not same
+            # Graphs keep whatever they compute, so that one serves all steps, read later or not.
+            short = reads.depth < self.liveness.full[alike[first]].depth
+            if not same or self.facts or self.parts or (reads and short):
+                reads_of[first] = reads
+                for site in group.sites:
+                    trim(slots[site], reads)
+        if self.branch.remembered.previous and not self.liveness.measures(self.tick, now=False):
+            self.branch.remembered = Remembered()
+            changed = True
+        return changed or self.measuring is not None
 
     # --- decisions on the way ----------------------------------------------------------------------------
 
@@ -367,7 +411,8 @@ class Turn:
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
                 return True, self._linked(span, position, names)
-            self._opened = self._recorder(span).begin(position, names)
+            if self._watches(span):
+                self._opened = self._recorder(span).begin(position, names)
         if self._code(site, args, kwargs) == ANSWER:
             return True, self.answered(site.index)
         if self.facts:
@@ -382,7 +427,7 @@ class Turn:
             if self._opened is not None:
                 self._record(span, position, module, names, self._opened, output)
         what = self.host.layout.keepings[site.index]
-        if what.outputs and not what.streams:
+        if not what.streams and self.wanted(site.index).outputs:
             states = hidden_states(args, kwargs)
             keep(
                 self.branch.slots[site.index],
@@ -429,7 +474,8 @@ class Turn:
                 break
             if mode == PENDING:
                 waiting.append(span)
-            recording.append((span, position, self._recorder(span).begin(position, names)))
+            if self._watches(span):
+                recording.append((span, position, self._recorder(span).begin(position, names)))
         code = COMPUTE if answer is not None else self._code(site, args, kwargs)
         before = _counter(names)
         if answer is not None:
@@ -552,7 +598,7 @@ class Turn:
         group = self.branch.partition.group_of[span]
         if mode is None and self.decisions[group] is WAITING and position == 0 and not self._ready(span):
             self._modes[span] = PENDING
-            problem = self._chain_problem(span, names, None)
+            problem = self._chain_problem(span, names, self._action(span))
             if problem is not None:
                 self.facts[span] = problem
             return PENDING
@@ -569,7 +615,7 @@ class Turn:
             decision, problem = self.decision(span, problem or late), None
         else:
             decision = self.decision(span)
-            if names is not None and problem is None:
+            if names is not None and problem is None and decision.verdict == "reuse":
                 problem = self._chain_problem(span, names, decision.action)
         if decision.verdict != "reuse":
             self._modes[span] = COMPUTE
@@ -578,6 +624,10 @@ class Turn:
             self._modes[span] = COMPUTE
         else:
             self._modes[span] = ANSWER
+
+    def _watches(self, span: int) -> bool:
+        """Whether a span that computes is to be recorded: for what it keeps, or to know its blocks at all."""
+        return not self._chain(span).links or bool(self.wanted(span))
 
     def _chain(self, span: int) -> Chain:
         slot = self.branch.slots[span]
@@ -588,11 +638,11 @@ class Turn:
     def _recorder(self, span: int) -> Recorder:
         recorder = self._recorders.get(span)
         if recorder is None:
-            what = self.host.layout.keepings[span]
+            wanted = self.wanted(span)
             keeps = Keeps(
-                what.depth,
-                residuals=what.residuals > 0,
-                outputs=what.outputs > 0,
+                max(1, wanted.depth),
+                residuals=wanted.residuals > 0,
+                outputs=wanted.outputs > 0,
                 step=self.tick.step,
                 full=not self.halved,
             )
@@ -656,6 +706,8 @@ class Turn:
         skips = isinstance(action, ir.Skip)
         if not chain.links:
             return "its inputs and outputs are not known yet" if skips else "nothing is kept yet"
+        if not skips and not chain.holds(residual=_of_residual(action)):
+            return "nothing is kept yet"
         if len(chain.links) < len(self.host.layout.names[span]):
             return "a block of it did not run when it computed"
         if skips:
@@ -678,7 +730,7 @@ class Turn:
         what = self.host.layout.keepings[site.index]
         if what.streams:
             return COMPUTE  # its history is the chain that `members` names
-        store = self.store if what.outputs else COMPUTE
+        store = self.store if self.wanted(site.index).outputs else COMPUTE
         if self.decision(site.index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
             return store
         problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cachepolicy import ir
-from cachepolicy.actions import feedback, predict
+from cachepolicy.actions import predict
 from cachepolicy.evaluate import evaluate
+from cachepolicy.keeping import feedback
 from cachepolicy.plan import Plan, Site
 from cachepolicy.schedule import Decision
 from cachepolicy.testing.models import ToyDiT

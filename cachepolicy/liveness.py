@@ -1,0 +1,144 @@
+"""What of the histories a later step may still read, from the rules and the clock alone. Pure, without torch.
+
+Where signals, counts or facts of the run decide, what may be read counts as read; where the clock alone decides, what
+is kept is read. A fact turns an answer into a compute, never the reverse, and a compute makes a newer result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from cachepolicy.keeping import keeping
+from cachepolicy.outlook import NOTHING, Ahead, Moment, Outlook, Outlooks, Reads, reads_age
+from cachepolicy.possible import Range
+from cachepolicy.schedule import Program, Tick
+
+_FAR = 64  # steps that are looked at one by one where nobody tells how many there are
+_MOST = 20_000  # remembered answers
+_SAME = {NOTHING: NOTHING}
+
+
+class Liveness:
+    """What may be read later, for all sites of a program on one clock; answers are remembered.
+
+    `group` is always a number in `program.alike`.
+    """
+
+    def __init__(self, program: Program, ahead: Ahead, *, loose: bool = False) -> None:
+        self.outlooks = Outlooks(program, ahead, loose=loose)
+        self.full = [_full(program, group) for group in range(len(program.alike.groups))]
+        """What the rules of each group read at all."""
+        self._ages = [any(map(reads_age, group.rules)) for group in program.alike.groups]
+        self._measures = bool(program.measured)
+        self._wanted: dict[tuple[object, ...], Reads] = {}
+        self._seen: dict[tuple[object, ...], Outlook] = {}
+        self._later: dict[tuple[object, ...], bool] = {}
+
+    def wanted(self, group: int, tick: Tick, last: int | None) -> Reads:
+        """What may be read after the call at `tick`, of a site that has last computed at step `last` (None: never)."""
+        if last is None or not self.full[group]:
+            return NOTHING
+        if not self._ages[group]:
+            last = None
+        key = ("wanted", group, tick.branch, tick.step, last, *self._present(tick))
+        found = self._wanted.get(key)
+        if found is None:
+            self._make_room()
+            wanted = self._wanted_after(group, tick, last)
+            # Equal answers are one object, so that who asks at every step sees at once that nothing has changed.
+            found = self._wanted[key] = _SAME.setdefault(wanted, wanted)
+        return found
+
+    def measures(self, tick: Tick, *, now: bool) -> bool:
+        """True where a rule that reads signals may own a site in a later call of this branch, or `now`."""
+        if not self._measures:
+            return False
+        start = tick.step if now else tick.step + 1
+        return self._ever("measures", tick, start, lambda step: self.outlooks.measures(Moment(tick, step, tick.branch)))
+
+    def approximates(self, tick: Tick, *, now: bool) -> bool:
+        """True where the unconditional half may be rebuilt at a later step, or `now`."""
+        if not self.outlooks.approximating:
+            return False
+        start = tick.step if now else tick.step + 1
+        return self._ever(
+            "approximates", tick, start, lambda step: self.outlooks.approximates(Moment(tick, step, tick.branch))
+        )
+
+    # --- looking ahead -----------------------------------------------------------------------------------
+
+    def _present(self, tick: Tick) -> tuple[object, ...]:
+        """What answers depend on besides the step, where no scheduler tells the rest."""
+        return () if self.outlooks.ahead.timesteps is not None else (tick.step, tick.t, tick.steps)
+
+    def _make_room(self) -> None:
+        if len(self._wanted) + len(self._seen) + len(self._later) > _MOST:
+            for remembered in (self._wanted, self._seen, self._later):
+                remembered.clear()
+
+    def _outlook(self, group: int, moment: Moment, last: int | None) -> Outlook:
+        key = (group, moment.branch, moment.step, last, *self._present(moment.now))
+        found = self._seen.get(key)
+        if found is None:
+            found = self._seen[key] = self.outlooks.of(group, moment, last)
+        return found
+
+    def _ever(self, what: str, tick: Tick, start: int, holds: Callable[[int | Range], bool]) -> bool:
+        key = (what, tick.branch, start, *self._present(tick))
+        found = self._later.get(key)
+        if found is None:
+            self._make_room()
+            end = self.outlooks.end(tick)
+            if self.outlooks.ahead.timesteps is not None and end is not None:
+                found = any(holds(step) for step in range(end - 1, start - 1, -1))
+            else:
+                found = (end is None or start < end) and holds(Range(start, math.inf if end is None else end - 1))
+            self._later[key] = found
+        return found
+
+    def _wanted_after(self, group: int, tick: Tick, last: int | None) -> Reads:
+        if self.outlooks.end(tick) is None and not self._far(group, tick, tick.step + 1):
+            return NOTHING
+        return self._scan(group, tick, last, tick.step + 1, 0)
+
+    def _far(self, group: int, tick: Tick, start: int) -> Reads:
+        """What may be read at any step from `start` on."""
+        return reads(self._outlook(group, Moment(tick, Range(start, math.inf), tick.branch), None))
+
+    def _scan(self, group: int, tick: Tick, last: int | None, start: int, pushed: int) -> Reads:
+        """What from `start` on may be read of the results before the last `pushed` ones."""
+        full, end = self.full[group], self.outlooks.end(tick)
+        wanted = NOTHING
+        for step in range(start, tick.step + 1 + _FAR if end is None else end):
+            outlook = self._outlook(group, Moment(tick, step, tick.branch), last)
+            wanted |= reads(outlook).older(pushed)
+            if all(event.pushes for event in outlook):
+                pushed += 1
+                last = step if self._ages[group] and all(event.what == "compute" for event in outlook) else None
+            elif last is not None and pushed + 1 < full.depth:
+                # It may compute here for a reason of the run, and count from here.
+                wanted |= self._scan_from(group, tick, step, pushed + 1)
+            if wanted == full.older(pushed) or pushed >= full.depth:
+                return wanted
+        return wanted | self._far(group, tick, start).older(pushed) if end is None else wanted
+
+    def _scan_from(self, group: int, tick: Tick, last: int, pushed: int) -> Reads:
+        key = ("since", group, tick.branch, last, pushed, *self._present(tick))
+        found = self._wanted.get(key)
+        if found is None:
+            found = self._wanted[key] = self._scan(group, tick, last, last + 1, pushed)
+        return found
+
+
+def reads(outlook: Outlook) -> Reads:
+    """What the most that may happen reads."""
+    most = NOTHING
+    for event in outlook:
+        most |= event.reads
+    return most
+
+
+def _full(program: Program, group: int) -> Reads:
+    what = keeping([bound.rule for bound in program.alike.groups[group].rules], span=False, halves=False)
+    return Reads(what.outputs, what.residuals)

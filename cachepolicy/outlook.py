@@ -1,0 +1,333 @@
+"""What may happen to a site at a call that is still to come, as far as rules and clock tell. Pure, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, assert_never
+
+from cachepolicy import ir
+from cachepolicy.evaluate import Undefined, names_in
+from cachepolicy.keeping import depth, feedback
+from cachepolicy.plan import BoundRule
+from cachepolicy.possible import BOTH, EITHER, Range, Truth, View, known, truth
+from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Program, Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What is known of the rest of a trajectory.
+
+    `timesteps` and `sigmas` are those of all its steps, by step, where a scheduler tells. Where none does, `t` goes on
+    in one `direction` (-1 falls, 1 rises, 0 nobody knows) and stays above `lowest`.
+    """
+
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    direction: int = 0
+    lowest: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A call to come, on `branch`, at one step or at any of a range; `now` is the present call."""
+
+    now: Tick
+    step: int | Range
+    branch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """How many of the newest results may still be read, in either form."""
+
+    outputs: int = 0
+    residuals: int = 0
+
+    def __bool__(self) -> bool:
+        return self.outputs > 0 or self.residuals > 0
+
+    def __or__(self, other: Reads) -> Reads:
+        return Reads(max(self.outputs, other.outputs), max(self.residuals, other.residuals))
+
+    @property
+    def depth(self) -> int:
+        """How many of either form."""
+        return max(self.outputs, self.residuals)
+
+    def older(self, pushed: int) -> Reads:
+        """How many of those that were the newest before `pushed` newer ones came."""
+        return Reads(max(0, self.outputs - pushed), max(0, self.residuals - pushed)) if pushed else self
+
+
+NOTHING = Reads()
+
+What = Literal["compute", "read", "skip", "approximate", "hidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that may happen; a `read` of which the answer enters the history too `feeds` it."""
+
+    what: What
+    reads: Reads = NOTHING
+    feeds: bool = False
+
+    @property
+    def pushes(self) -> bool:
+        """True where the history gets a newer result."""
+        return self.what == "compute" or self.feeds
+
+    @property
+    def hides(self) -> bool:
+        """True where the sites inside do not run."""
+        return self.what in {"read", "skip"}
+
+
+Outlook = frozenset[Event]
+"""All that may happen."""
+
+_COMPUTE, _SKIP, _APPROXIMATE, _HIDDEN = (Event(what) for what in ("compute", "skip", "approximate", "hidden"))
+
+
+class Outlooks:
+    """What may happen to the groups of a program (by number in `program.alike`) on one clock.
+
+    With `loose`, no site is sure to hide those inside it: some always compute, for reasons that the rules do not tell.
+    """
+
+    def __init__(self, program: Program, ahead: Ahead, *, loose: bool = False) -> None:
+        self.program = program
+        self.ahead = ahead
+        self.loose = loose
+        self.approximating = [
+            number
+            for number, group in enumerate(program.alike.groups)
+            if any(isinstance(bound.rule.action, ir.ApproximateUncond) for bound in group.rules)
+        ]
+
+    def end(self, now: Tick) -> int | None:
+        """The number of steps, where it is known."""
+        return now.steps if self.ahead.timesteps is None else len(self.ahead.timesteps)
+
+    def of(self, group: int, moment: Moment, last: int | None) -> Outlook:
+        """What may happen to a site of the group that has last computed at step `last` (None: nobody knows)."""
+        around = self._around(group, moment)
+        if not around.false:
+            return frozenset({_HIDDEN})
+        own = self._own(group, moment, last)
+        return own | {_HIDDEN} if around.true else own
+
+    def measures(self, moment: Moment) -> bool:
+        """True where a rule that reads signals may own some site."""
+        return any(
+            bound.index in self.program.measured
+            for group in range(len(self.program.alike.groups))
+            for bound, _ in self._owners(group, self._view(group, moment, None))
+        )
+
+    def approximates(self, moment: Moment) -> bool:
+        """True where the unconditional half of that step may be rebuilt."""
+        branches = UNCOND_BRANCHES if moment.branch in COND_BRANCHES else (moment.branch,)
+        return any(
+            _APPROXIMATE in self._own(group, replace(moment, branch=branch), None)
+            for group in self.approximating
+            for branch in branches
+        )
+
+    def _around(self, group: int, moment: Moment) -> Truth:
+        """Whether the sites around may hide it, and whether they may not."""
+        may, may_not = False, True
+        for parent in self.program.alike.groups[group].parents:
+            events = self._own(parent, moment, None)
+            may |= any(event.hides for event in events)
+            may_not &= self.loose or not all(event.hides for event in events)
+        return Truth(may, may_not)
+
+    def _own(self, group: int, moment: Moment, last: int | None) -> Outlook:
+        view = self._view(group, moment, last)
+        events, owned = set[Event](), False
+        for bound, always in self._owners(group, view):
+            events |= self._owned(bound, group, moment, view)
+            owned = always
+        return frozenset(events if owned else events | {_COMPUTE})
+
+    def _owners(self, group: int, view: View) -> Iterator[tuple[BoundRule, bool]]:
+        """The rules that may own a site, and whether they do if none before does."""
+        for bound in self.program.alike.groups[group].rules:
+            when = truth(bound.rule.when, view)
+            if when.true:
+                yield bound, not when.false
+            if not when.false:
+                return
+
+    def _owned(self, bound: BoundRule, group: int, moment: Moment, view: View) -> set[Event]:
+        """What the rule may say where it owns the site, as `schedule.decide` does."""
+        rule = bound.rule
+        if isinstance(rule.action, ir.Compute):
+            return {_COMPUTE}
+        if isinstance(rule.action, ir.ApproximateUncond) and moment.branch in COND_BRANCHES:
+            return {_COMPUTE}
+        answers = _answers(rule.action)
+        if rule.follow is not None and moment.branch != rule.follow:
+            leader = replace(moment, branch=rule.follow)
+            follows = self._owned(bound, group, leader, self._view(group, leader, None))
+            return {_COMPUTE, answers} if answers in follows else {_COMPUTE}
+        asks = [_not(_due(rule.schedule, view)), truth(rule.condition, view)]
+        asks += [_within(each, view) for each in rule.bounds]
+        if not all(each.true for each in asks):
+            return {_COMPUTE}
+        return {_COMPUTE, answers} if any(each.false for each in asks) else {answers}
+
+    # --- the clock ---------------------------------------------------------------------------------------
+
+    def _view(self, group: int, moment: Moment, last: int | None) -> View:
+        """What the group's clauses can know of the clock at that call."""
+        names = self._clock(moment)
+        if last is not None and isinstance(moment.step, int):
+            names["age"] = moment.step - last
+        if self.approximating and group not in self.approximating:
+            names["uncond_skipped"] = EITHER if self.approximates(moment) else False
+        return View(names, self.program.tables)
+
+    def _clock(self, moment: Moment) -> dict[str, Any]:
+        names: dict[str, Any] = {
+            "step": moment.step,
+            "branch": moment.branch,
+            "uncond_skipped": False,
+            "age": Range(1, math.inf),
+        }
+        steps = self.end(moment.now)
+        if steps is not None:
+            names["steps"] = steps
+            names["progress"] = _progress(moment.step, steps)
+        if self.ahead.timesteps is not None:
+            self._scheduled(names, moment.step, self.ahead.timesteps)
+        elif moment.now.t is not None:
+            falls, rises = self.ahead.direction < 0, self.ahead.direction > 0
+            low = moment.now.t if rises else self.ahead.lowest
+            names["t"] = Range(low, moment.now.t if falls else math.inf)
+        return names
+
+    def _scheduled(self, names: dict[str, Any], step: int | Range, timesteps: tuple[float, ...]) -> None:
+        if isinstance(step, Range):
+            names["t"] = Range(min(timesteps), max(timesteps))
+            return
+        names["t"] = timesteps[step]
+        if self.ahead.sigmas is not None and step < len(self.ahead.sigmas):
+            names["sigma"] = self.ahead.sigmas[step]
+
+
+def _progress(step: int | Range, steps: int) -> Any:
+    if isinstance(step, Range):
+        return EITHER
+    return step / (steps - 1) if steps > 1 else 0.0
+
+
+def _answers(action: ir.Action) -> Event:
+    """What a reuse by this action does with the site's history."""
+    match action:
+        case ir.Reuse():
+            return Event("read", Reads(residuals=1) if action.residual else Reads(outputs=1))
+        case ir.Predict():
+            many = depth(action)
+            return Event("read", Reads(residuals=many) if action.residual else Reads(outputs=many), feedback(action))
+        case ir.Skip():
+            return _SKIP
+        case ir.ApproximateUncond():
+            return _APPROXIMATE
+        case ir.Compute():
+            return _COMPUTE
+        case _:
+            assert_never(action)
+
+
+def reads_age(bound: BoundRule) -> bool:
+    """True where what the rule says depends on when the site last computed."""
+    rule = bound.rule
+    since = isinstance(rule.schedule, ir.Every) and rule.schedule.anchor == "compute"
+    return since or any(each.scope == "row" for each in rule.bounds) or "age" in names_in(rule)
+
+
+# --- clauses ---------------------------------------------------------------------------------------------
+
+_TRUE, _FALSE = Truth(true=True, false=False), Truth(true=False, false=True)
+
+
+def _not(one: Truth) -> Truth:
+    return Truth(one.false, one.true)
+
+
+def _sure(value: object) -> Truth:
+    return _TRUE if value else _FALSE
+
+
+def _due(schedule: ir.Schedule | None, view: View) -> Truth:
+    """Whether a schedule may say compute, and whether it may say reuse."""
+    if schedule is None:
+        return _FALSE
+    try:
+        match schedule:
+            case ir.Every():
+                return _every(schedule, view)
+            case ir.OnSteps():
+                return _among(known(schedule.steps, view), view.names)
+            case ir.Mask():
+                return _marked(known(schedule.mask, view), view.names)
+            case _:
+                assert_never(schedule)
+    except Undefined:
+        return _TRUE
+
+
+def _among(steps: Any, names: Mapping[str, Any]) -> Truth:
+    if steps is EITHER or isinstance(names["step"], Range):
+        return BOTH if steps is not None else _TRUE
+    return _sure(steps is None or names["step"] in steps)
+
+
+def _marked(mask: Any, names: Mapping[str, Any]) -> Truth:
+    if mask is EITHER or isinstance(names["step"], Range):
+        return BOTH if mask is not None else _TRUE
+    return _sure(mask is None or names["step"] >= len(mask) or mask[names["step"]] == "1")
+
+
+def _every(schedule: ir.Every, view: View) -> Truth:
+    interval = known(schedule.interval, view)
+    if interval is EITHER:
+        return BOTH
+    if interval is None or interval <= 0:
+        return _TRUE
+    step, age = view.names["step"], view.names["age"]
+    match schedule.anchor:
+        case "start":
+            offset = 0 if schedule.offset is None else known(schedule.offset, view)
+            return BOTH if isinstance(step, Range) or offset is EITHER else _sure((step - offset) % interval == 0)
+        case "end":
+            steps = view.names.get("steps")
+            return BOTH if isinstance(step, Range) or steps is None else _sure((steps - 1 - step) % interval == 0)
+        case "compute":
+            if isinstance(age, Range):
+                return _sure(value=True) if age.low >= interval else BOTH
+            return _sure(age >= interval)
+        case _:
+            assert_never(schedule.anchor)
+
+
+def _within(bound: ir.Bound, view: View) -> Truth:
+    """Whether one more reuse may stay within the bound, and whether it may not."""
+    try:
+        count = known(bound.count, view)
+    except Undefined:
+        return _FALSE
+    age = view.names["age"]
+    if count is None:
+        return _TRUE
+    if count is EITHER:
+        return BOTH
+    if bound.scope == "all":
+        return BOTH if count > 0 else _FALSE
+    if isinstance(age, Range):
+        return BOTH if age.low <= count else _FALSE
+    return _sure(age <= count)

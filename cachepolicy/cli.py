@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cachepolicy import ir, options, terminal
+from cachepolicy import ir, options, saved, terminal
 from cachepolicy.blueprint import is_model, read_model
 from cachepolicy.check import Expectations, check_text, run_expectations
 from cachepolicy.check import check as check_policy
@@ -26,6 +26,7 @@ from cachepolicy.plan import Plan, bind
 from cachepolicy.planning import show_overview, show_plan
 from cachepolicy.printer import format as printed
 from cachepolicy.printer import format_node
+from cachepolicy.reporting import show_trace
 from cachepolicy.resources import shipped_policies
 from cachepolicy.syntax import parse, recover
 from cachepolicy.trace import Trajectory, load_trace
@@ -282,6 +283,23 @@ def _expectations_json(ran: Expectations) -> dict[str, object]:
         {"text": format_node(each.expect), "holds": each.holds, "rows": dict(each.rows)} for each in ran.outcomes
     ]
     return {"hold": ran.hold, "expectations": outcomes, "findings": json.loads(to_json(ran.findings))}
+
+
+@main.command()
+@click.argument("trace", required=False, type=click.Path(dir_okay=False))
+@click.option("--html", type=click.Path(dir_okay=False), metavar="OUT", help="Write the report as one HTML file.")
+@click.option("--perfetto", type=click.Path(dir_okay=False), metavar="OUT", help="Write it for ui.perfetto.dev.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of a saved trace.")
+@options.json_form
+@terminal.guarded
+def report(*, trace: str | None, schema: bool, **given: Any) -> None:
+    """Show what a run did, from the trace that it saved: the newest session, as a grid or as a page."""
+    if schema:
+        terminal.say_json(saved.schema())
+        return
+    if trace is None:
+        raise click.UsageError("name a saved trace, or ask for --schema")
+    show_trace(load_trace(trace), **given)
 
 
 @main.command("list")

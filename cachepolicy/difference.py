@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachepolicy.grid import grid
 from cachepolicy.plan import Plan
-from cachepolicy.report import grid, summary
+from cachepolicy.report import summary
 from cachepolicy.simulation import Schedule, SignalValues, simulate
 from cachepolicy.skeleton import ancestors
 

@@ -13,10 +13,8 @@ from cachepolicy.evaluate import Value, names_in
 from cachepolicy.files import Origin, chain, load, load_used, located, origin
 from cachepolicy.meaning import check_names
 from cachepolicy.normal import digest
-from cachepolicy.printer import format_node
 from cachepolicy.rewrite import folded, measure, transform
 from cachepolicy.settings import python, settled
-from cachepolicy.vocabulary import NORMS
 
 __all__ = ["Resolved", "Source", "load", "resolve"]
 
@@ -234,23 +232,10 @@ class _Flat:
         if len(bounds) < len(written.bounds):
             written = written.model_copy(update={"bounds": bounds})
         self.findings += [located(each, policy, rule.span) for each in faults(written)]
-        self.rules.append(self._measured(written))
+        self.rules.append(written)
         self.sources.append(Source(policy, number))
         if len(self.rules) > RULE_LIMIT:
             raise PolicyError.of("E157", f"more than {RULE_LIMIT} rules, with those that are used")
-
-    def _measured(self, rule: ir.Rule) -> ir.Rule:
-        """A norm that stands in a `while` itself is a signal like any other; its text is its name, as nobody else's."""
-
-        def rewrite(node: ir.Node) -> ir.Node:
-            if not isinstance(node, ir.Call) or node.function not in NORMS:
-                return node
-            name = format_node(node)
-            self.signals.setdefault(name, ir.Signal(name=name, value=node, span=node.span))
-            return ir.Name(name=name, span=node.span)
-
-        condition = rule.condition
-        return rule if condition is None else rule.model_copy(update={"condition": transform(condition, rewrite)})
 
     def _use(self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]) -> None:
         try:

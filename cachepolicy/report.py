@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachepolicy.grid import grid
 from cachepolicy.plan import Plan, label
 from cachepolicy.schedule import Decision, Tick
 from cachepolicy.simulation import Schedule
@@ -14,7 +15,6 @@ from cachepolicy.trace import Trajectory
 
 Outcome = Schedule | Trajectory
 
-_COLOURS = {"C": "\x1b[33;1m", "R": "\x1b[32m", ".": "\x1b[2m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
@@ -28,9 +28,16 @@ def draw(outcome: Outcome, *, width: int = 80, colour: bool = False) -> str:
     legend = f"C computes  R reuses{'  . hidden in a site that reuses' if tally(outcome).calls['hidden'] else ''}"
     if not outcome.branches or not plan_of(outcome).sites:
         parts, legend = [], "no site: every module computes at every step"
-    return "\n".join(
-        [*parts, f"{_DIM}{legend}{_RESET}" if colour else legend, "", *_shares(outcome, width), summary(outcome)]
-    )
+    told = [*_shares(outcome, width), summary(outcome)]
+    if isinstance(outcome, Trajectory):
+        told.append(_spent(outcome))
+    return "\n".join([*parts, f"{_DIM}{legend}{_RESET}" if colour else legend, "", *told])
+
+
+def _spent(trajectory: Trajectory) -> str:
+    held = max((call.held for call in trajectory.calls), default=0)
+    memory = f", at most {held / 2**20:.1f} MiB held" if held else ""
+    return f"{trajectory.seconds:.2f} s in {_many(len(trajectory.calls), 'call')} of the model{memory}"
 
 
 def summary(outcome: Outcome) -> str:
@@ -142,86 +149,3 @@ def _shares(outcome: Outcome, width: int) -> Iterator[str]:
 
 def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-# --- the grid --------------------------------------------------------------------------------------------
-
-
-def grid(rows: Mapping[str, str], *, width: int = 80, colour: bool = False) -> str:
-    """Rows of letters under a ruler of steps; sites that read the same share a line.
-
-    What does not fit `width` columns goes on in a further panel below.
-    """
-    lines = [(name, row) for row, names in _alike(rows).items() for name in folded(names)]
-    if not lines:
-        return ""
-    steps = max(len(row) for _, row in lines)
-    names = min(max(len(name) for name, _ in lines), max(12, width // 2))
-    room = max(10, (width - names - 2) // 10 * 10 if width - names - 2 < steps else steps)
-    panels = list[str]()
-    for start in range(0, max(1, steps), room):
-        ruler = " " * (names + 2) + _ruler(start, min(room, steps - start))
-        panels.append(f"{_DIM}{ruler}{_RESET}" if colour else ruler)
-        for name, row in lines:
-            letters = row[start : start + room]
-            panels.append(f"{_cut(name, names):<{names}}  {_painted(letters) if colour else letters}".rstrip())
-    return "\n".join(panels)
-
-
-def _ruler(start: int, count: int) -> str:
-    marks = "".join(f"{step:<10}" for step in range(start, start + count, 10))
-    return marks[: max(count, len(marks.rstrip()))].rstrip()
-
-
-def _painted(letters: str) -> str:
-    painted, before = "", ""
-    for letter in letters:
-        painted += letter if letter == before else f"{_RESET if before else ''}{_COLOURS.get(letter, '')}{letter}"
-        before = letter
-    return painted + (_RESET if before else "")
-
-
-def _cut(name: str, width: int) -> str:
-    """The end of a name tells sites apart better than its middle."""
-    if len(name) <= width:
-        return name
-    head = (width - 1) // 3
-    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
-
-
-def _alike(rows: Mapping[str, str]) -> dict[str, list[str]]:
-    alike = dict[str, list[str]]()
-    for name, row in rows.items():
-        alike.setdefault(row, []).append(name)
-    return alike
-
-
-def folded(names: Iterable[str]) -> list[str]:
-    """Names that differ in one number written as one: `blocks.0.attn1`, `blocks.1.attn1` as `blocks.0-1.attn1`."""
-    parts = [tuple(name.split(".")) for name in names]
-    for place in reversed(range(max(map(len, parts), default=0))):
-        parts = _folded_at(parts, place)
-    return [".".join(each) for each in parts]
-
-
-def _folded_at(names: Sequence[tuple[str, ...]], place: int) -> list[tuple[str, ...]]:
-    groups = dict[tuple[str, ...], list[int]]()
-    for name in names:
-        if len(name) > place and name[place].isdecimal():
-            groups.setdefault((*name[:place], "#", *name[place + 1 :]), []).append(int(name[place]))
-        else:
-            groups.setdefault(name, [])
-    return [
-        (*name[:place], _ranges(sorted(numbers)), *name[place + 1 :]) if numbers else name
-        for name, numbers in groups.items()
-    ]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    runs = list[list[int]]()
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -31,3 +31,8 @@ def shipped_policies() -> dict[str, Traversable]:
         if each.name.endswith(suffix)
     }
     return dict(sorted(found.items()))
+
+
+def template(name: str) -> str:
+    """The text of a file that reports are made of."""
+    return (files("cachepolicy") / "templates" / name).read_text(encoding="utf-8")

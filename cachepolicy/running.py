@@ -109,7 +109,8 @@ def _written(run: Run, output: Path) -> list[Path]:
     assert run.trace is not None
     trace = output / "trace.json"
     run.trace.save(trace)
-    return [trace]
+    run.report(output / "report.html")
+    return [trace, output / "report.html"]
 
 
 # --- for a person ----------------------------------------------------------------------------------------

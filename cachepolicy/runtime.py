@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Generator, Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, Literal, Self, TypeVar, cast
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 
@@ -18,9 +19,12 @@ from cachepolicy.clock import CONTEXT, Context, Sources
 from cachepolicy.configs import config_of
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.following import Follower, Weakly, follow, unfollow
+from cachepolicy.forecast import Work
+from cachepolicy.glance import glance
 from cachepolicy.intercept import Site, root_override
 from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
+from cachepolicy.page import page
 from cachepolicy.pipelines import PipelineCall, pipeline_override
 from cachepolicy.placement import Placement
 from cachepolicy.plan import Plan, bind
@@ -127,6 +131,13 @@ def run_of(target: Any) -> Run | None:
     return handle.run if isinstance(handle, Attached) else None
 
 
+class Counted(Protocol):
+    """FLOPs of one call of a model, in all and by module."""
+
+    total: int
+    modules: Mapping[str, int]
+
+
 class Run(Handle):
     """A policy attached to a model: a context manager that takes it off at the end.
 
@@ -161,6 +172,34 @@ class Run(Handle):
     def attached(self) -> bool:
         """True until the run is removed."""
         return bool(self._attached)
+
+    # --- telling -----------------------------------------------------------------------------------------
+
+    def report(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        flops: Counted | None = None,
+        uncached: float | None = None,
+    ) -> str:
+        """What the newest session did, as one HTML file that loads nothing; written to `path` where one is given.
+
+        `flops` are those of one call of the model, as `cachepolicy.flops.count` counts them, and `uncached` the seconds
+        that all calls of the model take without the policy; without it they are estimated.
+
+        Raises:
+            PolicyError: the run keeps no trace (E309).
+        """
+        if self.trace is None:
+            raise PolicyError.of("E309", "the run keeps no trace to report", help="apply the policy with `trace=True`")
+        work = None if flops is None else Work(flops.total, flops.modules)
+        text = page(self.trace.latest, work=work, uncached=uncached)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def _repr_html_(self) -> str:
+        return glance({}, "the run keeps no trace") if self.trace is None else self.trace.to_html()
 
     # --- attaching ---------------------------------------------------------------------------------------
 

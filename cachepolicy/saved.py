@@ -152,14 +152,15 @@ def form_of(plan: Plan) -> PlanForm:
         uses.setdefault(user, {})[name] = places[id(used)]
     return PlanForm(
         policies=tuple(PolicyForm(text=format(each), uses=uses.get(origin(each).key, {})) for each in policies),
-        settings=_settings(resolved),
+        settings=settings_of(resolved),
         digest=resolved.digest,
         skeleton=plan.skeleton,
         sites=tuple(site.name for site in plan.sites),
     )
 
 
-def _settings(resolved: Resolved) -> dict[str, str]:
+def settings_of(resolved: Resolved) -> dict[str, str]:
+    """What the params are worth, as the language writes it."""
     params = {each.name: each for each in resolved.policy.statements if isinstance(each, ir.Param)}
     texts = dict[str, str]()
     for name, value in resolved.settings.items():

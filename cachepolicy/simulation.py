@@ -10,6 +10,7 @@ from typing import Any
 from cachepolicy import ir
 from cachepolicy.diagnostics import PolicyError, suggestion
 from cachepolicy.evaluate import names_in, substitute, walk
+from cachepolicy.glance import glance
 from cachepolicy.loading import load, resolve
 from cachepolicy.plan import BoundRule, Plan, bind
 from cachepolicy.schedule import (
@@ -75,6 +76,12 @@ class Schedule:
         if site in names:
             raise PolicyError.of("E253", f"no step {step} in a schedule of {self.steps} steps")
         raise PolicyError.of("E252", f"no rule selects a site `{site}`", help=suggestion(site, names))
+
+    def _repr_html_(self) -> str:
+        skipped = sum(not each.computes for decisions in self.decisions.values() for each in decisions)
+        calls = sum(map(len, self.decisions.values()))
+        summary = f"{self.steps} steps, {len(self.plan.sites)} sites: {skipped} of {calls} site calls skipped"
+        return glance({branch: self.rows_of(branch) for branch in self.branches}, summary)
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
         """The calls in the order they run, each with its decisions by site number."""

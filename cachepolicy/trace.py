@@ -12,6 +12,7 @@ from typing import cast
 
 from cachepolicy import saved
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.glance import glance
 from cachepolicy.plan import Plan
 from cachepolicy.saved import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
 from cachepolicy.schedule import Decision, Partition, Tick, prepare
@@ -95,6 +96,23 @@ class Trajectory:
         return Counter(decision.verdict for call in self.calls for decision in call.decisions)
 
     @property
+    def summary(self) -> str:
+        """Steps, sites, what was computed and reused, and the time, in one line."""
+        counts = self.counts()
+        reached = counts["compute"] + counts["reuse"]
+        share = f"{100 * counts['reuse'] / reached:.0f} %" if reached else "none"
+        steps = len({call.tick.step for call in self.calls})
+        calls = f"{counts['compute']} site calls computed, {counts['reuse']} reused ({share})"
+        return f"{steps} steps, {len(self.plan.sites)} sites: {calls}, {self.seconds:.2f} s in the model"
+
+    def to_html(self) -> str:
+        """The summary and the rows as a piece of HTML, which notebooks show."""
+        return glance({branch: self.rows(branch) for branch in self.branches}, self.summary)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    @property
     def seconds(self) -> float:
         """Wall seconds spent in the root."""
         return sum(call.seconds for call in self.calls)
@@ -138,6 +156,22 @@ class Trace:
         recorded = self.trajectories
         return recorded[-1] if recorded else None
 
+    @property
+    def latest(self) -> tuple[Trajectory, ...]:
+        """The newest trajectory of each denoiser that the newest session ran through: one, where there is one."""
+        newest = self.last
+        if newest is None:
+            return ()
+        found = {id(each.plan): each for each in self.trajectories if each.session == newest.session}
+        return tuple(found.values())
+
+    def to_html(self) -> str:
+        """`latest` as a piece of HTML, which notebooks show."""
+        return "".join(each.to_html() for each in self.latest) or glance({}, str(self))
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
     def rows(self, branch: str | None = None) -> dict[str, str]:
         """`Trajectory.rows` of the newest trajectory."""
         return self.last.rows(branch) if self.last is not None else {}
@@ -154,12 +188,7 @@ class Trace:
         newest = self.last
         if newest is None:
             return "nothing has run yet"
-        counts = newest.counts()
-        reached = counts["compute"] + counts["reuse"]
-        share = f"{100 * counts['reuse'] / reached:.0f} %" if reached else "none"
-        steps = len({call.tick.step for call in newest.calls})
-        calls = f"{counts['compute']} site calls computed, {counts['reuse']} reused ({share})"
-        lines = [f"{steps} steps, {len(newest.plan.sites)} sites: {calls}, {newest.seconds:.2f} s in the model"]
+        lines = [newest.summary]
         for branch in newest.branches:
             if len(newest.branches) > 1:
                 lines.append(f"branch {branch or 'first'}")

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from benchmarks import emoji, fbc, overhead, pab, processes
+from benchmarks import emoji, fbc, overhead, pab, processes, tracing
 from benchmarks._measure import Spread, spread, table
 
 
@@ -90,3 +90,12 @@ def test_tables_are_aligned():
     """Every line of a table is as long as the others."""
     lines = table("what", ["one", "another"], {"a": [1, 2], "a longer name": [spread([1.0]), "x"]}).splitlines()
     assert 1 == len({len(line) for line in lines})
+
+
+def test_tracing_compares_three_ways(capsys):
+    """Untraced, traced and profiled runs are timed on blocks that compute and on blocks that take no time."""
+    tracing.main(["--blocks", "3", "--width", "4", "--tokens", "2", "--steps", "3", "--rounds", "2"])
+    printed = capsys.readouterr().out
+    assert 2 == printed.count("by the clock")
+    assert 2 == printed.count("by a signal")
+    assert "profiled, %" in printed

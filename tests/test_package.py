@@ -140,8 +140,9 @@ print("torch" in sys.modules)
 WHOLE = """
 import cachepolicy
 from cachepolicy.check import run_expectations
-from cachepolicy.resources import documentation, shipped, shipped_policies
+from cachepolicy.resources import documentation, shipped, shipped_policies, template
 assert cachepolicy.__version__
+assert all(template(f"report.{suffix}") for suffix in ("html", "css", "js"))
 assert shipped("data").joinpath("emoji-dit", "config.json").is_file()
 assert shipped("data").joinpath("emoji-dit", "diffusion_pytorch_model.safetensors").is_file()
 assert documentation("language.md#when") and documentation("diagnostics/E001.md")

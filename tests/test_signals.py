@@ -446,24 +446,3 @@ def test_kept_reaches_as_far_back_as_the_language_lets_it() -> None:
     policy = cachepolicy.parse("match attention while kept(step, 6) >= 0 -> reuse\n")
     rows = cachepolicy.simulate(policy, steps=9).rows
     assert set(rows.values()) == {"CCCCCCRRR"}
-
-
-@pytest.mark.parametrize("condition", ["relative_l1(head, prev(head)) < 100", "sum(l1(head, kept(head))) < 1000"])
-def test_a_norm_that_stands_in_a_while_is_measured_as_a_signal_is(condition: str) -> None:
-    """Written out in the rule it decides as under a name of its own, and simulations ask for it by its text."""
-    head = "signal head = residual(blocks[0])\n"
-    norm = condition[condition.find("(") + 1 : -len(") < 1000")] if condition.startswith("sum") else condition[:29]
-    named = (
-        f"{head}signal drift = {norm}\nmatch blocks[1:] while {condition.replace(norm, 'drift')} -> reuse residual\n"
-    )
-    inline = f"{head}match blocks[1:] while {condition} -> reuse residual\n"
-    rows = list[str]()
-    for text in (inline, named):
-        model = models.Toy(blocks=3).build()
-        with torch.no_grad(), cachepolicy.apply(model, cachepolicy.parse(text)) as run:
-            list(models.sample(model, (900.0, 800.0, 700.0, 600.0), *models.inputs(models.Toy())))
-            rows += run.trace.rows().values()
-    assert rows[0] == rows[1]
-    assert "R" in rows[0]
-    simulated = cachepolicy.simulate(cachepolicy.parse(inline), steps=4, signals={norm: 0.0})
-    assert "CRRR" == next(iter(simulated.rows.values()))

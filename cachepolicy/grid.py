@@ -1,0 +1,98 @@
+"""Rows of letters under a ruler of steps, for a terminal; names that differ in a number, written as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+_COLOURS = {"C": "\x1b[33;1m", "R": "\x1b[32m", ".": "\x1b[2m"}
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+
+
+def grid(rows: Mapping[str, str], *, width: int = 80, colour: bool = False) -> str:
+    """Rows of letters under a ruler of steps; sites that read the same share a line.
+
+    What does not fit `width` columns goes on in a further panel below.
+    """
+    lines = [(name, row) for row, names in alike(rows).items() for name in folded(names)]
+    if not lines:
+        return ""
+    steps = max(len(row) for _, row in lines)
+    names = min(max(len(name) for name, _ in lines), max(12, width // 2))
+    room = max(10, (width - names - 2) // 10 * 10 if width - names - 2 < steps else steps)
+    panels = list[str]()
+    for start in range(0, max(1, steps), room):
+        ruler = " " * (names + 2) + _ruler(start, min(room, steps - start))
+        panels.append(f"{_DIM}{ruler}{_RESET}" if colour else ruler)
+        for name, row in lines:
+            letters = row[start : start + room]
+            panels.append(f"{_cut(name, names):<{names}}  {_painted(letters) if colour else letters}".rstrip())
+    return "\n".join(panels)
+
+
+def _ruler(start: int, count: int) -> str:
+    marks = "".join(f"{step:<10}" for step in range(start, start + count, 10))
+    return marks[: max(count, len(marks.rstrip()))].rstrip()
+
+
+def _painted(letters: str) -> str:
+    painted, before = "", ""
+    for letter in letters:
+        painted += letter if letter == before else f"{_RESET if before else ''}{_COLOURS.get(letter, '')}{letter}"
+        before = letter
+    return painted + (_RESET if before else "")
+
+
+def _cut(name: str, width: int) -> str:
+    """The end of a name tells sites apart better than its middle."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+
+
+def alike(rows: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names by the row that they share, in the order in which rows appear."""
+    alike = dict[str, list[str]]()
+    for name, row in rows.items():
+        alike.setdefault(row, []).append(name)
+    return alike
+
+
+def folded(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that differ in one number under one: `blocks.0.attn1`, `blocks.1.attn1` under `blocks.0-1.attn1`."""
+    parts = {tuple(name.split(".")): [name] for name in names}
+    for place in reversed(range(max(map(len, parts), default=0))):
+        parts = _folded_at(parts, place)
+    return {".".join(each): members for each, members in parts.items()}
+
+
+_Parts = tuple[str, ...]
+
+
+def _folded_at(names: Mapping[_Parts, list[str]], place: int) -> dict[_Parts, list[str]]:
+    groups = dict[_Parts, dict[_Parts, list[str]]]()
+    for name, members in names.items():
+        numbered = len(name) > place and name[place].isdecimal()
+        key = (*name[:place], "#", *name[place + 1 :]) if numbered else name
+        groups.setdefault(key, {})[name] = members
+    return {
+        _merged(key, place, each): [member for members in each.values() for member in members]
+        for key, each in groups.items()
+    }
+
+
+def _merged(key: _Parts, place: int, names: Iterable[_Parts]) -> _Parts:
+    """The names of a group as one: their numbers at `place` as ranges, or the only name itself."""
+    if len(key) <= place or key[place] != "#":
+        return key
+    return (*key[:place], _ranges(sorted(int(name[place]) for name in names)), *key[place + 1 :])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,35 @@
+"""What the `report` command shows of a saved trace, and the files that it writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cachepolicy import events, report, terminal
+from cachepolicy.diagnostics import PolicyError
+from cachepolicy.page import page
+from cachepolicy.trace import Trace
+
+
+def show_trace(trace: Trace, *, html: str | None, perfetto: str | None, as_json: bool) -> None:
+    """Print the newest session; write its page, and all that the trace holds for a viewer of traces.
+
+    Raises:
+        PolicyError: E152, a file cannot be written.
+    """
+    if html is not None:
+        _write(html, page(trace.latest))
+    if perfetto is not None:
+        _write(perfetto, events.to_json(trace))
+    if as_json:
+        terminal.say_json([report.to_json(each) for each in trace.latest])
+        return
+    drawn = [report.draw(each, width=terminal.columns(), colour=terminal.coloured(sys.stdout)) for each in trace.latest]
+    terminal.say("\n\n".join(drawn) or str(trace))
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PolicyError.of("E152", f"`{path}` cannot be written: {(error.strerror or str(error)).lower()}") from error

@@ -57,6 +57,11 @@ def depth(action: ir.Predict) -> int:
     return 2
 
 
+def reach(action: ir.Action | None) -> int:
+    """How many of the newest results an answer by this action is made from."""
+    return depth(action) if isinstance(action, ir.Predict) else 1
+
+
 def feedback(action: ir.Action | None) -> bool:
     """True where the action's answers enter the history too."""
     return isinstance(action, ir.Predict) and any(

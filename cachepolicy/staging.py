@@ -24,7 +24,7 @@ from cachepolicy.actions import (
     weights,
 )
 from cachepolicy.graphs import Answer, Part, Place
-from cachepolicy.keeping import Keeping, feedback
+from cachepolicy.keeping import Keeping, feedback, reach
 from cachepolicy.schedule import WAITING, Decision
 from cachepolicy.spans import Chain, Entry, Form
 
@@ -159,7 +159,7 @@ def _give_chain(turn: Staged, site: int, part: Part, chain: Chain | None, action
         return
     given, numbers = list[Any](), list[Any]()
     for segment in chain.history:
-        entries = [entry for entry in segment if turn.halved or entry.full]
+        entries = [entry for entry in segment if turn.halved or entry.full][: reach(action)]
         columns = [
             [
                 _half(turn, (entry.residuals if part.answer.residual else entry.outputs)[place], full=entry.full)

@@ -33,7 +33,7 @@ from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.graphs import Part
 from cachepolicy.histories import trim
 from cachepolicy.intercept import Leave, Site
-from cachepolicy.keeping import Keeping, feedback
+from cachepolicy.keeping import Keeping, feedback, reach
 from cachepolicy.layout import Layout
 from cachepolicy.liveness import Liveness
 from cachepolicy.neighbours import left
@@ -671,10 +671,12 @@ class Turn:
         """What the first block of a segment gives for all of it."""
         chain, residual = self._chain(span), _of_residual(action)
         history = [entry for entry in chain.history[link.segment] if self.halved or entry.full]
-        steps = [entry.step for entry in history]
+        # Older results may be kept in the other form alone.
+        read = history[: reach(action)]
+        steps = [entry.step for entry in read]
         values, answers = list[torch.Tensor | None](), list[Any]()
         for place, given in enumerate(inputs):
-            column = [self._own(entry, place, residual=residual) for entry in history]
+            column = [self._own(entry, place, residual=residual) for entry in read]
             tensors = [tensor for tensor in column if tensor is not None]
             if given is None or len(tensors) < len(column):
                 values.append(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -69,6 +70,31 @@ ACTIONS = (
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def everything_kept() -> Iterator[None]:
+    """Nothing is let go of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Liveness, "wanted", lambda self, group, *_: self.full[group])
+        for name in ("measures", "approximates"):
+            patch.setattr(Liveness, name, lambda *_, **__: True)
+        yield
+
+
+FED = """match optional attention when step != 2 -> predict linear(weight: 1, feedback: true)
+match attention -> reuse residual
+"""
+
+
+def test_results_may_be_kept_in_different_forms() -> None:
+    """An answer that was fed back is read as a residual although the result before it is not kept as one."""
+    model, scheduler = Toy().build(), Scheduler(TIMESTEPS[:4])
+    with applied(model, FED, scheduler):
+        short = run(model, scheduler)
+    with everything_kept(), applied(model, FED, scheduler):
+        full = run(model, scheduler)
+    assert all(map(torch.equal, full, short))
+
+
 @given(st.data())
 def test_letting_go_changes_nothing(data: st.DataObject) -> None:
     """On any policy of clock, counts and signals, outputs, decisions and executions are those of keeping everything."""
@@ -87,11 +113,7 @@ def test_letting_go_changes_nothing(data: st.DataObject) -> None:
     for keeps in (True, False):
         model, scheduler = toy.build(), Scheduler(timesteps)
         probes = Probes(model)
-        with pytest.MonkeyPatch.context() as patch:
-            if keeps:
-                patch.setattr(Liveness, "wanted", lambda self, group, *_: self.full[group])
-                for name in ("measures", "approximates"):
-                    patch.setattr(Liveness, name, lambda *_, **__: True)
+        with everything_kept() if keeps else contextlib.nullcontext():
             options = {"scheduler": scheduler} if known else {"steps": len(timesteps)}
             with cachepolicy.apply(model, policy, **options) as attached:
                 outputs = run(model, scheduler, toy, pair=pair)

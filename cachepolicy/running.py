@@ -41,6 +41,7 @@ class Outcome:
     uncached_seconds: float | None
     quality: Quality | None
     files: Sequence[Path]
+    uncached_model_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -67,7 +68,7 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
             if task.policy is not None:
                 run = stack.enter_context(apply(pipe, task.policy, **(task.settings or {})))
             outcomes = [_sampled(pipe, run, task, arguments, seed, place) for place, seed in enumerate(task.seeds)]
-            files = [] if run is None else _written(run, task.output)
+            files = [] if run is None else _written(run, task.output, outcomes[-1].uncached_model_seconds)
             told = "" if run is None or run.trace is None else str(run.trace)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -96,7 +97,8 @@ def _sampled(pipe: Any, run: Run | None, task: Task, arguments: Mapping[str, Any
     for name, found in ((f"seed-{seed}", cached), (f"seed-{seed}-uncached", bare)):
         files += [] if found is None else save(found, task.output, name)
     quality = None if cached is None or bare is None else compare(bare.pictures, cached.pictures)
-    return Outcome(seed, cached and cached.seconds, bare and bare.seconds, quality, files)
+    model = None if bare is None else bare.model_seconds
+    return Outcome(seed, cached and cached.seconds, bare and bare.seconds, quality, files, model)
 
 
 def _bar(pipe: Any, description: str, arguments: Mapping[str, Any], seed: int) -> Sample:
@@ -104,12 +106,12 @@ def _bar(pipe: Any, description: str, arguments: Mapping[str, Any], seed: int) -
     return sample(pipe, arguments, seed)
 
 
-def _written(run: Run, output: Path) -> list[Path]:
+def _written(run: Run, output: Path, uncached: float | None) -> list[Path]:
     """The trace of the run, and its report."""
     assert run.trace is not None
     trace = output / "trace.json"
     run.trace.save(trace)
-    run.report(output / "report.html")
+    run.report(output / "report.html", uncached=uncached)
     return [trace, output / "report.html"]
 
 

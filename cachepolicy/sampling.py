@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from cachepolicy.diagnostics import PolicyError, suggestion
+from cachepolicy.modules import denoisers
 
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 
@@ -27,6 +29,8 @@ class Sample:
     pictures: torch.Tensor = field(repr=False)
     frames: bool
     seconds: float
+    model_seconds: float = 0.0
+    """Those in the calls of the denoisers."""
 
 
 def open_pipeline(folder: str | os.PathLike[str], *, dtype: str = "float32", device: str = "cpu") -> Any:
@@ -117,7 +121,7 @@ def sample(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
     generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _timed(denoisers(pipe).values()) as taken:
             result = pipe(**arguments, generator=generator, output_type="np")
     except PolicyError:
         raise
@@ -127,7 +131,25 @@ def sample(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
     seconds = time.perf_counter() - started
     frames = not hasattr(result, "images") and hasattr(result, "frames")
     given = result.frames if frames else result.images if hasattr(result, "images") else result[0]
-    return Sample(_pictures(given), frames, seconds)
+    return Sample(_pictures(given), frames, seconds, sum(taken))
+
+
+@contextlib.contextmanager
+def _timed(models: Iterable[torch.nn.Module]) -> Generator[list[float]]:
+    """The seconds of each call of the models inside the `with`."""
+    taken, began = list[float](), list[float]()
+
+    def enter(*_: Any) -> None:
+        began.append(time.perf_counter())
+
+    def leave(*_: Any) -> None:
+        taken.append(time.perf_counter() - began.pop())
+
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.callback(model.register_forward_pre_hook(enter).remove)
+            stack.callback(model.register_forward_hook(leave, always_call=True).remove)
+        yield taken
 
 
 def _pictures(given: Any) -> torch.Tensor:

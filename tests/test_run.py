@@ -58,7 +58,15 @@ def test_pictures_trace_and_metrics_against_the_uncached_run(folder: Path, tmp_p
     result = run(folder, "--policy", "fora", "--seed", 1, "--seed", 2, "--output", tmp_path / "out")
     assert 0 == result.exit_code, result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"seed-1.png", "seed-1-uncached.png", "seed-2.png", "seed-2-uncached.png", "trace.json"} <= names
+    assert {
+        "seed-1.png",
+        "seed-1-uncached.png",
+        "seed-2.png",
+        "seed-2-uncached.png",
+        "trace.json",
+        "report.html",
+    } <= names
+    assert "against the uncached run" in (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "PSNR" in result.stdout
     assert "SSIM" in result.stdout
     assert "x as fast" in result.stdout

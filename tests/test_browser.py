@@ -76,6 +76,22 @@ def test_the_grid_is_walked_with_the_keyboard(browser, flux):
         assert 1 == shown.page.locator(".grid:visible td[tabindex='0']").count()
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_reasons_never_cover_the_cell(browser, flux, width):
+    """However far one walks through all sites, the cell with the focus is whole in view and above its reasons."""
+    with Shown(browser, flux, width=width) as shown:
+        for button in shown.page.locator(".grid:visible button").all():
+            button.click()
+        shown.page.locator(".grid td[tabindex='0']:visible").focus()
+        for key in ["ArrowDown"] * 45 + ["End", "PageUp", "PageUp", "Control+End", "Control+Home"]:
+            shown.page.keyboard.press(key)
+            cell = shown.page.locator(".grid td:focus").bounding_box()
+            reasons = shown.page.locator(".inspector").bounding_box()
+            assert cell["y"] >= 0
+            assert cell["y"] + cell["height"] <= min(reasons["y"], 800)
+            assert 0 <= cell["x"] <= width - cell["width"]
+
+
 def test_a_focused_cell_is_seen_and_named(browser, flux):
     """It has an outline, a name for screen readers with rule and reason, and the reasons as its description."""
     with Shown(browser, flux) as shown:

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from benchmarks import compile as compiling
 from benchmarks import emoji, fbc, overhead, pab, processes, tracing
 from benchmarks._measure import Spread, spread, table
 
@@ -43,6 +44,14 @@ def test_fbc_leaves_out_what_is_not_installed(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.startswith("cache-dit is not installed")
     assert "\ncache-dit " not in printed
+
+
+def test_compile_counts_graphs_side_by_side(capsys):
+    """Of the bare model, ours and the others: ours takes a graph a set of decisions and breaks none."""
+    compiling.main(["--blocks", "1", "--heads", "1", "--edge", "2", "--steps", "6", "--rounds", "1"])
+    lines = {line[:16].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("PAB")}
+    assert ["2", "0", "0", "yes"] == lines["PAB, ours"][2:6]
+    assert "no" == lines["PAB, diffusers"][5]
 
 
 def test_emoji_tabulates_every_way(capsys, tmp_path):

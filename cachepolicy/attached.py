@@ -219,7 +219,7 @@ class Attached(Handle):
         branch = state.branches.get(tick.branch)
         if branch is None:
             coarse, slots = layout.program.coarse, [Slot() for _ in self.plan.sites]
-            branch = state.branches[tick.branch] = Branch(coarse, coarse.start(), slots)
+            branch = state.branches[tick.branch] = Branch(coarse, layout.recall.start, slots)
         if tick.step != state.step:
             state.decided.clear()
             state.step = tick.step

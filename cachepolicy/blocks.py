@@ -131,8 +131,8 @@ class Graphs:
         elif not self._warned:
             self._warned = True
             warnings.warn(
-                f"the policy has more than {MOST_GRAPHS} sets of decisions and sizes of inputs, each a graph of its "
-                "own: torch will stop compiling and run the rest as it is",
+                f"there are more than {MOST_GRAPHS} sets of decisions and sizes of inputs, each a graph of its own: "
+                "torch will stop compiling and run the rest as it is",
                 UserWarning,
                 stacklevel=2,
             )

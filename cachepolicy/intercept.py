@@ -331,10 +331,10 @@ _EMPTY = torch.empty(0)
 
 # What torch has no public name for: to skip a frame and not what it calls; whether a compiler is at work in the thread;
 # how many graphs a `fullgraph=True` call has run, -1 where nobody counts. The last two are builtins, for frames that
-# Dynamo skips; where a version of torch lacks them, there is nothing to ask.
+# Dynamo skips; an older torch that lacks the first is taken to be at work, one without the second does not count.
 _skip_code: Callable[[Any], None] = cast("Any", torch._dynamo.eval_frame).skip_code  # noqa: SLF001
 _native: Any = cast("Any", torch)._C._dynamo.eval_frame  # noqa: SLF001
-_callback: Callable[[], Any] = getattr(_native, "get_eval_frame_callback", lambda: None)
+_callback: Callable[[], Any] = getattr(_native, "get_eval_frame_callback", lambda: True)
 _count: Callable[[int], int] = getattr(_native, "set_fullgraph_compiled_frame_count", lambda _: -1)
 
 F = TypeVar("F")
@@ -384,9 +384,15 @@ def _outside(call: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: 
     return call(module, *args, **kwargs)
 
 
-@_eager
-def _begin(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> RootTurn | None:
+def _begin_bare(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> RootTurn | None:
     return handle.begin(args, kwargs, compiler=compiler)
+
+
+def _end_bare(handle: RootHandle, turn: RootTurn, output: Any) -> Any:
+    return handle.end(turn, output)
+
+
+_begin, _end = _eager(_begin_bare), _eager(_end_bare)
 
 
 @_eager
@@ -394,11 +400,6 @@ def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """A forward outside any graph."""
     with UNCOMPILED:
         return call(module, *args, **kwargs)
-
-
-@_eager
-def _end(handle: RootHandle, turn: RootTurn, output: Any) -> Any:
-    return handle.end(turn, output)
 
 
 @_eager
@@ -413,10 +414,15 @@ def root_override(original: Method) -> Method:
     @_eager_itself
     def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
-        compiler = _callback() is not None or self.__dict__.get("_compiled_call_impl") is not None
-        # A replica of `nn.DataParallel` shares the handle, and lives for one call.
-        turn = None if handle is None or handle.module is not self else _begin(handle, args, kwargs, compiler)
-        if handle is None or turn is None:
+        if handle is None or handle.module is not self:
+            # A replica of `nn.DataParallel` shares the handle, and lives for one call.
+            return original(self, *args, **kwargs)
+        at_work = _callback() is not None
+        compiler = at_work or self.__dict__.get("_compiled_call_impl") is not None
+        # Where no compiler is at work, nothing has to be kept from it.
+        begin, end = (_begin, _end) if at_work else (_begin_bare, _end_bare)
+        turn = begin(handle, args, kwargs, compiler)
+        if turn is None:
             return original(self, *args, **kwargs)
         outer = LOCAL.frame, LOCAL.stage
         LOCAL.frame, LOCAL.stage = turn.frame, None
@@ -433,7 +439,7 @@ def root_override(original: Method) -> Method:
                     _count(counted)
                 else:
                     _smallest_graph(_EMPTY)
-            return _end(handle, turn, output)
+            return end(handle, turn, output)
         except BaseException as error:
             _fail(handle, turn, error)
             raise

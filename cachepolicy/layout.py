@@ -10,7 +10,7 @@ from cachepolicy.keeping import Keeping, keeping
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import Ahead
 from cachepolicy.plan import Plan
-from cachepolicy.schedule import Program, follows, prepare
+from cachepolicy.schedule import Decision, Memory, Program, Tick, decide_all, follows, prepare
 from cachepolicy.signals import Signals, signals_of
 
 
@@ -40,6 +40,10 @@ class Layout:
         default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
     )
     """What may be read later, by what is known of the clock."""
+    recall: Recall = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recall", Recall(self.program))
 
     def liveness(self, ahead: Ahead, *, loose: bool) -> Liveness:
         """What may be read later on this clock; `loose` where a site always computes that its rules may reuse."""
@@ -52,6 +56,32 @@ class Layout:
 
 
 _MOST_CLOCKS = 32  # distinct clocks whose answers are kept
+
+
+class Recall:
+    """What was decided where nothing but the clock and the past decide: the same at the same step of every run.
+
+    A past is known by its object: what `decided` gives as the memories after a call is given back to it at the next.
+    """
+
+    _MOST = 4096
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._known: dict[tuple[int, Tick], tuple[list[Memory], list[Decision], list[Memory]]] = {}
+        self.start = program.coarse.start()
+
+    def decided(self, memories: list[Memory], tick: Tick) -> tuple[list[Decision], list[Memory]]:
+        """The decisions by group of the coarse partition, and the memories after them; neither may be changed."""
+        key = (id(memories), tick)
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            decisions, after = decide_all(self._program, self._program.coarse, memories, tick)
+            # The first entry keeps the past alive, so that its number stays its own.
+            known = self._known[key] = (memories, decisions, after)
+        return known[1], known[2]
 
 
 def lay_out(plan: Plan) -> Layout:

@@ -177,12 +177,15 @@ class Turn:
         self._last: tuple[Any, Names, list[Any]] | None = None
 
     def _decided(self) -> tuple[list[Decision], list[Memory]]:
+        layout, program = self.host.layout, self.host.layout.program
+        if not (self.facts or layout.followed or program.measured) and self.branch.partition is program.coarse:
+            return layout.recall.decided(self.branch.memories, self.tick)
         return decide_all(
-            self.host.layout.program,
+            program,
             self.branch.partition,
             self.branch.memories,
             self.tick,
-            signals_of=self.signals_of if self.host.layout.program.measured else None,
+            signals_of=self.signals_of if program.measured else None,
             followed=self.leaders,
             facts=self.facts,
         )

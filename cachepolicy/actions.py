@@ -303,4 +303,13 @@ def counters(value: Any) -> tuple[int, ...] | None:
 
 def versions(value: Any) -> tuple[int, ...]:
     """The write counters of all tensors in `value`; an inference tensor has none and counts as 0."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in _flat(value))
+    return tuple([0 if tensor.is_inference() else tensor._version for tensor in _tensors(value)])
+
+
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    """All tensors in `value`; a tensor, and a tuple of some, are read off at once."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) is tuple and all([isinstance(each, torch.Tensor) for each in value]):  # pyright: ignore[reportUnknownVariableType]
+        return value  # pyright: ignore[reportUnknownVariableType]
+    return _flat(value)

@@ -136,7 +136,12 @@ class Attached(Handle):
                 for block in self.plan.skeleton.elements[name]:
                     at(block).special = True
         for handle in handles.values():
-            handle.special |= bool(handle.members or handle.inputs or handle.outputs or handle.starts)
+            handle.special |= handle.watched
+            handle.alone = (
+                len(handle.members) == 1
+                and not (handle.inputs or handle.outputs or handle.starts)
+                and handle.index in {-1, handle.members[0][0]}
+            )
         return handles
 
     def finished(self, state: State) -> None:

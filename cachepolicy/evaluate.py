@@ -42,23 +42,26 @@ def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any
     Raises:
         Undefined: a number that it reads is missing, NaN or infinite, or an operation has no finite result.
     """
+    # What clauses are mostly made of stands first: each case is tried in turn.
     match expression:
-        case ir.Number() | ir.Boolean() | ir.Text():
-            return expression.value
-        case ir.Off():
-            return None
         case ir.Name():
             return _named(expression.name, environment)
+        case ir.Number() | ir.Boolean() | ir.Text():
+            return expression.value
+        case ir.Comparison():
+            return _compared(expression, environment)
+        case ir.Arithmetic():
+            return _arithmetic(expression, environment)
+        case ir.Call():
+            return _called(expression, environment)
+        case ir.Off():
+            return None
         case ir.Lookup():
             return _looked_up(expression, environment)
         case ir.ListOf() | ir.SetOf():
             return tuple(evaluate(item, environment) for item in expression.items)
         case ir.Negative():
             return -evaluate(expression.operand, environment)
-        case ir.Arithmetic():
-            return _arithmetic(expression, environment)
-        case ir.Comparison():
-            return _compared(expression, environment)
         case ir.Both():
             return all([evaluate(operand, environment) for operand in expression.operands])
         case ir.Either():
@@ -72,8 +75,6 @@ def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any
             return expression
         case ir.Membership():
             return _contained(expression, environment)
-        case ir.Call():
-            return _called(expression, environment)
         case ir.Probe():
             raise Undefined(f"`{expression.stream}(...)` is a tensor, not a number")
         case _:

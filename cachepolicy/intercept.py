@@ -98,12 +98,12 @@ class Site(Handle):
     position there, the outermost first; `inputs` and `outputs` are the probes that look at it, `starts` those of spans
     that begin with it. `special` is set where any of these needs more than the frame, or where it is a block that is
     compiled alone: the number `block` of that, -1 elsewhere. Inside such a block a site has the number `within` and
-    the members `inside`, so that equal blocks share their graphs.
+    the members `inside`, so that equal blocks share their graphs. `alone`: one span and nothing else sees its calls.
     """
 
     __slots__ = (
-        "block", "index", "inputs", "inside", "keeping", "members", "name", "outputs", "owner", "parameters", "plain",
-        "special", "starts", "within",
+        "alone", "block", "index", "inputs", "inside", "keeping", "members", "name", "outputs", "owner", "parameters",
+        "plain", "special", "starts", "within",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, name: str, parameters: Sequence[str]) -> None:
@@ -118,6 +118,7 @@ class Site(Handle):
         self.outputs: list[ir.Probe] = []
         self.starts: list[ir.Probe] = []
         self.special = False
+        self.alone = False
         self.block = -1
         self.within = -1
         self.inside: list[tuple[int, int]] = []

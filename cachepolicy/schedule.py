@@ -307,7 +307,7 @@ def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> M
             owner = -1 if decision.rule is None else decision.rule
             counted = {**memory.reuses, owner: memory.reuses.get(owner, 0) + 1}
             kept_on = {**memory.accumulated, **decision.accumulated}
-            return replace(memory, reuses=counted, accumulated=kept_on, previous=previous, seen=seen)
+            return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen)
         case "compute":
             kept = {what: (value, *memory.kept.get(what, ()))[:KEPT_LIMIT] for what, value in now.items()}
             return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen)

@@ -32,11 +32,15 @@ class Shape:
 
 @dataclass(slots=True)
 class Link:
-    """One block in a span: its output's form, and whether it leads a segment."""
+    """One block in a span: its output's form, and whether it leads a segment.
+
+    `takes` are the outputs of the block before, by place, with the names of the inputs that they are.
+    """
 
     shape: Shape
     segment: int
     leads: bool
+    takes: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,7 @@ class Recorder:
         self._segment: list[tuple[int, Shape]] = []
         self._links: dict[int, Link] = {}
         self._ends: dict[int, Ending] = {}
+        self._takes: dict[int, tuple[tuple[int, str], ...]] = {}
         self._seen: set[int] = set()
         self._entries: list[Entry] = []
         self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
@@ -270,6 +275,7 @@ class Recorder:
             source = shape.inputs[place]
             if source is not None and source in last.origin:
                 call.origin[name] = last.origin[source]
+        self._takes[call.position] = tuple(became.items())
         self._segment.append((last.position, shape))
         self._previous, self._last = last, call
 
@@ -342,7 +348,8 @@ class Recorder:
         number = len(self._entries)
         self._segment.append((last.position, shape))
         for position, form in self._segment:
-            self._links[position] = Link(form, number, leads=position == lead.position)
+            leads = position == lead.position
+            self._links[position] = Link(form, number, leads, () if leads else self._takes[position])
         reached = {last.origin.get(source): place for place, source in enumerate(shape.inputs) if source is not None}
         sources = self._segment[0][1].inputs
         ends = tuple(reached.get(source) if source is not None else None for source in sources)
@@ -416,6 +423,13 @@ def rebuilt(shape: Shape, tensors: Sequence[Any]) -> Any:
     if shape.fields is not None:
         return shape.kind(**dict(zip(shape.fields, values, strict=True)))
     return shape.kind(*values) if hasattr(shape.kind, "_fields") else shape.kind(values)
+
+
+def handed_on(shape: Shape, names: Names) -> Any:
+    """The output of a block that gives its inputs on as they are."""
+    if shape.kind is tuple and None not in shape.inputs:
+        return tuple([names[key] for key in shape.inputs])  # pyright: ignore[reportArgumentType]
+    return rebuilt(shape, passed(shape, names))
 
 
 def passed(shape: Shape, names: Names) -> list[Any]:

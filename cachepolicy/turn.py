@@ -65,12 +65,14 @@ from cachepolicy.spans import (
     Names,
     Recorder,
     bind_names,
+    handed_on,
     parts,
     passed,
     rebuilt,
     signature,
 )
 from cachepolicy.staging import fill, lacking, problem
+from cachepolicy.tracking import Tracker, is_trackable
 
 
 @dataclass(slots=True)
@@ -169,7 +171,8 @@ class Turn:
         self.parts: Mapping[int, Part] = {}
         self._before: dict[str, int | None] = {}
         self._modes: dict[int, str] = {}
-        self._recorders: dict[int, Recorder] = {}
+        self._links: dict[int, Mapping[int, Link]] = {}
+        self._recorders: dict[int, Recorder | Tracker] = {}
         self._waiting: list[int] = []
         self._unclear: list[Seen] = []
         self._begun: dict[ir.Probe, tuple[Names, int | None]] = {}
@@ -415,7 +418,7 @@ class Turn:
             if self._mode(span, position, names) == ANSWER:
                 return True, self._linked(span, position, names)
             if self._watches(span):
-                self._opened = self._recorder(span).begin(position, names)
+                self._opened = self._recorder(span, position, names).begin(position, names)
         if self._code(site, args, kwargs) == ANSWER:
             return True, self.answered(site.index)
         if self.facts:
@@ -427,7 +430,7 @@ class Turn:
     ) -> None:
         """The root as a site has computed."""
         for span, position in site.members:
-            if self._opened is not None:
+            if span in self._recorders:
                 self._record(span, position, module, names, self._opened, output)
         what = self.host.layout.keepings[site.index]
         if not what.streams and self.wanted(site.index).outputs:
@@ -458,15 +461,21 @@ class Turn:
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module that is probed, stands in a span, or waits for signals."""
         given, named = entered(module, args, kwargs)
-        names = bind_names(site.parameters, given, named)
-        if site.members and not site.inputs and not site.starts:
+        names = named if not given else bind_names(site.parameters, given, named)
+        if site.alone:
             span, position = site.members[0]
-            if self._modes.get(span) == ANSWER:
-                return self._linked(span, position, names)
+            mode = self._modes.get(span)
+            if mode == ANSWER:
+                link = self._links[span][position]
+                return self._linked(span, position, names) if link.leads else handed_on(link.shape, names)
+            if mode == COMPUTE and position > 0:
+                tracker = self._recorders.get(span)
+                if type(tracker) is Tracker:
+                    return self._tracked(tracker, original, module, site, args, kwargs, names)
         self._learn(names)
         self.enter(site, names, given, named)
         self.release()
-        recording = list[tuple[int, int, Begun]]()
+        recording = list[tuple[int, int, Begun | None]]()
         waiting = list[int]()
         answer: int | None = None
         position = 0
@@ -478,7 +487,7 @@ class Turn:
             if mode == PENDING:
                 waiting.append(span)
             if self._watches(span):
-                recording.append((span, position, self._recorder(span).begin(position, names)))
+                recording.append((span, position, self._recorder(span, position, names).begin(position, names)))
         code = COMPUTE if answer is not None else self._code(site, args, kwargs)
         before = _counter(names)
         if answer is not None:
@@ -627,6 +636,7 @@ class Turn:
             self._modes[span] = COMPUTE
         else:
             self._modes[span] = ANSWER
+            self._links[span] = self._chain(span).links
 
     def _watches(self, span: int) -> bool:
         """Whether a span that computes is to be recorded: for what it keeps, or to know its blocks at all."""
@@ -638,10 +648,10 @@ class Turn:
             slot.chain = Chain()
         return slot.chain
 
-    def _recorder(self, span: int) -> Recorder:
+    def _recorder(self, span: int, position: int, names: Names) -> Recorder | Tracker:
         recorder = self._recorders.get(span)
         if recorder is None:
-            wanted = self.wanted(span)
+            wanted, chain = self.wanted(span), self._chain(span)
             keeps = Keeps(
                 max(1, wanted.depth),
                 residuals=wanted.residuals > 0,
@@ -649,17 +659,46 @@ class Turn:
                 step=self.tick.step,
                 full=not self.halved,
             )
-            names = self.host.layout.names[span]
-            recorder = self._recorders[span] = Recorder(self._chain(span), self.host.continuations, names, keeps)
+            blocks = self.host.layout.names[span]
+            if position == 0 and is_trackable(chain, len(blocks), names):
+                recorder = Tracker(chain, keeps, len(blocks))
+            else:
+                recorder = Recorder(chain, self.host.continuations, blocks, keeps)
+            self._recorders[span] = recorder
         return recorder
 
-    def _record(self, span: int, position: int, module: Any, names: Names, begun: Begun, output: Any) -> None:
+    def _record(self, span: int, position: int, module: Any, names: Names, begun: Begun | None, output: Any) -> None:
         recorder = self._recorders.get(span)
-        if recorder is None:
-            return
-        recorder.end(position, module, names, begun, output)
+        match recorder:
+            case None:
+                return
+            case Tracker():
+                recorder.end(position, output)
+            case Recorder():
+                assert begun is not None
+                recorder.end(position, module, names, begun, output)
         if recorder.calls == len(self.host.layout.names[span]):
             self._recorders.pop(span).finish()
+
+    def _tracked(
+        self,
+        tracker: Tracker,
+        original: Any,
+        module: Any,
+        site: Site,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: Names,
+    ) -> Any:
+        """A block of a span that computes as it has computed before."""
+        span, position = site.members[0]
+        tracker.begin(position, names)
+        output = original(module, *args, **kwargs)
+        tracker.end(position, output)
+        self._last = None
+        if tracker.calls == len(self.host.layout.names[span]):
+            self._recorders.pop(span).finish()
+        return output
 
     def _linked(self, span: int, position: int, names: Names) -> Any:
         """The answer of one block of a span that reuses."""

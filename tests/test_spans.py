@@ -596,3 +596,62 @@ match feedforward every 3 while kept(size) > 0.1 at most 2 in a row -> predict l
             list(models.sample(model, TIMESTEPS, x, y))
 
     checks.engine_agrees(toy.build(), cachepolicy.parse(SIGNALS + text), run)
+
+
+# --- later computes --------------------------------------------------------------------------------------
+
+
+class Turning(models.ToyDiT):
+    """A model that works between its blocks from one call on."""
+
+    def __init__(self, toy: models.Toy, at: int, work: Any) -> None:
+        super().__init__(toy)
+        self.at, self.work, self.calls = at, work, 0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        step = self.embed((t / 1000).reshape(-1, 1).expand(len(x), 1))
+        for block in self.blocks:
+            x, y = block(x, y, step)
+            if self.calls >= self.at:
+                x = self.work(x)
+        self.calls += 1
+        return self.out(x)
+
+
+@pytest.mark.parametrize("work", [lambda x: x + 1, lambda x: x.add_(1)], ids=["another tensor", "in place"])
+@pytest.mark.parametrize("action", ["reuse", "reuse residual", "predict taylor(order: 1)"])
+def test_a_model_that_turns_to_something_else_is_noticed(work: Any, action: str) -> None:
+    """What a compute keeps of a model that does not go on as before is not reused; the next call computes."""
+    toy = models.Toy(blocks=3, returns="tuple")
+    model = Turning(toy, 6, work)
+    models.redraw(model, 0)
+    probes = models.Probes(model)
+    with (
+        cachepolicy.apply(model, cachepolicy.parse(f"match blocks[0:] every 3 -> {action}")) as attached,
+        torch.no_grad(),
+    ):
+        x, y = models.inputs(toy)
+        list(models.sample(model, [1000.0 - 50 * step for step in range(12)], x, y))
+        row = attached.trace.rows()["blocks[0:3]"]
+    assert "CRRCRRCC" == row[:8]
+    assert row.count("C") == probes.take()["blocks.2"]
+
+
+@pytest.mark.parametrize("returns", ["tensor", "tuple", "list", "dict"])
+@pytest.mark.parametrize("action", ["reuse", "reuse residual", "predict taylor(order: 2) of residual"])
+def test_later_computes_keep_what_the_first_would(
+    monkeypatch: pytest.MonkeyPatch, returns: models.Returns, action: str
+) -> None:
+    """A compute that is looked at in its ends alone leaves the same history, to the bit."""
+    toy, text = models.Toy(blocks=4, returns=returns), f"match blocks[1:] every 3 -> {action}"
+    with torch.no_grad():
+        x, y = models.inputs(toy)
+        timesteps = [1000.0 - 50 * step for step in range(14)]
+        model = toy.build()
+        with cachepolicy.apply(model, cachepolicy.parse(text)):
+            tracked = list(models.sample(model, timesteps, x, y))
+        monkeypatch.setattr("cachepolicy.turn.is_trackable", lambda *_: False)
+        model = toy.build()
+        with cachepolicy.apply(model, cachepolicy.parse(text)):
+            recorded = list(models.sample(model, timesteps, x, y))
+    assert all(map(torch.equal, recorded, tracked))

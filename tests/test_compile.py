@@ -373,12 +373,18 @@ def test_threads_and_sessions_share_graphs(way: str) -> None:
     expected = [eager(text, seed=seed) for seed in range(4)]
     with counting():
         model = TOY.build()
-        with cachepolicy.apply(model, parse(text)):
+        with cachepolicy.apply(model, parse(text)) as attached:
             compiled = WAYS[way](model, backend="eager", fullgraph=True)
             run(compiled)
+            with more() as counted, ThreadPoolExecutor(1) as pool:
+                assert same(expected[1], pool.submit(lambda: run(compiled, seed=1)).result())
+                with attached.session("other"):
+                    assert same(expected[2], run(compiled, seed=2))
+            assert 0 == counted.graphs
             with more() as counted, ThreadPoolExecutor(4) as pool:
                 got = list(pool.map(lambda seed: run(compiled, seed=seed), range(4)))
-            assert 0 == counted.graphs
+            # Torch checks the guards of one code in several threads at once, and may find that none holds.
+            assert counted.graphs <= 4
     assert all(itertools.starmap(same, zip(expected, got, strict=True)))
 
 

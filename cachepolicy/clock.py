@@ -122,6 +122,9 @@ class Identity:
         return len(self._parts) == len(other._parts) and all(map(_same, self._parts, other._parts))
 
 
+_PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.layout)
+
+
 def _note(value: Any, parts: list[Any]) -> None:
     if isinstance(value, torch.Tensor):
         parts.append(weakref.ref(value))
@@ -132,15 +135,32 @@ def _note(value: Any, parts: list[Any]) -> None:
         for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
             parts.append(key)
             _note(item, parts)
-    elif isinstance(value, str | int | float | bool | None):
+    elif value is None or isinstance(value, _PLAIN):
         parts.append(value)
     else:
-        parts.append(id(value))
+        parts.append(_reference(value))
+
+
+def _reference(value: Any) -> Any:
+    """What stands for an object: its address alone would, once it is gone, stand for another one."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return _Held(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """An object that no weak reference can be made to."""
+
+    value: Any
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, weakref.ref) and isinstance(other, weakref.ref):
         return one() is not None and one() is other()
+    if isinstance(one, _Held) and isinstance(other, _Held):
+        return one.value is other.value
     return type(one) is type(other) and one == other  # pyright: ignore[reportUnknownArgumentType]
 
 

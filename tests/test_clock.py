@@ -20,6 +20,7 @@ from cachepolicy.following import Follower
 from cachepolicy.scales import SCALES, TIMESTEP_NAMES
 from cachepolicy.syntax import parse
 from cachepolicy.testing import strategies
+from cachepolicy.testing.models import Toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 
@@ -353,6 +354,42 @@ def test_identity_is_of_living_objects() -> None:
     gc.collect()
     assert alive() is None
     assert not noted.same(noted)
+
+
+class Prompt:
+    """A conditioning that is no tensor, made anew for each call."""
+
+    __slots__ = ("y",)
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+class Prompted(nn.Module):
+    """A root that takes its conditioning wrapped up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = Toy().build()
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Any) -> Tensor:
+        return self.toy(x, t, prompt.y)
+
+
+@pytest.mark.parametrize("kind", [Prompt, type("Weak", (Prompt,), {})])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_branches_are_told_apart_by_objects_of_any_kind(kind: Any, lasting: bool) -> None:
+    """An object that is gone is not taken for the next one at its address."""
+    model = Prompted()
+    x, ys = torch.zeros(1, 4, 8), [torch.zeros(1, 3, 8), torch.ones(1, 3, 8)]
+    prompts = [kind(y) for y in ys]
+    with torch.no_grad(), cachepolicy.apply(model, parse("match attention every 2 -> reuse")) as run:
+        for t in (900.0, 700.0, 500.0):
+            for place, y in enumerate(ys):
+                model(x, torch.tensor(t), prompts[place] if lasting else kind(y))
+        assert [(0, ""), (0, "1"), (1, ""), (1, "1"), (2, ""), (2, "1")] == [
+            (call.tick.step, call.tick.branch) for call in run.trace.last.calls
+        ]
 
 
 # --- schedulers ------------------------------------------------------------------------------------------

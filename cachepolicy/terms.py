@@ -38,7 +38,11 @@ class Terms:
         """True where a trajectory cannot go from one to the other; functions that give numbers may be exchanged."""
         mine, theirs = self.told, other.told
         told = (mine.scheduler is not theirs.scheduler, mine.steps != theirs.steps, mine.guidance != theirs.guidance)
-        return self.layouts is not other.layouts or any(told)
+        return any(told) or (self.layouts is not other.layouts and self._rules() != other._rules())
+
+    def _rules(self) -> list[str]:
+        """What the rules of each root mean: params that were bound anew give equal layouts, not the same ones."""
+        return [layout.plan.resolved.digest for layout in self.layouts.values()]
 
 
 class Offer:

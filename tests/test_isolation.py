@@ -201,6 +201,21 @@ def test_other_params_for_a_trajectory_under_way_are_refused() -> None:
             assert same(alone(INTERVALS, 0, falling(6), threshold=0.1), list(stepping(model)))
 
 
+def test_the_same_params_are_the_same_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Params that have to be bound anew, because others came between, are no other ones."""
+    monkeypatch.setattr("cachepolicy.terms.MOST_LAYOUTS", 2)
+    model = Toy().build()
+    loops, got = [stepping(model, key) for key in range(5)], [list[Tensor]() for _ in range(5)]
+    with torch.no_grad(), cachepolicy.apply(model, parse(INTERVALS)) as run:
+        for _ in range(6):
+            for key in range(5):
+                with run.session(key, threshold=0.1 + key):
+                    got[key].append(next(loops[key]))
+        assert 5 == len(run.trace)
+    for key in range(5):
+        assert same(alone(INTERVALS, key, falling(6), threshold=0.1 + key), got[key])
+
+
 def test_a_known_end_lets_other_params_in() -> None:
     """With the number of steps known the session ends by itself, and the next one may have other params."""
     model = Toy().build()

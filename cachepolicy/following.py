@@ -110,13 +110,15 @@ class Weakly(Generic[T]):
 
     def __init__(self) -> None:
         self._references: list[Callable[[], T | None]] = []
+        self._lock = threading.RLock()
 
     def add(self, item: T) -> None:
         """Remember an object; those that are gone are forgotten."""
-        alive = [each for each in self._references if each() is not None]
-        if not any(each() is item for each in alive):
-            alive.append(_reference(item))
-        self._references = alive
+        with self._lock:
+            alive = [each for each in self._references if each() is not None]
+            if not any(each() is item for each in alive):
+                alive.append(_reference(item))
+            self._references = alive
 
     def clear(self) -> None:
         """Forget all."""

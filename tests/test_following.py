@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,7 @@ from tiny_pipelines import Tiny, flux, normal, sd3, unet_sd, wan22
 
 import cachepolicy
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.following import Weakly
 from cachepolicy.syntax import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
@@ -144,3 +147,26 @@ def test_a_shared_pipeline_may_be_of_another_class() -> None:
             )
     with cachepolicy.apply(tiny.pipe.unet, text, steps=4) as run, pytest.raises(PolicyError, match="E300"):
         run.share()
+
+
+class Item:
+    """Something that others own."""
+
+
+def test_what_threads_remember_at_once_is_all_remembered() -> None:
+    """None gets lost, so that all are given back in the end."""
+    items, remembered, barrier = [Item() for _ in range(400)], Weakly[Item](), threading.Barrier(8)
+
+    def remember(place: int) -> None:
+        barrier.wait()
+        for item in items[place::8]:
+            remembered.add(item)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(remember, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert set(items) == set(remembered)

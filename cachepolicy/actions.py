@@ -52,11 +52,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An earlier output: the step that computed it, and whether it holds both halves of a guidance batch."""
+    """An earlier output: the step that computed it, and whether it holds both halves of a guidance batch.
+
+    `versions` are the write counters of its tensors when it was kept; None for a copy.
+    """
 
     output: Any
     step: int
     full: bool
+    versions: tuple[int, ...] | None = None
 
 
 # --- predictors ------------------------------------------------------------------------------------------
@@ -182,10 +186,12 @@ def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> s
 
 
 def overwritten(slot: Slot) -> bool:
-    """True where somebody wrote into what the slot keeps."""
+    """True where somebody wrote into what the slot keeps, the newest or an older one: each was handed out."""
     if slot.version is not None:
-        return slot.output._version != slot.version
-    return slot.versions is not None and versions(slot.output) != slot.versions
+        newest = slot.output._version != slot.version
+    else:
+        newest = slot.versions is not None and versions(slot.output) != slot.versions
+    return newest or any(kept.versions is not None and versions(kept.output) != kept.versions for kept in slot.older)
 
 
 def spoil(slot: Slot) -> None:
@@ -209,7 +215,8 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
     if what.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
         spoil(slot)
     if what.outputs > 1 and slot.output is not None:
-        slot.older = [Kept(slot.output, slot.step, slot.full), *slot.older][: what.outputs - 1]
+        counted = slot.versions if slot.version is None else (slot.version,)
+        slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: what.outputs - 1]
     clone = slot.clones or code == STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
     slot.step, slot.full = step, full

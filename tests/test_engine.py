@@ -414,6 +414,22 @@ def _kept(forward: Any, row: str, step: list[int], *, residual: bool) -> Any:
     return wrapped
 
 
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_a_caller_may_write_into_any_prediction_it_was_given(back: int) -> None:
+    """An older prediction that was written into is not extrapolated from either."""
+    model = Toy(blind=True).build()
+    x, y = inputs(Toy())
+    policy = parse("match model when step > 2 every 3 -> predict taylor(order: 2)")
+    with torch.no_grad(), cachepolicy.apply(model, policy) as run:
+        given = list[Tensor]()
+        for step in range(12):
+            given.append(model(x, torch.tensor(900.0 - 50 * step), y))
+            assert given[-1].isfinite().all()
+            if len(given) >= back:
+                given[-back].fill_(float("nan"))
+        assert any(call.decided[0].verdict == "reuse" for call in run.trace.last.calls)
+
+
 def test_an_in_place_writer_costs_one_compute_and_then_copies() -> None:
     """Where somebody writes into an answer the site finds out, computes, and keeps copies from then on."""
     toy = Toy(in_place=True, blocks=1)

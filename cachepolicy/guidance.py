@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cachepolicy.actions import cloned, versions
 from cachepolicy.clock import Arguments
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
@@ -273,11 +274,13 @@ class Problem:
 class Guide:
     """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
 
-    __slots__ = ("_alone", "_apart", "_called", "_cond", "_kept", "_rows", "_step")
+    __slots__ = ("_alone", "_apart", "_called", "_clones", "_cond", "_kept", "_rows", "_step", "_versions")
 
     def __init__(self) -> None:
         self._kept: list[tuple[Bands, Frames]] = []
         self._cond: Any = None
+        self._versions: tuple[int, ...] | None = None
+        self._clones = False
         self._rows = 0
         self._step = -1
         self._called: tuple[int, int] = (-1, 0)
@@ -306,6 +309,10 @@ class Guide:
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
                 return Problem("the conditional call has not run in this step", final=True)
+            if tick.branch in UNCOND_BRANCHES and self._overwritten():
+                # From now on copies are kept: somebody writes into the predictions.
+                self._clones, self._cond = True, None
+                return Problem("the conditional prediction was overwritten in place", final=True)
         elif not guided:
             return Problem("there is no guidance", final=True)
         elif self._several_calls(tick.step, calls):
@@ -352,7 +359,7 @@ class Guide:
         """Keep the difference of a full call, or put the missing half beside the conditional one."""
         rows = _batch(arguments)
         if tick.branch in COND_BRANCHES:
-            self._cond, self._step, self._rows = output, tick.step, rows
+            self._keep(output, tick.step, rows)
             return output
         layout = settings["layout"]
         if halved:
@@ -375,6 +382,16 @@ class Guide:
                 frames = frames_of(prediction, arguments.named, latents, channels, settings)
             self._kept.append((difference(frames.split(uncond), frames.split(cond)), frames))
         return output
+
+    def _keep(self, output: Any, step: int, rows: int) -> None:
+        """Keep the conditional prediction; a copy where writing into it would not be seen, or was."""
+        tensors = predictions_of(output, rows)
+        clones = self._clones or any(tensor.is_inference() for tensor in tensors)
+        self._cond, self._step, self._rows = cloned(output) if clones else output, step, rows
+        self._versions = None if clones else versions(output)
+
+    def _overwritten(self) -> bool:
+        return self._versions is not None and versions(self._cond) != self._versions
 
     def _rebuilt(self, conds: Sequence[torch.Tensor], settings: Mapping[str, Any]) -> list[torch.Tensor]:
         rebuilt = list[torch.Tensor]()

@@ -341,6 +341,39 @@ def test_an_unconditional_call_that_comes_first_computes(name: str) -> None:
         assert torch.equal(a, b)
 
 
+class Written(nn.Module):
+    """Whoever receives a prediction writes into it, in this way, after it was copied for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def cache_context(self, name: str) -> Any:
+        return self.model.cache_context(name)
+
+    def forward(self, **arguments: Any) -> Any:
+        prediction = zoo.output(self.model(**arguments))
+        mine = prediction.clone()
+        prediction.fill_(float("nan"))
+        return (mine,)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_conditional_prediction_may_be_written_into(inference: bool) -> None:
+    """It costs the unconditional call of one step; from then on a copy is kept."""
+    clock = Clock()
+    with torch.inference_mode(inference), _applied(zoo.build("wan"), clock, spatial_every=None) as run:
+        got = _in_two_calls("wan", Written(run.target), clock)
+        row = run.trace.rows("uncond")["model"]
+    assert all(each.isfinite().all() for each in got)
+    assert "R" in row
+    if inference:
+        with torch.inference_mode(), _applied(zoo.build("wan"), clock, spatial_every=None) as run:
+            expected = _in_two_calls("wan", run.target, clock)
+            assert row == run.trace.rows("uncond")["model"]
+        assert all(map(torch.equal, expected, got))
+
+
 # --- what is no guidance ---------------------------------------------------------------------------------
 
 

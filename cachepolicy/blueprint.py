@@ -53,7 +53,7 @@ class Blueprint:
                 f"`{self.class_name}` does not run on these shapes without data: {reason}",
                 help="its FLOPs are not counted; everything else is",
             ) from error
-        return Work(flops.total, dict(flops.modules))
+        return Work(flops.total, dict(flops.modules), flops.outputs)
 
 
 def read_model(path: str | os.PathLike[str]) -> Blueprint:

@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(slots=True)
 class Flops:
-    """FLOPs in `total`, by module (`modules`: what ran inside it, children included), and how often each ran."""
+    """FLOPs in `total`, by module (`modules`: what ran inside it, children included), and how often each ran.
+
+    `outputs` are the bytes of each tensor that a module gave when it first ran.
+    """
 
     total: int = 0
     modules: Counter[str] = field(default_factory=Counter[str])
     calls: Counter[str] = field(default_factory=Counter[str])
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
 def count(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Flops:
@@ -55,8 +60,10 @@ def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -
         if module in names:
             started.append(counter.get_total_flops())
 
-    def leave(module: torch.nn.Module, _args: object, _output: object) -> None:
+    def leave(module: torch.nn.Module, _args: object, output: object) -> None:
         if module in names:
+            given = tuple(each.nbytes for each in tree_leaves(output) if isinstance(each, torch.Tensor))
+            flops.outputs.setdefault(names[module], given)
             flops.modules[names[module]] += counter.get_total_flops() - started.pop()
             flops.calls[names[module]] += 1
 

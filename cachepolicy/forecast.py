@@ -14,10 +14,14 @@ from cachepolicy.schedule import UNCOND_BRANCHES, Decision, Tick
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The FLOPs of one call of a model: in `total`, and by module name, what runs inside it included."""
+    """One call of a model: its FLOPs in `total` and by module name, what runs inside it included.
+
+    `outputs` are the bytes of each tensor that a module gives, where they were looked at.
+    """
 
     total: int
     modules: Mapping[str, int] = field(repr=False)
+    outputs: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]], repr=False)
 
     def of(self, modules: Iterable[str]) -> int:
         """The FLOPs of some modules, none of which stands in another."""
@@ -116,3 +120,12 @@ def operations(flops: float) -> str:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def size(count: float) -> str:
+    """Bytes with the unit that fits: `1.50 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.2f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.2f} TiB"

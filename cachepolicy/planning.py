@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cachepolicy import forecast, overview, report, terminal
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.forecast import Work
+from cachepolicy.holdings import holdings
 from cachepolicy.options import Trajectory
 from cachepolicy.plan import Plan
 from cachepolicy.simulation import simulate
@@ -22,12 +23,19 @@ def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes
     outlook = None if work is None else forecast.forecast(schedule.plan, schedule, work)
     if as_json:
         flops = None if outlook is None else outlook.to_json()
-        terminal.say_json({**report.to_json(schedule), "flops": flops})
+        held = None if work is None else holdings(plan, schedule, work)
+        terminal.say_json({**report.to_json(schedule), "flops": flops, "held": held})
         return
     terminal.report(schedule.plan.warnings, error=True)
     terminal.say(report.draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
     if outlook is not None and work is not None:
         terminal.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
+        terminal.say(_peak(holdings(plan, schedule, work)))
+
+
+def _peak(held: Sequence[int]) -> str:
+    most = max(held, default=0)
+    return f"{forecast.size(most)} of history at most, in float32; half of that in bfloat16"
 
 
 def show_overview(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:

@@ -51,8 +51,8 @@ def test_compile_counts_graphs_side_by_side(capsys):
     """Of the bare model, ours and the others: ours takes a graph a set of decisions and breaks none."""
     compiling.main(["--blocks", "1", "--heads", "1", "--edge", "2", "--steps", "6", "--rounds", "1"])
     whole, by_block, _ = capsys.readouterr().out.split("\n\n")
-    for table, graphs in ((whole, "2"), (by_block, "4")):
-        rows = {line[:16].strip(): line.split()[2:6] for line in table.splitlines() if line.startswith("PAB")}
+    for text, graphs in ((whole, "2"), (by_block, "4")):
+        rows = {line[:16].strip(): line.split()[2:6] for line in text.splitlines() if line.startswith("PAB")}
         assert [graphs, "0", "0", "yes"] == rows["PAB, ours"]
         assert "no" == rows["PAB, diffusers"][3]
 

@@ -20,6 +20,7 @@ from cachepolicy.cli import main
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.flops import count, counting
 from cachepolicy.forecast import Work, forecast, operations
+from cachepolicy.holdings import holdings
 from cachepolicy.modules import describe
 from cachepolicy.syntax import parse
 from cachepolicy.testing import zoo
@@ -226,3 +227,42 @@ def test_a_blueprint_of_a_folder(folder: Path) -> None:
     assert "FluxTransformer2DModel" == found.class_name
     assert 2 == found.config["num_layers"]
     assert "FluxTransformer2DModel" == found.skeleton.name
+
+
+# --- bytes -----------------------------------------------------------------------------------------------
+
+
+class Stepping:
+    """As much of a scheduler as the clock follows."""
+
+    def __init__(self) -> None:
+        self.timesteps = torch.tensor(TIMESTEPS)
+
+    def set_timesteps(self) -> None:
+        """Begin anew."""
+
+    def step(self) -> None:
+        """One step."""
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "fastercache"])
+@pytest.mark.parametrize("name", ["flux", "wan", "pixart", "cogvideox"])
+def test_the_bytes_that_are_said_to_be_held_are_those_that_a_run_holds(name: str, policy: str) -> None:
+    """After every call, as the trace counts the storage behind all histories."""
+    if (name, policy) == ("flux", "fastercache"):
+        pytest.skip("its prediction's layout is not told")
+    text, settings = POLICIES.get(policy, ("fastercache", {"uncond_every": 2}))
+    batch = 2 if policy == "fastercache" else 1
+    model, entry, scheduler = zoo.build(name), zoo.entry(name), Stepping()
+    flops = count(model, **entry.inputs(batch=batch))
+    work = Work(flops.total, dict(flops.modules), flops.outputs)
+    guidance = {"guidance": True} if policy == "fastercache" else {}
+    with torch.no_grad(), cachepolicy.apply(model, text, scheduler=scheduler, **guidance, **settings) as run:
+        scheduler.set_timesteps()
+        for t in TIMESTEPS:
+            model(**entry.inputs(batch=batch, t=t))
+            scheduler.step()
+        told = [call.held for call in run.trace.last.calls]
+        assert told == holdings(run.plan, run.trace.last, work)
+    assert 0 < max(told)
+    assert 0 == told[-1]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from cachepolicy import ir
-from cachepolicy.keeping import Keeping
+from cachepolicy.keeping import Keeping, reach
+from cachepolicy.packing import Packing, compact, map_leaves, opened, packed, whole
 from cachepolicy.spans import Chain
 
 COMPUTE = "compute"
@@ -28,14 +29,17 @@ class Slot:
     `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from, and
     an answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
     one tensor that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once
-    somebody wrote into an answer; `call` is the last forward that the site computed in.
+    somebody wrote into an answer; `call` is the last forward that the site computed in; `whole` is set where what it
+    keeps was most of its storage. With a `packing` everything is stored as that says.
     """
 
     __slots__ = (
-        "call", "chain", "clones", "device", "dtype", "full", "older", "output", "shape", "step", "version", "versions",
+        "call", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape", "step", "version",
+        "versions", "whole",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, packing: Packing | None = None) -> None:
+        self.packing = packing
         self.output: Any = None
         self.older: list[Kept] = []
         self.chain: Chain | None = None
@@ -48,6 +52,7 @@ class Slot:
         self.step = -1
         self.call = -1
         self.full = True
+        self.whole = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,18 +222,27 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
     if what.outputs > 1 and slot.output is not None:
         counted = slot.versions if slot.version is None else (slot.version,)
         slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: what.outputs - 1]
+    slot.step, slot.full = step, full
+    if slot.packing is not None:
+        slot.output, slot.version, slot.versions = packed(slot.packing, output), None, None
+        return
     clone = slot.clones or code == STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
-    slot.step, slot.full = step, full
+    if not clone and not torch.compiler.is_compiling():
+        slot.whole = all(map(whole, _flat(kept)))
+        if not slot.whole:
+            slot.output = kept = map_tensors(compact, kept)
     # Inside a graph there are no write counters; there the graph itself owns its outputs.
     slot.version, slot.versions = None, None if clone or torch.compiler.is_compiling() else versions(kept)
 
 
 def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
     """The newest output, as it may be handed out."""
-    output = slot.output
+    output = slot.output if slot.packing is None else opened(slot.output)
     if halved and slot.full:
         output = map_tensors(_half(half), output)
+    if slot.packing is not None:
+        return output
     if slot.clones or inference or (slot.version is None and slot.versions is None and _of_inference(output)):
         return cloned(output)
     # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
@@ -238,12 +252,18 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
 def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool, half: int) -> Any:
     """The predictor's answer, tensor by tensor of the output."""
     # Half a batch is no history of a whole one.
-    kept = [each for each in (Kept(slot.output, slot.step, slot.full), *slot.older) if halved or each.full]
+    kept = [each for each in slot_history(slot, reach(action)) if halved or each.full]
     columns = [_flat(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
     steps = [each.step for each in kept]
     answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
     given = iter(answers)
-    return map_tensors(lambda _: next(given), slot.output)
+    return map_tensors(lambda _: next(given), kept[0].output)
+
+
+def slot_history(slot: Slot, many: int) -> list[Kept]:
+    """What the slot keeps, the newest first and no more than `many`, as it was before it was packed."""
+    history = [Kept(slot.output, slot.step, slot.full), *slot.older][:many]
+    return history if slot.packing is None else [Kept(opened(each.output), each.step, each.full) for each in history]
 
 
 def _of_inference(output: Any) -> bool:
@@ -272,16 +292,7 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """`value` with `function` applied to each tensor in its tuples, lists, dicts and output objects."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # pyright: ignore[reportUnknownArgumentType]
-        return type(value)(*[map_tensors(function, each) for each in value])  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    if isinstance(value, list | tuple):
-        return type(value)([map_tensors(function, each) for each in value])  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    if isinstance(value, dict):
-        items: dict[Any, Any] = {key: map_tensors(function, each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
-        return items if type(value) is dict else type(value)(**items)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    return value
+    return map_leaves(function, value, torch.Tensor)
 
 
 def cloned(value: Any) -> Any:

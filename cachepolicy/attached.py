@@ -33,6 +33,7 @@ from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import Layout
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import Ahead
+from cachepolicy.packing import Packing
 from cachepolicy.processes import Peers, holders_of, peers_of
 from cachepolicy.schedule import (
     COND_BRANCHES,
@@ -69,6 +70,7 @@ class Surroundings:
     sessions: Sessions
     terms: Terms
     trace: Trace | None
+    packing: Packing | None
 
 
 @dataclass(slots=True)
@@ -123,7 +125,8 @@ class Attached(Handle):
                     at(name).members.append((site.index, position))
             if len(site.modules) == 1:
                 handle = at(site.modules[0])
-                handle.index, handle.keeping, handle.plain = site.index, what, what.plain
+                handle.index, handle.keeping = site.index, what
+                handle.plain = what.plain and self.around.packing is None
         for probe, place in self.plan.probes.items():
             before = probe.stream in {"input", "argument"}
             handle = at(place.modules[0 if before else -1])
@@ -223,7 +226,7 @@ class Attached(Handle):
                 tick = replace(tick, uncond_skipped=alone)
         branch = state.branches.get(tick.branch)
         if branch is None:
-            coarse, slots = layout.program.coarse, [Slot() for _ in self.plan.sites]
+            coarse, slots = layout.program.coarse, [Slot(self.around.packing) for _ in self.plan.sites]
             branch = state.branches[tick.branch] = Branch(coarse, layout.recall.start, slots)
         if tick.step != state.step:
             state.decided.clear()

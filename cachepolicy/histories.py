@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from cachepolicy.actions import Slot, map_tensors
+from cachepolicy.actions import Slot
 from cachepolicy.outlook import Reads
+from cachepolicy.packing import Packed, map_leaves
 from cachepolicy.signals import Remembered, Stream
 from cachepolicy.spans import Chain, Entry
 
@@ -65,7 +66,7 @@ def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Te
                 yield from flat(kept.output)
         if slot.chain is not None:
             for entry in (entry for entries in slot.chain.history for entry in entries):
-                yield from (tensor for tensor in (*entry.residuals, *entry.outputs) if tensor is not None)
+                yield from flat((entry.residuals, entry.outputs))
     for value in remembered.previous.values():
         yield from _streamed(value)
     for values in remembered.kept.values():
@@ -75,13 +76,20 @@ def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Te
 
 def _streamed(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, Stream):
-        yield value.held
+        yield from value.held
 
 
 def flat(value: Any) -> list[torch.Tensor]:
-    """The tensors in an output."""
+    """The tensors that are stored for an output."""
     if isinstance(value, torch.Tensor):
         return [value]
     found = list[torch.Tensor]()
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+
+    def note(each: torch.Tensor | Packed) -> None:
+        if isinstance(each, Packed):
+            found.extend([each.tensor] if each.scale is None else [each.tensor, each.scale])
+        else:
+            found.append(each)
+
+    map_leaves(note, value, (torch.Tensor, Packed))
     return found

@@ -233,7 +233,7 @@ def site_override(original: Method) -> Method:
         if slot.call == frame.serial:
             frame.turn.repeats(index)
         slot.call = frame.serial
-        if code is STORE and site.plain and not slot.clones:
+        if code is STORE and site.plain and slot.whole and not slot.clones:
             # The usual misses, likewise.
             states = args[0] if args else kwargs.get("hidden_states")
             version, versions = None, None

@@ -24,6 +24,7 @@ from cachepolicy.glance import glance
 from cachepolicy.intercept import Site, root_override
 from cachepolicy.loading import load, resolve
 from cachepolicy.modules import denoisers, describe, is_pipeline
+from cachepolicy.packing import Packing, packing_of
 from cachepolicy.page import page
 from cachepolicy.pipelines import PipelineCall, pipeline_override
 from cachepolicy.placement import Placement
@@ -39,7 +40,7 @@ P = TypeVar("P")
 PolicyLike = str | os.PathLike[str] | ir.Policy | Any
 
 
-def apply(
+def apply(  # noqa: PLR0913 (all that can be said of a run)
     target: Any,
     policy: PolicyLike,
     *,
@@ -51,6 +52,8 @@ def apply(
     process_group: Any = None,
     trace: bool | Literal["profile"] = True,
     max_sessions: int = MOST_SESSIONS,
+    history_dtype: Any = None,
+    history_device: Any = None,
     **params: Any,
 ) -> Run:
     """Attach a policy to a model or a diffusers pipeline; nothing is attached when anything is wrong.
@@ -64,8 +67,10 @@ def apply(
     for one with the time of every site, which takes some itself. `max_sessions` is how many sessions hold something at
     a time; beyond, the one that was used longest ago ends. `process_group` names the processes that hold pieces of the
     same samples, and so decide as one: a `ProcessGroup` or `DeviceMesh`; None for what diffusers' context parallelism
-    and parameters in pieces (FSDP2) show, False for none. `params` are the policy's own knobs; a function given for an
-    `external` is asked once for each answer.
+    and parameters in pieces (FSDP2) show, False for none. `history_dtype` (such as `"bfloat16"`) and `history_device`
+    (such as `"cpu"`) say how what is kept is stored between its compute and its use.
+
+    `params` are the policy's own knobs; a function given for an `external` is asked once for each answer.
 
     Raises:
         PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
@@ -85,7 +90,20 @@ def apply(
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
-    told = Told(timestep, scheduler, steps, guidance, samples, trace, process_group, externals, max_sessions)
+    told = Told(
+        timestep,
+        scheduler,
+        steps,
+        guidance,
+        samples,
+        trace,
+        process_group,
+        externals,
+        max_sessions,
+        history_dtype,
+        history_device,
+    )
+    packing = packing_of(history_dtype, history_device)
     resolved = resolve(loaded, params)
     missing = [name for name in resolved.externals if name not in externals]
     if missing:
@@ -106,7 +124,7 @@ def apply(
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    run = Run(target, Offer(loaded, plans, told, params), roots)
+    run = Run(target, Offer(loaded, plans, told, params), roots, packing)
     run.attach()
     return run
 
@@ -144,12 +162,15 @@ class Run(Handle):
     `plan` is the (first) denoiser's plan, `plans` holds all by name; `trace` is what happened, None when switched off.
     """
 
-    def __init__(self, target: Any, offer: Offer, roots: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(
+        self, target: Any, offer: Offer, roots: Mapping[str, torch.nn.Module], packing: Packing | None = None
+    ) -> None:
         self.target = target
         self.policy = offer.policy
         self.trace = Trace() if offer.terms.told.trace else None
         self._offer = offer
         self._terms = offer.terms
+        self._packing = packing
         self._roots = dict(roots)
         self._attached: dict[str, Attached] = {}
         self._placements: dict[int, Placement] = {}
@@ -226,6 +247,7 @@ class Run(Handle):
             self._sessions,
             self._terms,
             self.trace,
+            self._packing,
         )
         attached = Attached(self, name, module, around)
         self._attached[name] = attached

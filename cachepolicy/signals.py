@@ -16,6 +16,7 @@ import torch
 from cachepolicy import ir
 from cachepolicy.agreement import Agreement
 from cachepolicy.evaluate import Environment, Undefined, children, evaluate, substitute, walk
+from cachepolicy.packing import whole
 from cachepolicy.plan import Plan
 from cachepolicy.shares import Share, Sum, in_pieces, norm_alone, share, summed
 from cachepolicy.vocabulary import MEMORIES, NORMS
@@ -28,8 +29,9 @@ class Stream:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         # An inference tensor has no write counter: a copy cannot be written into.
-        self._tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
-        self._version = None if tensor.is_inference() else tensor._version
+        copies = tensor.is_inference() or not whole(tensor)
+        self._tensor = tensor.detach().clone() if copies else tensor.detach()
+        self._version = None if copies else tensor._version
         self._magnitude: torch.Tensor | None = None
         self._sum: Sum | None = None
 
@@ -45,9 +47,9 @@ class Stream:
         return self._tensor
 
     @property
-    def held(self) -> torch.Tensor:
-        """The tensor that is kept, whether or not somebody wrote into it."""
-        return self._tensor
+    def held(self) -> list[torch.Tensor]:
+        """All that is kept, whether or not somebody wrote into it."""
+        return [self._tensor] if self._magnitude is None else [self._tensor, self._magnitude]
 
     @property
     def magnitude(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.packing import Packed, Packing, packed
 
 Names = Mapping[str, Any]
 
@@ -67,10 +68,19 @@ class Entry:
     `full` is False where only the conditional half of a guidance batch was computed.
     """
 
-    residuals: tuple[torch.Tensor | None, ...]
-    outputs: tuple[torch.Tensor | None, ...]
+    residuals: tuple[torch.Tensor | Packed | None, ...]
+    outputs: tuple[torch.Tensor | Packed | None, ...]
     step: int
     full: bool = True
+
+    def at(self, place: int, *, residual: bool) -> torch.Tensor | None:
+        """The residual or the output of one place, as it was before it was packed."""
+        kept = (self.residuals if residual else self.outputs)[place]
+        return kept.opened() if isinstance(kept, Packed) else kept
+
+    def pack(self, packing: Packing) -> None:
+        """Store it as `packing` says."""
+        self.residuals, self.outputs = packed(packing, self.residuals), packed(packing, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +173,13 @@ class Chain:
     """What one span keeps on one branch: the links of its blocks and a history per segment, the newest entry first.
 
     `splits` are the blocks after which a segment ends, whatever follows; `leads` those whose inputs have to be copied;
-    `clones` says that blocks write into their inputs.
+    `clones` says that blocks write into their inputs. With a `packing` results are stored as that says.
     """
 
-    __slots__ = ("clones", "endings", "history", "leads", "links", "signature", "splits")
+    __slots__ = ("clones", "endings", "history", "leads", "links", "packing", "signature", "splits")
 
-    def __init__(self) -> None:
+    def __init__(self, packing: Packing | None = None) -> None:
+        self.packing = packing
         self.links: dict[int, Link] = {}
         self.endings: dict[int, Ending] = {}
         self.history: list[list[Entry]] = []
@@ -176,6 +187,13 @@ class Chain:
         self.clones = False
         self.splits: set[int] = set()
         self.leads: set[int] = set()
+
+    def put(self, newest: Sequence[Entry], older: Sequence[list[Entry]], depth: int) -> None:
+        """Put each segment's newest result before the older ones, and keep so many."""
+        if self.packing is not None:
+            for entry in newest:
+                entry.pack(self.packing)
+        self.history = [[entry, *past][:depth] for entry, past in zip(newest, older, strict=True)]
 
     def holds(self, *, residual: bool) -> bool:
         """True where each segment's newest result is kept in the form that is asked for."""
@@ -377,7 +395,7 @@ class Recorder:
         same = len(chain.history) == len(self._entries) and chain.signature == self._signature
         old: list[list[Entry]] = chain.history if same else [[] for _ in self._entries]
         depth = self._keeps.depth
-        chain.history = [[entry, *past][:depth] for entry, past in zip(self._entries, old, strict=True)]
+        chain.put(self._entries, old, depth)
         chain.links, chain.endings, chain.signature = self._links, self._ends, self._signature
         return None
 

@@ -14,12 +14,12 @@ from cachepolicy.actions import (
     PENDING,
     REUSE,
     STORE,
-    Kept,
     Slot,
     Weights,
     map_tensors,
     overwritten,
     push,
+    slot_history,
     spoil,
     weights,
 )
@@ -129,16 +129,15 @@ def _answer(action: ir.Action) -> Answer:
 
 
 def _give(turn: Staged, site: int, part: Part, slot: Slot, action: ir.Action) -> None:
-    kept = [Kept(slot.output, slot.step, slot.full), *slot.older]
+    kept = slot_history(slot, reach(action))
+    first = _first(kept[0].output)
     if isinstance(action, ir.Predict):
         # Half a batch is no history of a whole one.
         kept = [each for each in kept if turn.halved or each.full]
-        part.weights = _weights(turn, site, action, [each.step for each in kept], _first(slot.output))
-    else:
-        kept = kept[:1]
+        part.weights = _weights(turn, site, action, [each.step for each in kept], first)
     part.given = tuple(_half(turn, each.output, full=each.full) for each in kept)
     part.clones = slot.clones or turn.inference
-    part.square = _first(slot.output) is not None and _first(slot.output).shape == slot.shape
+    part.square = first is not None and first.shape == slot.shape
 
 
 def _first(value: Any) -> Any:
@@ -159,12 +158,9 @@ def _give_chain(turn: Staged, site: int, part: Part, chain: Chain | None, action
         return
     given, numbers = list[Any](), list[Any]()
     for segment in chain.history:
-        entries = [entry for entry in segment if turn.halved or entry.full][: reach(action)]
+        entries = [entry for entry in segment[: reach(action)] if turn.halved or entry.full]
         columns = [
-            [
-                _half(turn, (entry.residuals if part.answer.residual else entry.outputs)[place], full=entry.full)
-                for entry in entries
-            ]
+            [_half(turn, entry.at(place, residual=part.answer.residual), full=entry.full) for entry in entries]
             for place in range(len(entries[0].residuals))
         ]
         given.append(tuple(None if any(each is None for each in column) else tuple(column) for column in columns))
@@ -212,10 +208,10 @@ def _commit_chain(turn: Staged, slot: Slot, what: Keeping, part: Part) -> None:
     form, left = part.form, [place.value for place in part.places]
     if form is None or part.unfit or any(value is None for value in left):
         return
-    chain = slot.chain = slot.chain or Chain()
+    chain = slot.chain = slot.chain or Chain(slot.packing)
     fresh = [Entry(residuals, outputs, turn.step, not turn.halved) for residuals, outputs in left]
     old: list[list[Entry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
-    chain.history = [[entry, *past][: what.depth] for entry, past in zip(fresh, old, strict=True)]
+    chain.put(fresh, old, what.depth)
     chain.links = dict(enumerate(form.links))
     chain.endings = {place: ending for place, ending in enumerate(form.endings) if ending is not None}
     chain.signature = None

@@ -25,6 +25,8 @@ class Told:
     process_group: Any = None
     externals: Mapping[str, Callable[[], float]] = field(default_factory=dict[str, Callable[[], float]])
     max_sessions: int = MOST_SESSIONS
+    history_dtype: Any = None
+    history_device: Any = None
 
     def __post_init__(self) -> None:
         problem = self._problem()

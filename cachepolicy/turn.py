@@ -90,7 +90,7 @@ class Branch:
 
     def forget(self) -> None:
         """Let go of all that is kept; what decisions remember stays."""
-        self.slots = [Slot() for _ in self.slots]
+        self.slots = [Slot(each.packing) for each in self.slots]
         self.remembered = Remembered()
         self.reads.clear()
         self.held = 0
@@ -645,7 +645,7 @@ class Turn:
     def _chain(self, span: int) -> Chain:
         slot = self.branch.slots[span]
         if slot.chain is None:
-            slot.chain = Chain()
+            slot.chain = Chain(slot.packing)
         return slot.chain
 
     def _recorder(self, span: int, position: int, names: Names) -> Recorder | Tracker:
@@ -714,7 +714,7 @@ class Turn:
         chain, residual = self._chain(span), _of_residual(action)
         history = [entry for entry in chain.history[link.segment] if self.halved or entry.full]
         # Older results may be kept in the other form alone.
-        read = history[: reach(action)]
+        read = [entry for entry in chain.history[link.segment][: reach(action)] if self.halved or entry.full]
         steps = [entry.step for entry in read]
         values, answers = list[torch.Tensor | None](), list[Any]()
         for place, given in enumerate(inputs):
@@ -735,13 +735,16 @@ class Turn:
             ]
             what = self.host.layout.keepings[span]
             residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
-            outputs = tuple(answer if known and what.outputs else None for answer, _, known in pairs)
+            # A copy: whoever receives the answer may write into it.
+            outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
             newest = Entry(residuals, outputs, self.tick.step, not self.halved)
+            if chain.packing is not None:
+                newest.pack(chain.packing)
             chain.history[link.segment] = [newest, *history][: self.host.layout.keepings[span].depth]
         return answers
 
     def _own(self, entry: Entry, place: int, *, residual: bool) -> torch.Tensor | None:
-        tensor = (entry.residuals if residual else entry.outputs)[place]
+        tensor = entry.at(place, residual=residual)
         return tensor.chunk(2, dim=0)[self.half] if tensor is not None and self.halved and entry.full else tensor
 
     def _chain_problem(self, span: int, names: Names, action: ir.Action | None) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.liveness import Liveness
+from cachepolicy.packing import opened, packed, packing_of
 from cachepolicy.testing import strategies
 from cachepolicy.testing.models import Probes, Toy, inputs, sample
 
@@ -187,3 +188,162 @@ def run_alone(model: nn.Module, scheduler: Scheduler, toy: Toy, look: Callable[[
             x = x - 0.1 * model(x, torch.tensor(t), y)
             scheduler.step()
             look()
+
+
+# --- how it is stored ------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """Gives a chunk of something larger, as projections that are computed together do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 8 * 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x).chunk(6, dim=-1)[0]
+
+
+class FusedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Fused(), Fused()])
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("text", ['match "^blocks" every 4 -> reuse', 'match "^blocks" every 4 -> reuse residual'])
+def test_a_part_of_something_larger_is_copied(text: str) -> None:
+    """A chunk that is kept does not keep the whole alive."""
+    model, scheduler, toy = FusedModel().eval().requires_grad_(False), Scheduler(), Toy()
+    measured = list[int]()
+    with applied(model, text, scheduler):
+        run_alone(model, scheduler, toy, lambda: measured.append(alive()))
+    own = 2 * inputs(toy)[0].nbytes
+    assert [own] * 3 + [0] + [own] * 3 + [0] == [each - measured[-1] for each in measured]
+
+
+STORED = (
+    "match attention every 4 -> reuse",
+    "match attention every 4 -> predict linear(weight: 1, feedback: true)",
+    "match attention every 3 -> predict taylor(order: 1)",
+    "match block every 3 -> reuse residual",
+    "match blocks every 3 -> predict taylor(order: 1) of residual",
+    "match blocks every 3 -> reuse",
+)
+ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-10, "float8_e4m3fn": 2**-3, torch.bfloat16: 2**-8}
+
+
+@pytest.mark.parametrize("text", STORED)
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_a_history_in_another_dtype_is_nearly_the_same(text: str, dtype: Any) -> None:
+    """The first answer differs by no more than the dtype's rounding allows, and what came before it by nothing."""
+    model, toy = Toy(returns="tuple").build(), Toy(returns="tuple")
+    with applied(model, text, Scheduler(TIMESTEPS[:2])):
+        exact = run(model, Scheduler(TIMESTEPS[:2]), toy)
+    with applied(model, text, None, history_dtype=dtype) as attached:
+        stored = run(model, Scheduler(TIMESTEPS[:2]), toy)
+        assert {"CR"} == set(attached.trace.rows().values())
+    assert torch.equal(exact[0], stored[0])
+    assert (exact[1] - stored[1]).abs().max() <= 4 * ERRORS[dtype] * exact[1].abs().max()
+    assert (ERRORS[dtype] > 0) == (not torch.equal(exact[1], stored[1]))
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 2), ("float8_e4m3fn", 4)])
+def test_a_smaller_dtype_takes_fewer_bytes(dtype: str, share: int) -> None:
+    """What is alive shrinks with the dtype, but for a scale of four bytes a tensor of eight bits."""
+    told = dict[str, list[int]]()
+    for name in ("float32", dtype):
+        model, scheduler, measured = Toy().build(), Scheduler(), list[int]()
+        with applied(model, "match attention every 4 -> reuse", scheduler, history_dtype=name) as attached:
+            run_alone(model, scheduler, Toy(), lambda measured=measured: measured.append(alive()))
+            told[name] = [call.held for call in attached.trace.last.calls]
+        assert [each - measured[-1] for each in measured] == told[name]
+    scales = 2 * 4 if share == 4 else 0
+    assert [each // share + (scales if each else 0) for each in told["float32"]] == told[dtype]
+
+
+def test_what_has_no_fractions_keeps_its_dtype() -> None:
+    """Whole numbers and truth values are stored and given back as they are."""
+    packing = packing_of("float8_e4m3fn", None)
+    output = (torch.arange(5), torch.tensor([True]), {"x": torch.tensor([1.5, -3.0])})
+    back = opened(packed(packing, output))
+    assert [torch.int64, torch.bool, torch.float32] == [back[0].dtype, back[1].dtype, back[2]["x"].dtype]
+    assert torch.equal(output[0], back[0])
+    assert torch.equal(output[1], back[1])
+
+
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8),
+    st.sampled_from(["float16", "float8_e4m3fn", "float8_e5m2"]),
+)
+def test_numbers_beyond_a_dtype_are_scaled(values: list[float], dtype: str) -> None:
+    """Nothing becomes infinite or no number; all are right to the dtype's precision of the largest."""
+    tensor = torch.tensor(values)
+    back = packing_of(dtype, None).pack(tensor).opened()
+    assert back.isfinite().all()
+    smallest = 2**-24 if dtype == "float16" else 2**-100
+    assert (back - tensor).abs().max() <= tensor.abs().max() * {"float16": 2**-10}.get(dtype, 2**-2) + smallest
+
+
+def test_what_is_no_number_stays_so() -> None:
+    """NaN and infinity survive in float16 as they are, and spoil nothing beside them."""
+    tensor = torch.tensor([float("nan"), float("inf"), 2.0])
+    back = packing_of("float16", None).pack(tensor).opened()
+    assert back[0].isnan()
+    assert 2.0 == back[2]
+
+
+def test_a_history_on_another_device_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is moved there, what is used is moved back to where it was computed."""
+    moves = list[tuple[str, str]]()
+    move = Tensor.to
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], torch.device):
+            moves.append((self.device.type, args[0].type))
+        return move(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    model, scheduler = Toy(blocks=1).build(), Scheduler(TIMESTEPS[:2])
+    with applied(model, "match attention every 4 -> reuse", scheduler):
+        expected = run(model, scheduler)
+    with applied(model, "match attention every 4 -> reuse", scheduler, history_device="cpu"):
+        assert all(map(torch.equal, expected, run(model, scheduler)))
+    assert [("cpu", "cpu")] == moves
+    assert torch.device("meta") == packing_of(None, "meta").pack(torch.ones(2)).tensor.device
+
+
+def test_an_answer_is_nobody_elses() -> None:
+    """Who writes into an answer from a stored copy spoils nothing."""
+    toy = Toy(in_place=True)
+    model = toy.build()
+    rows = []
+    for options in ({}, {"history_dtype": "float32"}):
+        with applied(model, "match attention every 4 -> reuse", Scheduler(), **options) as attached:
+            run(model, Scheduler(), toy)
+            rows.append(set(attached.trace.rows().values()))
+    assert {"CRRRCRRR"} == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"history_dtype": "bfloat61"}, "bfloat16"),
+        ({"history_dtype": "int8"}, "a torch dtype with fractions"),
+        ({"history_dtype": 3}, "a torch dtype with fractions"),
+        ({"history_device": "nowhere"}, "such as `cpu`"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_attached(options: dict[str, Any], said: str) -> None:
+    """E309 says what is right, and the model is untouched."""
+    model = Toy().build()
+    with pytest.raises(cachepolicy.PolicyError, match="E309") as caught:
+        applied(model, "match attention -> reuse", None, **options)
+    assert said in str(caught.value)
+    assert cachepolicy.runtime.run_of(model) is None

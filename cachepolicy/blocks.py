@@ -117,7 +117,8 @@ class Graphs:
             turn.decide_again()
         turn.parts = parts = {site: staged(turn, site) for site in sites}
         decided = tuple((part.code, part.answer, len(part.given)) for part in parts.values())
-        self._count((decided, turn.halved, arguments.signature()))
+        modes = torch.is_grad_enabled(), turn.inference, torch.is_autocast_enabled()
+        self._count((decided, turn.halved, modes, arguments.signature()))
         return parts
 
     def _count(self, signature: Any) -> None:

@@ -110,6 +110,14 @@ tracing = torch.compiler.is_dynamo_compiling
 """True inside a graph that is being traced; Dynamo puts the constant in its place."""
 
 
+def _says_exporting() -> bool:
+    return bool(getattr(torch.compiler, "_is_compiling_flag", False))
+
+
+exporting = getattr(torch.compiler, "is_exporting", _says_exporting)
+"""True inside `torch.export`; older versions of torch set another flag there, and nowhere else."""
+
+
 def waits(stage: Stage, number: int, members: Sequence[tuple[int, int]]) -> bool:
     """True where a call has to leave the graph: its decision waits for a signal, or its form is not known."""
     for span, _ in members:

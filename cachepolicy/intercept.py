@@ -25,7 +25,7 @@ from cachepolicy.actions import (
     reused,
     unfit,
 )
-from cachepolicy.graphs import UNCOMPILED, Stage, traced, tracing, waits
+from cachepolicy.graphs import UNCOMPILED, Stage, exporting, traced, tracing, waits
 from cachepolicy.keeping import Keeping
 from cachepolicy.swap import ATTRIBUTE, Handle, Method
 
@@ -333,8 +333,8 @@ _EMPTY = torch.empty(0)
 # What torch has no public name for: to skip a frame and not what it calls; whether a compiler is at work in the thread;
 # how many graphs a `fullgraph=True` call has run, -1 where nobody counts. The last two are builtins, for frames that
 # Dynamo skips; an older torch that lacks the first is taken to be at work, one without the second does not count.
-_skip_code: Callable[[Any], None] = cast("Any", torch._dynamo.eval_frame).skip_code  # noqa: SLF001
-_native: Any = cast("Any", torch)._C._dynamo.eval_frame  # noqa: SLF001
+_skip_code: Callable[[Any], None] = getattr(torch._dynamo.eval_frame, "skip_code", lambda _: None)  # noqa: SLF001
+_native: Any = getattr(getattr(cast("Any", torch)._C, "_dynamo", None), "eval_frame", None)  # noqa: SLF001
 _callback: Callable[[], Any] = getattr(_native, "get_eval_frame_callback", lambda: True)
 _count: Callable[[int], int] = getattr(_native, "set_fullgraph_compiled_frame_count", lambda _: -1)
 
@@ -449,7 +449,7 @@ def root_override(original: Method) -> Method:
 
     # torch refuses to export what it may not enter; an export is of the bare model, and enters this frame alone.
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return original(self, *args, **kwargs) if torch.compiler.is_exporting() else decided(self, *args, **kwargs)
+        return original(self, *args, **kwargs) if exporting() else decided(self, *args, **kwargs)
 
     _skip_code(__call__.__code__)
     return __call__

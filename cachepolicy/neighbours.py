@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from cachepolicy.diagnostics import PolicyError
+from cachepolicy.graphs import exporting
 from cachepolicy.intercept import site_override
 from cachepolicy.swap import Method, Override, is_swapped, plain
 
@@ -189,18 +190,32 @@ def left(module: nn.Module) -> None:
 # --- calls that cannot be followed -----------------------------------------------------------------------
 
 
+def _said(owner: Any, path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch has no public name for; a version that lacks it has nothing to say."""
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner if callable(owner) else otherwise
+
+
+def _nothing(*_: Any) -> None: ...
+
+
 _TORCH: Any = vars(torch)["_C"]
-_FX: Any = vars(torch.fx)["_symbolic_trace"]
-"""Where torch says what it has no public name for."""
+_FX: Any = vars(torch.fx).get("_symbolic_trace")
+_PROXY: Any = getattr(getattr(_TORCH, "_TorchDispatchModeKey", None), "PROXY", None)
+_jit_traces = _said(_TORCH, "_is_tracing", lambda: False)
+_dispatch_mode = _said(_TORCH, "_get_dispatch_mode", _nothing)
+_transformation = _said(_TORCH, "_functorch.peek_interpreter_stack", _nothing)
+_graph_task = _said(_TORCH, "_current_graph_task_id", lambda: -1)
 
 
 def traced() -> bool:
     """True where the call is recorded, not made: by `torch.export`, `torch.jit.trace`, `torch.fx` or `make_fx`."""
     return (
-        torch.compiler.is_exporting()
-        or _FX._is_fx_tracing_flag
-        or _TORCH._is_tracing()
-        or _TORCH._get_dispatch_mode(_TORCH._TorchDispatchModeKey.PROXY) is not None
+        exporting()
+        or getattr(_FX, "_is_fx_tracing_flag", False)
+        or _jit_traces()
+        or (_PROXY is not None and _dispatch_mode(_PROXY) is not None)
     )
 
 
@@ -215,7 +230,7 @@ def refuse_call(switches: Iterable[nn.Module]) -> None:
     Raises:
         PolicyError: the call is inside a transformation of `torch.func`, or would run again in the backward (E342).
     """
-    if _TORCH._functorch.peek_interpreter_stack() is not None:
+    if _transformation() is not None:
         raise _unfollowed("a transformation of `torch.func` calls the model", "transform the bare model")
     if recomputes():
         raise _unfollowed("the backward pass calls the model again", _SWITCH_OFF)
@@ -225,7 +240,7 @@ def refuse_call(switches: Iterable[nn.Module]) -> None:
 
 def recomputes() -> bool:
     """True inside a backward pass, where gradient checkpointing runs forwards again."""
-    return _TORCH._current_graph_task_id() != -1
+    return _graph_task() != -1
 
 
 def refuse_recompute(name: str) -> NoReturn:

@@ -117,7 +117,7 @@ class Peers:
         self.number = 0
         self.gone: set[int] = set()
         backend = "gloo" if distributed.is_gloo_available() else None
-        self._device = torch.device("cpu") if backend else torch.accelerator.current_accelerator()
+        self._device = torch.device("cpu") if backend else _accelerator()
         self._pending: list[tuple[Any, torch.Tensor]] = []
         with self._answered("the start of a trajectory"):
             self.group: Any = distributed.new_group(
@@ -185,6 +185,11 @@ def _met(ranks: Ranks, process_group: Any, *, known: bool) -> Peers | None:
     return peers
 
 
+def _accelerator() -> Any:
+    current: Any = getattr(getattr(torch, "accelerator", None), "current_accelerator", None)  # from torch 2.6
+    return torch.device("cuda") if current is None else current()
+
+
 _PATIENCE = timedelta(minutes=30)
 
 
@@ -192,9 +197,9 @@ def _timeout(process_group: Any) -> timedelta:
     """How long the group itself waits for its members; torch has no public name for it."""
     if isinstance(process_group, DeviceMesh):
         process_group = process_group.get_group(0)
-    for device in process_group._device_types:  # noqa: SLF001
-        options = getattr(process_group._get_backend(device), "options", None)  # noqa: SLF001
-        timeout = getattr(options, "_timeout", None)
+    for device in getattr(process_group, "_device_types", ()) if hasattr(process_group, "_get_backend") else ():
+        backend = process_group._get_backend(device)  # noqa: SLF001
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
         if timeout is not None:
             return timeout
     return _PATIENCE

@@ -10,6 +10,7 @@ the last bits of its own summation.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,15 +94,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _dtensors() -> Any:
+    """Where torch has `DTensor`: a public place from 2.5 on."""
+    public = importlib.import_module("torch.distributed.tensor")
+    return public if hasattr(public, "DTensor") else importlib.import_module("torch.distributed._tensor")
+
+
 def _of_all(term: Any, *, by_sample: bool) -> Sum:
     """The sums over all pieces of a DTensor: pieces that are pending sums themselves are added up first."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    whole = [Replicate() if each.is_partial() or (by_sample and each.is_shard(0)) else each for each in term.placements]
+    kinds = _dtensors()
+    whole = [
+        kinds.Replicate() if each.is_partial() or (by_sample and each.is_shard(0)) else each for each in term.placements
+    ]
     local = term.redistribute(placements=whole).to_local()
     sums = _sums(local, by_sample=by_sample)
     pieces = torch.cat([sums, sums.new_tensor([local.numel() / max(1, len(sums))])])
-    pending = DTensor.from_local(pieces, term.device_mesh, [Partial()] * term.device_mesh.ndim, run_check=False)
+    pending = kinds.DTensor.from_local(
+        pieces, term.device_mesh, [kinds.Partial()] * term.device_mesh.ndim, run_check=False
+    )
     *_, count = (complete := pending.full_tensor())
     return Sum(complete[:-1], float(count))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -489,3 +491,46 @@ def _fresh(events: list[tuple[str, str]], text: str) -> list[Tensor]:
         with cachepolicy.apply(model, parse(text)):
             return run(model)
     return run(model)
+
+
+# --- other versions of torch -----------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+import torch, torch._dynamo, torch.fx._symbolic_trace as fx
+
+for owner, name in [
+    (torch._dynamo.eval_frame, "skip_code"),
+    (torch._C, "_current_graph_task_id"),
+    (torch._C, "_is_tracing"),
+    (torch._C, "_get_dispatch_mode"),
+    (torch._C._functorch, "peek_interpreter_stack"),
+    (torch._C._dynamo.eval_frame, "get_eval_frame_callback"),
+    (torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count"),
+    (torch.compiler, "set_stance"),
+]:
+    if hasattr(owner, name):
+        delattr(owner, name)
+
+def of_ours():
+    if sys._getframe(1).f_globals["__name__"].startswith("cachepolicy"):
+        raise AttributeError("is_exporting")
+    return False
+
+torch.compiler.__dict__.pop("is_exporting", None)
+import cachepolicy
+import cachepolicy.runtime
+from cachepolicy.testing.models import Toy, inputs, sample
+
+torch.compiler.is_exporting = of_ours  # newer versions ask it themselves
+model = Toy(blocks=2).build()
+with torch.no_grad(), cachepolicy.apply(model, cachepolicy.parse("match attention every 2 -> reuse")) as run:
+    list(sample(model, (900.0, 800.0, 700.0, 600.0), *inputs(Toy())))
+    print(run.trace.rows()["blocks.0.attn"])
+"""
+
+
+def test_private_names_of_torch_may_be_missing() -> None:
+    """What only some versions of torch have is asked where it is there; a policy runs without."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120, check=False)
+    assert (0, "CRCR\n") == (done.returncode, done.stdout), done.stderr

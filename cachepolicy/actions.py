@@ -229,7 +229,7 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
     clone = slot.clones or code == STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
     if not clone and not torch.compiler.is_compiling():
-        slot.whole = all(map(whole, _flat(kept)))
+        slot.whole = whole(_flat(kept))
         if not slot.whole:
             slot.output = kept = map_tensors(compact, kept)
     # Inside a graph there are no write counters; there the graph itself owns its outputs.

@@ -76,7 +76,7 @@ def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Te
 
 def _streamed(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, Stream):
-        yield from value.held
+        yield value.held
 
 
 def flat(value: Any) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -115,12 +115,15 @@ _MUCH = 2  # times its own bytes: a view of so large a storage is copied
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy where it is a view that would keep a much larger storage alive."""
-    return tensor if whole(tensor) else tensor.clone()
+    return tensor if whole([tensor]) else tensor.clone()
 
 
-def whole(tensor: torch.Tensor) -> bool:
-    """True where the tensor is most of what its storage holds."""
-    return tensor.untyped_storage().nbytes() <= _MUCH * tensor.nbytes
+def whole(tensors: Sequence[torch.Tensor]) -> bool:
+    """True where the tensors are, together, most of what their storages hold."""
+    if len(tensors) == 1:
+        return tensors[0].untyped_storage().nbytes() <= _MUCH * tensors[0].nbytes
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values()) <= _MUCH * sum(each.nbytes for each in tensors)
 
 
 def opened(value: Any) -> Any:

@@ -10,10 +10,9 @@ from typing import Any
 from cachepolicy import forecast, overview, report, terminal
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.forecast import Work
-from cachepolicy.holdings import holdings
 from cachepolicy.options import Trajectory
 from cachepolicy.plan import Plan
-from cachepolicy.simulation import simulate
+from cachepolicy.simulation import Schedule, simulate
 
 
 def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
@@ -23,14 +22,20 @@ def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes
     outlook = None if work is None else forecast.forecast(schedule.plan, schedule, work)
     if as_json:
         flops = None if outlook is None else outlook.to_json()
-        held = None if work is None else holdings(plan, schedule, work)
+        held = None if work is None else _holdings(plan, schedule, work)
         terminal.say_json({**report.to_json(schedule), "flops": flops, "held": held})
         return
     terminal.report(schedule.plan.warnings, error=True)
     terminal.say(report.draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
     if outlook is not None and work is not None:
         terminal.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
-        terminal.say(_peak(holdings(plan, schedule, work)))
+        terminal.say(_peak(_holdings(plan, schedule, work)))
+
+
+def _holdings(plan: Plan, schedule: Schedule, work: Work) -> Sequence[int]:
+    from cachepolicy.holdings import holdings  # which knows the engine, and so torch
+
+    return holdings(plan, schedule, work)
 
 
 def _peak(held: Sequence[int]) -> str:

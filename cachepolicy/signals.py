@@ -29,7 +29,7 @@ class Stream:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         # An inference tensor has no write counter: a copy cannot be written into.
-        copies = tensor.is_inference() or not whole(tensor)
+        copies = tensor.is_inference() or not whole([tensor])
         self._tensor = tensor.detach().clone() if copies else tensor.detach()
         self._version = None if copies else tensor._version
         self._magnitude: torch.Tensor | None = None
@@ -47,9 +47,9 @@ class Stream:
         return self._tensor
 
     @property
-    def held(self) -> list[torch.Tensor]:
-        """All that is kept, whether or not somebody wrote into it."""
-        return [self._tensor] if self._magnitude is None else [self._tensor, self._magnitude]
+    def held(self) -> torch.Tensor:
+        """The tensor that is kept, whether or not somebody wrote into it."""
+        return self._tensor
 
     @property
     def magnitude(self) -> torch.Tensor:

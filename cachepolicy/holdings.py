@@ -84,14 +84,17 @@ def _streamed(modules: Sequence[str], work: Work) -> int:
 
 def _streams(layout: Layout, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
     """What `prev` and `kept` remember of probed tensors: that of this step, and those of the computes."""
-    if not layout.signals.remembered or not liveness.measures(tick, now=False):
+    signals = layout.signals
+    if not liveness.measures(tick, now=False):
         return 0
     held = 0
-    for expression, depth in layout.signals.remembered.items():
+    for expression in dict.fromkeys([*signals.kept, *signals.previous]):
         if isinstance(expression, ir.Probe):
             place = layout.plan.probes[expression]
             sites = [site for site in layout.plan.sites if site.index in branch.results]
-            steps = {step for site in sites for step in branch.results[site.index][:depth]} | {tick.step}
+            depth = signals.kept.get(expression, 0)
+            steps = {step for site in sites for step in branch.results[site.index][:depth]}
+            steps |= {tick.step} if expression in signals.previous else set()
             # Of several outputs the hidden states are the largest.
             held += len(steps) * max(work.outputs.get(place.modules[-1], ()), default=0)
     return held

@@ -73,8 +73,10 @@ class Signals:
     """The number signals that rules read, written out down to probes, and what has to be remembered for them."""
 
     numbers: Mapping[str, ir.Expression]
-    remembered: Mapping[ir.Expression, int]
-    """What `prev` and `kept` read, and how many computes back."""
+    kept: Mapping[ir.Expression, int]
+    """What `kept` reads, and how many computes back."""
+    previous: tuple[ir.Expression, ...]
+    """What `prev` reads."""
     probes: frozenset[ir.Probe]
     decisive: tuple[ir.Call, ...] = ()
     """The norms that the numbers are made of."""
@@ -100,14 +102,16 @@ def signals_of(plan: Plan) -> Signals:
     read = {node.name for each in conditions for node in walk(each) if isinstance(node, ir.Name)}
     numbers = {name: value for name, value in closed.items() if name in read}
     nodes = [node for value in numbers.values() for node in walk(value)]
-    remembered = dict[ir.Expression, int]()
+    kept, previous = dict[ir.Expression, int](), dict[ir.Expression, None]()
     for node in nodes:
         if isinstance(node, ir.Call) and node.function in MEMORIES:
             what, *back = node.arguments
-            depth = int(evaluate(back[0])) if back else 1
-            remembered[what] = max(depth, remembered.get(what, 0))
+            if node.function == "prev":
+                previous[what] = None
+            else:
+                kept[what] = max(int(evaluate(back[0])) if back else 1, kept.get(what, 0))
     probes = frozenset(node for node in nodes if isinstance(node, ir.Probe))
-    return Signals(numbers, remembered, probes, _norms(numbers.values()), _norms(remembered))
+    return Signals(numbers, kept, tuple(previous), probes, _norms(numbers.values()), _norms([*kept, *previous]))
 
 
 @dataclass(slots=True)
@@ -204,21 +208,27 @@ class Measuring:
         """Remember this step: for `prev` at the next one, for `kept` where a site has computed."""
         if self.agreement is not None and self._signals.lasting:
             self._settle("what is remembered", self._signals.lasting, sites)
-        now = dict[tuple[ir.Expression, int], Value]()
-        for expression in self._signals.remembered:
-            for site in sites:
-                try:
-                    now[expression, site] = self._value(expression, site)
-                except Undefined:
-                    continue
-        for expression, depth in self._signals.remembered.items():
+        previous = self._values(self._signals.previous, sites)
+        now = self._values(self._signals.kept, computed)
+        for expression, depth in self._signals.kept.items():
             for site in computed:
                 key = (expression, site)
                 if key in now:
                     self.past.kept[key] = (now[key], *self.past.kept.get(key, ()))[:depth]
                 else:
                     self.past.kept.pop(key, None)
-        self.past.previous, self.past.step = now, self._step
+        self.past.previous, self.past.step = previous, self._step
+
+    def _values(self, expressions: Iterable[ir.Expression], sites: list[int]) -> dict[tuple[ir.Expression, int], Value]:
+        """What the expressions are worth now at each site; those that are undefined are left out."""
+        found = dict[tuple[ir.Expression, int], Value]()
+        for expression in expressions:
+            for site in sites:
+                try:
+                    found[expression, site] = self._value(expression, site)
+                except Undefined:
+                    continue
+        return found
 
     def _value(self, expression: ir.Expression, site: int) -> Value:
         match expression:

@@ -273,7 +273,8 @@ class Turn:
                 reads_of[first] = reads
                 for site in group.sites:
                     trim(slots[site], reads)
-        if self.branch.remembered.previous and not self.liveness.measures(self.tick, now=False):
+        past = self.branch.remembered
+        if (past.previous or past.kept) and not self.liveness.measures(self.tick, now=False):
             self.branch.remembered = Remembered()
             changed = True
         return changed or self.measuring is not None

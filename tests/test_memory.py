@@ -190,6 +190,29 @@ def run_alone(model: nn.Module, scheduler: Scheduler, toy: Toy, look: Callable[[
             look()
 
 
+FIRST_BLOCK = """signal head = residual("^blocks.0$")
+signal drift = relative_l1(head, {}(head))
+match blocks[1:] when step < 6 while drift < 9 at most 2 in a row -> reuse residual
+"""
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(("memory", "streams"), [("kept", "11111000"), ("prev", "11111000")])
+def test_signals_are_remembered_where_they_are_read(memory: str, streams: str) -> None:
+    """One tensor for `kept` or `prev`, none for the other; none once no rule can read them."""
+    toy = Toy(blocks=3)
+    model, scheduler, measured = toy.build(), Scheduler(), list[int]()
+    with applied(model, FIRST_BLOCK.format(memory), scheduler) as attached:
+        run_alone(model, scheduler, toy, lambda: measured.append(alive()))
+        told = [call.held for call in attached.trace.last.calls]
+    size = inputs(toy)[0].nbytes
+    assert "CRRCRRCC" == attached.trace.rows()["blocks[1:3]"]
+    residuals = "11011000"
+    assert [size * (int(one) + int(other)) for one, other in zip(streams, residuals, strict=True)] == told
+    # A magnitude, once it was asked for, is a number more.
+    assert all(0 <= each - measured[-1] - held <= 4 for each, held in zip(measured, told, strict=True))
+
+
 # --- how it is stored ------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ ROWS = {
     "a module of another model": "test_adapters:test_a_module_of_another_model_with_a_policy_is_not_taken",
     "FSDP2": "test_sharded_models:test_sharded_models_run_under_a_policy",
     "`DistributedDataParallel`": "test_sharded_models:test_sharded_models_run_under_a_policy",
+    "diffusers' context parallelism": "test_processes:test_context_parallelism_of_diffusers",
     "tensor parallelism": "test_sharded_models:test_sharded_models_run_under_a_policy",
     "`nn.DataParallel`": "test_torch_neighbours:test_replicas_that_share_the_dict_are_bare",
     "diffusers' caches by `enable_cache`": "test_other_caches:test_a_cache_of_diffusers_is_not_enabled_over_a_policy",

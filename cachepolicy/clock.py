@@ -256,7 +256,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ar
     if starts or moved:
         clock.number += 1
         calls.follow(clock)
-    if not calls.present:
+    if not calls.present and sources.follower is not None:
         calls.raw = arguments.named.get(arguments.timestep or "")
     starts = calls.trajectory != clock.trajectories
     if starts:

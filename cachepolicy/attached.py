@@ -224,20 +224,12 @@ class Attached(Handle):
                 other = state.branches[name]
                 alone = rebuilds_uncond(layout.program, other.partition, other.memories, replace(tick, branch=name))
                 tick = replace(tick, uncond_skipped=alone)
-        branch = state.branches.get(tick.branch)
-        if branch is None:
-            coarse, slots = layout.program.coarse, [Slot(self.around.packing) for _ in self.plan.sites]
-            branch = state.branches[tick.branch] = Branch(coarse, layout.recall.start, slots)
         if tick.step != state.step:
             state.decided.clear()
+            state.doubted.clear()
             state.step = tick.step
+        branch, facts = self._branch(state, tick, reading)
         leaders = {name: state.decided[name] for name in layout.followed if name in state.decided}
-        facts = dict[int, str]()
-        if reading.stale:
-            # The trajectory goes on with other shapes: what is kept fits none of its calls any more.
-            branch.forget()
-            state.guide = Guide()
-            facts = dict.fromkeys(range(len(self.plan.sites)), "the history does not fit this call")
         facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
         liveness = self._liveness(state, reading.ahead)
         measuring = None
@@ -255,6 +247,26 @@ class Attached(Handle):
         if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
             found = state.liveness = state.host.layout.liveness(ahead, loose=loose)
         return found
+
+    def _branch(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
+        """The branch of a call, and why all its sites compute where its history is not the call's."""
+        layout, slots = state.host.layout, [Slot(self.around.packing) for _ in self.plan.sites]
+        if reading.revives is not None and reading.revives in state.doubted:
+            state.branches[tick.branch] = state.doubted.pop(reading.revives)
+        branch = state.branches.get(tick.branch)
+        if branch is None:
+            branch = Branch(layout.program.coarse, layout.recall.start, slots)
+        elif reading.stale or reading.doubtful:
+            # Shapes have changed, or the call may be of another branch: what is kept fits it no more.
+            if tick.branch in state.calls.doubted:
+                state.doubted[tick.branch] = branch
+            branch = Branch(branch.partition, branch.memories, slots)
+            state.guide = Guide()
+            state.branches[tick.branch] = branch
+            reason = "nothing tells which branch this is" if reading.doubtful else "the history does not fit this call"
+            return branch, dict.fromkeys(range(len(slots)), reason)
+        state.branches[tick.branch] = branch
+        return branch, {}
 
     def _hosted(self, terms: Terms) -> Hosted:
         layout, externals = terms.layouts[self.name], terms.told.externals
@@ -427,7 +439,7 @@ class Attached(Handle):
             return True
         if branch in COND_BRANCHES:
             # From this step's unconditional call, if that is still to come.
-            called = any(each.branch in UNCOND_BRANCHES for each in call.state.calls.present)
+            called = any(each in UNCOND_BRANCHES for each in call.state.calls.present)
             return not called and turn.liveness.approximates(turn.tick, now=True)
         return turn.liveness.approximates(turn.tick, now=False)
 

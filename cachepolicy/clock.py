@@ -5,9 +5,7 @@ A step is a step of the scheduler, not a call of the model. Nothing is required 
 
 from __future__ import annotations
 
-import functools
 import inspect
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachepolicy.branches import FAR, Calls, Conditioning, Latents
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.following import Follower
 from cachepolicy.outlook import Ahead
@@ -103,77 +102,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-# --- identities ------------------------------------------------------------------------------------------
-
-
-class Identity:
-    """Which objects an argument holds: equal only while the very same ones are alive and given again."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        parts = list[Any]()
-        for value in values:
-            _note(value, parts)
-        self._parts = tuple(parts)
-
-    def same(self, other: Identity) -> bool:
-        """True where both stand for the same living tensors and equal plain values."""
-        return len(self._parts) == len(other._parts) and all(map(_same, self._parts, other._parts))
-
-
-_PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.layout)
-
-
-def _note(value: Any, parts: list[Any]) -> None:
-    if isinstance(value, torch.Tensor):
-        parts.append(weakref.ref(value))
-    elif isinstance(value, list | tuple):
-        for item in value:  # pyright: ignore[reportUnknownVariableType]
-            _note(item, parts)
-    elif isinstance(value, dict):
-        for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
-            parts.append(key)
-            _note(item, parts)
-    elif value is None or isinstance(value, _PLAIN):
-        parts.append(value)
-    else:
-        parts.append(_reference(value))
-
-
-def _reference(value: Any) -> Any:
-    """What stands for an object: its address alone would, once it is gone, stand for another one."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return _Held(value)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Held:
-    """An object that no weak reference can be made to."""
-
-    value: Any
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, weakref.ref) and isinstance(other, weakref.ref):
-        return one() is not None and one() is other()
-    if isinstance(one, _Held) and isinstance(other, _Held):
-        return one.value is other.value
-    return type(one) is type(other) and one == other  # pyright: ignore[reportUnknownArgumentType]
-
-
 # --- the clock -------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Called:
-    """One call of the present step."""
-
-    branch: str
-    name: str | None
-    conditioning: Identity
 
 
 @dataclass(slots=True)
@@ -195,24 +124,6 @@ class Clock:
     numbers: object = None
 
 
-@dataclass(slots=True)
-class Calls:
-    """The calls of one root in a session: those of the present step, and what tells its branches."""
-
-    number: int = -1
-    trajectory: int = -1
-    raw: Any = None
-    present: list[_Called] = field(default_factory=list[_Called])
-    known: dict[str, Identity] = field(default_factory=dict[str, Identity])
-    signatures: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def follow(self, clock: Clock) -> None:
-        """Forget the present step's calls where the clock has moved on without this root."""
-        if self.number != clock.number:
-            self.present.clear()
-            self.number = clock.number
-
-
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Where the clock reads from, best first: the scheduler with its follower, the caller's function, the argument."""
@@ -226,12 +137,39 @@ class Sources:
 
 @dataclass(slots=True)
 class Reading:
-    """One reading of the clock: the tick, whether a trajectory starts or histories no longer fit, what lies ahead."""
+    """One reading of the clock: the tick, whether a trajectory starts or histories no longer fit, what lies ahead.
+
+    `doubtful` and `revives` are those of `Belonging`.
+    """
 
     tick: Tick
     starts: bool
     stale: bool
     ahead: Ahead
+    doubtful: bool = False
+    revives: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeats:
+    """How a call is like those of the present step: whether it is one again, and on latents near to it."""
+
+    calls: Calls
+    matching: Sequence[str]
+    latents: Latents
+
+    def same(self) -> bool:
+        """True where a branch of this name or conditioning has been called in this step."""
+        return any(branch in self.calls.present for branch in self.matching)
+
+    def stage(self) -> bool:
+        """True where it is that on near latents, as the second stage of a step is; tiles are far from one another."""
+        return self.calls.stage(self.matching, self.latents)
+
+    def elsewhere(self) -> bool:
+        """True where it is that on latents that have nothing to do with those, as another picture's noise."""
+        near = [self.latents.distance(self.calls.known[branch].latents) for branch in self.matching]
+        return not self.latents.few and all(distance is not None and distance > FAR for distance in near)
 
 
 def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Arguments) -> Reading:
@@ -241,12 +179,13 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ar
         PolicyError: the timestep argument fits no known unit and the policy reads `t`.
     """
     context = CONTEXT.get()
-    conditioning = Identity(
-        [value for name, value in arguments.named.items() if name not in (arguments.latents, arguments.timestep)]
-    )
+    named = arguments.named
+    latents = Latents(named.get(arguments.latents or ""))
+    besides = (arguments.latents, arguments.timestep)
+    conditioning = Conditioning({name: value for name, value in named.items() if name not in besides})
     name = context.name if context is not None else None
-    calls.follow(clock)
-    repeats = functools.partial(_repeats, calls, name, conditioning)
+    calls.follow(clock.number)
+    repeats = _Repeats(calls, calls.matching(name, conditioning), latents)
     if sources.scheduler is not None and sources.follower is not None:
         starts, moved, tick = _by_scheduler(clock, calls, sources.scheduler, sources.follower, root, arguments, repeats)
     else:
@@ -255,21 +194,19 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ar
         clock.trajectories += 1
     if starts or moved:
         clock.number += 1
-        calls.follow(clock)
+        calls.follow(clock.number)
     if not calls.present and sources.follower is not None:
-        calls.raw = arguments.named.get(arguments.timestep or "")
+        calls.raw = named.get(arguments.timestep or "")
     starts = calls.trajectory != clock.trajectories
     if starts:
-        calls.trajectory = clock.trajectories
-        calls.known.clear()
-        calls.signatures.clear()
-    branch = _named(calls, name) if name is not None else _branch(calls, conditioning)
-    calls.present.append(_Called(branch, name, conditioning))
-    calls.known[branch] = conditioning
+        calls.begin(clock.trajectories)
+    belonging = calls.place(name, conditioning, latents, list(repeats.matching))
+    branch = belonging.branch
     signature = arguments.signature()
     stale = not starts and calls.signatures.get(branch, signature) != signature
     calls.signatures[branch] = signature
-    return Reading(_with_context(tick, branch, context), starts, stale, _ahead(clock, context))
+    tick, ahead = _with_context(tick, branch, context), _ahead(clock, context)
+    return Reading(tick, starts, stale, ahead, belonging.doubtful, belonging.revives)
 
 
 _UNKNOWN = Ahead()
@@ -294,39 +231,6 @@ def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
     return Tick(tick.step, tick.t, steps, sigma, branch)
 
 
-def _repeats(calls: Calls, name: str | None, conditioning: Identity) -> bool:
-    """True where this call has the name or the conditioning of one of the present step.
-
-    Where nobody counts the steps it has moved on then: a second-order sampler calls twice at one timestep with the same
-    conditioning; a branch brings its own.
-    """
-    if name is not None:
-        return any(called.name == name for called in calls.present)
-    return any(called.conditioning.same(conditioning) for called in calls.present)
-
-
-def _named(calls: Calls, name: str) -> str:
-    """The branch of a named call; the second of its name in a step has a number."""
-    before = sum(called.name == name for called in calls.present)
-    return f"{name} {before + 1}" if before else name
-
-
-def _branch(calls: Calls, conditioning: Identity) -> str:
-    """The branch of an unnamed call: the one whose conditioning it carries, else its place within the step."""
-    taken = {called.branch for called in calls.present}
-    for name, identity in calls.known.items():
-        if name not in taken and identity.same(conditioning):
-            return name
-    ordinal = len(calls.present)
-    while _ordinal(ordinal) in taken:
-        ordinal += 1
-    return _ordinal(ordinal)
-
-
-def _ordinal(number: int) -> str:
-    return str(number) if number else ""
-
-
 def _by_scheduler(
     clock: Clock,
     calls: Calls,
@@ -334,7 +238,7 @@ def _by_scheduler(
     follower: Follower,
     root: Root,
     arguments: Arguments,
-    repeats: Callable[[], bool],
+    repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
     timesteps, sigmas = follower.numbers(scheduler)
     if follower.begin is not None and follower.begin + follower.step >= len(timesteps):
@@ -348,7 +252,7 @@ def _by_scheduler(
         clock.begin = follower.begin
     step = follower.step + clock.extra
     raw = arguments.named.get(arguments.timestep or "")
-    if not starts and step == clock.step and raw is not None and repeats() and _number(raw) != _number(calls.raw):
+    if not starts and step == clock.step and raw is not None and repeats.same() and _number(raw) != _number(calls.raw):
         # The loop goes on to another timestep without stepping this scheduler: count the steps ourselves.
         clock.extra += 1
         step += 1
@@ -390,7 +294,7 @@ def _by_value(
     context: Context | None,
     root: Root,
     arguments: Arguments,
-    repeats: Callable[[], bool],
+    repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
     t, known = _timestep(sources, context, root, arguments)
     index = context.step_index if context is not None else None
@@ -400,11 +304,13 @@ def _by_value(
         starts, moved = index < clock.step, index != clock.step
     elif t is not None and clock.t is not None and t != clock.t:
         starts, moved = _turns(clock, t, known=known), True
-    elif t is not None and clock.step == 0 and repeats():
+    elif t is not None and clock.step == 0 and repeats.stage():
         # Second-order samplers repeat every timestep but the first: this is a run again, after one that was given up.
         starts, moved = True, True
     else:
-        starts, moved = len(calls.present) >= _MOST_BRANCHES, repeats()
+        moved = repeats.same() if t is None else repeats.stage()
+        unending = len(calls.present) >= _MOST_BRANCHES and (t is None or clock.step == 0)
+        starts = unending or (t is None and moved and repeats.elsewhere())
     if not starts and moved and sources.steps is not None and clock.step + 1 >= sources.steps:
         starts = index is None
     if starts or moved:

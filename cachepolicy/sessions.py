@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachepolicy.agreement import Agreement
-from cachepolicy.clock import Calls, Clock
+from cachepolicy.branches import Calls
+from cachepolicy.clock import Clock
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.guidance import Guide
 from cachepolicy.liveness import Liveness
@@ -32,12 +33,14 @@ from cachepolicy.turn import Branch, Host
 class State:
     """One root's part of a session: its calls, its branches and the record of its trajectory.
 
-    `host` is what turns ask of the root, under the session's terms; `over` is set once the last step has run.
+    `host` is what turns ask of the root, under the session's terms; `doubted` are branches as they were before a call
+    of this step that may not have been theirs; `over` is set once the last step has run.
     """
 
     host: Host
     calls: Calls = field(default_factory=Calls)
     branches: dict[str, Branch] = field(default_factory=dict[str, Branch])
+    doubted: dict[str, Branch] = field(default_factory=dict[str, Branch])
     decided: dict[str, Sequence[Decision]] = field(default_factory=dict[str, Sequence[Decision]])
     guide: Guide = field(default_factory=Guide)
     step: int = -1
@@ -59,6 +62,7 @@ class State:
         """Release the histories, as before a trajectory."""
         self.liveness = None
         self.branches.clear()
+        self.doubted.clear()
         self.decided.clear()
         self.guide = Guide()
         self.step, self.count = -1, 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.clock import Identity
+from cachepolicy.branches import Conditioning
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.following import Follower
 from cachepolicy.scales import SCALES, TIMESTEP_NAMES
@@ -338,22 +338,40 @@ def test_a_context_whose_step_falls_starts_a_trajectory() -> None:
     assert [[0, 1, 2], [0, 1]] == [[step for step, _, _ in each] for each in ticks(run)]
 
 
-def test_identity_is_of_living_objects() -> None:
-    """The same tensors are the same, equal ones are not, plain values are by value, and nothing is kept alive."""
+def test_conditioning_is_told_by_its_objects_and_by_their_values() -> None:
+    """The same tensors are the same, others may be equal; plain values are by value; a written tensor is another."""
+    a, b, c = torch.zeros(2), torch.zeros(2), torch.ones(2)
+
+    def of(*values: Any) -> Conditioning:
+        return Conditioning({f"y{number}": value for number, value in enumerate(values)})
+
+    assert of(a, 1, "x").same(of(a, 1, "x"))
+    assert not of(a).same(of(b))
+    assert of(a).equal(of(b))
+    assert not of(a).equal(of(c))
+    assert not of(a, 1).equal(of(a, True))
+    assert not of(a).equal(of(a, None))
+    assert of({"k": [a, (b,)]}).same(of({"k": [a, (b,)]}))
+    assert frozenset({("y1",), ("y2", "k", 0)}) == of(a, 1, {"k": [b]}).differing(of(b, 2, {"k": [c]}))
+    noted = of(c)
+    assert noted.same(of(c))
+    c.add_(1)
+    assert not noted.same(of(c))
+    assert not noted.equal(of(torch.ones(2)))  # what it was is not known any more
+
+
+def test_conditioning_keeps_no_graph() -> None:
+    """What is noted of a tensor that needs gradients does not keep alive what it was computed from."""
     import gc
     import weakref
 
-    a, b = torch.zeros(2), torch.zeros(2)
-    assert Identity([a, 1, "x"]).same(Identity([a, 1, "x"]))
-    assert not Identity([a]).same(Identity([b]))
-    assert not Identity([a, 1]).same(Identity([a, True]))
-    assert not Identity([a]).same(Identity([a, None]))
-    assert Identity([{"k": [a, (b,)]}]).same(Identity([{"k": [a, (b,)]}]))
-    noted, alive = Identity([b]), weakref.ref(b)
-    del b
+    leaf = torch.zeros(2, requires_grad=True)
+    middle = leaf * 2
+    noted, gone = Conditioning({"y": middle.square()}), weakref.ref(middle)
+    del middle
     gc.collect()
-    assert alive() is None
-    assert not noted.same(noted)
+    assert gone() is None
+    assert noted.parts
 
 
 class Prompt:

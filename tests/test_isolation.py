@@ -348,15 +348,27 @@ FEW = (
 
 
 def left() -> dict[str, int]:
-    """How many objects of ours that belong to sessions are alive."""
+    """How many objects of ours that belong to sessions are alive, besides those of the tests before."""
     gc.collect()
     kinds = (State, Slot, Branch, Session, Owner)
     found = dict.fromkeys((kind.__name__ for kind in kinds), 0)
     for each in gc.get_objects():
         for kind in kinds:
-            if type(each) is kind:
+            if type(each) is kind and id(each) not in _old:
                 found[kind.__name__] += 1
     return found
+
+
+_old: dict[int, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _count_anew() -> Iterator[None]:
+    """What other tests have left is not counted; it is held, so that its number is not given to another."""
+    gc.collect()
+    _old.update({id(each): each for each in gc.get_objects() if type(each) in (State, Slot, Branch, Session, Owner)})
+    yield
+    _old.clear()
 
 
 def tensors() -> int:

@@ -1,0 +1,358 @@
+"""Which branch a call is of: told by its name, else by what it is conditioned on; where nothing can tell, that is said.
+
+A history answers only calls of its own branch. So a call is of a known branch only where something says so: the very
+same tensors, else equal ones. Parts of the conditioning that change from step to step on one branch say nothing. Where
+several branches have the same conditioning (tiles of one picture), the nearest latents tell, if clearly one is nearest.
+"""
+
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything: what comes out of it has no type to know.
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_Path = tuple[Any, ...]
+_KEPT_BYTES = 64 * 2**20  # a larger tensor is known by its identity only
+
+_OF_THE_STEP = re.compile(r"^(audio|video)_hidden_states$|residuals?$|block_samples$|^sigmas?$|timestep")
+"""Arguments that are made anew at every step, on every branch, and so tell nothing."""
+
+
+class _Part:
+    """One tensor or plain value of a conditioning."""
+
+    __slots__ = ("_kept", "_reference", "_value", "_version", "form")
+
+    def __init__(self, value: Any) -> None:
+        self._kept: torch.Tensor | None = None
+        self._reference: weakref.ref[torch.Tensor] | None = None
+        self._version = 0
+        self._value: Any = None
+        self.form: tuple[Any, ...] | None = None
+        if isinstance(value, torch.Tensor):
+            self._reference = weakref.ref(value)
+            self._version = _version(value)
+            self.form = (value.shape, value.dtype, value.device)
+            if type(value) is torch.Tensor and value.numel() * value.element_size() <= _KEPT_BYTES:
+                # Shares the storage and the write counter, not the graph.
+                self._kept = value.detach()
+        elif value is None or isinstance(value, _PLAIN):
+            self._value = (type(value), value)
+        else:
+            self._value = _reference(value)
+
+    def same(self, other: _Part) -> bool:
+        """True where both are the very same living tensor, not written into in between, or equal plain values."""
+        if self._reference is None or other._reference is None:
+            return self._reference is other._reference and self._value == other._value
+        mine = self._reference()
+        return mine is not None and mine is other._reference() and self._version == other._version
+
+    def equal(self, other: _Part) -> bool:
+        """True where both are the same, or tensors of one value; this looks at the values, on their device."""
+        if self.same(other):
+            return True
+        one, two = self._intact(), other._intact()
+        if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype or one.device != two.device:
+            return False
+        return one.device.type != "meta" and torch.equal(one, two)
+
+    def _intact(self) -> torch.Tensor | None:
+        kept = self._kept
+        return kept if kept is not None and _version(kept) == self._version else None
+
+
+_PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.layout)
+
+
+def _reference(value: object) -> object:
+    """What stands for an object: its address alone would, once it is gone, stand for another one."""
+    try:
+        return _Alive(weakref.ref(value))
+    except TypeError:
+        return _Held(value)
+
+
+class _Alive:
+    """An object while it lives; equal only to the same one."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self, of: weakref.ref[Any]) -> None:
+        self._of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alive) and self._of() is not None and self._of() is other._of()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+class _Held:
+    """An object that no weak reference can be made to; equal only to the same one."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and self._value is other._value
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Conditioning:
+    """All that a call is given besides its latents and its timestep, part by part."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, named: Mapping[str, Any]) -> None:
+        self.parts: dict[_Path, _Part] = {}
+        for name, value in named.items():
+            if not _OF_THE_STEP.search(name):
+                self._note((name,), value)
+
+    def _note(self, path: _Path, value: Any) -> None:
+        if isinstance(value, list | tuple):
+            for place, item in enumerate(value):
+                self._note((*path, place), item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self._note((*path, key), item)
+        else:
+            self.parts[path] = _Part(value)
+
+    def same(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
+        """True where all parts are the very same."""
+        return self._matches(other, besides, _Part.same)
+
+    def equal(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
+        """True where all parts are the same or equal."""
+        return self._matches(other, besides, _Part.equal)
+
+    def _matches(self, other: Conditioning, besides: frozenset[_Path], alike: Any) -> bool:
+        if (self.parts.keys() ^ other.parts.keys()) - besides:
+            return False
+        both = [path for path in self.parts if path in other.parts and path not in besides]
+        return all(alike(self.parts[path], other.parts[path]) for path in both)
+
+    def differing(self, other: Conditioning) -> frozenset[_Path]:
+        """The parts that are not equal."""
+        both = self.parts.keys() & other.parts.keys()
+        unequal = {path for path in both if not self.parts[path].equal(other.parts[path])}
+        return frozenset(unequal | (self.parts.keys() ^ other.parts.keys()))
+
+    def reshaped(self, other: Conditioning) -> bool:
+        """True where a part has another shape, dtype or device: no history of the other's fits it, whatever it is."""
+        both = self.parts.keys() & other.parts.keys()
+        return any(self.parts[path].form != other.parts[path].form for path in both)
+
+
+class Latents:
+    """What a call denoises, to be compared with what the next ones do."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, value: Any) -> None:
+        tensor = value[0] if isinstance(value, list | tuple) and value else value
+        self._tensor: torch.Tensor | None = None
+        self._version = 0
+        if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.device.type != "meta":
+            # An inference tensor has no write counter: only a copy is known not to be written into.
+            self._tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
+            self._version = _version(self._tensor)
+
+    @property
+    def few(self) -> bool:
+        """True where there are too few numbers to say how far two lie from one another."""
+        return self._tensor is None or self._tensor.numel() < _FEW
+
+    def distance(self, other: Latents) -> float | None:
+        """How far both lie from one another, in units of this one's spread; about 1.4 for unrelated noise.
+
+        None where that is not known any more, infinity where they are of different shapes.
+        """
+        one, two = self._intact(), other._intact()
+        if one is None or two is None:
+            return None
+        if one.shape != two.shape or one.device != two.device:
+            return float("inf")
+        one, two = one.float(), two.float()
+        apart = float(((one - one.mean()) - (two - two.mean())).abs().mean())
+        return 0.0 if apart == 0 else apart / max(float((one - one.mean()).abs().mean()), 1e-12)
+
+    def _intact(self) -> torch.Tensor | None:
+        return self._tensor if self._tensor is not None and _version(self._tensor) == self._version else None
+
+
+FAR = 1.0
+"""Two stages of one step lie nearer to one another, two tiles or two pictures' noise farther apart."""
+_FEW = 32
+_CLEARLY = 0.5
+"""How much nearer one of several tiles has to be than the next."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known of a branch: its last call, the parts that change, how often it was called, and when last."""
+
+    name: str | None
+    conditioning: Conditioning
+    latents: Latents
+    changing: frozenset[_Path] = frozenset()
+    count: int = 1
+    number: int = 0
+
+    @property
+    def lasts(self) -> bool:
+        """False where every part changes, so that none tells anything."""
+        return not self.changing or bool(self.conditioning.parts.keys() - self.changing)
+
+
+@dataclass(frozen=True, slots=True)
+class Belonging:
+    """The branch of a call. `doubtful` where nothing tells that its history is this call's.
+
+    `revives` names a branch whose history before a doubtful call of this step belongs to this branch after all.
+    """
+
+    branch: str
+    doubtful: bool = False
+    revives: str | None = None
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of one root in a session: which branches have been called in the present step, and all that are known.
+
+    `number` is the step's number, `trajectory` that of the trajectory.
+    """
+
+    number: int = -1
+    trajectory: int = -1
+    raw: Any = None
+    present: list[str] = field(default_factory=list[str])
+    known: dict[str, Known] = field(default_factory=dict[str, Known])
+    doubted: dict[str, Known] = field(default_factory=dict[str, Known])
+    signatures: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def follow(self, number: int) -> None:
+        """The present step has this number; what belongs to another is forgotten."""
+        if self.number != number:
+            self.present.clear()
+            self.doubted.clear()
+            self.number = number
+
+    def begin(self, trajectory: int) -> None:
+        """A trajectory begins: no branch is known."""
+        self.trajectory = trajectory
+        self.known.clear()
+        self.signatures.clear()
+
+    def matching(self, name: str | None, conditioning: Conditioning) -> list[str]:
+        """The known branches that this call may be of: those of its name, else those with its conditioning."""
+        if name is not None:
+            return [branch for branch, known in self.known.items() if known.name == name]
+        unnamed = {branch: known for branch, known in self.known.items() if known.name is None and known.lasts}
+        same = [branch for branch, known in unnamed.items() if conditioning.same(known.conditioning, known.changing)]
+        return same or [
+            branch for branch, known in unnamed.items() if conditioning.equal(known.conditioning, known.changing)
+        ]
+
+    def stage(self, matching: Sequence[str], latents: Latents) -> bool:
+        """True where this call repeats one of the present step on latents near to it, as second-order samplers do."""
+        if any(branch not in self.present for branch in matching):
+            return False
+        distances = [latents.distance(self.known[branch].latents) for branch in matching]
+        return any(distance is not None and (latents.few or distance <= FAR) for distance in distances)
+
+    def place(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> Belonging:
+        """The branch of the next call of the present step, which is then known."""
+        matching = [branch for branch in matching if branch in self.known]
+        found = self._found(name, conditioning, latents, matching)
+        branch = found.branch
+        before = self.known.get(branch)
+        changing = frozenset[_Path]()
+        if found.revives is not None:
+            before = self.doubted.pop(found.revives)
+            # The doubtful call began another branch then, so that nothing has changed on either.
+            other = self.known[found.revives]
+            other.changing, other.count = frozenset(), 1
+        if before is not None:
+            changing = before.changing if found.revives is None else frozenset()
+            if found.doubtful and branch not in matching:
+                self.doubted[branch] = before
+                if not conditioning.reshaped(before.conditioning):
+                    changing |= conditioning.differing(before.conditioning)
+        count = 1 if before is None else before.count + 1
+        self.known[branch] = Known(name, conditioning, latents, changing, count, self.number)
+        self.present.append(branch)
+        return found
+
+    def _found(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> Belonging:
+        if name is None:
+            for branch, known in self.doubted.items():
+                if conditioning.equal(known.conditioning):
+                    return Belonging(self._new(name), revives=branch)
+        if len(matching) == 1 and matching[0] not in self.present:
+            return Belonging(matching[0])
+        if len(matching) > 1:
+            return self._sibling(name, conditioning, latents, matching)
+        if name is None and not matching:
+            waiting = [each for each in self.known if self._may_continue(each, conditioning)]
+            if waiting:
+                return Belonging(waiting[0], doubtful=not self._alone(waiting[0], conditioning))
+        return Belonging(self._new(name))
+
+    def _may_continue(self, branch: str, conditioning: Conditioning) -> bool:
+        """True for a branch of the step before that may go on with this call, though its conditioning is another.
+
+        After one call any part may be changing, later on those that always were; and a batch may lose a half.
+        """
+        known = self.known[branch]
+        if known.name is not None or known.number != self.number - 1 or branch in self.present:
+            return False
+        return known.count == 1 or not known.lasts or conditioning.reshaped(known.conditioning)
+
+    def _alone(self, branch: str, conditioning: Conditioning) -> bool:
+        """True where all of the conditioning changes, as a time by another name does, and no step has had two calls."""
+        known = self.known[branch]
+        return len(self.known) == 1 and not known.lasts and not conditioning.reshaped(known.conditioning)
+
+    def _sibling(
+        self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
+    ) -> Belonging:
+        """One of several branches with the same name or conditioning."""
+        exact = [branch for branch in matching if conditioning.equal(self.known[branch].conditioning)]
+        if name is None and len(exact) == 1:
+            return Belonging(exact[0] if exact[0] not in self.present else self._new(name))
+        distances = {branch: latents.distance(self.known[branch].latents) for branch in matching}
+        near = sorted((distance, branch) for branch, distance in distances.items() if distance is not None)
+        clear = len(near) == len(matching) and near[0][0] < _CLEARLY * near[1][0]
+        if clear and near[0][1] not in self.present:
+            return Belonging(near[0][1])
+        waiting = [branch for branch in matching if branch not in self.present]
+        if clear or not waiting:
+            return Belonging(self._new(name))
+        return Belonging(waiting[0], doubtful=True)
+
+    def _new(self, name: str | None) -> str:
+        """A name that no branch has: the first unnamed one has none, further ones are numbered."""
+        if name is not None:
+            taken = sum(known.name == name for known in self.known.values())
+            return f"{name} {taken + 1}" if taken else name
+        number = len(self.known)
+        while (branch := str(number) if number else "") in self.known:
+            number += 1
+        return branch

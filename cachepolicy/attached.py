@@ -250,23 +250,23 @@ class Attached(Handle):
 
     def _branch(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
         """The branch of a call, and why all its sites compute where its history is not the call's."""
-        layout, slots = state.host.layout, [Slot(self.around.packing) for _ in self.plan.sites]
         if reading.revives is not None and reading.revives in state.doubted:
             state.branches[tick.branch] = state.doubted.pop(reading.revives)
         branch = state.branches.get(tick.branch)
+        if branch is not None and not (reading.stale or reading.doubtful):
+            return branch, {}
+        slots = [Slot(self.around.packing) for _ in self.plan.sites]
         if branch is None:
-            branch = Branch(layout.program.coarse, layout.recall.start, slots)
-        elif reading.stale or reading.doubtful:
-            # Shapes have changed, or the call may be of another branch: what is kept fits it no more.
-            if tick.branch in state.calls.doubted:
-                state.doubted[tick.branch] = branch
-            branch = Branch(branch.partition, branch.memories, slots)
-            state.guide = Guide()
-            state.branches[tick.branch] = branch
-            reason = "nothing tells which branch this is" if reading.doubtful else "the history does not fit this call"
-            return branch, dict.fromkeys(range(len(slots)), reason)
-        state.branches[tick.branch] = branch
-        return branch, {}
+            layout = state.host.layout
+            state.branches[tick.branch] = Branch(layout.program.coarse, layout.recall.start, slots)
+            return state.branches[tick.branch], {}
+        # Shapes have changed, or the call may be of another branch: what is kept fits it no more.
+        if tick.branch in state.calls.doubted:
+            state.doubted[tick.branch] = branch
+        state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
+        state.guide = Guide()
+        reason = "nothing tells which branch this is" if reading.doubtful else "the history does not fit this call"
+        return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
 
     def _hosted(self, terms: Terms) -> Hosted:
         layout, externals = terms.layouts[self.name], terms.told.externals

@@ -16,6 +16,7 @@ def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
         and bool(chain.history)
         and not (chain.clones or chain.splits)
         and not torch.is_inference_mode_enabled()
+        and not any(map(_is_uncounted, names.values()))
         and chain.signature == signature(names)
     )
 
@@ -57,6 +58,8 @@ class Tracker:
         elif link.leads:
             self._bases = [None if source is None else names.get(source) for source in link.shape.inputs]
             self._written = _versions(self._bases)
+            # Nobody could tell whether a block wrote into it.
+            self._spoilt |= any(map(_is_uncounted, self._bases))
         else:
             for place, name in link.takes:
                 if place >= len(self._last) or names.get(name) is not self._last[place]:
@@ -101,4 +104,9 @@ class Tracker:
 
 
 def _versions(values: list[Any]) -> list[int]:
-    return [-1 if not isinstance(value, torch.Tensor) else value._version for value in values]
+    return [-1 if not isinstance(value, torch.Tensor) or value.is_inference() else value._version for value in values]
+
+
+def _is_uncounted(value: Any) -> bool:
+    """True for what was made under `torch.inference_mode`: it has no write counter outside it either."""
+    return isinstance(value, torch.Tensor) and value.is_inference()

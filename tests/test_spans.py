@@ -655,3 +655,20 @@ def test_later_computes_keep_what_the_first_would(
         with cachepolicy.apply(model, cachepolicy.parse(text)):
             recorded = list(models.sample(model, timesteps, x, y))
     assert all(map(torch.equal, recorded, tracked))
+
+
+@pytest.mark.parametrize("action", ["reuse residual", "reuse", "predict taylor(order: 1)"])
+@pytest.mark.parametrize("returns", ["tensor", "tuple"])
+def test_a_conditioning_may_come_from_inference_mode(returns: Any, action: str) -> None:
+    """Prompts are often encoded so, and the loop runs without: nothing changes."""
+    toy = models.Toy(blocks=3, returns=returns)
+    got = list[list[Tensor]]()
+    for encoded in (False, True):
+        model = toy.build()
+        x, y = models.inputs(toy)
+        with torch.inference_mode():
+            y = y.clone() if encoded else y
+        with torch.no_grad(), cachepolicy.apply(model, cachepolicy.parse(f"match blocks every 2 -> {action}")) as run:
+            got.append(list(models.sample(model, (900.0, 800.0, 700.0, 600.0, 500.0, 400.0), x, y)))
+            assert ["CRCRCR"] == list(run.trace.rows("").values())
+    assert all(map(torch.equal, *got))

@@ -99,6 +99,7 @@ class Attached(Handle):
         self.channels = _channels(module)
         self.identity = next(_identities)
         self.active = 0
+        self.closed = False
         self.continuations = Continuations()
         self.repeated: set[int] = set()
         self.keeps_graphs = False
@@ -164,15 +165,32 @@ class Attached(Handle):
         if self.identity in DISABLED.get() or neighbours.traced():
             return None
         neighbours.refuse_call(self.switches)
-        session, here = self.around.sessions.begin()
-        try:
-            call = self._call(session, here, args, kwargs, compiler=compiler)
-        except BaseException as error:
-            self._forget(session, error)
-            raise
         with self._lock:
+            if self.closed:
+                return None
             self.active += 1
-        return call
+        try:
+            session, here = self.around.sessions.begin()
+            try:
+                return self._call(session, here, args, kwargs, compiler=compiler)
+            except BaseException as error:
+                self._forget(session, error)
+                raise
+        except BaseException:
+            with self._lock:
+                self.active -= 1
+            raise
+
+    def close(self) -> bool:
+        """Let no further call begin, as before the hooks are taken off; False where one is running."""
+        with self._lock:
+            self.closed = not self.active
+            return self.closed
+
+    def reopen(self) -> None:
+        """Let calls begin again."""
+        with self._lock:
+            self.closed = False
 
     def _call(
         self, session: Session, here: Entered | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool

@@ -261,7 +261,9 @@ class Run(Handle):
     def _settle(self, attached: Attached) -> None:
         """A trajectory starts: look once more at what else is on the model."""
         neighbours.refuse(attached.module, self.target)
-        self._placements[attached.identity].settle()
+        placement = self._placements.get(attached.identity)
+        if placement is not None:  # else a call of another thread has shown that the policy does not fit
+            placement.settle()
 
     def _intercept(self, attached: Attached, place: str, site: Site) -> None:
         self._placements[attached.identity].add(place, site)
@@ -413,7 +415,9 @@ class Run(Handle):
         Raises:
             PolicyError: a forward is running through it.
         """
-        if any(attached.active for attached in self._attached.values()):
+        if not all([attached.close() for attached in self._attached.values()]):
+            for attached in self._attached.values():
+                attached.reopen()
             raise PolicyError.of(
                 "E305",
                 "the run cannot be removed while a forward is running",

@@ -587,6 +587,31 @@ def test_two_threads_in_one_session_at_the_same_time_are_refused() -> None:
             assert same(alone(INTERVALS, 0, falling(6)), list(stepping(model)))
 
 
+def test_a_run_is_not_removed_while_a_call_is_being_decided() -> None:
+    """Another thread's `remove` is refused from a call's very beginning; the call is as ever, and later calls too."""
+    model, codes = Toy().build(), list[str]()
+    x, y = inputs(Toy())
+
+    def remove() -> None:
+        with pytest.raises(PolicyError) as caught:
+            run.remove()
+        codes.append(caught.value.diagnostics[0].code)
+
+    def timestep() -> float:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(remove).result()
+        return 900.0 - 100.0 * len(codes)
+
+    with torch.no_grad():
+        run = cachepolicy.apply(model, parse("match attention every 2 -> reuse"), timestep=timestep)
+        for _ in range(4):
+            model(x, torch.tensor(500.0), y)
+    assert ["E305"] * 4 == codes
+    assert "CRCR" == run.trace.rows("")["blocks.0.attn"]
+    run.remove()
+    assert not hasattr(model, "_cachepolicy")
+
+
 def test_a_context_that_outlives_a_session_is_in_none() -> None:
     """A context that was copied inside `with run.session` stays in it; no history is kept by the context alone."""
     model, before = Toy().build(), left()["Slot"]

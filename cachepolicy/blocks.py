@@ -14,7 +14,7 @@ from cachepolicy.graphs import Part, Stage
 from cachepolicy.intercept import Frame, Owner, Site, parameters_of
 from cachepolicy.layout import Layout
 from cachepolicy.spans import Form
-from cachepolicy.staging import commit, problem, staged
+from cachepolicy.staging import autocast, commit, problem, staged
 from cachepolicy.turn import Turn
 
 
@@ -98,6 +98,8 @@ class Graphs:
         for site, what in enumerate(self.host.layout.keepings):
             if what.streams and site not in self.forms:
                 chain = turn.branch.slots[site].chain
+                if chain is not None:
+                    chain.autocast = autocast()
                 form = None if chain is None else chain.form(len(self.host.layout.names[site]))
                 known &= form is not None
                 if form is not None:
@@ -117,7 +119,7 @@ class Graphs:
             turn.decide_again()
         turn.parts = parts = {site: staged(turn, site) for site in sites}
         decided = tuple((part.code, part.answer, len(part.given)) for part in parts.values())
-        modes = torch.is_grad_enabled(), turn.inference, torch.is_autocast_enabled()
+        modes = torch.is_grad_enabled(), turn.inference, autocast()
         self._count((decided, turn.halved, modes, arguments.signature()))
         return parts
 

@@ -173,10 +173,11 @@ class Chain:
     """What one span keeps on one branch: the links of its blocks and a history per segment, the newest entry first.
 
     `splits` are the blocks after which a segment ends, whatever follows; `leads` those whose inputs have to be copied;
-    `clones` says that blocks write into their inputs. With a `packing` results are stored as that says.
+    `clones` says that blocks write into their inputs. With a `packing` results are stored as that says. `signature` is
+    what the first block was called with; graphs leave none, and know by `autocast` whether dtypes are others now.
     """
 
-    __slots__ = ("clones", "endings", "history", "leads", "links", "packing", "signature", "splits")
+    __slots__ = ("autocast", "clones", "endings", "history", "leads", "links", "packing", "signature", "splits")
 
     def __init__(self, packing: Packing | None = None) -> None:
         self.packing = packing
@@ -184,6 +185,7 @@ class Chain:
         self.endings: dict[int, Ending] = {}
         self.history: list[list[Entry]] = []
         self.signature: tuple[Any, ...] | None = None
+        self.autocast: tuple[Any, ...] | None = None
         self.clones = False
         self.splits: set[int] = set()
         self.leads: set[int] = set()

@@ -80,6 +80,8 @@ def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
         chain = slot.chain
         if isinstance(action, ir.Skip):
             return None if chain is not None and chain.links else "its inputs and outputs are not known yet"
+        if chain is not None and chain.history and chain.autocast not in {None, autocast()}:
+            return "the history does not fit this call"
         residual = isinstance(action, ir.Reuse | ir.Predict) and action.residual
         return None if chain is not None and chain.holds(residual=residual) else "nothing is kept yet"
     if slot.output is None:
@@ -88,6 +90,14 @@ def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
         spoil(slot)
         return "the history was overwritten in place"
     return None
+
+
+def autocast() -> tuple[Any, ...]:
+    """What autocast does now: it may change what blocks are called with where the root is called with the same."""
+    return tuple(torch.get_autocast_dtype(each) if torch.is_autocast_enabled(each) else None for each in _AUTOCAST)
+
+
+_AUTOCAST = ("cpu", "cuda")
 
 
 def staged(turn: Staged, site: int) -> Part:
@@ -214,4 +224,4 @@ def _commit_chain(turn: Staged, slot: Slot, what: Keeping, part: Part) -> None:
     chain.put(fresh, old, what.depth)
     chain.links = dict(enumerate(form.links))
     chain.endings = {place: ending for place, ending in enumerate(form.endings) if ending is not None}
-    chain.signature = None
+    chain.signature, chain.autocast = None, autocast()

@@ -548,3 +548,29 @@ def test_whole_diffusers_models(name: str) -> None:
             assert same(expected, trajectory(in_place(model, backend="eager", fullgraph=True)))
             columns = set(zip(*attached.trace.rows().values(), strict=True))
     assert (len(columns), 0) == (counted.graphs, counted.breaks)
+
+
+@pytest.mark.parametrize("way", ["model.compile()", "block.compile()"])
+def test_autocast_that_comes_and_goes_is_seen_in_graphs(way: str) -> None:
+    """A span whose first block is called with another dtype than it was kept from computes, as it does uncompiled."""
+    text = "match blocks[1:] every 3 -> reuse residual"
+
+    def going(model: Any) -> list[Tensor]:
+        (x, y), got = inputs(TOY), list[Tensor]()
+        with torch.no_grad():
+            for step, t in enumerate(TIMESTEPS):
+                with torch.autocast("cpu", torch.bfloat16, enabled=step % 6 < 2):
+                    got.append(model(x, torch.tensor(t), y).float())
+                x = x - 0.1 * got[-1]
+        return got
+
+    model = TOY.build()
+    with cachepolicy.apply(model, parse(text)) as attached:
+        expected, rows = going(model), attached.trace.rows()
+    assert "CRCCRRCRCCRR" == rows["blocks[1:3]"]
+    model = TOY.build()
+    with counting(), cachepolicy.apply(model, parse(text)) as attached:
+        compiled = WAYS[way](model, backend="eager")
+        going(compiled)  # shows how the blocks go on
+        assert same(expected, going(compiled))
+        assert rows == attached.trace.rows()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,8 +13,9 @@ import torch
 
 from cachepolicy import ir
 from cachepolicy.keeping import Keeping, reach
-from cachepolicy.packing import Packing, compact, map_leaves, opened, packed, whole
+from cachepolicy.packing import compact, map_leaves, opened, packed, whole
 from cachepolicy.spans import Chain
+from cachepolicy.storing import ANYHOW, Storing
 
 COMPUTE = "compute"
 STORE = "store"
@@ -30,16 +32,18 @@ class Slot:
     an answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
     one tensor that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once
     somebody wrote into an answer; `call` is the last forward that the site computed in; `whole` is set where what it
-    keeps was most of its storage. With a `packing` everything is stored as that says.
+    keeps was most of its storage. `storing` says how it is stored, and whether there is room for it.
     """
 
     __slots__ = (
-        "call", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape", "step", "version",
-        "versions", "whole",
+        "__weakref__", "call", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape",
+        "step", "storing", "version", "versions", "whole",
     )  # fmt: skip
 
-    def __init__(self, packing: Packing | None = None) -> None:
-        self.packing = packing
+    def __init__(self, storing: Storing = ANYHOW) -> None:
+        mine: weakref.ref[Slot] = weakref.ref(self)
+        self.storing = storing if storing is ANYHOW else storing.of_its_own(lambda: _drop(mine))
+        self.packing = storing.packing
         self.output: Any = None
         self.older: list[Kept] = []
         self.chain: Chain | None = None
@@ -53,6 +57,18 @@ class Slot:
         self.call = -1
         self.full = True
         self.whole = False
+
+    def clear(self) -> None:
+        """Let go of all results; how the blocks of a span go on stays known."""
+        self.output, self.older, self.version, self.versions = None, [], None, None
+        if self.chain is not None:
+            self.chain.clear()
+
+
+def _drop(slot: weakref.ref[Slot]) -> None:
+    found = slot()
+    if found is not None:
+        found.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +196,7 @@ def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bo
 def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> str | None:
     """Why the kept output cannot answer this call; None where it can."""
     if slot.output is None:
-        return "nothing is kept yet"
+        return slot.storing.lacking
     if not fits(slot, states, halved=halved):
         return "the history does not fit this call"
     if not slot.clones and overwritten(slot):
@@ -223,6 +239,13 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
         counted = slot.versions if slot.version is None else (slot.version,)
         slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: what.outputs - 1]
     slot.step, slot.full = step, full
+    if slot.storing is not ANYHOW:
+        # What it takes the place of makes room first.
+        slot.output, slot.version, slot.versions = None, None, None
+        copied = slot.clones or code == STORE_CLONE
+        if not slot.storing.admits(output, what.outputs, copied=copied):
+            slot.clear()
+            return
     if slot.packing is not None:
         slot.output, slot.version, slot.versions = packed(slot.packing, output), None, None
         return

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from cachepolicy.actions import (
 )
 from cachepolicy.agreement import Agreement
 from cachepolicy.blocks import Graphs
+from cachepolicy.budget import OVER, Account, Budget, Share
 from cachepolicy.clock import CONTEXT, Arguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.evaluate import Environment
@@ -33,7 +35,6 @@ from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.layout import Layout
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import Ahead
-from cachepolicy.packing import Packing
 from cachepolicy.processes import Peers, holders_of, peers_of
 from cachepolicy.schedule import (
     COND_BRANCHES,
@@ -47,13 +48,15 @@ from cachepolicy.schedule import (
     untold,
 )
 from cachepolicy.sessions import Entered, Session, Sessions, State
-from cachepolicy.signals import Measuring
+from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
 from cachepolicy.stopwatch import now
+from cachepolicy.storing import ANYHOW, Saving, Storing
 from cachepolicy.swap import Handle
 from cachepolicy.terms import Terms
 from cachepolicy.trace import Call, Trace
 from cachepolicy.turn import Branch, Turn
+from cachepolicy.worth import Reuses, Weight, operations, weights
 
 DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
 
@@ -70,7 +73,8 @@ class Surroundings:
     sessions: Sessions
     terms: Terms
     trace: Trace | None
-    packing: Packing | None
+    storing: Storing
+    budget: Budget | None
 
 
 @dataclass(slots=True)
@@ -108,6 +112,7 @@ class Attached(Handle):
         self.graphs = Graphs(self)
         self._lock = threading.Lock()
         self._warned = False
+        self._reuses: dict[Ahead, Reuses] = {}
 
     def _handles(self) -> dict[str, Site]:
         """What each intercepted module has to know, by the module's name; the root's is ""."""
@@ -127,7 +132,7 @@ class Attached(Handle):
             if len(site.modules) == 1:
                 handle = at(site.modules[0])
                 handle.index, handle.keeping = site.index, what
-                handle.plain = what.plain and self.around.packing is None
+                handle.plain = what.plain and self.around.storing is ANYHOW
         for probe, place in self.plan.probes.items():
             before = probe.stream in {"input", "argument"}
             handle = at(place.modules[0 if before else -1])
@@ -199,6 +204,7 @@ class Attached(Handle):
         state = session.states.get(self.name)
         if state is None:
             state = session.states[self.name] = State(self._hosted(terms))
+            state.account = None if self.around.budget is None else Account(self.around.budget)
         arguments = arguments_of(self.root, args, kwargs)
         reading = self._read(session, state, self.around.sources(terms, here), arguments)
         if reading.starts:
@@ -248,6 +254,9 @@ class Attached(Handle):
             state.step = tick.step
         branch, facts = self._branch(state, tick, reading)
         leaders = {name: state.decided[name] for name in layout.followed if name in state.decided}
+        if state.account is not None:
+            state.account.give_way()
+            facts |= {site: OVER for site, slot in enumerate(branch.slots) if slot.storing.lacking is OVER}
         facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
         liveness = self._liveness(state, reading.ahead)
         measuring = None
@@ -261,7 +270,7 @@ class Attached(Handle):
 
     def _liveness(self, state: State, ahead: Ahead) -> Liveness:
         """What may be read later, on the clock as it is known now."""
-        loose, found = bool(self.repeated), state.liveness
+        loose, found = bool(self.repeated) or self.around.budget is not None, state.liveness
         if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
             found = state.liveness = state.host.layout.liveness(ahead, loose=loose)
         return found
@@ -273,7 +282,7 @@ class Attached(Handle):
         branch = state.branches.get(tick.branch)
         if branch is not None and not (reading.stale or reading.doubtful):
             return branch, {}
-        slots = [Slot(self.around.packing) for _ in self.plan.sites]
+        slots = [Slot(each) for each in self._storings(state, tick, reading.ahead)]
         if branch is None:
             layout = state.host.layout
             state.branches[tick.branch] = Branch(layout.program.coarse, layout.recall.start, slots)
@@ -285,6 +294,34 @@ class Attached(Handle):
         state.guide = Guide()
         reason = "nothing tells which branch this is" if reading.doubtful else "the history does not fit this call"
         return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
+
+    def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:
+        """How each site of a branch stores its results."""
+        storing = self.around.storing
+        if state.account is None:
+            return [storing] * len(self.plan.sites)
+        program = state.host.layout.program
+        counted = self._reuses.get(ahead)
+        if counted is None or counted.program is not program:
+            if len(self._reuses) >= _MOST_CLOCKS:
+                self._reuses.clear()
+            counted = self._reuses[ahead] = Reuses(program, ahead)
+
+        def saving(site: int) -> Saving:
+            weight = self.weights[site]
+            group = program.alike.group_of[site]
+            return lambda shape: operations(weight, shape) * counted.of(group, tick)
+
+        return [Storing(storing.packing, state.account, saving(site)) for site in range(len(self.plan.sites))]
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        """What each site weighs."""
+        named: Any = dict(self.module.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        counts = {
+            name: sum(each.numel() for each in module.parameters(recurse=False)) for name, module in named.items()
+        }
+        return weights(self.plan, counts)
 
     def _hosted(self, terms: Terms) -> Hosted:
         layout, externals = terms.layouts[self.name], terms.told.externals
@@ -435,7 +472,7 @@ class Attached(Handle):
             turn.facts,
             (now() if profiled else time.perf_counter()) - turn.started,
             turn.signals_of,
-            held=self._held(call.state),
+            held=self.held(call.state),
             began=turn.started,
             profile=call.frame.profile if number < _MOST_PROFILED else (),
         )
@@ -447,8 +484,27 @@ class Attached(Handle):
             state.guide.release(
                 kept=not turn.liveness.approximates(turn.tick, now=False), cond=turn.tick.branch in UNCOND_BRANCHES
             )
-        if turn.let_go() and state.trajectory is not None:
+        changed = turn.let_go()
+        if state.account is not None:
+            self._limit(state, turn.branch, state.account)
+        if changed:
             turn.branch.held = held(turn.branch.slots, turn.branch.remembered)
+
+    def _limit(self, state: State, branch: Branch, account: Account) -> None:
+        """Hold what signals and guidance keep to the limit too; without them their rules compute."""
+        if branch.remembered.previous or branch.remembered.kept:
+            branch.signals = branch.signals or Share(account)
+            if not branch.signals.admits(held((), branch.remembered)):
+                branch.remembered = Remembered()
+        else:
+            branch.signals = None
+        kept = state.guide.held if state.host.layout.approximation is not None else []
+        if kept:
+            state.rebuilding = state.rebuilding or Share(account)
+            if not state.rebuilding.admits(storage_bytes(kept)):
+                state.guide.release(kept=True, cond=True)
+        else:
+            state.rebuilding = None
 
     def _guides(self, call: RootCall) -> bool:
         """Whether an unconditional half is rebuilt from the call's prediction, in this step or a later one."""
@@ -461,10 +517,11 @@ class Attached(Handle):
             return not called and turn.liveness.approximates(turn.tick, now=True)
         return turn.liveness.approximates(turn.tick, now=False)
 
-    def _held(self, state: State) -> int:
+    def held(self, state: State) -> int:
         """Bytes of history that the session holds on this root."""
         guide = storage_bytes(state.guide.held) if state.host.layout.approximation is not None else 0
-        return guide + sum(branch.held for branch in state.branches.values())
+        branches = [*state.branches.values(), *state.doubted.values()]
+        return guide + sum(branch.held for branch in branches)
 
     def _over(self, call: RootCall) -> None:
         """A call of the last step has ended: no later one reads what this branch, or a root before it, has kept."""
@@ -509,6 +566,7 @@ _FACTORS = frozenset({"low", "high"})
 
 _MOST_CALLS = 10_000  # of one trajectory in the trace; a model that tells no time may never end one
 _MOST_PROFILED = 1_000  # of those, with the times of their modules
+_MOST_CLOCKS = 32  # distinct clocks whose planned reuses are kept
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 

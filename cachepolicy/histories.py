@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 
 from cachepolicy.actions import Slot
 from cachepolicy.outlook import Reads
-from cachepolicy.packing import Packed, map_leaves
 from cachepolicy.signals import Remembered, Stream
 from cachepolicy.spans import Chain, Entry
+from cachepolicy.storing import flat
 
 
 def trim(slot: Slot, reads: Reads) -> None:
     """Let go of all but what may be read."""
+    if not reads:
+        slot.clear()
+        slot.storing.emptied()
+        return
     if slot.chain is not None:
         _trim_chain(slot.chain, reads)
-    if slot.output is None:
-        return
     if not reads.outputs:
         slot.output, slot.older, slot.version, slot.versions = None, [], None, None
     elif slot.older:
@@ -77,19 +78,3 @@ def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Te
 def _streamed(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, Stream):
         yield value.held
-
-
-def flat(value: Any) -> list[torch.Tensor]:
-    """The tensors that are stored for an output."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    found = list[torch.Tensor]()
-
-    def note(each: torch.Tensor | Packed) -> None:
-        if isinstance(each, Packed):
-            found.extend([each.tensor] if each.scale is None else [each.tensor, each.scale])
-        else:
-            found.append(each)
-
-    map_leaves(note, value, (torch.Tensor, Packed))
-    return found

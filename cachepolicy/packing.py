@@ -20,6 +20,11 @@ class Packed:
     device: torch.device
     scale: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is stored."""
+        return (self.tensor,) if self.scale is None else (self.tensor, self.scale)
+
     def opened(self) -> torch.Tensor:
         """The tensor as it was, but for what the stored dtype cannot tell apart; nobody else has it."""
         moved = self.tensor.to(self.device)
@@ -48,6 +53,15 @@ class Packing:
         if stored.data_ptr() == given.data_ptr():
             stored = given.clone()
         return Packed(stored, given.dtype, given.device, scale)
+
+    def size(self, tensor: torch.Tensor) -> int:
+        """The bytes that a tensor takes once it is packed, at most."""
+        changes = self.dtype is not None and tensor.is_floating_point() and tensor.dtype is not self.dtype
+        width = self.dtype.itemsize if changes and self.dtype is not None else tensor.element_size()
+        return tensor.numel() * width + (_SCALE if changes else 0)
+
+
+_SCALE = 4  # bytes of what a tensor was divided by
 
 
 def _scale(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ import torch
 
 from cachepolicy import ir, neighbours
 from cachepolicy.attached import DISABLED, Attached, Surroundings
+from cachepolicy.budget import OVER, Budget
 from cachepolicy.clock import CONTEXT, Context, Sources
 from cachepolicy.configs import config_of
 from cachepolicy.diagnostics import PolicyError
@@ -23,14 +24,16 @@ from cachepolicy.forecast import Work
 from cachepolicy.glance import glance
 from cachepolicy.intercept import Site, root_override
 from cachepolicy.loading import load, resolve
+from cachepolicy.memory import Memory
 from cachepolicy.modules import denoisers, describe, is_pipeline
-from cachepolicy.packing import Packing, packing_of
+from cachepolicy.packing import packing_of
 from cachepolicy.page import page
 from cachepolicy.pipelines import PipelineCall, pipeline_override
 from cachepolicy.placement import Placement
 from cachepolicy.plan import Plan, bind
 from cachepolicy.processes import member_ranks
 from cachepolicy.sessions import Entered, Sessions, State
+from cachepolicy.storing import ANYHOW, Storing
 from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
 from cachepolicy.terms import Offer, Terms
 from cachepolicy.told import MOST_SESSIONS, Told, supplier
@@ -54,6 +57,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     max_sessions: int = MOST_SESSIONS,
     history_dtype: Any = None,
     history_device: Any = None,
+    memory_limit: int | str | None = None,
     **params: Any,
 ) -> Run:
     """Attach a policy to a model or a diffusers pipeline; nothing is attached when anything is wrong.
@@ -68,7 +72,8 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     a time; beyond, the one that was used longest ago ends. `process_group` names the processes that hold pieces of the
     same samples, and so decide as one: a `ProcessGroup` or `DeviceMesh`; None for what diffusers' context parallelism
     and parameters in pieces (FSDP2) show, False for none. `history_dtype` (such as `"bfloat16"`) and `history_device`
-    (such as `"cpu"`) say how what is kept is stored between its compute and its use.
+    (such as `"cpu"`) say how what is kept is stored between its compute and its use. `memory_limit`, bytes or a size
+    such as `"2GiB"`, holds for all sessions together: over it, the sites that save least for their bytes compute.
 
     `params` are the policy's own knobs; a function given for an `external` is asked once for each answer.
 
@@ -102,6 +107,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         max_sessions,
         history_dtype,
         history_device,
+        memory_limit,
     )
     packing = packing_of(history_dtype, history_device)
     resolved = resolve(loaded, params)
@@ -124,7 +130,9 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    run = Run(target, Offer(loaded, plans, told, params), roots, packing)
+    limit = told.limit
+    storing = ANYHOW if packing is None and limit is None else Storing(packing)
+    run = Run(target, Offer(loaded, plans, told, params), roots, storing, None if limit is None else Budget(limit))
     run.attach()
     return run
 
@@ -163,14 +171,19 @@ class Run(Handle):
     """
 
     def __init__(
-        self, target: Any, offer: Offer, roots: Mapping[str, torch.nn.Module], packing: Packing | None = None
+        self,
+        target: Any,
+        offer: Offer,
+        roots: Mapping[str, torch.nn.Module],
+        storing: Storing = ANYHOW,
+        budget: Budget | None = None,
     ) -> None:
         self.target = target
         self.policy = offer.policy
         self.trace = Trace() if offer.terms.told.trace else None
         self._offer = offer
         self._terms = offer.terms
-        self._packing = packing
+        self._storing, self._budget = storing, budget
         self._roots = dict(roots)
         self._attached: dict[str, Attached] = {}
         self._placements: dict[int, Placement] = {}
@@ -193,6 +206,26 @@ class Run(Handle):
     def attached(self) -> bool:
         """True until the run is removed."""
         return bool(self._attached)
+
+    @property
+    def memory(self) -> Memory:
+        """What the sessions hold at the moment, and which sites do without over the limit."""
+        states = [(name, state) for session in self._sessions.alive() for name, state in list(session.states.items())]
+        holding = [(self._attached[name], state) for name, state in states if name in self._attached]
+        refused = {
+            attached.plan.sites[site].name: None
+            for attached, state in holding
+            for branch in list(state.branches.values())
+            for site, slot in enumerate(branch.slots)
+            if slot.storing.lacking is OVER
+        }
+        calls = [call for trajectory in self.trace or () for call in list(trajectory.calls)]
+        return Memory(
+            sum(attached.held(state) for attached, state in holding),
+            max((call.held for call in calls), default=0),
+            self._terms.told.limit,
+            tuple(refused),
+        )
 
     # --- telling -----------------------------------------------------------------------------------------
 
@@ -247,7 +280,8 @@ class Run(Handle):
             self._sessions,
             self._terms,
             self.trace,
-            self._packing,
+            self._storing,
+            self._budget,
         )
         attached = Attached(self, name, module, around)
         self._attached[name] = attached

@@ -19,6 +19,7 @@ from typing import Any
 
 from cachepolicy.agreement import Agreement
 from cachepolicy.branches import Calls
+from cachepolicy.budget import Account, Share
 from cachepolicy.clock import Clock
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.guidance import Guide
@@ -51,6 +52,9 @@ class State:
     agreement: Agreement | None = None
     company: Agreement | None = None
     liveness: Liveness | None = None
+    account: Account | None = None
+    rebuilding: Share | None = None
+    """The share of what guidance keeps, where there is a limit."""
 
     def abandon(self) -> None:
         """Tell the processes that decide with this one that its trajectory has failed."""
@@ -60,7 +64,9 @@ class State:
 
     def clear(self) -> None:
         """Release the histories, as before a trajectory."""
-        self.liveness = None
+        self.liveness = self.rebuilding = None
+        if self.account is not None:
+            self.account.waits = False
         self.branches.clear()
         self.doubted.clear()
         self.decided.clear()

@@ -17,6 +17,7 @@ import torch
 
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.packing import Packed, Packing, packed
+from cachepolicy.storing import ANYHOW, Storing
 
 Names = Mapping[str, Any]
 
@@ -72,6 +73,11 @@ class Entry:
     outputs: tuple[torch.Tensor | Packed | None, ...]
     step: int
     full: bool = True
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All that is stored."""
+        return (*self.residuals, *self.outputs)
 
     def at(self, place: int, *, residual: bool) -> torch.Tensor | None:
         """The residual or the output of one place, as it was before it was packed."""
@@ -173,14 +179,15 @@ class Chain:
     """What one span keeps on one branch: the links of its blocks and a history per segment, the newest entry first.
 
     `splits` are the blocks after which a segment ends, whatever follows; `leads` those whose inputs have to be copied;
-    `clones` says that blocks write into their inputs. With a `packing` results are stored as that says. `signature` is
-    what the first block was called with; graphs leave none, and know by `autocast` whether dtypes are others now.
+    `clones` says that blocks write into their inputs. `storing` says how results are stored, and whether there is room.
+    `signature` is what the first block was called with; graphs leave none, and know by `autocast` whether dtypes are
+    others now.
     """
 
-    __slots__ = ("autocast", "clones", "endings", "history", "leads", "links", "packing", "signature", "splits")
+    __slots__ = ("autocast", "clones", "endings", "history", "leads", "links", "signature", "splits", "storing")
 
-    def __init__(self, packing: Packing | None = None) -> None:
-        self.packing = packing
+    def __init__(self, storing: Storing = ANYHOW) -> None:
+        self.storing = storing
         self.links: dict[int, Link] = {}
         self.endings: dict[int, Ending] = {}
         self.history: list[list[Entry]] = []
@@ -191,11 +198,26 @@ class Chain:
         self.leads: set[int] = set()
 
     def put(self, newest: Sequence[Entry], older: Sequence[list[Entry]], depth: int) -> None:
-        """Put each segment's newest result before the older ones, and keep so many."""
-        if self.packing is not None:
+        """Put each segment's newest result before the older ones, and keep so many; none where there is no room."""
+        rest = [past[: depth - 1] for past in older]
+        self.history = rest
+        if not self.storing.admits([entry.tensors for entry in newest], depth, copied=True):
+            self.clear()
+            return
+        if self.storing.packing is not None:
             for entry in newest:
-                entry.pack(self.packing)
-        self.history = [[entry, *past][:depth] for entry, past in zip(newest, older, strict=True)]
+                entry.pack(self.storing.packing)
+        self.history = [[entry, *past] for entry, past in zip(newest, rest, strict=True)]
+
+    def push(self, segment: int, newest: Entry, older: list[Entry], depth: int) -> None:
+        """Put an answer before one segment's older results; `put` has seen to the room."""
+        if self.storing.packing is not None:
+            newest.pack(self.storing.packing)
+        self.history[segment] = [newest, *older][:depth]
+
+    def clear(self) -> None:
+        """Let go of all results; how the blocks go on stays known."""
+        self.history = [[] for _ in self.history]
 
     def holds(self, *, residual: bool) -> bool:
         """True where each segment's newest result is kept in the form that is asked for."""

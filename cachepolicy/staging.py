@@ -83,9 +83,9 @@ def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
         if chain is not None and chain.history and chain.autocast not in {None, autocast()}:
             return "the history does not fit this call"
         residual = isinstance(action, ir.Reuse | ir.Predict) and action.residual
-        return None if chain is not None and chain.holds(residual=residual) else "nothing is kept yet"
+        return None if chain is not None and chain.holds(residual=residual) else slot.storing.lacking
     if slot.output is None:
-        return "nothing is kept yet"
+        return slot.storing.lacking
     if not slot.clones and overwritten(slot):
         spoil(slot)
         return "the history was overwritten in place"
@@ -218,7 +218,7 @@ def _commit_chain(turn: Staged, slot: Slot, what: Keeping, part: Part) -> None:
     form, left = part.form, [place.value for place in part.places]
     if form is None or part.unfit or any(value is None for value in left):
         return
-    chain = slot.chain = slot.chain or Chain(slot.packing)
+    chain = slot.chain = slot.chain or Chain(slot.storing)
     fresh = [Entry(residuals, outputs, turn.step, not turn.halved) for residuals, outputs in left]
     old: list[list[Entry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
     chain.put(fresh, old, what.depth)

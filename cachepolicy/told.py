@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from cachepolicy.budget import bytes_of
 from cachepolicy.diagnostics import PolicyError
 
 MOST_SESSIONS = 64
@@ -27,6 +28,13 @@ class Told:
     max_sessions: int = MOST_SESSIONS
     history_dtype: Any = None
     history_device: Any = None
+    memory_limit: int | str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """`memory_limit` in bytes."""
+        said = self.memory_limit
+        return bytes_of(said) if isinstance(said, str) else said
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -51,7 +59,17 @@ class Told:
         most = cast("Any", self.max_sessions)
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             return f"`max_sessions` is `{most!r}`", "how many sessions hold something at a time, at least 1"
+        limit = cast("Any", self.memory_limit)
+        if limit is not None and not _is_size(limit):
+            return f"`memory_limit` is `{limit!r}`", "a number of bytes, or a size such as `512MiB` or `2GB`"
         return None
+
+
+def _is_size(limit: Any) -> bool:
+    """True for a whole number of bytes from 0, or the text of a size."""
+    if isinstance(limit, str):
+        return bytes_of(limit) is not None
+    return isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
 
 
 def supplier(name: str, value: Any) -> Callable[[], float]:

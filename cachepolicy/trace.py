@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from cachepolicy import saved
+from cachepolicy.budget import OVER
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.glance import glance
 from cachepolicy.plan import Plan
@@ -193,6 +194,9 @@ class Trace:
             if len(newest.branches) > 1:
                 lines.append(f"branch {branch or 'first'}")
             lines += _grouped(newest.rows(branch))
+        over = [site for site, _, _ in (key for key, fact in newest.facts.items() if fact == OVER)]
+        if over:
+            lines.append(f"{OVER}: {len(set(over))} sites, which computed instead ({', '.join(dict.fromkeys(over))})")
         return "\n".join(lines)
 
 

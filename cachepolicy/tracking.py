@@ -99,8 +99,7 @@ class Tracker:
         if self._spoilt or self._next != self._number or len(self._entries) != len(chain.history):
             chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
             return
-        depth = self._keeps.depth
-        chain.history = [[entry, *past][:depth] for entry, past in zip(self._entries, chain.history, strict=True)]
+        chain.put(self._entries, chain.history, self._keeps.depth)
 
 
 def _versions(values: list[Any]) -> list[int]:

@@ -27,6 +27,7 @@ from cachepolicy.actions import (
     versions,
 )
 from cachepolicy.agreement import Agreement
+from cachepolicy.budget import Share
 from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
@@ -87,10 +88,12 @@ class Branch:
     """What may still be read of the sites of a group, by its first site, when it was last looked at."""
     held: int = 0
     """Bytes."""
+    signals: Share | None = None
+    """The share of what signals remember, where there is a limit."""
 
     def forget(self) -> None:
         """Let go of all that is kept; what decisions remember stays."""
-        self.slots = [Slot(each.packing) for each in self.slots]
+        self.slots = [Slot(each.storing) for each in self.slots]
         self.remembered = Remembered()
         self.reads.clear()
         self.held = 0
@@ -646,7 +649,7 @@ class Turn:
     def _chain(self, span: int) -> Chain:
         slot = self.branch.slots[span]
         if slot.chain is None:
-            slot.chain = Chain(slot.packing)
+            slot.chain = Chain(slot.storing)
         return slot.chain
 
     def _recorder(self, span: int, position: int, names: Names) -> Recorder | Tracker:
@@ -739,9 +742,7 @@ class Turn:
             # A copy: whoever receives the answer may write into it.
             outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
             newest = Entry(residuals, outputs, self.tick.step, not self.halved)
-            if chain.packing is not None:
-                newest.pack(chain.packing)
-            chain.history[link.segment] = [newest, *history][: self.host.layout.keepings[span].depth]
+            chain.push(link.segment, newest, history, self.host.layout.keepings[span].depth)
         return answers
 
     def _own(self, entry: Entry, place: int, *, residual: bool) -> torch.Tensor | None:
@@ -753,9 +754,9 @@ class Turn:
         chain = self._chain(span)
         skips = isinstance(action, ir.Skip)
         if not chain.links:
-            return "its inputs and outputs are not known yet" if skips else "nothing is kept yet"
+            return "its inputs and outputs are not known yet" if skips else chain.storing.lacking
         if not skips and not chain.holds(residual=_of_residual(action)):
-            return "nothing is kept yet"
+            return chain.storing.lacking
         if len(chain.links) < len(self.host.layout.names[span]):
             return "a block of it did not run when it computed"
         if skips:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.liveness import Liveness
 from cachepolicy.packing import opened, packed, packing_of
-from cachepolicy.testing import strategies
+from cachepolicy.testing import checks, strategies
 from cachepolicy.testing.models import Probes, Toy, inputs, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
@@ -278,12 +279,15 @@ def test_a_history_in_another_dtype_is_nearly_the_same(text: str, dtype: Any) ->
 
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 2), ("float8_e4m3fn", 4)])
-def test_a_smaller_dtype_takes_fewer_bytes(dtype: str, share: int) -> None:
+@pytest.mark.parametrize(
+    "text", ["match attention every 4 -> reuse", "match each blocks[0:2] every 3 -> reuse residual"]
+)
+def test_a_smaller_dtype_takes_fewer_bytes(dtype: str, share: int, text: str) -> None:
     """What is alive shrinks with the dtype, but for a scale of four bytes a tensor of eight bits."""
     told = dict[str, list[int]]()
     for name in ("float32", dtype):
         model, scheduler, measured = Toy().build(), Scheduler(), list[int]()
-        with applied(model, "match attention every 4 -> reuse", scheduler, history_dtype=name) as attached:
+        with applied(model, text, scheduler, history_dtype=name) as attached:
             run_alone(model, scheduler, Toy(), lambda measured=measured: measured.append(alive()))
             told[name] = [call.held for call in attached.trace.last.calls]
         assert [each - measured[-1] for each in measured] == told[name]
@@ -370,3 +374,174 @@ def test_nonsense_is_refused_before_anything_is_attached(options: dict[str, Any]
         applied(model, "match attention -> reuse", None, **options)
     assert said in str(caught.value)
     assert cachepolicy.runtime.run_of(model) is None
+
+
+# --- the limit -------------------------------------------------------------------------------------------
+
+EVERYTHING = "match attention or feedforward every 4 -> reuse"
+SIZE = 4 * 8 * 4  # bytes of one output of the toy
+
+
+def limited(
+    limit: int | str | None, text: str = EVERYTHING, toy: Toy = Toy(blocks=3), **options: Any
+) -> tuple[list[Tensor], Any]:
+    """The predictions and the newest trajectory under a limit."""
+    model, scheduler = toy.build(), Scheduler()
+    with applied(model, text, scheduler, memory_limit=limit, **options) as attached:
+        return run(model, scheduler, toy), attached.trace.last
+
+
+@pytest.mark.parametrize("limit", [0, SIZE - 1, SIZE, 3 * SIZE + 5, 6 * SIZE, "1GiB"])
+def test_over_the_limit_sites_compute(limit: int | str) -> None:
+    """So many sites reuse as fit; the others compute and say why; the simulator agrees, and the probes too."""
+    toy, scheduler = Toy(blocks=3), Scheduler()
+    (trajectory,) = checks.engine_agrees(
+        toy.build(), cachepolicy.parse(EVERYTHING), lambda model: run(model, scheduler, toy),
+        scheduler=scheduler, memory_limit=limit,
+    )  # fmt: skip
+    fit = min(6, (2**30 if isinstance(limit, str) else limit) // SIZE)
+    assert fit == sum(row == "CRRRCRRR" for row in trajectory.rows().values())
+    assert 6 - fit == sum(row == "CCCCCCCC" for row in trajectory.rows().values())
+    assert {"over the memory limit"} >= set(trajectory.facts.values())
+    assert max(call.held for call in trajectory.calls) == fit * SIZE
+
+
+def test_what_saves_least_for_its_bytes_computes() -> None:
+    """Of equal outputs those of the heavier modules are kept, wherever they stand."""
+    toy = Toy(blocks=3, width=16)
+    rows = limited(3 * 2 * SIZE, toy=toy)[1].rows()
+    reused = {site for site, row in rows.items() if "R" in row}
+    assert {site for site in rows if site.endswith(".ff")} == reused
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    "text",
+    [
+        EVERYTHING,
+        "match attention every 4 -> predict linear(weight: 1, feedback: true)",
+        "match block every 3 -> reuse residual\nmatch attention every 2 -> reuse",
+        "match each blocks[0:2] every 4 -> predict taylor(order: 1, feedback: true) of residual",
+        FIRST_BLOCK.format("kept"),
+        FIRST_BLOCK.format("prev"),
+    ],
+)
+@pytest.mark.parametrize("limit", [100, 300, 500, 700])
+def test_the_limit_is_never_exceeded(text: str, limit: int) -> None:
+    """What is alive after a call is within the limit, whatever the actions, and what the trace tells."""
+    toy, scheduler, measured = Toy(blocks=3), Scheduler(), list[int]()
+    with applied(toy.build(), text, scheduler, memory_limit=limit) as attached:
+        run_alone(attached.target, scheduler, toy, lambda: measured.append(alive()))
+        told = [call.held for call in attached.trace.last.calls]
+    checks.trace_agrees(attached.trace.last)
+    assert all(each <= limit for each in told)
+    assert all(0 <= each - measured[-1] - held <= 4 for each, held in zip(measured, told, strict=True))
+
+
+def test_sites_inside_one_that_is_refused_may_reuse() -> None:
+    """A large span that does not fit computes, and the attention in it is reused."""
+    text = "match blocks every 4 -> predict taylor(order: 3) of residual\nmatch attention every 2 -> reuse"
+    _, trajectory = limited(3 * SIZE, text)
+    rows = trajectory.rows()
+    assert "CCCCCCCC" == rows["blocks[0:3]"]
+    assert {"CRCRCRCR"} == {row for site, row in rows.items() if site.endswith("attn")}
+
+
+def test_a_limit_that_is_not_reached_changes_nothing() -> None:
+    """Outputs and decisions are those without one."""
+    (free, one), (bound, other) = limited(None), limited("1MB")
+    assert all(map(torch.equal, free, bound))
+    assert one.rows() == other.rows()
+
+
+def test_a_limited_run_repeats() -> None:
+    """The same sites do without in every run, and the predictions are the same to the last bit."""
+    (first, one), (second, other) = limited(3 * SIZE), limited(3 * SIZE)
+    assert one.facts == other.facts
+    assert all(map(torch.equal, first, second))
+
+
+def test_sessions_share_a_limit() -> None:
+    """Two sessions in turn: together never more than the limit, each its fair share, and all of it once alone."""
+    toy, limit = Toy(blocks=3), 6 * SIZE
+    model, (x, y) = toy.build(), inputs(toy)
+    held = list[int]()
+    with torch.no_grad(), applied(model, EVERYTHING, None, steps=8, memory_limit=limit) as attached:
+        for t in TIMESTEPS:
+            for key in "ab":
+                with attached.session(key):
+                    model(x, torch.tensor(t), y)
+                held.append(attached.memory.held)
+        assert "over the memory limit" in str(attached.trace)
+        first, second = attached.trace.trajectories
+        assert 0 == attached.memory.held
+        with attached.session("c"):
+            for t in TIMESTEPS:
+                model(x, torch.tensor(t), y)
+        assert "CRRRCRRR" in set(attached.trace.rows().values())
+        assert 1 == len(set(attached.trace.rows().values()))
+    assert max(held) <= limit
+    shares = [sum(row.count("R") > 2 for row in each.rows().values()) for each in (first, second)]
+    assert [3, 3] == shares
+
+
+def test_threads_share_a_limit() -> None:
+    """Sessions at once hold no more than the limit at any time, and each prediction is that of its own facts."""
+    toy, limit = Toy(blocks=3), 8 * SIZE
+    model, (x, y) = toy.build(), inputs(toy)
+    seen, errors = list[int](), list[BaseException]()
+
+    def loop(attached: Any) -> None:
+        try:
+            with torch.no_grad():
+                for t in TIMESTEPS * 4:
+                    model(x, torch.tensor(t), y)
+                    seen.append(attached._budget.held)
+        except BaseException as error:  # noqa: BLE001 (it is looked at below)
+            errors.append(error)
+
+    with applied(model, EVERYTHING, None, steps=8, memory_limit=limit) as attached:
+        threads = [threading.Thread(target=loop, args=(attached,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        for trajectory in attached.trace.trajectories:
+            checks.trace_agrees(trajectory)
+        del threads, thread
+        assert 0 == attached._budget.held
+    assert [] == errors
+    assert 6 * 32 == len(seen)
+    assert max(seen) <= limit
+
+
+def test_a_limit_counts_what_is_stored() -> None:
+    """In half the bytes twice as many sites fit."""
+    _, whole = limited(2 * SIZE)
+    _, half = limited(4 * (SIZE // 2 + 4), history_dtype="bfloat16")
+    assert 2 == sum("R" in row for row in whole.rows().values())
+    assert 4 == sum("R" in row for row in half.rows().values())
+
+
+def test_memory_says_what_is_held() -> None:
+    """`run.memory` in numbers and in words."""
+    toy = Toy(blocks=3)
+    model, (x, y) = toy.build(), inputs(toy)
+    with torch.no_grad(), applied(model, EVERYTHING, None, memory_limit="384B") as attached:
+        model(x, torch.tensor(900.0), y)
+        model(x, torch.tensor(800.0), y)
+        assert (3 * SIZE, 3 * SIZE, 384) == (attached.memory.held, attached.memory.most, attached.memory.limit)
+        assert (
+            "384 B of 384 B held, 384 B by one session at most\nover the memory limit: blocks.1.ff and 2 more"
+            == str(attached.memory)
+        )
+        assert "over the memory limit: 3 sites, which computed instead" in str(attached.trace)
+    assert (0, ()) == (attached.memory.held, attached.memory.refused)
+
+
+@pytest.mark.parametrize("limit", ["2 gigs", "", -1, True, 1.5, "1iB"])
+def test_a_limit_that_is_no_size_is_refused(limit: Any) -> None:
+    """E309 says how a size is written."""
+    with pytest.raises(cachepolicy.PolicyError, match="E309") as caught:
+        applied(Toy().build(), EVERYTHING, None, memory_limit=limit)
+    assert "`512MiB`" in str(caught.value)

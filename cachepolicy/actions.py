@@ -243,7 +243,7 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
         # What it takes the place of makes room first.
         slot.output, slot.version, slot.versions = None, None, None
         copied = slot.clones or code == STORE_CLONE
-        if not slot.storing.admits(output, what.outputs, copied=copied):
+        if not slot.storing.admits(output, copied=copied):
             slot.clear()
             return
     if slot.packing is not None:

@@ -312,7 +312,10 @@ class Attached(Handle):
             group = program.alike.group_of[site]
             return lambda shape: operations(weight, shape) * counted.of(group, tick)
 
-        return [Storing(storing.packing, state.account, saving(site)) for site in range(len(self.plan.sites))]
+        return [
+            Storing(storing.packing, state.account, saving(site), what.depth)
+            for site, what in enumerate(state.host.layout.keepings)
+        ]
 
     @cached_property
     def weights(self) -> list[Weight]:

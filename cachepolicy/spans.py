@@ -201,7 +201,7 @@ class Chain:
         """Put each segment's newest result before the older ones, and keep so many; none where there is no room."""
         rest = [past[: depth - 1] for past in older]
         self.history = rest
-        if not self.storing.admits([entry.tensors for entry in newest], depth, copied=True):
+        if not self.storing.admits([entry.tensors for entry in newest], copied=True):
             self.clear()
             return
         if self.storing.packing is not None:

@@ -21,30 +21,31 @@ def _nothing(_shape: Sequence[int]) -> float:
 
 @dataclass(slots=True)
 class Storing:
-    """How a site's results are stored, and its share where the run has a limit."""
+    """How a site's results are stored, and its share where the run has a limit: room for `depth` of them."""
 
     packing: Packing | None = None
     account: Account | None = None
     saving: Saving = _nothing
+    depth: int = 1
     share: Share | None = None
 
     def of_its_own(self, drop: Callable[[], None]) -> Storing:
         """The same for one site on one branch; `drop` lets go of its history."""
         if self.account is None:
             return self
-        return Storing(self.packing, self.account, self.saving, Share(self.account, drop))
+        return Storing(self.packing, self.account, self.saving, self.depth, Share(self.account, drop))
 
     @property
     def lacking(self) -> str:
         """Why a site has no history."""
         return OVER if self.share is not None and self.share.refused else "nothing is kept yet"
 
-    def admits(self, newest: Any, depth: int, *, copied: bool) -> bool:
+    def admits(self, newest: Any, *, copied: bool) -> bool:
         """Whether a result may be stored, and as many like it as the history is deep."""
         if self.share is None:
             return True
         tensors = flat(newest)
-        size = self._size(tensors, copied=copied) * depth
+        size = self._size(tensors, copied=copied) * self.depth
         return self.share.admits(size, self.saving(tensors[0].shape) if tensors else 0.0)
 
     def emptied(self) -> None:

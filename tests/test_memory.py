@@ -545,3 +545,40 @@ def test_a_limit_that_is_no_size_is_refused(limit: Any) -> None:
     with pytest.raises(cachepolicy.PolicyError, match="E309") as caught:
         applied(Toy().build(), EVERYTHING, None, memory_limit=limit)
     assert "`512MiB`" in str(caught.value)
+
+
+# --- real architectures ----------------------------------------------------------------------------------
+
+REAL: dict[str, dict[str, Any]] = {
+    "pab": {"spatial_range": (-1, 1001), "cross_every": 3, "cross_range": (-1, 1001)},
+    "fbc": {"threshold": 0.9},
+    "fastercache": {"uncond_every": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("policy", REAL)
+@pytest.mark.parametrize("name", ["wan", "pixart", "flux", "unet2d_condition"])
+def test_models_hold_what_the_trace_tells(name: str, policy: str) -> None:
+    """The storage that is alive after each call, counted from outside, on models of diffusers."""
+    zoo = pytest.importorskip("cachepolicy.testing.zoo")
+    if (name, policy) in {("flux", "fastercache"), ("unet2d_condition", "fbc")}:
+        pytest.skip("its prediction's layout is not told, or it has no chain of blocks")
+    model, entry, scheduler, batch = zoo.build(name), zoo.entry(name), Scheduler(), 1 + (policy == "fastercache")
+    told = {"guidance": True} if policy == "fastercache" else {}
+    measured = list[int]()
+    with torch.no_grad():
+        # What a model keeps for itself from its first call on is none of ours.
+        model(**entry.inputs(batch=batch))
+        with cachepolicy.apply(model, policy, scheduler=scheduler, **told, **REAL[policy]) as attached:
+            for t in TIMESTEPS:
+                model(**entry.inputs(batch=batch, t=t))
+                scheduler.step()
+                measured.append(alive())
+            held = [call.held for call in attached.trace.last.calls]
+    assert 0 < max(held)
+    assert 0 == held[-1]
+    # A magnitude of a signal is one number more.
+    assert all(0 <= each - measured[-1] - own <= 8 for each, own in zip(measured, held, strict=True))

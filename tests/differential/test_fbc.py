@@ -230,7 +230,8 @@ def test_it_runs_where_diffusers_raises(name: str) -> None:
     with applied(model, ALWAYS):
         got = sample(name, model, steps)
     assert got.outputs[0].equal(expected.outputs[0])
-    for computed in got.computed[1:]:
+    # Where all conditioning is made anew at each call, the second one may be another branch, and computes.
+    for computed in got.computed[2 if name == "cosmos3" else 1 :]:
         ran = sorted(computed & chain)
         assert len(ran) == 1, ran
     assert type(model) is before

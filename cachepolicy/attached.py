@@ -292,7 +292,7 @@ class Attached(Handle):
             state.doubted[tick.branch] = branch
         state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
         state.guide = Guide()
-        reason = "nothing tells which branch this is" if reading.doubtful else "the history does not fit this call"
+        reason = "the history does not fit this call" if reading.stale else "nothing tells which branch this is"
         return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
 
     def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:

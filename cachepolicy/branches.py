@@ -1,7 +1,7 @@
 """Which branch a call is of: told by its name, else by what it is conditioned on; where nothing can tell, that is said.
 
 A history answers only calls of its own branch. So a call is of a known branch only where something says so: the very
-same tensors, else equal ones. Parts of the conditioning that change from step to step on one branch say nothing. Where
+same tensors, else equal ones. Numbers that change from step to step on one branch are times, and say nothing. Where
 several branches have the same conditioning (tiles of one picture), the nearest latents tell, if clearly one is nearest.
 """
 
@@ -21,20 +21,23 @@ import torch
 _Path = tuple[Any, ...]
 _KEPT_BYTES = 64 * 2**20  # a larger tensor is known by its identity only
 
-_OF_THE_STEP = re.compile(r"^(audio|video)_hidden_states$|residuals?$|block_samples$|^sigmas?$|timestep")
+_OF_THE_STEP = re.compile(
+    r"^(audio|video)_hidden_states$|residuals?$|block_samples$|^sigmas?$|timestep|^step(_index)?$"
+)
 """Arguments that are made anew at every step, on every branch, and so tell nothing."""
 
 
 class _Part:
     """One tensor or plain value of a conditioning."""
 
-    __slots__ = ("_kept", "_reference", "_value", "_version", "form")
+    __slots__ = ("_float", "_kept", "_reference", "_value", "_version", "form")
 
     def __init__(self, value: Any) -> None:
         self._kept: torch.Tensor | None = None
         self._reference: weakref.ref[torch.Tensor] | None = None
         self._version = 0
         self._value: Any = None
+        self._float = isinstance(value, float)
         self.form: tuple[Any, ...] | None = None
         if isinstance(value, torch.Tensor):
             self._reference = weakref.ref(value)
@@ -63,6 +66,15 @@ class _Part:
         if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype or one.device != two.device:
             return False
         return one.device.type != "meta" and torch.equal(one, two)
+
+    def counts(self) -> bool:
+        """True for a number, alone or in all places of a tensor: the like of it that changes is a time, no branch."""
+        if self._reference is None:
+            return self._float
+        kept = self._intact()
+        if kept is None or not kept.is_floating_point() or kept.device.type == "meta" or not kept.numel():
+            return False
+        return kept.numel() == 1 or bool((kept == kept.flatten()[0]).all())
 
     def _intact(self) -> torch.Tensor | None:
         kept = self._kept
@@ -153,6 +165,11 @@ class Conditioning:
         unequal = {path for path in both if not self.parts[path].equal(other.parts[path])}
         return frozenset(unequal | (self.parts.keys() ^ other.parts.keys()))
 
+    def counting(self, other: Conditioning, paths: frozenset[_Path]) -> frozenset[_Path]:
+        """Those of these parts that are numbers in both."""
+        both = paths & self.parts.keys() & other.parts.keys()
+        return frozenset(path for path in both if self.parts[path].counts() and other.parts[path].counts())
+
     def reshaped(self, other: Conditioning) -> bool:
         """True where a part has another shape, dtype or device: no history of the other's fits it, whatever it is."""
         both = self.parts.keys() & other.parts.keys()
@@ -199,13 +216,19 @@ class Latents:
 FAR = 1.0
 """Two stages of one step lie nearer to one another, two tiles or two pictures' noise farther apart."""
 _FEW = 32
+"""Of fewer numbers no distance is believed."""
 _CLEARLY = 0.5
 """How much nearer one of several tiles has to be than the next."""
+_IN_TURN = 0.95
+"""The same for the tile that would come next in any case."""
 
 
 @dataclass(slots=True)
 class Known:
-    """What is known of a branch: its last call, the parts that change, how often it was called, and when last."""
+    """What is known of a branch: its last call, the numbers that change, how often it was called, and when last.
+
+    `restless` is set where the last call continued it with a conditioning that nothing tells to be its own.
+    """
 
     name: str | None
     conditioning: Conditioning
@@ -213,10 +236,11 @@ class Known:
     changing: frozenset[_Path] = frozenset()
     count: int = 1
     number: int = 0
+    restless: bool = False
 
     @property
     def lasts(self) -> bool:
-        """False where every part changes, so that none tells anything."""
+        """False where every part is a number that changes, so that none tells anything."""
         return not self.changing or bool(self.conditioning.parts.keys() - self.changing)
 
 
@@ -283,20 +307,22 @@ class Calls:
         found = self._found(name, conditioning, latents, matching)
         branch = found.branch
         before = self.known.get(branch)
-        changing = frozenset[_Path]()
+        changing, restless = frozenset[_Path](), False
         if found.revives is not None:
             before = self.doubted.pop(found.revives)
             # The doubtful call began another branch then, so that nothing has changed on either.
             other = self.known[found.revives]
-            other.changing, other.count = frozenset(), 1
+            other.changing, other.count, other.restless = frozenset(), 1, False
         if before is not None:
             changing = before.changing if found.revives is None else frozenset()
             if found.doubtful and branch not in matching:
                 self.doubted[branch] = before
                 if not conditioning.reshaped(before.conditioning):
-                    changing |= conditioning.differing(before.conditioning)
+                    differing = conditioning.differing(before.conditioning)
+                    changing |= conditioning.counting(before.conditioning, differing)
+                    restless = bool(differing - changing)
         count = 1 if before is None else before.count + 1
-        self.known[branch] = Known(name, conditioning, latents, changing, count, self.number)
+        self.known[branch] = Known(name, conditioning, latents, changing, count, self.number, restless)
         self.present.append(branch)
         return found
 
@@ -318,17 +344,18 @@ class Calls:
     def _may_continue(self, branch: str, conditioning: Conditioning) -> bool:
         """True for a branch of the step before that may go on with this call, though its conditioning is another.
 
-        After one call any part may be changing, later on those that always were; and a batch may lose a half.
+        After one call any part may be changing, later on those that always were; and a batch may lose a half. What it
+        has kept is not used then: but for numbers, nothing tells a change from another branch.
         """
         known = self.known[branch]
         if known.name is not None or known.number != self.number - 1 or branch in self.present:
             return False
-        return known.count == 1 or not known.lasts or conditioning.reshaped(known.conditioning)
+        return known.count == 1 or known.restless or not known.lasts or conditioning.reshaped(known.conditioning)
 
     def _alone(self, branch: str, conditioning: Conditioning) -> bool:
-        """True where all of the conditioning changes, as a time by another name does, and no step has had two calls."""
+        """True where the conditioning is numbers that change, as a time by another name, and no step had two calls."""
         known = self.known[branch]
-        return len(self.known) == 1 and not known.lasts and not conditioning.reshaped(known.conditioning)
+        return len(self.known) == 1 and not known.lasts and conditioning.equal(known.conditioning, known.changing)
 
     def _sibling(
         self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
@@ -339,13 +366,16 @@ class Calls:
             return Belonging(exact[0] if exact[0] not in self.present else self._new(name))
         distances = {branch: latents.distance(self.known[branch].latents) for branch in matching}
         near = sorted((distance, branch) for branch, distance in distances.items() if distance is not None)
-        clear = len(near) == len(matching) and near[0][0] < _CLEARLY * near[1][0]
-        if clear and near[0][1] not in self.present:
-            return Belonging(near[0][1])
         waiting = [branch for branch in matching if branch not in self.present]
-        if clear or not waiting:
-            return Belonging(self._new(name))
-        return Belonging(waiting[0], doubtful=True)
+        if len(near) == len(matching):
+            (closest, branch), (second, _) = near[:2]
+            clear = closest < _CLEARLY * second
+            # Less will do where it is the turn of the nearest one, too.
+            if branch in waiting and (clear or (branch == waiting[0] and closest < min(FAR, _IN_TURN * second))):
+                return Belonging(branch)
+            if clear:
+                return Belonging(self._new(name))
+        return Belonging(waiting[0], doubtful=True) if waiting else Belonging(self._new(name))
 
     def _new(self, name: str | None) -> str:
         """A name that no branch has: the first unnamed one has none, further ones are numbered."""

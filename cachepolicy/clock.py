@@ -6,6 +6,7 @@ A step is a step of the scheduler, not a call of the model. Nothing is required 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -81,15 +82,18 @@ def inspect_root(module: torch.nn.Module) -> Root:
 
 
 def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """Bind a call's arguments to names; the latents are the first that holds a tensor."""
+    """Bind a call's arguments to names; the latents are the first that holds a tensor of more than places."""
     named: dict[str, Any] = dict(zip(root.parameters, args, strict=False))
     named.update(kwargs)
     latents = None
     for name, value in named.items():
-        if name != root.timestep and _tensors(value):
+        if name != root.timestep and not _PLACES.search(name) and _tensors(value):
             latents = name
             break
     return Arguments(named, latents, root.timestep if root.timestep in named else None)
+
+
+_PLACES = re.compile(r"(^|_)(ids|indices|indexes|masks?)$")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -241,7 +245,11 @@ def _by_scheduler(
     repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
     timesteps, sigmas = follower.numbers(scheduler)
-    if follower.begin is not None and follower.begin + follower.step >= len(timesteps):
+    raw = arguments.named.get(arguments.timestep or "")
+    if clock.generation == follower.generation and _tiled(clock, follower, calls, timesteps, raw, repeats):
+        # The loop steps the scheduler for each tile of a timestep.
+        clock.extra = clock.step - follower.step
+    elif follower.begin is not None and follower.begin + follower.step + min(clock.extra, 0) >= len(timesteps):
         follower.restart()
     starts = clock.generation != follower.generation
     if starts:
@@ -251,11 +259,11 @@ def _by_scheduler(
             follower.begin = max(0, _begin(scheduler, timesteps, root, arguments, follower.step))
         clock.begin = follower.begin
     step = follower.step + clock.extra
-    raw = arguments.named.get(arguments.timestep or "")
-    if not starts and step == clock.step and raw is not None and repeats.same() and _number(raw) != _number(calls.raw):
+    if not starts and raw is not None and step == clock.step and repeats.same() and not _equal(raw, calls.raw):
         # The loop goes on to another timestep without stepping this scheduler: count the steps ourselves.
-        clock.extra += 1
-        step += 1
+        starts = _turned(timesteps, root, raw, calls.raw)
+        step = 0 if starts else step + 1
+        clock.extra = step - follower.step
     moved = step != clock.step
     clock.step = step
     if starts or clock.numbers is not timesteps:
@@ -265,6 +273,34 @@ def _by_scheduler(
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
     return starts, moved, Tick(step, timesteps[index], len(timesteps) - clock.begin, sigma)
+
+
+def _equal(raw: Any, other: Any) -> bool:
+    """True where two timestep arguments are equal, also where each frame or sample has its own."""
+    if isinstance(raw, torch.Tensor) and isinstance(other, torch.Tensor) and max(raw.numel(), other.numel()) > 1:
+        return raw.shape == other.shape and torch.equal(raw, other)
+    return other is not None and _number(raw) == _number(other)
+
+
+def _turned(timesteps: Sequence[float], root: Root, raw: Any, other: Any) -> bool:
+    """True where the timestep runs against the scheduler's direction: a chunk is done, the next one begins."""
+    now, before = _number(raw), _number(other)
+    if root.scale is not None:
+        now, before = root.scale.to_training(now), root.scale.to_training(before)
+    return (now - before) * (timesteps[-1] - timesteps[0]) < 0
+
+
+def _tiled(
+    clock: Clock, follower: Follower, calls: Calls, timesteps: Sequence[float], raw: Any, repeats: _Repeats
+) -> bool:
+    """True where the scheduler has gone on, but the call is of the same timestep on latents of another place."""
+    step, last = follower.step + clock.extra, len(timesteps) - 1
+    if step <= clock.step or raw is None or calls.raw is None:
+        return False
+    now, before = min(clock.begin + step, last), min(clock.begin + clock.step, last)
+    if timesteps[now] == timesteps[before] and now != before:
+        return False
+    return _equal(raw, calls.raw) and not repeats.stage()
 
 
 def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Arguments, stepped: int) -> int:

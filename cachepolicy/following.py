@@ -23,6 +23,10 @@ class Follower(Handle):
         self._source: Any = None
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
 
+    def __deepcopy__(self, memo: object) -> Follower:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Itself: pipelines of tiles put copies of a scheduler's `__dict__` back into it, and it still counts there."""
+        return self
+
     def restart(self) -> None:
         """The next call is step 0 of a new trajectory."""
         self.step = 0

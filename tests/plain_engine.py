@@ -60,7 +60,7 @@ class PlainEngine:
         """One call of the model under these decisions; facts about a history say that it is gone."""
         self.step, self.branch, self.decisions = tick.step, tick.branch, decisions
         for site, fact in facts.items():
-            if "does not fit" in fact or "overwritten" in fact:
+            if any(words in fact for words in ("does not fit", "overwritten", "which branch")):
                 self.histories.pop((self.branch, site), None)
         return self.model(*args)
 

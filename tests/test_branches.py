@@ -52,7 +52,12 @@ class Telling(nn.Module):
 
 
 def prompt(branch: int) -> Tensor:
-    return torch.full((1, WIDTH), float(branch))
+    return torch.arange(WIDTH).reshape(1, WIDTH) / WIDTH + branch
+
+
+def number(value: float) -> Tensor:
+    """A time by another name."""
+    return torch.full((1, WIDTH), float(value))
 
 
 def noise(seed: int) -> Tensor:
@@ -75,7 +80,7 @@ KINDS = ("same objects", "fresh", "fresh with changing")
 def conditioning(kind: str, branch: int, prompts: Sequence[Tensor], step: int) -> dict[str, Any]:
     """The prompt as the same tensor at every step, as a new one, and with something beside it that changes."""
     given_prompt = prompts[branch] if kind == "same objects" else prompts[branch].clone()
-    rest = {"extra": torch.full((1, WIDTH), 100.0 * step + branch)} if kind == "fresh with changing" else {}
+    rest = {"extra": number(100.0 * step + branch)} if kind == "fresh with changing" else {}
     return {"y": given_prompt, **rest}
 
 
@@ -217,33 +222,57 @@ def test_a_buffer_that_is_written_anew_for_each_branch() -> None:
             own.step(noise(0), t, noise(0))
 
 
-def test_a_control_signal_that_changes_does_not_make_a_branch() -> None:
-    """What is known by its name to be made anew at each step is no conditioning; other parts cost one step."""
-    for name, expected in (("controlnet_block_samples", "CRRRRR"), ("extra", "CCRRRR")):
-        model, own, y = Telling(), scheduler(), prompt(0)
-        with torch.no_grad(), cachepolicy.apply(model, ALWAYS, scheduler=own) as run:
-            for step, t in enumerate(own.timesteps):
-                model(noise(0), t, y, **{name: prompt(step)})
-                own.step(noise(0), t, noise(0))
-            assert ("",) == run.trace.last.branches
-            assert expected == run.trace.rows()["attn"]
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("controlnet_block_samples", prompt, "CRRRRR"),  # known by its name to be made anew at each step
+        ("log_snr", number, "CCRRRR"),  # a number that changes is a time, once that is seen
+        ("guidance", float, "CCRRRR"),
+        ("extra", prompt, "CCCCCC"),  # anything else could be what tells another branch
+    ],
+)
+def test_what_changes_at_every_step(name: str, value: Any, expected: str) -> None:
+    """It makes no branch of its own; a history is used where it is known to be one branch's."""
+    model, own, y = Telling(), scheduler(), prompt(0)
+    with torch.no_grad(), cachepolicy.apply(model, ALWAYS, scheduler=own) as run:
+        for step, t in enumerate(own.timesteps):
+            model(noise(0), t, y, **{name: value(step)})
+            own.step(noise(0), t, noise(0))
+        assert ("",) == run.trace.last.branches
+        assert expected == run.trace.rows()["attn"]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.booleans(), st.booleans())
+def test_prompts_that_take_turns_never_mix(order: list[int], lasting: bool, beside: bool) -> None:
+    """One call a step, with one of several prompts and with something that is the same for all."""
+    model, own, mask = Telling(), scheduler(steps=len(order)), torch.ones(1, WIDTH)
+    prompts = [prompt(branch) for branch in range(4)]
+    with torch.no_grad(), cachepolicy.apply(model, ALWAYS, scheduler=own):
+        for t, branch in zip(own.timesteps, order, strict=True):
+            y = prompts[branch] if lasting else prompts[branch].clone()
+            got = model(noise(0), t, y, **({"mask": mask} if beside else {}))
+            assert torch.equal(prompts[branch], got)
+            own.step(noise(0), t, noise(0))
 
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("branches", [1, 2])
-def test_conditioning_that_changes_altogether(named: bool, branches: int) -> None:
-    """One call a step is one branch, as where an argument is a time by another name; of two only names tell."""
+@pytest.mark.parametrize("kind", [prompt, number])
+def test_conditioning_that_changes_altogether(named: bool, branches: int, kind: Any) -> None:
+    """Of numbers one call a step is one branch; of anything else, and of two branches, only names tell."""
     model, own = Telling(), scheduler()
     with torch.no_grad(), cachepolicy.apply(model, ALWAYS, scheduler=own) as run:
         for step, t in enumerate(own.timesteps):
             for branch in range(branches):
                 with model.cache_context("ab"[branch]) if named else contextlib.nullcontext():
-                    got = model(noise(0), t, prompt(100 * branch + step))
+                    got = model(noise(0), t, kind(100 * branch + step))
                 assert branch == got[0, 0] // 100
             own.step(noise(0), t, noise(0))
         row = "".join(call.decisions[0].letter for call in run.trace.last.calls)
-    expected = {(True, 1): "CRRRRR", (True, 2): "CCRRRRRRRRRR", (False, 1): "CCRRRR", (False, 2): "C" * 12}
-    assert expected[named, branches] == row
+    if named:
+        assert "C" * branches + "R" * 5 * branches == row
+    else:
+        assert ("CCRRRR" if (kind, branches) == (number, 1) else "C" * 6 * branches) == row
 
 
 def test_another_picture_without_a_clock_is_another_trajectory() -> None:

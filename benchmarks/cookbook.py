@@ -15,12 +15,12 @@ from typing import Any
 
 import cachepolicy
 from cachepolicy import ir
+from cachepolicy._resources import shipped_policies
 from cachepolicy.demo import Sampling, measure, save
 from cachepolicy.emoji import load_pipeline
 from cachepolicy.modules import describe
 from cachepolicy.printer import format_node
 from cachepolicy.report import draw
-from cachepolicy.resources import shipped_policies
 from cachepolicy.skeleton import Skeleton
 
 FOLDER = Path(__file__).parents[1] / "docs" / "cookbook"

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cachepolicy.configs import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-    from cachepolicy.diagnostics import PolicyError
     from cachepolicy.diffusers import (
         CacheMixin,
         apply_faster_cache,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         is_cache_enabled,
         reset_stateful_cache,
     )
+    from cachepolicy.errors import PolicyError
     from cachepolicy.explanation import explain
     from cachepolicy.files import load
     from cachepolicy.ir import Policy
@@ -73,7 +73,7 @@ _HOMES = {
     "FasterCacheConfig": "configs",
     "FirstBlockCacheConfig": "configs",
     "Policy": "ir",
-    "PolicyError": "diagnostics",
+    "PolicyError": "errors",
     "PyramidAttentionBroadcastConfig": "configs",
     "Run": "runtime",
     "apply": "runtime",

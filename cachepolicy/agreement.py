@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.processes import Peers
 from cachepolicy.shares import WIDTH, Share, dtype_of, norm_of, numbers_of
 

@@ -26,7 +26,7 @@ from cachepolicy.agreement import Agreement
 from cachepolicy.blocks import Graphs
 from cachepolicy.budget import OVER, Account, Budget, Share
 from cachepolicy.clock import CONTEXT, Arguments, Reading, Sources, arguments_of, inspect_root, read
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.evaluate import Environment
 from cachepolicy.graphs import Part
 from cachepolicy.guidance import Guide

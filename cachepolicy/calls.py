@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 Config = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError, Related, Span
+from cachepolicy.errors import Diagnostic, PolicyError, Related, Span
 from cachepolicy.evaluate import Undefined, constant, walk
 from cachepolicy.files import is_file, load, located
 from cachepolicy.loading import Resolved, resolve

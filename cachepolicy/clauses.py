@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic
+from cachepolicy.errors import Diagnostic
 from cachepolicy.evaluate import walk
 from cachepolicy.patterns import searcher
 

@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 from cachepolicy import ir, options, saved, terminal
+from cachepolicy._resources import shipped_policies
 from cachepolicy.blueprint import is_model, read_model
 from cachepolicy.check import Expectations, check_text, run_expectations
 from cachepolicy.check import check as check_policy
-from cachepolicy.diagnostics import Diagnostic, PolicyError, to_json
 from cachepolicy.difference import compare
 from cachepolicy.difference import draw as draw_difference
+from cachepolicy.errors import Diagnostic, PolicyError, to_json
 from cachepolicy.explanation import Explanation, explain_run
 from cachepolicy.explanation import explain as explain_place
 from cachepolicy.files import SHIPPED, load, read
@@ -27,7 +28,6 @@ from cachepolicy.planning import show_overview, show_plan
 from cachepolicy.printer import format as printed
 from cachepolicy.printer import format_node
 from cachepolicy.reporting import show_trace
-from cachepolicy.resources import shipped_policies
 from cachepolicy.syntax import parse, recover
 from cachepolicy.trace import Trajectory, load_trace
 from cachepolicy.vocabulary import TEXT_LIMIT

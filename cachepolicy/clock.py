@@ -16,7 +16,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.branches import FAR, Calls, Conditioning, Latents
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.following import Follower
 from cachepolicy.outlook import Ahead
 from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES, Scale

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cachepolicy import ir, places
+from cachepolicy._resources import shipped_policies
 from cachepolicy.document import Document
 from cachepolicy.places import Place
 from cachepolicy.printer import format_node
 from cachepolicy.reference import explain
-from cachepolicy.resources import shipped_policies
 from cachepolicy.scope import SORTS, Declaration
 from cachepolicy.source import Chunk
 from cachepolicy.syntax import Ahead, look_ahead

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, PlainValidator, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.files import SHIPPED, load
 from cachepolicy.patterns import searcher
 from cachepolicy.rewrite import transform

@@ -20,7 +20,7 @@ from cachepolicy.configs import (
     PyramidAttentionBroadcastConfig,
     config_of,
 )
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 if TYPE_CHECKING:
     from cachepolicy.runtime import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cachepolicy import ir
 from cachepolicy.check import check_text
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.files import is_file, load_used, path_of
 from cachepolicy.lowering import quoted
 from cachepolicy.scope import Declaration

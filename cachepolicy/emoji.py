@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDi
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from cachepolicy.resources import shipped
+from cachepolicy._resources import shipped
 
 NAMES = (
     "grin", "heart_eyes", "sunglasses", "crying", "angry", "devil", "alien", "skull", "ghost", "robot", "fox",

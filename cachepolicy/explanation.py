@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError, suggestion
+from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in, walk
 from cachepolicy.plan import BoundRule, Plan
 from cachepolicy.printer import format_node

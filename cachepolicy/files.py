@@ -13,9 +13,9 @@ from typing import TypeGuard, cast
 from pydantic import ValidationError
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError, Span, suggestion
+from cachepolicy._resources import SUFFIXES, shipped_policies
+from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.meaning import check_names
-from cachepolicy.resources import SUFFIXES, shipped_policies
 from cachepolicy.source import prepare
 from cachepolicy.syntax import parse
 from cachepolicy.vocabulary import TEXT_LIMIT

@@ -19,7 +19,7 @@ import torch
 
 from cachepolicy.actions import cloned, versions
 from cachepolicy.clock import Arguments
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
 
 

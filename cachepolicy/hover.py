@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from cachepolicy import ir
+from cachepolicy._resources import documentation
 from cachepolicy.document import Document, Stretch, opened
 from cachepolicy.printer import format_node
 from cachepolicy.reference import Entry, explain
-from cachepolicy.resources import documentation
 from cachepolicy.source import Chunk
 from cachepolicy.vocabulary import APPROXIMATIONS, CLOCK, FUNCTIONS, PHRASES, PREDICTORS, RESERVED, TYPES
 

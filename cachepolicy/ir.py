@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
-from cachepolicy.diagnostics import Span
+from cachepolicy.errors import Span
 
 EDITION = 1
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from cachepolicy import ir
 from cachepolicy.clauses import faults
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.evaluate import Value, names_in
 from cachepolicy.files import Origin, chain, load, load_used, located, origin
 from cachepolicy.meaning import check_names

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, Span
+from cachepolicy.errors import Diagnostic, Span
 from cachepolicy.source import Source
 from cachepolicy.vocabulary import NUMBER_LIMIT
 

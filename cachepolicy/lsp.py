@@ -13,14 +13,14 @@ from pygls.lsp.server import LanguageServer
 from pygls.uris import from_fs_path, to_fs_path
 
 from cachepolicy import __version__
+from cachepolicy._resources import documentation
 from cachepolicy.completion import Sort, completions
-from cachepolicy.diagnostics import Diagnostic, PolicyError, Related
 from cachepolicy.document import Document, Stretch, opened
+from cachepolicy.errors import Diagnostic, PolicyError, Related
 from cachepolicy.fixes import fixes
 from cachepolicy.hover import Place, definitions, hover
 from cachepolicy.positions import Positions
 from cachepolicy.printer import format as printed
-from cachepolicy.resources import documentation
 from cachepolicy.syntax import parse
 
 PAUSE = 0.1

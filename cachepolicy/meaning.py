@@ -8,7 +8,7 @@ from typing import assert_never
 
 from cachepolicy import ir
 from cachepolicy.advice import advise
-from cachepolicy.diagnostics import Diagnostic, PolicyError, suggestion
+from cachepolicy.errors import Diagnostic, PolicyError, suggestion
 from cachepolicy.evaluate import walk
 from cachepolicy.places import ARGUMENT, BOUND, CONSTANT, EXPECTED, LITERAL, SCHEDULE, SETTING, WHEN, WHILE, Place
 from cachepolicy.scope import Finding, Report, Scope, Sort, scope_of

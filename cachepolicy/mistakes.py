@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from cachepolicy.diagnostics import Diagnostic, nearest
+from cachepolicy.errors import Diagnostic, nearest
 from cachepolicy.source import Chunk, Source
 from cachepolicy.vocabulary import KINDS, RESERVED, STATEMENT_WORDS, TYPES
 

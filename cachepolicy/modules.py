@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.ir import Kind
 from cachepolicy.skeleton import Module, Skeleton
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.graphs import exporting
 from cachepolicy.intercept import site_override
 from cachepolicy.swap import Method, Override, is_swapped, plain

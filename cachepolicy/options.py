@@ -10,7 +10,7 @@ import click
 
 from cachepolicy import ir
 from cachepolicy.blueprint import Blueprint, read_model
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.evaluate import constant
 from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
 from cachepolicy.syntax import parse_value

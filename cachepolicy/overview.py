@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy._resources import shipped_policies
+from cachepolicy.errors import PolicyError
 from cachepolicy.evaluate import names_in
 from cachepolicy.files import SHIPPED, load
 from cachepolicy.forecast import Forecast, Work, forecast, operations
 from cachepolicy.loading import resolve
 from cachepolicy.plan import Plan, bind
 from cachepolicy.report import tally
-from cachepolicy.resources import shipped_policies
 from cachepolicy.simulation import simulate
 from cachepolicy.skeleton import Skeleton
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from cachepolicy.diagnostics import PolicyError, suggestion
+from cachepolicy.errors import PolicyError, suggestion
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from string import Template
 
 from cachepolicy import ledger, timeline
+from cachepolicy._resources import template
 from cachepolicy.cells import Reasons, grid
 from cachepolicy.charts import number
 from cachepolicy.forecast import Work, operations
@@ -16,7 +17,6 @@ from cachepolicy.markup import Markup, data, joined, tag
 from cachepolicy.plan import Plan
 from cachepolicy.printer import format_node
 from cachepolicy.report import Outcome
-from cachepolicy.resources import template
 from cachepolicy.trace import Trajectory
 
 

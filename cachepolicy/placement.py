@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from cachepolicy import neighbours
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.intercept import Site, parameters_of
 from cachepolicy.stopwatch import timed
 from cachepolicy.swap import Override, intercepts, is_swapped, restore, swap

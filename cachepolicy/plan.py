@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.evaluate import names_in, stateful_calls, walk
 from cachepolicy.files import located
 from cachepolicy.loading import Resolved

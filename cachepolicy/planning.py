@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cachepolicy import forecast, overview, report, terminal
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.forecast import Work
 from cachepolicy.options import Trajectory
 from cachepolicy.plan import Plan

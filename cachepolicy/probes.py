@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.evaluate import children
 from cachepolicy.printer import format_node
 from cachepolicy.sites import Modules, select, why_nothing

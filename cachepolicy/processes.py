@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 Ranks = tuple[int, ...]
 

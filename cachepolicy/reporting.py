@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cachepolicy import events, report, terminal
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.page import page
 from cachepolicy.trace import Trace
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cachepolicy import ir, terminal
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.quality import Quality, compare
 from cachepolicy.runtime import Run, apply
 from cachepolicy.sampling import Sample, checked, sample, save

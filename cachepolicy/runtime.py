@@ -18,7 +18,7 @@ from cachepolicy.attached import DISABLED, Attached, Surroundings
 from cachepolicy.budget import OVER, Budget
 from cachepolicy.clock import CONTEXT, Context, Sources
 from cachepolicy.configs import config_of
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.following import Follower, Weakly, follow, unfollow
 from cachepolicy.forecast import Work
 from cachepolicy.glance import glance

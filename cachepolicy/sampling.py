@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.diagnostics import PolicyError, suggestion
+from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.modules import denoisers
 
 TENSOR_FILES = (".safetensors", ".pt", ".pth")

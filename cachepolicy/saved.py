@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.files import origin
 from cachepolicy.loading import Resolved, resolve
 from cachepolicy.plan import Plan, bind

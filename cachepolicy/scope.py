@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, nearest
+from cachepolicy.errors import Diagnostic, nearest
 from cachepolicy.evaluate import names_in
 from cachepolicy.vocabulary import APPLY_KEYWORDS, CLOCK, FUNCTIONS
 

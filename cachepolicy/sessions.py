@@ -21,7 +21,7 @@ from cachepolicy.agreement import Agreement
 from cachepolicy.branches import Calls
 from cachepolicy.budget import Account, Share
 from cachepolicy.clock import Clock
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.guidance import Guide
 from cachepolicy.liveness import Liveness
 from cachepolicy.schedule import Decision

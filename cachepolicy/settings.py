@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import assert_never, cast
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError, Span, suggestion
+from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.evaluate import Undefined, Value, constant
 
 LIST_LIMIT = 100_000

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cachepolicy import ir, terminal
 from cachepolicy.demo import Demo, Row, Sampling, Spread, measure, save
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 
 def show_demo(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError, suggestion
+from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.evaluate import names_in, substitute, walk
 from cachepolicy.glance import glance
 from cachepolicy.loading import load, resolve

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import assert_never
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import Diagnostic, PolicyError, nearest
+from cachepolicy.errors import Diagnostic, PolicyError, nearest
 from cachepolicy.patterns import searcher
 from cachepolicy.skeleton import Skeleton, ancestors
 

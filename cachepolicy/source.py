@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
-from cachepolicy.diagnostics import Diagnostic, Span
+from cachepolicy.errors import Diagnostic, Span
 from cachepolicy.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
 
 

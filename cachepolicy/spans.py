@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.packing import Packed, Packing, packed
 from cachepolicy.storing import ANYHOW, Storing
 

@@ -11,10 +11,10 @@ from typing import Any
 import lark
 
 from cachepolicy import ir, mistakes
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy._resources import shipped
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.lowering import Lowering, depth
 from cachepolicy.meaning import check_names, judge
-from cachepolicy.resources import shipped
 from cachepolicy.source import Chunk, Source, prepare
 from cachepolicy.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
 

@@ -12,7 +12,7 @@ from typing import IO, Any, NoReturn, ParamSpec
 
 import click
 
-from cachepolicy.diagnostics import Diagnostic, PolicyError, render, to_json
+from cachepolicy.errors import Diagnostic, PolicyError, render, to_json
 
 FINE, FINDINGS, UNUSABLE = 0, 1, 2
 """Exit codes: nothing wrong; the policy is wrong or an expectation fails; the command or a file cannot be used."""

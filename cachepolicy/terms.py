@@ -10,7 +10,7 @@ from typing import Any
 
 from cachepolicy import ir
 from cachepolicy.clock import Sources
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.layout import Layout, lay_out
 from cachepolicy.loading import resolve
 from cachepolicy.plan import Plan, bind

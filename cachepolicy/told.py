@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from cachepolicy.budget import bytes_of
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 MOST_SESSIONS = 64
 """Sessions with state at a time; beyond, the least recently used one is dropped."""

@@ -12,7 +12,7 @@ from typing import cast
 
 from cachepolicy import saved
 from cachepolicy.budget import OVER
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.glance import glance
 from cachepolicy.plan import Plan
 from cachepolicy.saved import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm

@@ -28,8 +28,8 @@ from cachepolicy.actions import (
 )
 from cachepolicy.agreement import Agreement
 from cachepolicy.budget import Share
-from cachepolicy.diagnostics import PolicyError
 from cachepolicy.entrance import entered
+from cachepolicy.errors import PolicyError
 from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.graphs import Part
 from cachepolicy.histories import trim

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import nearest
+from cachepolicy.errors import nearest
 from cachepolicy.places import LET, SIGNAL, Place
 from cachepolicy.scope import Report, Scope, Sort
 from cachepolicy.vocabulary import (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachepolicy import vocabulary
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.syntax import parse
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from fuzz.policies import sound, told
 
 SUFFIX = "json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cachepolicy
 from cachepolicy.check import check
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 STEPS = 3
 

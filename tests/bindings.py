@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cachepolicy import ir
 from cachepolicy.check import check, run_expectations
-from cachepolicy.diagnostics import Diagnostic, PolicyError
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.loading import load, resolve
 from cachepolicy.plan import bind
 from cachepolicy.skeleton import builtin

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 
 PATIENCE = 5.0
 

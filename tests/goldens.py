@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import CODES, Diagnostic, render
+from cachepolicy.errors import CODES, Diagnostic, render
 from cachepolicy.syntax import check_names, recover
 from tests import bindings, examples
 

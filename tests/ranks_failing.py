@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.testing.models import Toy, ToyDiT, failing, sample
 from tests.ranks_toy import POLICIES, TIMESTEPS, given, run
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import cachepolicy
 from cachepolicy import processes
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.shares import norm_alone, norm_of, numbers_of, share
 from cachepolicy.testing.models import Attention, Toy, ToyDiT, sample
 from tests.ranks import gathered

@@ -17,7 +17,7 @@ from hypothesis import strategies as st  # noqa: E402
 import cachepolicy  # noqa: E402
 from cachepolicy import attached, processes  # noqa: E402
 from cachepolicy.agreement import LENGTH, MOST_NORMS, Agreement  # noqa: E402
-from cachepolicy.diagnostics import PolicyError  # noqa: E402
+from cachepolicy.errors import PolicyError  # noqa: E402
 from cachepolicy.shares import share  # noqa: E402
 from cachepolicy.testing.models import Toy, failing, inputs, sample  # noqa: E402
 from tests.exchange import Exchange, Thread, together  # noqa: E402

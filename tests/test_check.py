@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy import ir
+from cachepolicy._resources import shipped_policies
 from cachepolicy.check import check, check_text, run_expectations
-from cachepolicy.diagnostics import Diagnostic
+from cachepolicy.errors import Diagnostic
 from cachepolicy.files import load
-from cachepolicy.resources import shipped_policies
 from cachepolicy.simulation import evenly, simulate
 from cachepolicy.skeleton import sites_skeleton
 from cachepolicy.syntax import parse

@@ -222,7 +222,7 @@ def test_plan_of_branches_and_signals(run):
 def test_plan_of_a_config_builds_no_weights(run):
     """A diffusers folder, its config file and a pipeline's folder give the model's own sites."""
     pytest.importorskip("diffusers")
-    folder = Path(str(cachepolicy.resources.shipped("data"))) / "emoji-dit"
+    folder = Path(str(cachepolicy._resources.shipped("data"))) / "emoji-dit"
     for path in (folder, folder / "config.json"):
         result = run("plan", "pab", "--model", path, "--json")
         plan = json.loads(result.stdout)
@@ -365,7 +365,7 @@ def test_expectations_on_a_model(run, tmp_path):
 def test_the_shipped_policies_are_listed(run):
     """Every shipped policy has a line, also where a file of its name stands in the folder."""
     names = [line.split()[0] for line in run("list").stdout.splitlines()]
-    assert list(cachepolicy.resources.shipped_policies()) == names
+    assert list(cachepolicy._resources.shipped_policies()) == names
     listed = json.loads(run("list", "--json").stdout)
     assert {"name", "title", "source"} == set(listed[0])
     assert 0 == run("list", pab=GOOD).exit_code

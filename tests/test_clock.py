@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.branches import Conditioning
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.following import Follower
 from cachepolicy.scales import SCALES, TIMESTEP_NAMES
 from cachepolicy.syntax import parse

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("diffusers")
 
 from benchmarks import cookbook
+from cachepolicy._resources import shipped_policies
 from cachepolicy.emoji import load_pipeline
 from cachepolicy.modules import describe
-from cachepolicy.resources import shipped_policies
 
 
 @pytest.fixture(scope="module")

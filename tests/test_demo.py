@@ -188,7 +188,7 @@ def test_half_a_guidance_batch_is_half_the_flops():
     assert 10 < demo.policy.psnr < math.inf
 
 
-@pytest.mark.parametrize("name", list(cachepolicy.resources.shipped_policies()))
+@pytest.mark.parametrize("name", list(cachepolicy._resources.shipped_policies()))
 def test_every_shipped_policy_runs_on_the_demo(name):
     """Whatever ships can be tried, with its default settings."""
     with warnings.catch_warnings():

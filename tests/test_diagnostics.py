@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cachepolicy.diagnostics import CODES, Diagnostic, PolicyError, Span, nearest, render, suggestion, to_json
+from cachepolicy.errors import CODES, Diagnostic, PolicyError, Span, nearest, render, suggestion, to_json
 from cachepolicy.syntax import recover
 from tests import goldens
 

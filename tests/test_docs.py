@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from cachepolicy import ir, loading, reference, vocabulary
 from cachepolicy.check import check_text, run_expectations
 from cachepolicy.cli import main
-from cachepolicy.diagnostics import render
+from cachepolicy.errors import render
 from cachepolicy.report import draw
 from cachepolicy.simulation import simulate
 from cachepolicy.syntax import parse

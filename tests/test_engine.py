@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.syntax import parse
 from cachepolicy.testing import checks, strategies
 from cachepolicy.testing.models import Probes, Returns, Shared, Toy, ToyDiT, failing, inputs, sample

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.explanation import Explanation, explain, explain_decision, explain_run
 from cachepolicy.simulation import simulate
 from cachepolicy.syntax import parse

@@ -17,7 +17,7 @@ import torch
 from tiny_pipelines import Tiny, flux, normal, sd3, unet_sd, wan22
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.following import Weakly
 from cachepolicy.syntax import parse
 

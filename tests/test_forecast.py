@@ -17,7 +17,7 @@ from cachepolicy import overview
 from cachepolicy.blueprint import Blueprint, is_model, read_model
 from cachepolicy.calls import FORMS, Picture, arguments_of
 from cachepolicy.cli import main
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.flops import count, counting
 from cachepolicy.forecast import Work, forecast, operations
 from cachepolicy.holdings import holdings

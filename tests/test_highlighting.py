@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pygments.token import Error, Keyword, Name, Number, Operator, Punctuation, String, Whitespace
 
 from cachepolicy import syntax
+from cachepolicy._resources import shipped, shipped_policies
 from cachepolicy.printer import format
 from cachepolicy.pygments_lexer import TOKENS, CachePolicyLexer
-from cachepolicy.resources import shipped, shipped_policies
 from cachepolicy.source import prepare
 from cachepolicy.vocabulary import PHRASES, RESERVED, TYPES
 from editors import textmate

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.actions import Slot
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.sessions import Owner, Session, State
 from cachepolicy.syntax import parse
 from cachepolicy.testing.models import Toy, inputs, sample

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.evaluate import walk
 from cachepolicy.loading import load, resolve
 from cachepolicy.printer import format as printed

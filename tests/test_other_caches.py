@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.syntax import parse
 from cachepolicy.testing import zoo
 from tests import tiny_pipelines

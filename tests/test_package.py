@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import cachepolicy
-from cachepolicy.resources import shipped, shipped_policies
+from cachepolicy._resources import shipped, shipped_policies
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = [
@@ -140,7 +140,7 @@ print("torch" in sys.modules)
 WHOLE = """
 import cachepolicy
 from cachepolicy.check import run_expectations
-from cachepolicy.resources import documentation, shipped, shipped_policies, template
+from cachepolicy._resources import documentation, shipped, shipped_policies, template
 assert cachepolicy.__version__
 assert all(template(f"report.{suffix}") for suffix in ("html", "css", "js"))
 assert shipped("data").joinpath("emoji-dit", "config.json").is_file()

@@ -16,7 +16,7 @@ import torch
 from tiny_pipelines import PIPELINES, STEPS, Tiny, flux, ltx, normal, sd3, unet_sd, wan, wan22
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.modules import describe
 from cachepolicy.syntax import parse
 from cachepolicy.testing import checks, zoo

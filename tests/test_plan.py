@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.loading import load, resolve
 from cachepolicy.plan import Plan, bind, label
 from cachepolicy.simulation import simulate

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.intercept import site_override
 from cachepolicy.stopwatch import timed
 from cachepolicy.syntax import parse

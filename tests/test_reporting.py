@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import cachepolicy
 from cachepolicy.cli import main
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.flops import Flops, count, counting
 from cachepolicy.syntax import parse
 from cachepolicy.testing.models import Toy, ToyDiT

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy._resources import shipped_policies
+from cachepolicy.errors import PolicyError
 from cachepolicy.loading import load, resolve
 from cachepolicy.plan import bind
-from cachepolicy.resources import shipped_policies
 from cachepolicy.saved import Document, form_of, plan_of, schema
 from cachepolicy.schedule import prepare
 from cachepolicy.simulation import Schedule, simulate

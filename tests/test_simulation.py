@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import Tick
 from cachepolicy.simulation import Schedule, evenly, replay, simulate

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cachepolicy import ir
-from cachepolicy.diagnostics import CODES, Diagnostic, PolicyError, render, to_json
+from cachepolicy._resources import shipped
+from cachepolicy.errors import CODES, Diagnostic, PolicyError, render, to_json
 from cachepolicy.evaluate import children
 from cachepolicy.printer import format
-from cachepolicy.resources import shipped
 from cachepolicy.syntax import check_names, parse, parse_selector, parse_value, recover
 from cachepolicy.vocabulary import RESERVED, TEXT_LIMIT
 from tests import examples, goldens, ir_strategies

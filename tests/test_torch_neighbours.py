@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cachepolicy
-from cachepolicy.diagnostics import PolicyError
+from cachepolicy.errors import PolicyError
 from cachepolicy.syntax import parse
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes, Toy, inputs, sample

@@ -16,7 +16,7 @@ import pytest
 
 from cachepolicy import ir
 from cachepolicy.check import Outcome, check, run_expectations
-from cachepolicy.diagnostics import PolicyError, render
+from cachepolicy.errors import PolicyError, render
 from cachepolicy.files import load
 from cachepolicy.printer import format_node
 

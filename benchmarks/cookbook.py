@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import cachepolicy
-from cachepolicy import ir
 from cachepolicy._resources import shipped_policies
 from cachepolicy.demo import Sampling, measure, save
 from cachepolicy.emoji import load_pipeline
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format_node
 from cachepolicy.modules import describe
-from cachepolicy.printer import format_node
 from cachepolicy.report import draw
 from cachepolicy.skeleton import Skeleton
 

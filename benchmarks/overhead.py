@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from benchmarks._measure import Spread, one_thread, over, rounds, table
-from cachepolicy.loading import load, resolve
+from cachepolicy.language.linker import load, resolve
 from cachepolicy.modules import describe
 from cachepolicy.plan import bind
 

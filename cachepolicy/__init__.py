@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     )
     from cachepolicy.errors import PolicyError
     from cachepolicy.explanation import explain
-    from cachepolicy.files import load
-    from cachepolicy.ir import Policy
-    from cachepolicy.printer import format
+    from cachepolicy.language.formatter import format
+    from cachepolicy.language.ir import Policy
+    from cachepolicy.language.loader import load
+    from cachepolicy.language.parser import parse
     from cachepolicy.runtime import Run, apply, remove
     from cachepolicy.simulation import plan, simulate
-    from cachepolicy.syntax import parse
     from cachepolicy.trace import load_trace
 
     __version__: str
@@ -72,7 +72,7 @@ _HOMES = {
     "CacheMixin": "diffusers",
     "FasterCacheConfig": "configs",
     "FirstBlockCacheConfig": "configs",
-    "Policy": "ir",
+    "Policy": "language.ir",
     "PolicyError": "errors",
     "PyramidAttentionBroadcastConfig": "configs",
     "Run": "runtime",
@@ -84,11 +84,11 @@ _HOMES = {
     "disable_cache": "diffusers",
     "enable_cache": "diffusers",
     "explain": "explanation",
-    "format": "printer",
+    "format": "language.formatter",
     "is_cache_enabled": "diffusers",
-    "load": "files",
+    "load": "language.loader",
     "load_trace": "trace",
-    "parse": "syntax",
+    "parse": "language.parser",
     "plan": "simulation",
     "remove": "runtime",
     "reset_stateful_cache": "diffusers",

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cachepolicy import ir
 from cachepolicy.keeping import Keeping, reach
+from cachepolicy.language import ir
 from cachepolicy.packing import compact, map_leaves, opened, packed, whole
 from cachepolicy.spans import Chain
 from cachepolicy.storing import ANYHOW, Storing

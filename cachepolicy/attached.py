@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy import ir, neighbours
+from cachepolicy import neighbours
 from cachepolicy.actions import (
     ANSWER,
     COMPUTE,
@@ -27,11 +27,12 @@ from cachepolicy.blocks import Graphs
 from cachepolicy.budget import OVER, Account, Budget, Share
 from cachepolicy.clock import CONTEXT, Arguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.errors import PolicyError
-from cachepolicy.evaluate import Environment
 from cachepolicy.graphs import Part
 from cachepolicy.guidance import Guide
 from cachepolicy.histories import held, storage_bytes
 from cachepolicy.intercept import Frame, Site, parameters_of
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment
 from cachepolicy.layout import Layout
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import Ahead

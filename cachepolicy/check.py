@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, PolicyError, Related, Span
-from cachepolicy.evaluate import Undefined, constant, walk
-from cachepolicy.files import is_file, load, located
-from cachepolicy.loading import Resolved, resolve
-from cachepolicy.meaning import check_names
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Undefined, constant, walk
+from cachepolicy.language.linker import Resolved, resolve
+from cachepolicy.language.loader import is_file, load, located
+from cachepolicy.language.parser import recover
+from cachepolicy.language.semantics import check_names
+from cachepolicy.language.source import prepare
 from cachepolicy.plan import BoundRule, Plan, bind, label
 from cachepolicy.shadows import interval, shadowed
 from cachepolicy.simulation import Schedule, simulate
 from cachepolicy.sites import Modules, select, why_nothing
 from cachepolicy.skeleton import Skeleton, ancestors, builtin
-from cachepolicy.source import prepare
-from cachepolicy.syntax import recover
 
 
 def check(policy: str | os.PathLike[str] | ir.Policy) -> tuple[Diagnostic, ...]:

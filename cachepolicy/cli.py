@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cachepolicy import ir, options, saved, terminal
+from cachepolicy import options, saved, terminal
 from cachepolicy._resources import shipped_policies
 from cachepolicy.blueprint import is_model, read_model
 from cachepolicy.check import Expectations, check_text, run_expectations
@@ -21,16 +21,17 @@ from cachepolicy.difference import draw as draw_difference
 from cachepolicy.errors import Diagnostic, PolicyError, to_json
 from cachepolicy.explanation import Explanation, explain_run
 from cachepolicy.explanation import explain as explain_place
-from cachepolicy.files import SHIPPED, load, read
-from cachepolicy.loading import resolve
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format as printed
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.linker import resolve
+from cachepolicy.language.loader import SHIPPED, load, read
+from cachepolicy.language.parser import parse, recover
+from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.plan import Plan, bind
 from cachepolicy.planning import show_overview, show_plan
-from cachepolicy.printer import format as printed
-from cachepolicy.printer import format_node
 from cachepolicy.reporting import show_trace
-from cachepolicy.syntax import parse, recover
 from cachepolicy.trace import Trajectory, load_trace
-from cachepolicy.vocabulary import TEXT_LIMIT
 
 STDIN = "-"
 

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cachepolicy import ir, places
 from cachepolicy._resources import shipped_policies
 from cachepolicy.document import Document
-from cachepolicy.places import Place
-from cachepolicy.printer import format_node
-from cachepolicy.reference import explain
-from cachepolicy.scope import SORTS, Declaration
-from cachepolicy.source import Chunk
-from cachepolicy.syntax import Ahead, look_ahead
-from cachepolicy.vocabulary import (
+from cachepolicy.language import ir, places
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.parser import Ahead, look_ahead
+from cachepolicy.language.places import Place
+from cachepolicy.language.reference import explain
+from cachepolicy.language.scope import SORTS, Declaration
+from cachepolicy.language.source import Chunk
+from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     APPROXIMATIONS,
     CLOCK,

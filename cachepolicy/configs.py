@@ -16,12 +16,12 @@ from typing import Annotated, Any, Protocol, cast, runtime_checkable
 from pydantic import ConfigDict, PlainValidator, ValidationInfo
 from pydantic.dataclasses import dataclass
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError
-from cachepolicy.files import SHIPPED, load
-from cachepolicy.patterns import searcher
-from cachepolicy.rewrite import transform
-from cachepolicy.settings import typed
+from cachepolicy.language import ir
+from cachepolicy.language.loader import SHIPPED, load
+from cachepolicy.language.params import typed
+from cachepolicy.language.patterns import searcher
+from cachepolicy.language.traversal import transform
 
 TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 """How a prediction may be laid out: diffusers' three, and token sequences."""

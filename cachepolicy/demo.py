@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from cachepolicy import ir
 from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
 from cachepolicy.flops import Flops, counting
+from cachepolicy.language import ir
 from cachepolicy.quality import psnr
 from cachepolicy.runtime import apply
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cachepolicy import ir
 from cachepolicy.check import check_text
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.files import is_file, load_used, path_of
-from cachepolicy.lowering import quoted
-from cachepolicy.scope import Declaration
-from cachepolicy.source import Chunk, Source, prepare
-from cachepolicy.syntax import recover
+from cachepolicy.language import ir
+from cachepolicy.language.loader import is_file, load_used, path_of
+from cachepolicy.language.lowering import quoted
+from cachepolicy.language.parser import recover
+from cachepolicy.language.scope import Declaration
+from cachepolicy.language.source import Chunk, Source, prepare
 
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
 _STRING = r"""(?:"(?:[^"\n]|"")*"|'(?:[^'\n]|'')*')"""

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError, suggestion
-from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.language.formatter import format_node
 from cachepolicy.plan import BoundRule, Plan
-from cachepolicy.printer import format_node
 from cachepolicy.schedule import (
     Decision,
     Inputs,

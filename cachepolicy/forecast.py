@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachepolicy import ir
+from cachepolicy.language import ir
 from cachepolicy.plan import Plan
 from cachepolicy.schedule import UNCOND_BRANCHES, Decision, Tick
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cachepolicy import ir
 from cachepolicy.forecast import Work
 from cachepolicy.keeping import feedback
+from cachepolicy.language import ir
 from cachepolicy.layout import Layout, lay_out
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import Ahead

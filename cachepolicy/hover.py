@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
-from cachepolicy import ir
 from cachepolicy._resources import documentation
 from cachepolicy.document import Document, Stretch, opened
-from cachepolicy.printer import format_node
-from cachepolicy.reference import Entry, explain
-from cachepolicy.source import Chunk
-from cachepolicy.vocabulary import APPROXIMATIONS, CLOCK, FUNCTIONS, PHRASES, PREDICTORS, RESERVED, TYPES
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.reference import Entry, explain
+from cachepolicy.language.source import Chunk
+from cachepolicy.language.vocabulary import APPROXIMATIONS, CLOCK, FUNCTIONS, PHRASES, PREDICTORS, RESERVED, TYPES
 
 
 @dataclass(frozen=True, slots=True)

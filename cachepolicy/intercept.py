@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 import torch._dynamo
 
-from cachepolicy import ir
 from cachepolicy.actions import (
     ANSWER,
     COMPUTE,
@@ -27,6 +26,7 @@ from cachepolicy.actions import (
 )
 from cachepolicy.graphs import UNCOMPILED, Stage, exporting, traced, tracing, waits
 from cachepolicy.keeping import Keeping
+from cachepolicy.language import ir
 from cachepolicy.swap import ATTRIBUTE, Handle, Method
 
 

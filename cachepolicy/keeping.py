@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachepolicy import ir
+from cachepolicy.language import ir
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cachepolicy import ir
 from cachepolicy.keeping import Keeping, keeping
+from cachepolicy.language import ir
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import Ahead
 from cachepolicy.plan import Plan

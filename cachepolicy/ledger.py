@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cachepolicy import ir
 from cachepolicy.gains import Gains, percent
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format, format_node
+from cachepolicy.language.parser import parse
 from cachepolicy.markup import Markup, tag
 from cachepolicy.plan import Plan
-from cachepolicy.printer import format, format_node
 from cachepolicy.saved import settings_of
-from cachepolicy.syntax import parse
 
 
 def policy(plan: Plan, gained: Gains) -> Markup:

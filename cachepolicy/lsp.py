@@ -19,9 +19,9 @@ from cachepolicy.document import Document, Stretch, opened
 from cachepolicy.errors import Diagnostic, PolicyError, Related
 from cachepolicy.fixes import fixes
 from cachepolicy.hover import Place, definitions, hover
+from cachepolicy.language.formatter import format as printed
+from cachepolicy.language.parser import parse
 from cachepolicy.positions import Positions
-from cachepolicy.printer import format as printed
-from cachepolicy.syntax import parse
 
 PAUSE = 0.1
 """Seconds without a change, after which a text is checked."""

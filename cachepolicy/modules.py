@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from cachepolicy.errors import PolicyError
-from cachepolicy.ir import Kind
+from cachepolicy.language.ir import Kind
 from cachepolicy.skeleton import Module, Skeleton
 
 DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet", "dit", "prior", "decoder")

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from cachepolicy import ir
 from cachepolicy.blueprint import Blueprint, read_model
 from cachepolicy.errors import PolicyError
-from cachepolicy.evaluate import constant
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import constant
+from cachepolicy.language.parser import parse_value
 from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
-from cachepolicy.syntax import parse_value
 
 Decorated = Callable[..., Any]
 

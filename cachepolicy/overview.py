@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cachepolicy import ir
 from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
-from cachepolicy.evaluate import names_in
-from cachepolicy.files import SHIPPED, load
 from cachepolicy.forecast import Forecast, Work, forecast, operations
-from cachepolicy.loading import resolve
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import names_in
+from cachepolicy.language.linker import resolve
+from cachepolicy.language.loader import SHIPPED, load
 from cachepolicy.plan import Plan, bind
 from cachepolicy.report import tally
 from cachepolicy.simulation import simulate

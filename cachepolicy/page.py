@@ -13,9 +13,9 @@ from cachepolicy.cells import Reasons, grid
 from cachepolicy.charts import number
 from cachepolicy.forecast import Work, operations
 from cachepolicy.gains import Gains, gains, percent, size
+from cachepolicy.language.formatter import format_node
 from cachepolicy.markup import Markup, data, joined, tag
 from cachepolicy.plan import Plan
-from cachepolicy.printer import format_node
 from cachepolicy.report import Outcome
 from cachepolicy.trace import Trajectory
 

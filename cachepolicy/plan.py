@@ -6,17 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.evaluate import names_in, stateful_calls, walk
-from cachepolicy.files import located
-from cachepolicy.loading import Resolved
-from cachepolicy.printer import format_node
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import names_in, stateful_calls, walk
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.linker import Resolved
+from cachepolicy.language.loader import located
+from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.probes import Measured, measured, unmeasurable
 from cachepolicy.shadows import shadowed
 from cachepolicy.sites import Modules, select, why_nothing
 from cachepolicy.skeleton import Skeleton, ancestors
-from cachepolicy.vocabulary import ACCUMULATORS, MEMORIES
 
 CLOCK = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"})
 """The clock words that a run may not be able to tell."""

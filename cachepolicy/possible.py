@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cachepolicy import ir
-from cachepolicy.evaluate import Environment, Undefined, evaluate, walk
-from cachepolicy.vocabulary import ACCUMULATORS, MEMORIES, NORMS
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, walk
+from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES, NORMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.evaluate import children
-from cachepolicy.printer import format_node
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import children
+from cachepolicy.language.formatter import format_node
 from cachepolicy.sites import Modules, select, why_nothing
 from cachepolicy.skeleton import Skeleton, ancestors
 

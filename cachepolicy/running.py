@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cachepolicy import ir, terminal
+from cachepolicy import terminal
 from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
 from cachepolicy.quality import Quality, compare
 from cachepolicy.runtime import Run, apply
 from cachepolicy.sampling import Sample, checked, sample, save

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 
-from cachepolicy import ir, neighbours
+from cachepolicy import neighbours
 from cachepolicy.attached import DISABLED, Attached, Surroundings
 from cachepolicy.budget import OVER, Budget
 from cachepolicy.clock import CONTEXT, Context, Sources
@@ -23,7 +23,8 @@ from cachepolicy.following import Follower, Weakly, follow, unfollow
 from cachepolicy.forecast import Work
 from cachepolicy.glance import glance
 from cachepolicy.intercept import Site, root_override
-from cachepolicy.loading import load, resolve
+from cachepolicy.language import ir
+from cachepolicy.language.linker import load, resolve
 from cachepolicy.memory import Memory
 from cachepolicy.modules import denoisers, describe, is_pipeline
 from cachepolicy.packing import packing_of

@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError
-from cachepolicy.files import origin
-from cachepolicy.loading import Resolved, resolve
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format, format_node
+from cachepolicy.language.linker import Resolved, resolve
+from cachepolicy.language.loader import origin
+from cachepolicy.language.params import typed
+from cachepolicy.language.parser import parse, parse_value
+from cachepolicy.language.vocabulary import NUMBER_LIMIT
 from cachepolicy.plan import Plan, bind
-from cachepolicy.printer import format, format_node
-from cachepolicy.settings import typed
 from cachepolicy.skeleton import Skeleton, fault
-from cachepolicy.syntax import parse, parse_value
-from cachepolicy.vocabulary import NUMBER_LIMIT
 
 VERSION = 1
 FILE_LIMIT = 256 * 2**20

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, assert_never
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError
-from cachepolicy.evaluate import (
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import (
     Environment,
     Undefined,
     evaluate,
     names_in,
 )
+from cachepolicy.language.vocabulary import KEPT_LIMIT
 from cachepolicy.plan import BoundRule, Plan
-from cachepolicy.vocabulary import KEPT_LIMIT
 
 COND_BRANCHES = frozenset({"cond", "pred_cond"})
 UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})

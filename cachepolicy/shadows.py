@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cachepolicy import ir
+from cachepolicy.language import ir
 
 if TYPE_CHECKING:
     from cachepolicy.plan import BoundRule

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cachepolicy import ir, terminal
+from cachepolicy import terminal
 from cachepolicy.demo import Demo, Row, Sampling, Spread, measure, save
 from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
 
 
 def show_demo(

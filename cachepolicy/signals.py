@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from cachepolicy import ir
 from cachepolicy.agreement import Agreement
-from cachepolicy.evaluate import Environment, Undefined, children, evaluate, substitute, walk
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, children, evaluate, substitute, walk
+from cachepolicy.language.vocabulary import MEMORIES, NORMS
 from cachepolicy.packing import whole
 from cachepolicy.plan import Plan
 from cachepolicy.shares import Share, Sum, in_pieces, norm_alone, share, summed
-from cachepolicy.vocabulary import MEMORIES, NORMS
 
 
 class Stream:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError, suggestion
-from cachepolicy.evaluate import names_in, substitute, walk
 from cachepolicy.glance import glance
-from cachepolicy.loading import load, resolve
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import names_in, substitute, walk
+from cachepolicy.language.linker import load, resolve
 from cachepolicy.plan import BoundRule, Plan, bind
 from cachepolicy.schedule import (
     COND_BRANCHES,

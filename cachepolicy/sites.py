@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import assert_never
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, PolicyError, nearest
-from cachepolicy.patterns import searcher
+from cachepolicy.language import ir
+from cachepolicy.language.patterns import searcher
 from cachepolicy.skeleton import Skeleton, ancestors
 
 Modules = tuple[str, ...]

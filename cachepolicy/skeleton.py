@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
 from cachepolicy.errors import PolicyError
-from cachepolicy.ir import Kind
+from cachepolicy.language.ir import Kind
 
 FILE_LIMIT = 64 * 2**20
 """Bytes of a skeleton file; the largest of diffusers' models takes about 1 MiB."""

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 
-from cachepolicy import ir
 from cachepolicy.actions import (
     ANSWER,
     COMPUTE,
@@ -25,6 +24,7 @@ from cachepolicy.actions import (
 )
 from cachepolicy.graphs import Answer, Part, Place
 from cachepolicy.keeping import Keeping, feedback, reach
+from cachepolicy.language import ir
 from cachepolicy.schedule import WAITING, Decision
 from cachepolicy.spans import Chain, Entry, Form
 

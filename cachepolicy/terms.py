@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cachepolicy import ir
 from cachepolicy.clock import Sources
 from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
+from cachepolicy.language.linker import resolve
 from cachepolicy.layout import Layout, lay_out
-from cachepolicy.loading import resolve
 from cachepolicy.plan import Plan, bind
 from cachepolicy.told import Told, supplier
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cachepolicy import ir
-from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.plan import BoundRule, Plan
-from cachepolicy.printer import format_node
 from cachepolicy.schedule import Decision, Tick, accumulate, environment_of
-from cachepolicy.vocabulary import ACCUMULATORS, MEMORIES
 
 
 @dataclass(frozen=True, slots=True)

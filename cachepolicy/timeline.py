@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from cachepolicy.charts import Mark, bars, curve, number, table
 from cachepolicy.gains import percent, size
+from cachepolicy.language.formatter import format_node
 from cachepolicy.markup import Markup, tag
-from cachepolicy.printer import format_node
 from cachepolicy.report import Outcome
 from cachepolicy.schedule import Decision
 from cachepolicy.thresholds import Curve, Point, curves, series

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from cachepolicy import ir
 from cachepolicy.actions import (
     ANSWER,
     COMPUTE,
@@ -30,11 +29,12 @@ from cachepolicy.agreement import Agreement
 from cachepolicy.budget import Share
 from cachepolicy.entrance import entered
 from cachepolicy.errors import PolicyError
-from cachepolicy.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.graphs import Part
 from cachepolicy.histories import trim
 from cachepolicy.intercept import Leave, Site
 from cachepolicy.keeping import Keeping, feedback, reach
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.layout import Layout
 from cachepolicy.liveness import Liveness
 from cachepolicy.neighbours import left

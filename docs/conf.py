@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import cachepolicy
-from cachepolicy.pygments_lexer import CachePolicyLexer
+from cachepolicy.language.pygments_lexer import CachePolicyLexer
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cachepolicy.highlighting import NEXT_STATEMENT, STATES, Colouring, Role, State
+from cachepolicy.language.highlighting import NEXT_STATEMENT, STATES, Colouring, Role, State
 
 GRAMMAR = Path(__file__).parent / "vscode" / "syntaxes" / "cachepolicy.tmLanguage.json"
 SCOPE = "source.cachepolicy"

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cachepolicy import vocabulary
 from cachepolicy.errors import PolicyError
-from cachepolicy.syntax import parse
+from cachepolicy.language import vocabulary
+from cachepolicy.language.parser import parse
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 8192

@@ -7,8 +7,8 @@ from pathlib import Path
 import cachepolicy
 from cachepolicy.check import check_text
 from cachepolicy.errors import PolicyError, render, to_json
-from cachepolicy.printer import format_node
-from cachepolicy.syntax import parse_selector, parse_value, recover
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.parser import parse_selector, parse_value, recover
 from fuzz.policies import sound, told
 
 SUFFIX = "cp"

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachepolicy import ir
 from cachepolicy.check import check, run_expectations
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.loading import load, resolve
+from cachepolicy.language import ir
+from cachepolicy.language.linker import load, resolve
 from cachepolicy.plan import bind
 from cachepolicy.skeleton import builtin
 

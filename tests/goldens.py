@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachepolicy import ir
 from cachepolicy.errors import CODES, Diagnostic, render
-from cachepolicy.syntax import check_names, recover
+from cachepolicy.language import ir
+from cachepolicy.language.parser import check_names, recover
 from tests import bindings, examples
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,9 +6,9 @@ import string
 
 from hypothesis import strategies as st
 
-from cachepolicy import ir
-from cachepolicy.source import is_writable
-from cachepolicy.vocabulary import CLOCK, FUNCTIONS, KINDS, PROBES, RESERVED, TYPES
+from cachepolicy.language import ir
+from cachepolicy.language.source import is_writable
+from cachepolicy.language.vocabulary import CLOCK, FUNCTIONS, KINDS, PROBES, RESERVED, TYPES
 
 names = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=6).filter(
     lambda name: not name[0].isdigit() and name not in RESERVED

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachepolicy import ir
 from cachepolicy.actions import predict
-from cachepolicy.evaluate import evaluate
 from cachepolicy.keeping import feedback
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import evaluate
 from cachepolicy.plan import Plan, Site
 from cachepolicy.schedule import Decision
 from cachepolicy.testing.models import ToyDiT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import cachepolicy
-from cachepolicy.loading import resolve
+from cachepolicy.language.linker import resolve
 from cachepolicy.plan import bind
 from cachepolicy.schedule import prepare
 from cachepolicy.simulation import Schedule, simulate

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import cachepolicy
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
 from cachepolicy.trace import Call
 from tests.plain_engine import PlainEngine

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepolicy import ir
 from cachepolicy._resources import shipped_policies
 from cachepolicy.check import check, check_text, run_expectations
 from cachepolicy.errors import Diagnostic
-from cachepolicy.files import load
+from cachepolicy.language import ir
+from cachepolicy.language.loader import load
+from cachepolicy.language.parser import parse
 from cachepolicy.simulation import evenly, simulate
 from cachepolicy.skeleton import sites_skeleton
-from cachepolicy.syntax import parse
 
 RULE = "match attention every 2 -> reuse\n"
 

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 import cachepolicy
-from cachepolicy import ir, skeleton, terminal
+from cachepolicy import skeleton, terminal
 from cachepolicy.cli import main
-from cachepolicy.syntax import parse
+from cachepolicy.language import ir
+from cachepolicy.language.parser import parse
 
 GOOD = 'match "attn1$" every 2 -> reuse\n\nexpect "attn1$" over 4 steps: C R C R\n'
 UGLY = 'match   "attn1$"   every 2->reuse # why\n'

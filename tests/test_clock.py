@@ -17,8 +17,8 @@ import cachepolicy
 from cachepolicy.branches import Conditioning
 from cachepolicy.errors import PolicyError
 from cachepolicy.following import Follower
+from cachepolicy.language.parser import parse
 from cachepolicy.scales import SCALES, TIMESTEP_NAMES
-from cachepolicy.syntax import parse
 from cachepolicy.testing import strategies
 from cachepolicy.testing.models import Toy
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy import blocks
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Block, Returns, Shared, Toy, inputs, sample
 from cachepolicy.testing.tiny import redraw
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import cachepolicy
 from cachepolicy.cli import main
 from cachepolicy.difference import PARTLY, Difference, compare, draw
+from cachepolicy.language.parser import parse
 from cachepolicy.plan import Plan
-from cachepolicy.syntax import parse
 from cachepolicy.testing.strategies import policies
 
 ATTENTION = "transformer_blocks.0.attn1"

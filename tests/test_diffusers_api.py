@@ -24,7 +24,7 @@ from torch import nn
 import cachepolicy
 import cachepolicy.diffusers as ours
 from cachepolicy import PolicyError
-from cachepolicy.loading import resolve
+from cachepolicy.language.linker import resolve
 from cachepolicy.testing import zoo
 
 pytestmark = [

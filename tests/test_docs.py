@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cachepolicy import ir, loading, reference, vocabulary
 from cachepolicy.check import check_text, run_expectations
 from cachepolicy.cli import main
 from cachepolicy.errors import render
+from cachepolicy.language import ir, linker, reference, vocabulary
+from cachepolicy.language.parser import parse
 from cachepolicy.report import draw
 from cachepolicy.simulation import simulate
-from cachepolicy.syntax import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -205,7 +205,7 @@ def test_the_reference_states_the_limits() -> None:
     """The limits of the reference are those that are counted."""
     table = language().partition("## Limits")[2]
     stated = [int(number.replace(",", "")) for number in re.findall(r"^\|.+\| ([0-9,]+) \|$", table, re.MULTILINE)]
-    from cachepolicy.settings import LIST_LIMIT
+    from cachepolicy.language.params import LIST_LIMIT
 
     assert [
         vocabulary.TEXT_LIMIT,
@@ -217,9 +217,9 @@ def test_the_reference_states_the_limits() -> None:
         vocabulary.STEPS_LIMIT,
         vocabulary.ORDER_LIMIT,
         LIST_LIMIT,
-        loading.DEPTH_LIMIT,
-        loading.USE_LIMIT,
-        loading.RULE_LIMIT,
+        linker.DEPTH_LIMIT,
+        linker.USE_LIMIT,
+        linker.RULE_LIMIT,
     ] == stated
 
 
@@ -228,6 +228,6 @@ def test_the_example_policies_are_what_the_reference_shows() -> None:
     shown = next(each.text for each in POLICIES if "policy fora" in each.text)
     rules = [
         [each for each in policy.statements if isinstance(each, ir.Rule)]
-        for policy in (parse(shown), loading.load("fora"))
+        for policy in (parse(shown), linker.load("fora"))
     ]
     assert rules[0] == rules[1]

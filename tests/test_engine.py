@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing import checks, strategies
 from cachepolicy.testing.models import Probes, Returns, Shared, Toy, ToyDiT, failing, inputs, sample
 

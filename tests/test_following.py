@@ -19,7 +19,7 @@ from tiny_pipelines import Tiny, flux, normal, sd3, unet_sd, wan22
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.following import Weakly
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

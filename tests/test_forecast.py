@@ -21,8 +21,8 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.flops import count, counting
 from cachepolicy.forecast import Work, forecast, operations
 from cachepolicy.holdings import holdings
+from cachepolicy.language.parser import parse
 from cachepolicy.modules import describe
-from cachepolicy.syntax import parse
 from cachepolicy.testing import zoo
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.actions import Slot
 from cachepolicy.errors import PolicyError
+from cachepolicy.language.parser import parse
 from cachepolicy.sessions import Owner, Session, State
-from cachepolicy.syntax import parse
 from cachepolicy.testing.models import Toy, inputs, sample
 from cachepolicy.turn import Branch
 

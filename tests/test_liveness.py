@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy import ir
 from cachepolicy.keeping import depth, feedback
+from cachepolicy.language import ir
 from cachepolicy.liveness import Liveness
 from cachepolicy.outlook import NOTHING, Ahead, Reads
 from cachepolicy.plan import Plan

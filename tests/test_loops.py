@@ -16,7 +16,7 @@ from tiny_pipelines import STEPS, Tiny, flux, flux_true_cfg, normal, unet_sd, va
 import cachepolicy
 from cachepolicy import clock
 from cachepolicy.clock import Context
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes
 from cachepolicy.testing.tiny import redraw

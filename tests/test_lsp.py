@@ -22,8 +22,8 @@ from pygls.uris import from_fs_path
 
 from cachepolicy import terminal
 from cachepolicy.cli import main
-from cachepolicy.printer import format
-from cachepolicy.vocabulary import KINDS, STATEMENT_WORDS
+from cachepolicy.language.formatter import format
+from cachepolicy.language.vocabulary import KINDS, STATEMENT_WORDS
 from tests.test_docs import ROOT
 
 COMMAND = [sys.executable, "-m", "cachepolicy", "lsp", "--stdio"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Probes, Toy, inputs, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")

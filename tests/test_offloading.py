@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Toy, inputs, sample
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing import zoo
 from tests import tiny_pipelines
 

@@ -17,8 +17,8 @@ from tiny_pipelines import PIPELINES, STEPS, Tiny, flux, ltx, normal, sd3, unet_
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
+from cachepolicy.language.parser import parse
 from cachepolicy.modules import describe
-from cachepolicy.syntax import parse
 from cachepolicy.testing import checks, zoo
 from cachepolicy.testing.models import Probes
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError
-from cachepolicy.loading import load, resolve
+from cachepolicy.language import ir
+from cachepolicy.language.linker import load, resolve
+from cachepolicy.language.parser import parse, parse_selector
 from cachepolicy.plan import Plan, bind, label
 from cachepolicy.simulation import simulate
 from cachepolicy.sites import outermost, select
 from cachepolicy.skeleton import Module, Skeleton, ancestors, builtin, sites_skeleton
-from cachepolicy.syntax import parse, parse_selector
 
 BUILTIN = builtin()
 BLOCKS = tuple(block for name in BUILTIN.block_lists for block in BUILTIN.elements[name])

@@ -8,8 +8,8 @@ import torch
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.intercept import site_override
+from cachepolicy.language.parser import parse
 from cachepolicy.stopwatch import timed
-from cachepolicy.syntax import parse
 from cachepolicy.testing.models import Toy, ToyDiT
 from cachepolicy.trace import from_json
 

@@ -13,7 +13,7 @@ import cachepolicy
 from cachepolicy.cli import main
 from cachepolicy.errors import PolicyError
 from cachepolicy.flops import Flops, count, counting
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
 from tests import reports
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import cachepolicy
 from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
-from cachepolicy.loading import load, resolve
+from cachepolicy.language.linker import load, resolve
 from cachepolicy.plan import bind
 from cachepolicy.saved import Document, form_of, plan_of, schema
 from cachepolicy.schedule import prepare

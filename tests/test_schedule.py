@@ -9,12 +9,12 @@ import reference_schedule
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cachepolicy import ir
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format
+from cachepolicy.language.parser import parse
 from cachepolicy.plan import Plan
-from cachepolicy.printer import format
 from cachepolicy.schedule import FRESH, Decision, Inputs, Tick, decide, decide_all, prepare
 from cachepolicy.simulation import Schedule, plan, simulate
-from cachepolicy.syntax import parse
 from cachepolicy.testing import checks, strategies
 
 SELECTORS = (*strategies.SELECTORS, "blocks", "blocks[1:3]", "blocks[1:]")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT, inputs, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")

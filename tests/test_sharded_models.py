@@ -15,7 +15,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cachepolicy
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, inputs, sample
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")

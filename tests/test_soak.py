@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import cachepolicy
-from cachepolicy import ir
+from cachepolicy.language import ir
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes, Toy, ToyDiT
 from cachepolicy.trace import Call

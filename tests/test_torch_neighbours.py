@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
-from cachepolicy.syntax import parse
+from cachepolicy.language.parser import parse
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes, Toy, inputs, sample
 

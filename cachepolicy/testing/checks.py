@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cachepolicy import ir
-from cachepolicy.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.plan import Plan, Site
 from cachepolicy.schedule import Decision, Inputs, Tick, clock_words
 from cachepolicy.simulation import replay

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from cachepolicy import ir
 from cachepolicy.check import Outcome, check, run_expectations
 from cachepolicy.errors import PolicyError, render
-from cachepolicy.files import load
-from cachepolicy.printer import format_node
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.loader import load
 
 SUFFIXES = frozenset({".cp", ".cachepolicy"})
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from cachepolicy import ir
-from cachepolicy.syntax import parse
+from cachepolicy.language import ir
+from cachepolicy.language.parser import parse
 
 Text = st.SearchStrategy[str]
 

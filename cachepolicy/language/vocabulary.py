@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cachepolicy.ir import ParamType
+from cachepolicy.language.ir import ParamType
 
 # --- limits ----------------------------------------------------------------------------------------------
 

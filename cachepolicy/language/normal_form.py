@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from cachepolicy import ir
-from cachepolicy.evaluate import names_in
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import names_in
 
 Tables = Mapping[str, Sequence[int | float]]
 

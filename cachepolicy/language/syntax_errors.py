@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from cachepolicy.errors import Diagnostic, nearest
-from cachepolicy.source import Chunk, Source
-from cachepolicy.vocabulary import KINDS, RESERVED, STATEMENT_WORDS, TYPES
+from cachepolicy.language.source import Chunk, Source
+from cachepolicy.language.vocabulary import KINDS, RESERVED, STATEMENT_WORDS, TYPES
 
 USAGE = {
     "cachepolicy": "`cachepolicy 1`",

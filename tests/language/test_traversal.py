@@ -7,9 +7,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepolicy import ir
-from cachepolicy.evaluate import Environment, Undefined, evaluate, substitute, walk
-from cachepolicy.rewrite import folded, measure, transform
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, substitute, walk
+from cachepolicy.language.traversal import folded, measure, transform
 
 numbers = st.integers(-5, 5).map(lambda value: ir.Number(value=value)) | st.sampled_from([0.5, 2.0, float("inf")]).map(
     lambda value: ir.Number(value=value)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, nearest
-from cachepolicy.evaluate import names_in
-from cachepolicy.vocabulary import APPLY_KEYWORDS, CLOCK, FUNCTIONS
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import names_in
+from cachepolicy.language.vocabulary import APPLY_KEYWORDS, CLOCK, FUNCTIONS
 
 Declaration = ir.Param | ir.Let | ir.Table | ir.Signal | ir.External
 Sort = Literal["clock word", "parameter", "let", "table", "signal", "external", "function", "unknown"]

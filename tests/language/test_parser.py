@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachepolicy import ir
 from cachepolicy._resources import shipped
 from cachepolicy.errors import CODES, Diagnostic, PolicyError, render, to_json
-from cachepolicy.evaluate import children
-from cachepolicy.printer import format
-from cachepolicy.syntax import check_names, parse, parse_selector, parse_value, recover
-from cachepolicy.vocabulary import RESERVED, TEXT_LIMIT
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import children
+from cachepolicy.language.formatter import format
+from cachepolicy.language.parser import check_names, parse, parse_selector, parse_value, recover
+from cachepolicy.language.vocabulary import RESERVED, TEXT_LIMIT
 from tests import examples, goldens, ir_strategies
 
 fuzz = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])

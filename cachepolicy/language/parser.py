@@ -10,13 +10,13 @@ from typing import Any
 
 import lark
 
-from cachepolicy import ir, mistakes
 from cachepolicy._resources import shipped
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.lowering import Lowering, depth
-from cachepolicy.meaning import check_names, judge
-from cachepolicy.source import Chunk, Source, prepare
-from cachepolicy.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
+from cachepolicy.language import ir, syntax_errors
+from cachepolicy.language.lowering import Lowering, depth
+from cachepolicy.language.semantics import check_names, judge
+from cachepolicy.language.source import Chunk, Source, prepare
+from cachepolicy.language.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
 
 __all__ = ["Ahead", "check_names", "look_ahead", "parse", "parse_selector", "parse_value", "recover"]
 
@@ -124,7 +124,7 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
     return _parser().parse(lark.TextSlice(source.clean, start, end), start=rule)
 
 
-def _stop(source: Source, start: int, end: int, rule: str) -> mistakes.Stop:
+def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop:
     """Where and why the parser gives this stretch up."""
     parser = _parser().parse_interactive(lark.TextSlice(source.clean, start, end), start=rule)
     offset: Any = end
@@ -133,7 +133,7 @@ def _stop(source: Source, start: int, end: int, rule: str) -> mistakes.Stop:
     except lark.exceptions.UnexpectedInput as error:
         offset = error.pos_in_stream
     # Behind a whole statement the parser has no choice left, not even the end.
-    return mistakes.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
+    return syntax_errors.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
 
 
 def _parse_part(text: str, start: str, lower: Any) -> Any:
@@ -144,7 +144,7 @@ def _parse_part(text: str, start: str, lower: Any) -> Any:
         try:
             tree = _parse(prepared, 0, chunk.end, start)
         except lark.exceptions.UnexpectedInput:
-            findings = [mistakes.explain(prepared, chunk, _stop(prepared, 0, chunk.end, start))]
+            findings = [syntax_errors.explain(prepared, chunk, _stop(prepared, 0, chunk.end, start))]
         else:
             lowering = Lowering(prepared)
             if depth(tree) > DEPTH_LIMIT:
@@ -230,13 +230,13 @@ class _Reading:
             if within:
                 self._give_up(chunk, None, within[0])
             elif chunk.word not in STATEMENT_WORDS:
-                self._give_up(chunk, mistakes.unknown_statement(self.source, chunk))
+                self._give_up(chunk, syntax_errors.unknown_statement(self.source, chunk))
             else:
                 try:
                     yield chunk, _parse(self.source, chunk.start, chunk.end, "line")
                 except lark.exceptions.UnexpectedInput:
                     stop = _stop(self.source, chunk.start, chunk.end, "line")
-                    self._give_up(chunk, mistakes.explain(self.source, chunk, stop), stop.offset)
+                    self._give_up(chunk, syntax_errors.explain(self.source, chunk, stop), stop.offset)
 
     def _take(self, chunk: Chunk, tree: Any) -> None:
         if depth(tree) > DEPTH_LIMIT + 8:

@@ -13,12 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pygments.token import Error, Keyword, Name, Number, Operator, Punctuation, String, Whitespace
 
-from cachepolicy import syntax
 from cachepolicy._resources import shipped, shipped_policies
-from cachepolicy.printer import format
-from cachepolicy.pygments_lexer import TOKENS, CachePolicyLexer
-from cachepolicy.source import prepare
-from cachepolicy.vocabulary import PHRASES, RESERVED, TYPES
+from cachepolicy.language import parser
+from cachepolicy.language.formatter import format
+from cachepolicy.language.pygments_lexer import TOKENS, CachePolicyLexer
+from cachepolicy.language.source import prepare
+from cachepolicy.language.vocabulary import PHRASES, RESERVED, TYPES
 from editors import textmate
 from tests import examples, ir_strategies
 from tests.test_docs import ROOT, fences
@@ -74,7 +74,7 @@ def lexed(text: str) -> list[tuple[int, Any, str]]:
 def parsed(text: str) -> list[Any]:
     """The tokens that the parser reads in a sound text."""
     clean = prepare(text, "<text>")[0].clean
-    return syntax._parser().parse_interactive(clean, start="start").exhaust_lexer()
+    return parser._parser().parse_interactive(clean, start="start").exhaust_lexer()
 
 
 def assert_seen_alike(text: str) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import islice
 
 from cachepolicy.errors import Diagnostic, Span
-from cachepolicy.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
+from cachepolicy.language.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
 
 
 @dataclass(slots=True)

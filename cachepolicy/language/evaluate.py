@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, assert_never
 
-from cachepolicy import ir
-from cachepolicy.vocabulary import ACCUMULATORS, MEMORIES
+from cachepolicy.language import ir
+from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 
 Value = int | float | bool | str | tuple["Value", ...] | ir.Interval | None
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import assert_never, cast
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
-from cachepolicy.evaluate import Undefined, Value, constant
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Undefined, Value, constant
 
 LIST_LIMIT = 100_000
 """Items of a list parameter: more than any run has steps or any model modules."""

@@ -6,17 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from cachepolicy import ir
-from cachepolicy.advice import advise
 from cachepolicy.errors import Diagnostic, PolicyError, suggestion
-from cachepolicy.evaluate import walk
-from cachepolicy.places import ARGUMENT, BOUND, CONSTANT, EXPECTED, LITERAL, SCHEDULE, SETTING, WHEN, WHILE, Place
-from cachepolicy.scope import Finding, Report, Scope, Sort, scope_of
-from cachepolicy.selecting import judge_selector, takes_model
-from cachepolicy.settings import typed
-from cachepolicy.typecheck import Checker
-from cachepolicy.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label
-from cachepolicy.wellformed import judge_shapes, within_bounds
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import walk
+from cachepolicy.language.lints import advise
+from cachepolicy.language.params import typed
+from cachepolicy.language.places import (
+    ARGUMENT,
+    BOUND,
+    CONSTANT,
+    EXPECTED,
+    LITERAL,
+    SCHEDULE,
+    SETTING,
+    WHEN,
+    WHILE,
+    Place,
+)
+from cachepolicy.language.scope import Finding, Report, Scope, Sort, scope_of
+from cachepolicy.language.selector_checks import judge_selector, takes_model
+from cachepolicy.language.typecheck import Checker
+from cachepolicy.language.validate import judge_shapes, within_bounds
+from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label
 
 
 def check_names(policy: ir.Policy) -> tuple[Diagnostic, ...]:

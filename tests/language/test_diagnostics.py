@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cachepolicy.errors import CODES, Diagnostic, PolicyError, Span, nearest, render, suggestion, to_json
-from cachepolicy.syntax import recover
+from cachepolicy.language.parser import recover
 from tests import goldens
 
 # What reading a text can find; loading, binding and running have their own tests.

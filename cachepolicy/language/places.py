@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cachepolicy.scope import Sort
+from cachepolicy.language.scope import Sort
 
 
 @dataclass(frozen=True, slots=True)

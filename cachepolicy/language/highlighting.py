@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cachepolicy.vocabulary import (
+from cachepolicy.language.vocabulary import (
     ACTION_WORDS,
     CLAUSE_WORDS,
     CLOCK,

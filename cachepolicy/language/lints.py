@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cachepolicy import ir
-from cachepolicy.evaluate import children, names_in, walk
-from cachepolicy.scope import Report, Scope, propagated
-from cachepolicy.vocabulary import ACCUMULATORS, NORMS
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import children, names_in, walk
+from cachepolicy.language.scope import Report, Scope, propagated
+from cachepolicy.language.vocabulary import ACCUMULATORS, NORMS
 
 
 def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from cachepolicy import ir
 from cachepolicy.errors import nearest
-from cachepolicy.places import LET, SIGNAL, Place
-from cachepolicy.scope import Report, Scope, Sort
-from cachepolicy.vocabulary import (
+from cachepolicy.language import ir
+from cachepolicy.language.places import LET, SIGNAL, Place
+from cachepolicy.language.scope import Report, Scope, Sort
+from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
     FUNCTIONS,

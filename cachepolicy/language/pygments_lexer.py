@@ -21,7 +21,7 @@ from pygments.token import (
 
 # Pygments is typed in part.
 # pyright: reportUnknownVariableType=false
-from cachepolicy.highlighting import NEXT_STATEMENT, STATES, Colouring, Role
+from cachepolicy.language.highlighting import NEXT_STATEMENT, STATES, Colouring, Role
 
 TOKENS: Mapping[Role, Any] = {
     "space": Whitespace,

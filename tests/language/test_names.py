@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cachepolicy.syntax import recover
+from cachepolicy.language.parser import recover
 
 DECLARED = """\
 param n: int = 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from cachepolicy import ir
-from cachepolicy.evaluate import Undefined, children, constant
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Undefined, children, constant
 
 Rewrite = Callable[[ir.Node], ir.Node]
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic, Span
-from cachepolicy.source import Source
-from cachepolicy.vocabulary import NUMBER_LIMIT
+from cachepolicy.language import ir
+from cachepolicy.language.source import Source
+from cachepolicy.language.vocabulary import NUMBER_LIMIT
 
 _GROUPS = frozenset({"group", "selector_group"})
 

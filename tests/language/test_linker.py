@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cachepolicy import ir
 from cachepolicy.errors import PolicyError
-from cachepolicy.evaluate import walk
-from cachepolicy.loading import load, resolve
-from cachepolicy.printer import format as printed
-from cachepolicy.printer import format_node
-from cachepolicy.settings import python, typed
-from cachepolicy.syntax import parse, parse_value
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import walk
+from cachepolicy.language.formatter import format as printed
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.linker import load, resolve
+from cachepolicy.language.params import python, typed
+from cachepolicy.language.parser import parse, parse_value
 
 FORA = """
 param interval: int = 3 in [1, 50]

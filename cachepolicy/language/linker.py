@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from cachepolicy import ir
-from cachepolicy.clauses import faults
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.evaluate import Value, names_in
-from cachepolicy.files import Origin, chain, load, load_used, located, origin
-from cachepolicy.meaning import check_names
-from cachepolicy.normal import digest
-from cachepolicy.rewrite import folded, measure, transform
-from cachepolicy.settings import python, settled
+from cachepolicy.language import ir
+from cachepolicy.language.clauses import faults
+from cachepolicy.language.evaluate import Value, names_in
+from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
+from cachepolicy.language.normal_form import digest
+from cachepolicy.language.params import python, settled
+from cachepolicy.language.semantics import check_names
+from cachepolicy.language.traversal import folded, measure, transform
 
 __all__ = ["Resolved", "Source", "load", "resolve"]
 

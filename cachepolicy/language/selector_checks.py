@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import assert_never
 
-from cachepolicy import ir
-from cachepolicy.patterns import searcher
-from cachepolicy.places import POSITION
-from cachepolicy.scope import Report
-from cachepolicy.typecheck import Checker
-from cachepolicy.vocabulary import KINDS, REGEX_LIMIT
+from cachepolicy.language import ir
+from cachepolicy.language.patterns import searcher
+from cachepolicy.language.places import POSITION
+from cachepolicy.language.scope import Report
+from cachepolicy.language.typecheck import Checker
+from cachepolicy.language.vocabulary import KINDS, REGEX_LIMIT
 
 
 def judge_selector(selector: ir.Selector, checker: Checker) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import assert_never
 
-from cachepolicy import ir
-from cachepolicy.vocabulary import RESERVED
+from cachepolicy.language import ir
+from cachepolicy.language.vocabulary import RESERVED
 
 WIDTH = 100
 """Columns of a line, where its parts can be broken at all."""
@@ -26,7 +26,7 @@ def format(policy: ir.Policy | str) -> str:
         PolicyError: a text does not parse.
     """
     if isinstance(policy, str):
-        from cachepolicy.syntax import parse
+        from cachepolicy.language.parser import parse
 
         policy = parse(policy)
     lines = list(_lines(policy))

@@ -12,13 +12,13 @@ from typing import TypeGuard, cast
 
 from pydantic import ValidationError
 
-from cachepolicy import ir
 from cachepolicy._resources import SUFFIXES, shipped_policies
 from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
-from cachepolicy.meaning import check_names
-from cachepolicy.source import prepare
-from cachepolicy.syntax import parse
-from cachepolicy.vocabulary import TEXT_LIMIT
+from cachepolicy.language import ir
+from cachepolicy.language.parser import parse
+from cachepolicy.language.semantics import check_names
+from cachepolicy.language.source import prepare
+from cachepolicy.language.vocabulary import TEXT_LIMIT
 
 SHIPPED = "<shipped>/"
 """What the names of shipped files begin with in `Policy.source_name`, so that no path is taken for one."""

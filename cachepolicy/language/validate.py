@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Iterator
 
-from cachepolicy import ir
-from cachepolicy.evaluate import children
-from cachepolicy.scope import Report
-from cachepolicy.source import is_writable
-from cachepolicy.vocabulary import DEPTH_LIMIT, NUMBER_LIMIT, RESERVED, TEXT_LIMIT, TOKEN_LIMIT
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import children
+from cachepolicy.language.scope import Report
+from cachepolicy.language.source import is_writable
+from cachepolicy.language.vocabulary import DEPTH_LIMIT, NUMBER_LIMIT, RESERVED, TEXT_LIMIT, TOKEN_LIMIT
 
 Fault = tuple[str, str]
 """A code and a message."""

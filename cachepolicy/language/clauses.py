@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cachepolicy import ir
 from cachepolicy.errors import Diagnostic
-from cachepolicy.evaluate import walk
-from cachepolicy.patterns import searcher
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import walk
+from cachepolicy.language.patterns import searcher
 
 
 def faults(rule: ir.Rule) -> Iterator[Diagnostic]:

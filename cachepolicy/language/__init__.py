@@ -1,0 +1,1 @@
+"""The policy language: text to `Policy` and back. Nothing here needs a model or torch."""

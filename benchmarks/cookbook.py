@@ -20,8 +20,8 @@ from cachepolicy.emoji import load_pipeline
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.modules import describe
+from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.report import draw
-from cachepolicy.skeleton import Skeleton
 
 FOLDER = Path(__file__).parents[1] / "docs" / "cookbook"
 MEASURED = FOLDER / "measured.json"

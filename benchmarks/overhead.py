@@ -24,7 +24,7 @@ import cachepolicy
 from benchmarks._measure import Spread, one_thread, over, rounds, table
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.modules import describe
-from cachepolicy.plan import bind
+from cachepolicy.planning.plan import bind
 
 ALWAYS, NEVER = 1_000_000, 1
 """`every` so many steps: all calls after the first hit, or all miss (and keep what they computed)."""

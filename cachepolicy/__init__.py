@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,9 +32,9 @@ if TYPE_CHECKING:
     from cachepolicy.language.ir import Policy
     from cachepolicy.language.loader import load
     from cachepolicy.language.parser import parse
+    from cachepolicy.planning.simulation import plan, simulate
     from cachepolicy.runtime import Run, apply, remove
-    from cachepolicy.simulation import plan, simulate
-    from cachepolicy.trace import load_trace
+    from cachepolicy.tracing.trace import load_trace
 
     __version__: str
 
@@ -87,12 +85,12 @@ _HOMES = {
     "format": "language.formatter",
     "is_cache_enabled": "diffusers",
     "load": "language.loader",
-    "load_trace": "trace",
+    "load_trace": "tracing.trace",
     "parse": "language.parser",
-    "plan": "simulation",
+    "plan": "planning.simulation",
     "remove": "runtime",
     "reset_stateful_cache": "diffusers",
-    "simulate": "simulation",
+    "simulate": "planning.simulation",
 }
 
 logging.getLogger("cachepolicy").addHandler(logging.NullHandler())
@@ -125,18 +123,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `cachepolicy.plan` the verb: importing the module of that name would else put itself in its place."""
-
-    @property
-    def plan(self) -> Any:
-        return importlib.import_module("cachepolicy.simulation").plan
-
-    @plan.setter
-    def plan(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

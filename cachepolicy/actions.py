@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from cachepolicy.keeping import Keeping, reach
 from cachepolicy.language import ir
 from cachepolicy.packing import compact, map_leaves, opened, packed, whole
+from cachepolicy.planning.history_spec import Keeping, reach
 from cachepolicy.spans import Chain
 from cachepolicy.storing import ANYHOW, Storing
 

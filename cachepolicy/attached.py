@@ -34,10 +34,10 @@ from cachepolicy.intercept import Frame, Site, parameters_of
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment
 from cachepolicy.layout import Layout
-from cachepolicy.liveness import Liveness
-from cachepolicy.outlook import Ahead
-from cachepolicy.processes import Peers, holders_of, peers_of
-from cachepolicy.schedule import (
+from cachepolicy.planning.cost_model import Reuses, Weight, operations, weights
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.schedule import (
     COND_BRANCHES,
     UNCOND_BRANCHES,
     WAITING,
@@ -48,6 +48,7 @@ from cachepolicy.schedule import (
     rebuilds_uncond,
     untold,
 )
+from cachepolicy.processes import Peers, holders_of, peers_of
 from cachepolicy.sessions import Entered, Session, Sessions, State
 from cachepolicy.signals import Measuring, Remembered
 from cachepolicy.spans import Continuations
@@ -55,9 +56,8 @@ from cachepolicy.stopwatch import now
 from cachepolicy.storing import ANYHOW, Saving, Storing
 from cachepolicy.swap import Handle
 from cachepolicy.terms import Terms
-from cachepolicy.trace import Call, Trace
+from cachepolicy.tracing.trace import Call, Trace
 from cachepolicy.turn import Branch, Turn
-from cachepolicy.worth import Reuses, Weight, operations, weights
 
 DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
 

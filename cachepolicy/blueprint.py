@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachepolicy.errors import PolicyError
-from cachepolicy.forecast import Work
-from cachepolicy.skeleton import FILE_LIMIT, Skeleton, from_json
+from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.module_tree import FILE_LIMIT, Skeleton, from_json
 
 if TYPE_CHECKING:
     from cachepolicy.calls import Picture

@@ -8,11 +8,11 @@ from typing import Any
 
 from cachepolicy.charts import number
 from cachepolicy.explanation import Asked, explain_decision
-from cachepolicy.grid import folded
 from cachepolicy.markup import Markup, tag
-from cachepolicy.plan import Plan
+from cachepolicy.planning.grid import folded
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.schedule import Decision, Tick
 from cachepolicy.report import Outcome
-from cachepolicy.schedule import Decision, Tick
 
 Calls = Sequence[tuple[Tick, Sequence[Decision]]]
 _WORDS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}

@@ -11,11 +11,9 @@ from typing import Any
 
 import click
 
-from cachepolicy import options, saved, terminal
+from cachepolicy import options, terminal
 from cachepolicy._resources import shipped_policies
 from cachepolicy.blueprint import is_model, read_model
-from cachepolicy.check import Expectations, check_text, run_expectations
-from cachepolicy.check import check as check_policy
 from cachepolicy.difference import compare
 from cachepolicy.difference import draw as draw_difference
 from cachepolicy.errors import Diagnostic, PolicyError, to_json
@@ -28,10 +26,13 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.vocabulary import TEXT_LIMIT
-from cachepolicy.plan import Plan, bind
-from cachepolicy.planning import show_overview, show_plan
+from cachepolicy.plan_output import show_overview, show_plan
+from cachepolicy.planning.check import Expectations, check_text, run_expectations
+from cachepolicy.planning.check import check as check_policy
+from cachepolicy.planning.plan import Plan, bind
 from cachepolicy.reporting import show_trace
-from cachepolicy.trace import Trajectory, load_trace
+from cachepolicy.tracing.schema import schema as trace_schema
+from cachepolicy.tracing.trace import Trajectory, load_trace
 
 STDIN = "-"
 
@@ -296,7 +297,7 @@ def _expectations_json(ran: Expectations) -> dict[str, object]:
 def report(*, trace: str | None, schema: bool, **given: Any) -> None:
     """Show what a run did, from the trace that it saved: the newest session, as a grid or as a page."""
     if schema:
-        terminal.say_json(saved.schema())
+        terminal.say_json(trace_schema())
         return
     if trace is None:
         raise click.UsageError("name a saved trace, or ask for --schema")

@@ -18,9 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachepolicy.branches import FAR, Calls, Conditioning, Latents
 from cachepolicy.errors import PolicyError
 from cachepolicy.following import Follower
-from cachepolicy.outlook import Ahead
+from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.schedule import Tick
 from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES, Scale
-from cachepolicy.schedule import Tick
 
 # --- what the caller says --------------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cachepolicy.grid import grid
-from cachepolicy.plan import Plan
+from cachepolicy.planning.grid import grid
+from cachepolicy.planning.module_tree import ancestors
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.simulation import Schedule, SignalValues, simulate
 from cachepolicy.report import summary
-from cachepolicy.simulation import Schedule, SignalValues, simulate
-from cachepolicy.skeleton import ancestors
 
 PARTLY = "~"
 """Stands where one policy decides a span as one and the other lets only some of its modules run."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cachepolicy.check import check_text
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.loader import is_file, load_used, path_of
@@ -16,6 +15,7 @@ from cachepolicy.language.lowering import quoted
 from cachepolicy.language.parser import recover
 from cachepolicy.language.scope import Declaration
 from cachepolicy.language.source import Chunk, Source, prepare
+from cachepolicy.planning.check import check_text
 
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
 _STRING = r"""(?:"(?:[^"\n]|"")*"|'(?:[^'\n]|'')*')"""

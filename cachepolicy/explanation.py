@@ -11,8 +11,8 @@ from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
 from cachepolicy.language.formatter import format_node
-from cachepolicy.plan import BoundRule, Plan
-from cachepolicy.schedule import (
+from cachepolicy.planning.plan import BoundRule, Plan
+from cachepolicy.planning.schedule import (
     Decision,
     Inputs,
     accumulate,
@@ -22,8 +22,8 @@ from cachepolicy.schedule import (
     unfollowed,
     within,
 )
-from cachepolicy.simulation import simulate
-from cachepolicy.trace import Trajectory
+from cachepolicy.planning.simulation import simulate
+from cachepolicy.tracing.trace import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from cachepolicy.forecast import Forecast, Work, forecast
+from cachepolicy.planning.forecast import Forecast, Work, forecast
 from cachepolicy.report import Outcome, Tally, tally
-from cachepolicy.trace import Trajectory
+from cachepolicy.tracing.trace import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

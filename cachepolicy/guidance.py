@@ -20,7 +20,7 @@ import torch
 from cachepolicy.actions import cloned, versions
 from cachepolicy.clock import Arguments
 from cachepolicy.errors import PolicyError
-from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
+from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
 
 
 @dataclass(slots=True)

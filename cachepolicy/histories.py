@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from cachepolicy.actions import Slot
-from cachepolicy.outlook import Reads
+from cachepolicy.planning.possible_decisions import Reads
 from cachepolicy.signals import Remembered, Stream
 from cachepolicy.spans import Chain, Entry
 from cachepolicy.storing import flat

@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cachepolicy.forecast import Work
-from cachepolicy.keeping import feedback
 from cachepolicy.language import ir
 from cachepolicy.layout import Layout, lay_out
-from cachepolicy.liveness import Liveness
-from cachepolicy.outlook import Ahead
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import COND_BRANCHES, Decision, Tick
+from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.history_spec import feedback
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.schedule import COND_BRANCHES, Decision, Tick
 
 _FLOAT, _COMPLEX = 4, 8  # bytes of a number as sizes are counted, and as guidance keeps it: a spectrum in two bands
 

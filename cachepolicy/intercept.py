@@ -25,8 +25,8 @@ from cachepolicy.actions import (
     unfit,
 )
 from cachepolicy.graphs import UNCOMPILED, Stage, exporting, traced, tracing, waits
-from cachepolicy.keeping import Keeping
 from cachepolicy.language import ir
+from cachepolicy.planning.history_spec import Keeping
 from cachepolicy.swap import ATTRIBUTE, Handle, Method
 
 

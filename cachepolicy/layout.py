@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cachepolicy.keeping import Keeping, keeping
 from cachepolicy.language import ir
-from cachepolicy.liveness import Liveness
-from cachepolicy.outlook import Ahead
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import Decision, Memory, Program, Tick, decide_all, follows, prepare
+from cachepolicy.planning.history_spec import Keeping, keeping
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.schedule import Decision, Memory, Program, Tick, decide_all, follows, prepare
 from cachepolicy.signals import Signals, signals_of
 
 

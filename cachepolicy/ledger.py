@@ -9,8 +9,8 @@ from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
 from cachepolicy.markup import Markup, tag
-from cachepolicy.plan import Plan
-from cachepolicy.saved import settings_of
+from cachepolicy.planning.plan import Plan
+from cachepolicy.tracing.schema import settings_of
 
 
 def policy(plan: Plan, gained: Gains) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cachepolicy.budget import OVER
-from cachepolicy.forecast import size
+from cachepolicy.planning.forecast import size
 
 
 @dataclass(frozen=True, slots=True)

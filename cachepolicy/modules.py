@@ -13,7 +13,7 @@ from torch import nn
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
-from cachepolicy.skeleton import Module, Skeleton
+from cachepolicy.planning.module_tree import Module, Skeleton
 
 DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet", "dit", "prior", "decoder")
 """The names under which a pipeline holds its denoisers."""

@@ -13,7 +13,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import constant
 from cachepolicy.language.parser import parse_value
-from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
+from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 
 Decorated = Callable[..., Any]
 

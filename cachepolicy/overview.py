@@ -8,15 +8,15 @@ from typing import Any
 
 from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
-from cachepolicy.forecast import Forecast, Work, forecast, operations
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load
-from cachepolicy.plan import Plan, bind
+from cachepolicy.planning.forecast import Forecast, Work, forecast, operations
+from cachepolicy.planning.module_tree import Skeleton
+from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.simulation import simulate
 from cachepolicy.report import tally
-from cachepolicy.simulation import simulate
-from cachepolicy.skeleton import Skeleton
 
 _KINDS: tuple[ir.Kind, ...] = ("block", "attention", "self_attention", "cross_attention", "feedforward")
 

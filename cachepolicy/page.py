@@ -11,13 +11,13 @@ from cachepolicy import ledger, timeline
 from cachepolicy._resources import template
 from cachepolicy.cells import Reasons, grid
 from cachepolicy.charts import number
-from cachepolicy.forecast import Work, operations
 from cachepolicy.gains import Gains, gains, percent, size
 from cachepolicy.language.formatter import format_node
 from cachepolicy.markup import Markup, data, joined, tag
-from cachepolicy.plan import Plan
+from cachepolicy.planning.forecast import Work, operations
+from cachepolicy.planning.plan import Plan
 from cachepolicy.report import Outcome
-from cachepolicy.trace import Trajectory
+from cachepolicy.tracing.trace import Trajectory
 
 
 def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: float | None = None) -> str:

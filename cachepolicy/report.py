@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cachepolicy.grid import grid
-from cachepolicy.plan import Plan, label
-from cachepolicy.schedule import Decision, Tick
-from cachepolicy.simulation import Schedule
-from cachepolicy.trace import Trajectory
+from cachepolicy.planning.grid import grid
+from cachepolicy.planning.plan import Plan, label
+from cachepolicy.planning.schedule import Decision, Tick
+from cachepolicy.planning.simulation import Schedule
+from cachepolicy.tracing.trace import Trajectory
 
 Outcome = Schedule | Trajectory
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cachepolicy import events, report, terminal
+from cachepolicy import report, terminal
 from cachepolicy.errors import PolicyError
 from cachepolicy.page import page
-from cachepolicy.trace import Trace
+from cachepolicy.tracing.perfetto import to_json as perfetto_json
+from cachepolicy.tracing.trace import Trace
 
 
 def show_trace(trace: Trace, *, html: str | None, perfetto: str | None, as_json: bool) -> None:
@@ -20,7 +21,7 @@ def show_trace(trace: Trace, *, html: str | None, perfetto: str | None, as_json:
     if html is not None:
         _write(html, page(trace.latest))
     if perfetto is not None:
-        _write(perfetto, events.to_json(trace))
+        _write(perfetto, perfetto_json(trace))
     if as_json:
         terminal.say_json([report.to_json(each) for each in trace.latest])
         return

@@ -20,8 +20,6 @@ from cachepolicy.clock import CONTEXT, Context, Sources
 from cachepolicy.configs import config_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.following import Follower, Weakly, follow, unfollow
-from cachepolicy.forecast import Work
-from cachepolicy.glance import glance
 from cachepolicy.intercept import Site, root_override
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
@@ -31,14 +29,16 @@ from cachepolicy.packing import packing_of
 from cachepolicy.page import page
 from cachepolicy.pipelines import PipelineCall, pipeline_override
 from cachepolicy.placement import Placement
-from cachepolicy.plan import Plan, bind
+from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.notebook import glance
+from cachepolicy.planning.plan import Plan, bind
 from cachepolicy.processes import member_ranks
 from cachepolicy.sessions import Entered, Sessions, State
 from cachepolicy.storing import ANYHOW, Storing
 from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
 from cachepolicy.terms import Offer, Terms
 from cachepolicy.told import MOST_SESSIONS, Told, supplier
-from cachepolicy.trace import Trace
+from cachepolicy.tracing.trace import Trace
 
 P = TypeVar("P")
 PolicyLike = str | os.PathLike[str] | ir.Policy | Any

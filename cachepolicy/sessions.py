@@ -23,10 +23,10 @@ from cachepolicy.budget import Account, Share
 from cachepolicy.clock import Clock
 from cachepolicy.errors import PolicyError
 from cachepolicy.guidance import Guide
-from cachepolicy.liveness import Liveness
-from cachepolicy.schedule import Decision
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.schedule import Decision
 from cachepolicy.terms import Terms
-from cachepolicy.trace import Trajectory
+from cachepolicy.tracing.trace import Trajectory
 from cachepolicy.turn import Branch, Host
 
 

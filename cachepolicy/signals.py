@@ -18,7 +18,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, children, evaluate, substitute, walk
 from cachepolicy.language.vocabulary import MEMORIES, NORMS
 from cachepolicy.packing import whole
-from cachepolicy.plan import Plan
+from cachepolicy.planning.plan import Plan
 from cachepolicy.shares import Share, Sum, in_pieces, norm_alone, share, summed
 
 

@@ -23,9 +23,9 @@ from cachepolicy.actions import (
     weights,
 )
 from cachepolicy.graphs import Answer, Part, Place
-from cachepolicy.keeping import Keeping, feedback, reach
 from cachepolicy.language import ir
-from cachepolicy.schedule import WAITING, Decision
+from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.schedule import WAITING, Decision
 from cachepolicy.spans import Chain, Entry, Form
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cachepolicy.intercept import LOCAL, Site
 from cachepolicy.swap import ATTRIBUTE, Method, Override
-from cachepolicy.trace import Slice
+from cachepolicy.tracing.trace import Slice
 
 
 def now() -> float:

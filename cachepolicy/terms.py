@@ -13,7 +13,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
 from cachepolicy.layout import Layout, lay_out
-from cachepolicy.plan import Plan, bind
+from cachepolicy.planning.plan import Plan, bind
 from cachepolicy.told import Told, supplier
 
 MOST_LAYOUTS = 64

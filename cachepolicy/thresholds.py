@@ -9,8 +9,8 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
-from cachepolicy.plan import BoundRule, Plan
-from cachepolicy.schedule import Decision, Tick, accumulate, environment_of
+from cachepolicy.planning.plan import BoundRule, Plan
+from cachepolicy.planning.schedule import Decision, Tick, accumulate, environment_of
 
 
 @dataclass(frozen=True, slots=True)

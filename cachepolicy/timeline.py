@@ -8,10 +8,10 @@ from cachepolicy.charts import Mark, bars, curve, number, table
 from cachepolicy.gains import percent, size
 from cachepolicy.language.formatter import format_node
 from cachepolicy.markup import Markup, tag
+from cachepolicy.planning.schedule import Decision
 from cachepolicy.report import Outcome
-from cachepolicy.schedule import Decision
 from cachepolicy.thresholds import Curve, Point, curves, series
-from cachepolicy.trace import Call, Trajectory
+from cachepolicy.tracing.trace import Call, Trajectory
 
 _MOST_CURVES = 6
 """Lines in one drawing: more cannot be told apart, and stand in the table."""

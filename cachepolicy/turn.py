@@ -32,14 +32,14 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.graphs import Part
 from cachepolicy.histories import trim
 from cachepolicy.intercept import Leave, Site
-from cachepolicy.keeping import Keeping, feedback, reach
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in
 from cachepolicy.layout import Layout
-from cachepolicy.liveness import Liveness
 from cachepolicy.neighbours import left
-from cachepolicy.outlook import Reads
-from cachepolicy.schedule import (
+from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.possible_decisions import Reads
+from cachepolicy.planning.schedule import (
     HIDDEN,
     WAITING,
     Decision,

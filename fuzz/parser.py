@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import cachepolicy
-from cachepolicy.check import check_text
 from cachepolicy.errors import PolicyError, render, to_json
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.parser import parse_selector, parse_value, recover
+from cachepolicy.planning.check import check_text
 from fuzz.policies import sound, told
 
 SUFFIX = "cp"

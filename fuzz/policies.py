@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import cachepolicy
-from cachepolicy.check import check
 from cachepolicy.errors import PolicyError
+from cachepolicy.planning.check import check
 
 STEPS = 3
 

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachepolicy.check import check, run_expectations
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
-from cachepolicy.plan import bind
-from cachepolicy.skeleton import builtin
+from cachepolicy.planning.check import check, run_expectations
+from cachepolicy.planning.module_tree import builtin
+from cachepolicy.planning.plan import bind
 
 
 def findings(path: Path) -> Sequence[Diagnostic]:

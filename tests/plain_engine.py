@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from cachepolicy.actions import predict
-from cachepolicy.keeping import feedback
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import evaluate
-from cachepolicy.plan import Plan, Site
-from cachepolicy.schedule import Decision
+from cachepolicy.planning.history_spec import feedback
+from cachepolicy.planning.plan import Plan, Site
+from cachepolicy.planning.schedule import Decision
 from cachepolicy.testing.models import ToyDiT
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import cachepolicy
 from cachepolicy.language.linker import resolve
-from cachepolicy.plan import bind
-from cachepolicy.schedule import prepare
-from cachepolicy.simulation import Schedule, simulate
-from cachepolicy.skeleton import builtin, sites_skeleton
-from cachepolicy.trace import Call, Trace
+from cachepolicy.planning.module_tree import builtin, sites_skeleton
+from cachepolicy.planning.plan import bind
+from cachepolicy.planning.schedule import prepare
+from cachepolicy.planning.simulation import Schedule, simulate
+from cachepolicy.tracing.trace import Call, Trace
 
 FLUX = [
     *(f"transformer_blocks.{block}.{part}" for block in range(19) for part in ("attn", "ff", "ff_context")),

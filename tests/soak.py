@@ -15,7 +15,7 @@ from torch import Tensor
 import cachepolicy
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
-from cachepolicy.trace import Call
+from cachepolicy.tracing.trace import Call
 from tests.plain_engine import PlainEngine
 
 Mode = Literal["no_grad", "inference", "grad"]

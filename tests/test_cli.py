@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import cachepolicy
-from cachepolicy import skeleton, terminal
+from cachepolicy import terminal
 from cachepolicy.cli import main
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
+from cachepolicy.planning import module_tree
 
 GOOD = 'match "attn1$" every 2 -> reuse\n\nexpect "attn1$" over 4 steps: C R C R\n'
 UGLY = 'match   "attn1$"   every 2->reuse # why\n'
@@ -233,7 +234,7 @@ def test_plan_of_a_config_builds_no_weights(run):
 
 def test_plan_of_a_skeleton_file(run, tmp_path):
     """A skeleton that was written to a file is a model."""
-    skeleton.write(skeleton.sites_skeleton([ATTENTION]), tmp_path / "model.json")
+    module_tree.write(module_tree.sites_skeleton([ATTENTION]), tmp_path / "model.json")
     result = run("plan", "pab", "--model", "model.json", "--steps", "3")
     assert f"{ATTENTION}  C" in result.stdout
 
@@ -356,7 +357,7 @@ def test_a_rule_that_is_not_reached(run):
 
 def test_expectations_on_a_model(run, tmp_path):
     """`--model` says on what the expectations run."""
-    skeleton.write(skeleton.sites_skeleton(["layers.0.mlp"]), tmp_path / "model.json")
+    module_tree.write(module_tree.sites_skeleton(["layers.0.mlp"]), tmp_path / "model.json")
     assert 1 == run("test", "good.cp", "--model", "model.json", good=GOOD).exit_code
 
 

@@ -14,7 +14,7 @@ import cachepolicy
 from cachepolicy.cli import main
 from cachepolicy.difference import PARTLY, Difference, compare, draw
 from cachepolicy.language.parser import parse
-from cachepolicy.plan import Plan
+from cachepolicy.planning.plan import Plan
 from cachepolicy.testing.strategies import policies
 
 ATTENTION = "transformer_blocks.0.attn1"

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cachepolicy.check import check_text, run_expectations
 from cachepolicy.cli import main
 from cachepolicy.errors import render
 from cachepolicy.language import ir, linker, reference, vocabulary
 from cachepolicy.language.parser import parse
+from cachepolicy.planning.check import check_text, run_expectations
+from cachepolicy.planning.simulation import simulate
 from cachepolicy.report import draw
-from cachepolicy.simulation import simulate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

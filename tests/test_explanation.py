@@ -13,7 +13,7 @@ import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.explanation import Explanation, explain, explain_decision, explain_run
 from cachepolicy.language.parser import parse
-from cachepolicy.simulation import simulate
+from cachepolicy.planning.simulation import simulate
 from cachepolicy.testing import strategies
 
 SITE = "transformer_blocks.0.attn1"
@@ -164,7 +164,7 @@ def traced(tmp_path):
 
 def test_every_decision_of_a_saved_run_is_explained_as_it_was_in_the_run(traced):
     """From the file come the same rules, clauses and values as from the run itself."""
-    from cachepolicy.trace import load_trace
+    from cachepolicy.tracing.trace import load_trace
 
     trajectory, file = traced
     again = load_trace(file).last

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.liveness import Liveness
 from cachepolicy.packing import opened, packed, packing_of
+from cachepolicy.planning.liveness import Liveness
 from cachepolicy.testing import checks, strategies
 from cachepolicy.testing.models import Probes, Toy, inputs, sample
 

@@ -72,15 +72,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         cachepolicy.simulat  # noqa: B018
 
 
-def test_plan_is_the_function() -> None:
-    """`cachepolicy.plan` is the verb also after the module of that name has been imported."""
-    code = """
-import cachepolicy.plan
-from cachepolicy.plan import bind
-from cachepolicy.simulation import plan
-assert cachepolicy.plan is plan, cachepolicy.plan
-"""
-    assert "" == run_python(code, environment={"PYTHONPATH": str(ROOT)})
+def test_the_package_is_an_ordinary_module() -> None:
+    """No module of the package has the name of a public function, so importing one never replaces the function."""
+    modules = {name.removesuffix(".py") for name in os.listdir(ROOT / "cachepolicy")}
+    assert set() == modules & set(EXPORTS)
 
 
 def test_the_version_is_that_of_the_project() -> None:
@@ -110,7 +105,8 @@ def test_policies_are_handled_without_torch() -> None:
 import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
 import cachepolicy
-from cachepolicy import check, report
+from cachepolicy import report
+from cachepolicy.planning import check
 policy = cachepolicy.load("pab")
 assert cachepolicy.parse(cachepolicy.format(policy)) == policy
 assert not [each for each in check.check("pab") if each.severity == "error"]
@@ -139,7 +135,7 @@ print("torch" in sys.modules)
 
 WHOLE = """
 import cachepolicy
-from cachepolicy.check import run_expectations
+from cachepolicy.planning.check import run_expectations
 from cachepolicy._resources import documentation, shipped, shipped_policies, template
 assert cachepolicy.__version__
 assert all(template(f"report.{suffix}") for suffix in ("html", "css", "js"))

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.forecast import Work, forecast
 from cachepolicy.gains import gains, size
 from cachepolicy.markup import Markup, data, joined, tag
 from cachepolicy.page import page
+from cachepolicy.planning.forecast import Work, forecast
+from cachepolicy.planning.schedule import Tick
+from cachepolicy.planning.simulation import replay, simulate
 from cachepolicy.report import draw, tally
-from cachepolicy.schedule import Tick
-from cachepolicy.simulation import replay, simulate
 from cachepolicy.testing import strategies
 from cachepolicy.thresholds import curves, points
-from cachepolicy.trace import Trace, from_json
+from cachepolicy.tracing.trace import Trace, from_json
 from tests import reports
 
 

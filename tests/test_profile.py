@@ -11,7 +11,7 @@ from cachepolicy.intercept import site_override
 from cachepolicy.language.parser import parse
 from cachepolicy.stopwatch import timed
 from cachepolicy.testing.models import Toy, ToyDiT
-from cachepolicy.trace import from_json
+from cachepolicy.tracing.trace import from_json
 
 POLICY = parse("match self_attention every 2 -> reuse")
 SPAN = parse("match blocks[0:2] every 2 -> reuse residual")

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.grid import folded, grid
+from cachepolicy.planning.grid import folded, grid
+from cachepolicy.planning.simulation import simulate
 from cachepolicy.report import draw, summary, tally, to_json
-from cachepolicy.simulation import simulate
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 

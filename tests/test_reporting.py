@@ -66,8 +66,8 @@ def test_the_flops_that_a_report_names_are_those_that_did_not_run():
     once = count(model, *arguments())
     with cachepolicy.apply(model, POLICY) as run, counting(model) as ran:
         sampled(model)
-    work = cachepolicy.forecast.Work(once.total, once.modules)
-    outlook = cachepolicy.forecast.forecast(run.plan, run.trace.last, work)
+    work = cachepolicy.planning.forecast.Work(once.total, once.modules)
+    outlook = cachepolicy.planning.forecast.forecast(run.plan, run.trace.last, work)
     assert ran.total == outlook.total - outlook.skipped
     assert f"{100 * outlook.share:.1f} %" in run.report(flops=Flops(once.total, once.modules))
 
@@ -87,7 +87,7 @@ def test_two_denoisers_are_reported_together():
     trace.begin("another", earlier.plan)
     trace.begin(("session", "mine"), other.plan).calls.extend(other.calls)
     assert [other.plan, trace.trajectories[0].plan] == [each.plan for each in reversed(trace.latest)]
-    assert () == cachepolicy.trace.Trace().latest
+    assert () == cachepolicy.tracing.trace.Trace().latest
 
 
 # --- the command
@@ -147,9 +147,10 @@ def test_reports_are_made_without_torch(saved):
     code = f"""
 import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
-from cachepolicy import events, load_trace
+from cachepolicy import load_trace
+from cachepolicy.tracing import perfetto
 from cachepolicy.page import page
 trace = load_trace({str(saved)!r})
-assert events.to_json(trace) and page(trace.latest)
+assert perfetto.to_json(trace) and page(trace.latest)
 """
     assert "" == run_python(code, environment={"PYTHONPATH": str(ROOT)})

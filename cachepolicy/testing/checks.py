@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
-from cachepolicy.plan import Plan, Site
-from cachepolicy.schedule import Decision, Inputs, Tick, clock_words
-from cachepolicy.simulation import replay
+from cachepolicy.planning.plan import Plan, Site
+from cachepolicy.planning.schedule import Decision, Inputs, Tick, clock_words
+from cachepolicy.planning.simulation import replay
 
 if TYPE_CHECKING:
     from torch import nn
 
     from cachepolicy.runtime import PolicyLike
-    from cachepolicy.trace import Trace, Trajectory
+    from cachepolicy.tracing.trace import Trace, Trajectory
 
 __all__ = [
     "bounds_hold",
@@ -197,7 +197,7 @@ def trace_agrees(trajectory: Trajectory) -> None:
 
 def saved_alike(trace: Trace) -> None:
     """A trace that is saved and read back tells the same: its decisions are made once more and held to the saved."""
-    from cachepolicy.trace import from_json
+    from cachepolicy.tracing.trace import from_json
 
     again = from_json(trace.to_json())
     assert trace.to_json() == again.to_json()

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from cachepolicy.check import Outcome, check, run_expectations
 from cachepolicy.errors import PolicyError, render
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.loader import load
+from cachepolicy.planning.check import Outcome, check, run_expectations
 
 SUFFIXES = frozenset({".cp", ".cachepolicy"})
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cachepolicy.explanation import Explanation
-    from cachepolicy.plan import Plan
-    from cachepolicy.simulation import Schedule
+    from cachepolicy.planning.plan import Plan
+    from cachepolicy.planning.simulation import Schedule
 
 
 def policies() -> None:

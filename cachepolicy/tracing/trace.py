@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from cachepolicy import saved
 from cachepolicy.budget import OVER
 from cachepolicy.errors import PolicyError
-from cachepolicy.glance import glance
-from cachepolicy.plan import Plan
-from cachepolicy.saved import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
-from cachepolicy.schedule import Decision, Partition, Tick, prepare
-from cachepolicy.simulation import replay
+from cachepolicy.planning.notebook import glance
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.schedule import Decision, Partition, Tick, prepare
+from cachepolicy.planning.simulation import replay
+from cachepolicy.tracing import schema
+from cachepolicy.tracing.schema import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class Trace:
         return self.last.rows(branch) if self.last is not None else {}
 
     def to_json(self) -> str:
-        """The trace as JSON text, which `from_json` reads back; `saved.schema()` is its schema."""
+        """The trace as JSON text, which `from_json` reads back; `schema.schema()` is its schema."""
         return _document(self.trajectories).model_dump_json(indent=1, exclude_defaults=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -222,7 +222,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     shown = os.fspath(path)
     try:
         with Path(path).open("rb") as file:
-            text = file.read(saved.FILE_LIMIT + 1)
+            text = file.read(schema.FILE_LIMIT + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise PolicyError.of("E260", f"`{shown}` cannot be read: {reason.lower()}") from error
@@ -239,8 +239,8 @@ def from_json(text: str | bytes) -> Trace:
     Raises:
         PolicyError: E260, as for `load_trace`.
     """
-    read = saved.document(text)
-    plans = [saved.plan_of(form, f"plans.{place}") for place, form in enumerate(read.plans)]
+    read = schema.document(text)
+    plans = [schema.plan_of(form, f"plans.{place}") for place, form in enumerate(read.plans)]
     trace = Trace(max(1, len(read.trajectories)))
     for place, form in enumerate(read.trajectories):
         where = f"trajectories.{place}"
@@ -323,7 +323,7 @@ def _document(trajectories: Sequence[Trajectory]) -> Document:
         _trajectory_form(trajectory, places[id(trajectory.plan)], sessions[id(trajectory)], start)
         for trajectory in trajectories
     ]
-    plan_forms: Iterable[PlanForm] = map(saved.form_of, plans)
+    plan_forms: Iterable[PlanForm] = map(schema.form_of, plans)
     return Document(plans=tuple(plan_forms), trajectories=tuple(forms))
 
 

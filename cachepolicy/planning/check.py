@@ -15,11 +15,11 @@ from cachepolicy.language.loader import is_file, load, located
 from cachepolicy.language.parser import recover
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.source import prepare
-from cachepolicy.plan import BoundRule, Plan, bind, label
-from cachepolicy.shadows import interval, shadowed
-from cachepolicy.simulation import Schedule, simulate
-from cachepolicy.sites import Modules, select, why_nothing
-from cachepolicy.skeleton import Skeleton, ancestors, builtin
+from cachepolicy.planning.module_tree import Skeleton, ancestors, builtin
+from cachepolicy.planning.plan import BoundRule, Plan, bind, label
+from cachepolicy.planning.selectors import Modules, select, why_nothing
+from cachepolicy.planning.simulation import Schedule, simulate
+from cachepolicy.planning.unreachable_rules import interval, shadowed
 
 
 def check(policy: str | os.PathLike[str] | ir.Policy) -> tuple[Diagnostic, ...]:

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachepolicy import forecast, overview, report, terminal
+from cachepolicy import overview, report, terminal
 from cachepolicy.errors import PolicyError
-from cachepolicy.forecast import Work
 from cachepolicy.options import Trajectory
-from cachepolicy.plan import Plan
-from cachepolicy.simulation import Schedule, simulate
+from cachepolicy.planning import forecast
+from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.simulation import Schedule, simulate
 
 
 def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:

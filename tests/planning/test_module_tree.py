@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy.errors import PolicyError
-from cachepolicy.skeleton import (
+from cachepolicy.planning.module_tree import (
     Module,
     Skeleton,
     ancestors,

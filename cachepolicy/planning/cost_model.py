@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cachepolicy.outlook import Ahead, Moment, Outlooks
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import Program, Tick
-from cachepolicy.simulation import evenly, replay
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
+from cachepolicy.planning.schedule import Program, Tick
+from cachepolicy.planning.simulation import evenly, replay
 
 STEPS = 50  # of a trajectory whose length nobody tells
 

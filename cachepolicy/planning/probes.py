@@ -9,8 +9,8 @@ from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import children
 from cachepolicy.language.formatter import format_node
-from cachepolicy.sites import Modules, select, why_nothing
-from cachepolicy.skeleton import Skeleton, ancestors
+from cachepolicy.planning.module_tree import Skeleton, ancestors
+from cachepolicy.planning.selectors import Modules, select, why_nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import parse
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import FRESH, Decision, Inputs, Tick, decide, decide_all, prepare
-from cachepolicy.simulation import Schedule, plan, simulate
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.schedule import FRESH, Decision, Inputs, Tick, decide, decide_all, prepare
+from cachepolicy.planning.simulation import Schedule, plan, simulate
 from cachepolicy.testing import checks, strategies
 
 SELECTORS = (*strategies.SELECTORS, "blocks", "blocks[1:3]", "blocks[1:]")

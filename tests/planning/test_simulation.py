@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import Tick
-from cachepolicy.simulation import Schedule, evenly, replay, simulate
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.schedule import Tick
+from cachepolicy.planning.simulation import Schedule, evenly, replay, simulate
 from cachepolicy.testing import strategies
 
 SITE, LATER = "transformer_blocks.0.attn1", "transformer_blocks.1.attn1"

@@ -8,7 +8,7 @@ from typing import assert_never
 from cachepolicy.errors import Diagnostic, PolicyError, nearest
 from cachepolicy.language import ir
 from cachepolicy.language.patterns import searcher
-from cachepolicy.skeleton import Skeleton, ancestors
+from cachepolicy.planning.module_tree import Skeleton, ancestors
 
 Modules = tuple[str, ...]
 """The names of the modules that one site covers, in the order they run: several for a span of blocks."""

@@ -15,8 +15,8 @@ from cachepolicy.language.loader import origin
 from cachepolicy.language.params import typed
 from cachepolicy.language.parser import parse, parse_value
 from cachepolicy.language.vocabulary import NUMBER_LIMIT
-from cachepolicy.plan import Plan, bind
-from cachepolicy.skeleton import Skeleton, fault
+from cachepolicy.planning.module_tree import Skeleton, fault
+from cachepolicy.planning.plan import Plan, bind
 
 VERSION = 1
 FILE_LIMIT = 256 * 2**20

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cachepolicy.errors import PolicyError, suggestion
-from cachepolicy.glance import glance
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in, substitute, walk
 from cachepolicy.language.linker import load, resolve
-from cachepolicy.plan import BoundRule, Plan, bind
-from cachepolicy.schedule import (
+from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
+from cachepolicy.planning.notebook import glance
+from cachepolicy.planning.plan import BoundRule, Plan, bind
+from cachepolicy.planning.schedule import (
     COND_BRANCHES,
     UNCOND_BRANCHES,
     Decision,
@@ -24,7 +25,6 @@ from cachepolicy.schedule import (
     rebuilds_uncond,
     untold,
 )
-from cachepolicy.skeleton import Skeleton, builtin, sites_skeleton
 
 SignalValues = float | Sequence[float] | Mapping[str, Sequence[float]]
 Facts = Mapping[tuple[str, int, str], str]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cachepolicy.grid import alike, folded
 from cachepolicy.markup import Markup, tag
+from cachepolicy.planning.grid import alike, folded
 
 _CELL = "padding:0 .15em;text-align:center;font-family:monospace;border:0;"
 _COLOURS = {"C": "background:#f7dcae;color:#5a3800", "R": "background:#bfe5d5;color:#0a4634", ".": "opacity:.55"}

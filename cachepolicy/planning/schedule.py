@@ -15,7 +15,7 @@ from cachepolicy.language.evaluate import (
     names_in,
 )
 from cachepolicy.language.vocabulary import KEPT_LIMIT
-from cachepolicy.plan import BoundRule, Plan
+from cachepolicy.planning.plan import BoundRule, Plan
 
 COND_BRANCHES = frozenset({"cond", "pred_cond"})
 UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
-from cachepolicy.keeping import depth, feedback
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, names_in
-from cachepolicy.plan import BoundRule
-from cachepolicy.possible import BOTH, EITHER, Range, Truth, View, known, truth
-from cachepolicy.schedule import COND_BRANCHES, UNCOND_BRANCHES, Program, Tick
+from cachepolicy.planning.history_spec import depth, feedback
+from cachepolicy.planning.plan import BoundRule
+from cachepolicy.planning.possible_values import BOTH, EITHER, Range, Truth, View, known, truth
+from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Program, Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ import cachepolicy
 from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.linker import load, resolve
-from cachepolicy.plan import bind
-from cachepolicy.saved import Document, form_of, plan_of, schema
-from cachepolicy.schedule import prepare
-from cachepolicy.simulation import Schedule, simulate
-from cachepolicy.skeleton import builtin
+from cachepolicy.planning.module_tree import builtin
+from cachepolicy.planning.plan import bind
+from cachepolicy.planning.schedule import prepare
+from cachepolicy.planning.simulation import Schedule, simulate
 from cachepolicy.testing import checks, strategies
-from cachepolicy.trace import Call, Slice, Trace, from_json, load_trace
+from cachepolicy.tracing.schema import Document, form_of, plan_of, schema
+from cachepolicy.tracing.trace import Call, Slice, Trace, from_json, load_trace
 
 DRIFTING = (
     "signal drift = relative_l1(residual(blocks[0]), kept(residual(blocks[0])))\n"

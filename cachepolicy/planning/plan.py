@@ -13,10 +13,10 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
-from cachepolicy.probes import Measured, measured, unmeasurable
-from cachepolicy.shadows import shadowed
-from cachepolicy.sites import Modules, select, why_nothing
-from cachepolicy.skeleton import Skeleton, ancestors
+from cachepolicy.planning.module_tree import Skeleton, ancestors
+from cachepolicy.planning.probes import Measured, measured, unmeasurable
+from cachepolicy.planning.selectors import Modules, select, why_nothing
+from cachepolicy.planning.unreachable_rules import shadowed
 
 CLOCK = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"})
 """The clock words that a run may not be able to tell."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cachepolicy.language import ir
 
 if TYPE_CHECKING:
-    from cachepolicy.plan import BoundRule
+    from cachepolicy.planning.plan import BoundRule
 
 
 def shadowed(rules: Sequence[BoundRule]) -> Iterator[tuple[int, tuple[int, ...]]]:

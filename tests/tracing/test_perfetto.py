@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepolicy.events import events, to_json
-from cachepolicy.simulation import simulate
+from cachepolicy.planning.simulation import simulate
 from cachepolicy.testing import strategies
-from cachepolicy.trace import Call, Slice, Trace
+from cachepolicy.tracing.perfetto import events, to_json
+from cachepolicy.tracing.trace import Call, Slice, Trace
 from tests import reports
 
 

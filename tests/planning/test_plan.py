@@ -13,10 +13,10 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.language.parser import parse, parse_selector
-from cachepolicy.plan import Plan, bind, label
-from cachepolicy.simulation import simulate
-from cachepolicy.sites import outermost, select
-from cachepolicy.skeleton import Module, Skeleton, ancestors, builtin, sites_skeleton
+from cachepolicy.planning.module_tree import Module, Skeleton, ancestors, builtin, sites_skeleton
+from cachepolicy.planning.plan import Plan, bind, label
+from cachepolicy.planning.selectors import outermost, select
+from cachepolicy.planning.simulation import simulate
 
 BUILTIN = builtin()
 BLOCKS = tuple(block for name in BUILTIN.block_lists for block in BUILTIN.elements[name])

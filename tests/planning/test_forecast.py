@@ -19,13 +19,13 @@ from cachepolicy.calls import FORMS, Picture, arguments_of
 from cachepolicy.cli import main
 from cachepolicy.errors import PolicyError
 from cachepolicy.flops import count, counting
-from cachepolicy.forecast import Work, forecast, operations
 from cachepolicy.holdings import holdings
 from cachepolicy.language.parser import parse
 from cachepolicy.modules import describe
+from cachepolicy.planning.forecast import Work, forecast, operations
 from cachepolicy.testing import zoo
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TIMESTEPS = (990.0, 780.0, 650.0, 520.0, 400.0, 280.0, 150.0, 20.0)
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "pab": ("pab", {"cross_every": 3}),
@@ -208,10 +208,10 @@ def test_what_is_a_model(folder: Path) -> None:
 
 def test_a_skeleton_counts_nothing() -> None:
     """Its modules are known, their sizes are not."""
-    from cachepolicy import skeleton
+    from cachepolicy.planning import module_tree
 
     with pytest.raises(PolicyError, match="E212"):
-        Blueprint(skeleton.builtin()).work(Picture())
+        Blueprint(module_tree.builtin()).work(Picture())
 
 
 def test_numbers_of_flops_have_units() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachepolicy.language import ir
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import UNCOND_BRANCHES, Decision, Tick
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.schedule import UNCOND_BRANCHES, Decision, Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.keeping import depth, feedback
 from cachepolicy.language import ir
-from cachepolicy.liveness import Liveness
-from cachepolicy.outlook import NOTHING, Ahead, Reads
-from cachepolicy.plan import Plan
-from cachepolicy.schedule import Decision, Tick, prepare
-from cachepolicy.simulation import plan, replay
-from cachepolicy.skeleton import builtin
+from cachepolicy.planning.history_spec import depth, feedback
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.module_tree import builtin
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.possible_decisions import NOTHING, Ahead, Reads
+from cachepolicy.planning.schedule import Decision, Tick, prepare
+from cachepolicy.planning.simulation import plan, replay
 from cachepolicy.testing import strategies
 
 ACTIONS = (

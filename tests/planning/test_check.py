@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy._resources import shipped_policies
-from cachepolicy.check import check, check_text, run_expectations
 from cachepolicy.errors import Diagnostic
 from cachepolicy.language import ir
 from cachepolicy.language.loader import load
 from cachepolicy.language.parser import parse
-from cachepolicy.simulation import evenly, simulate
-from cachepolicy.skeleton import sites_skeleton
+from cachepolicy.planning.check import check, check_text, run_expectations
+from cachepolicy.planning.module_tree import sites_skeleton
+from cachepolicy.planning.simulation import evenly, simulate
 
 RULE = "match attention every 2 -> reuse\n"
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cachepolicy.trace import Call, Trace, Trajectory, session_names
+from cachepolicy.tracing.trace import Call, Trace, Trajectory, session_names
 
 Event = dict[str, Any]
 _PROCESS = 1

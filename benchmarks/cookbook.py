@@ -21,7 +21,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.modules import describe
 from cachepolicy.planning.module_tree import Skeleton
-from cachepolicy.report import draw
+from cachepolicy.reports.text import draw
 
 FOLDER = Path(__file__).parents[1] / "docs" / "cookbook"
 MEASURED = FOLDER / "measured.json"

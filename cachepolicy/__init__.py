@@ -27,12 +27,12 @@ if TYPE_CHECKING:
         reset_stateful_cache,
     )
     from cachepolicy.errors import PolicyError
-    from cachepolicy.explanation import explain
     from cachepolicy.language.formatter import format
     from cachepolicy.language.ir import Policy
     from cachepolicy.language.loader import load
     from cachepolicy.language.parser import parse
     from cachepolicy.planning.simulation import plan, simulate
+    from cachepolicy.reports.explanation import explain
     from cachepolicy.runtime import Run, apply, remove
     from cachepolicy.tracing.trace import load_trace
 
@@ -81,7 +81,7 @@ _HOMES = {
     "cache_context": "diffusers",
     "disable_cache": "diffusers",
     "enable_cache": "diffusers",
-    "explain": "explanation",
+    "explain": "reports.explanation",
     "format": "language.formatter",
     "is_cache_enabled": "diffusers",
     "load": "language.loader",

@@ -35,4 +35,4 @@ def shipped_policies() -> dict[str, Traversable]:
 
 def template(name: str) -> str:
     """The text of a file that reports are made of."""
-    return (files("cachepolicy") / "templates" / name).read_text(encoding="utf-8")
+    return (files("cachepolicy.reports.html") / "templates" / name).read_text(encoding="utf-8")

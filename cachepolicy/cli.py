@@ -14,11 +14,7 @@ import click
 from cachepolicy import options, terminal
 from cachepolicy._resources import shipped_policies
 from cachepolicy.blueprint import is_model, read_model
-from cachepolicy.difference import compare
-from cachepolicy.difference import draw as draw_difference
 from cachepolicy.errors import Diagnostic, PolicyError, to_json
-from cachepolicy.explanation import Explanation, explain_run
-from cachepolicy.explanation import explain as explain_place
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as printed
 from cachepolicy.language.formatter import format_node
@@ -31,6 +27,10 @@ from cachepolicy.planning.check import Expectations, check_text, run_expectation
 from cachepolicy.planning.check import check as check_policy
 from cachepolicy.planning.plan import Plan, bind
 from cachepolicy.reporting import show_trace
+from cachepolicy.reports.diff import compare
+from cachepolicy.reports.diff import draw as draw_difference
+from cachepolicy.reports.explanation import Explanation, explain_run
+from cachepolicy.reports.explanation import explain as explain_place
 from cachepolicy.tracing.schema import schema as trace_schema
 from cachepolicy.tracing.trace import Trajectory, load_trace
 

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachepolicy import overview, report, terminal
+from cachepolicy import terminal
 from cachepolicy.errors import PolicyError
 from cachepolicy.options import Trajectory
 from cachepolicy.planning import forecast
 from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import Schedule, simulate
+from cachepolicy.reports import overview
+from cachepolicy.reports import text as report_text
 
 
 def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
@@ -24,10 +26,10 @@ def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes
     if as_json:
         flops = None if outlook is None else outlook.to_json()
         held = None if work is None else _holdings(plan, schedule, work)
-        terminal.say_json({**report.to_json(schedule), "flops": flops, "held": held})
+        terminal.say_json({**report_text.to_json(schedule), "flops": flops, "held": held})
         return
     terminal.report(schedule.plan.warnings, error=True)
-    terminal.say(report.draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
+    terminal.say(report_text.draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
     if outlook is not None and work is not None:
         terminal.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
         terminal.say(_peak(_holdings(plan, schedule, work)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cachepolicy import report, terminal
+from cachepolicy import terminal
 from cachepolicy.errors import PolicyError
-from cachepolicy.page import page
+from cachepolicy.reports import text as report_text
+from cachepolicy.reports.html.page import page
 from cachepolicy.tracing.perfetto import to_json as perfetto_json
 from cachepolicy.tracing.trace import Trace
 
@@ -23,9 +24,11 @@ def show_trace(trace: Trace, *, html: str | None, perfetto: str | None, as_json:
     if perfetto is not None:
         _write(perfetto, perfetto_json(trace))
     if as_json:
-        terminal.say_json([report.to_json(each) for each in trace.latest])
+        terminal.say_json([report_text.to_json(each) for each in trace.latest])
         return
-    drawn = [report.draw(each, width=terminal.columns(), colour=terminal.coloured(sys.stdout)) for each in trace.latest]
+    drawn = [
+        report_text.draw(each, width=terminal.columns(), colour=terminal.coloured(sys.stdout)) for each in trace.latest
+    ]
     terminal.say("\n\n".join(drawn) or str(trace))
 
 

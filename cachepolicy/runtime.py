@@ -26,13 +26,13 @@ from cachepolicy.language.linker import load, resolve
 from cachepolicy.memory import Memory
 from cachepolicy.modules import denoisers, describe, is_pipeline
 from cachepolicy.packing import packing_of
-from cachepolicy.page import page
 from cachepolicy.pipelines import PipelineCall, pipeline_override
 from cachepolicy.placement import Placement
 from cachepolicy.planning.forecast import Work
-from cachepolicy.planning.notebook import glance
+from cachepolicy.planning.notebook import notebook_html
 from cachepolicy.planning.plan import Plan, bind
 from cachepolicy.processes import member_ranks
+from cachepolicy.reports.html.page import page
 from cachepolicy.sessions import Entered, Sessions, State
 from cachepolicy.storing import ANYHOW, Storing
 from cachepolicy.swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
@@ -254,7 +254,7 @@ class Run(Handle):
         return text
 
     def _repr_html_(self) -> str:
-        return glance({}, "the run keeps no trace") if self.trace is None else self.trace.to_html()
+        return notebook_html({}, "the run keeps no trace") if self.trace is None else self.trace.to_html()
 
     # --- attaching ---------------------------------------------------------------------------------------
 

@@ -15,11 +15,11 @@ diffusers = pytest.importorskip("diffusers")
 from PIL import Image
 
 import cachepolicy
-from cachepolicy import report
 from cachepolicy.demo import Sampling, measure, save
 from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline
 from cachepolicy.flops import count, counting
 from cachepolicy.quality import psnr
+from cachepolicy.reports import text as report_text
 from cachepolicy.showing import table
 
 SMALL = Sampling(steps=5, pictures=2, pairs=1)
@@ -204,6 +204,6 @@ def test_a_trace_is_drawn_as_the_schedule_is(pipe):
         draw(pipe, num_inference_steps=10)
     trajectory = run.trace.last
     schedule = cachepolicy.simulate(run.plan, steps=10, timesteps=pipe.scheduler.timesteps.tolist())
-    assert report.to_json(schedule)["rows"] == report.to_json(trajectory)["rows"]
-    assert report.summary(schedule) == report.summary(trajectory)
-    assert "transformer_blocks.0-7.attn1" in report.draw(trajectory)
+    assert report_text.to_json(schedule)["rows"] == report_text.to_json(trajectory)["rows"]
+    assert report_text.summary(schedule) == report_text.summary(trajectory)
+    assert "transformer_blocks.0-7.attn1" in report_text.draw(trajectory)

@@ -19,7 +19,7 @@ from cachepolicy.language import ir, linker, reference, vocabulary
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.check import check_text, run_expectations
 from cachepolicy.planning.simulation import simulate
-from cachepolicy.report import draw
+from cachepolicy.reports.text import draw
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -105,14 +105,14 @@ def test_policies_are_handled_without_torch() -> None:
 import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
 import cachepolicy
-from cachepolicy import report
+from cachepolicy.reports import text as report_text
 from cachepolicy.planning import check
 policy = cachepolicy.load("pab")
 assert cachepolicy.parse(cachepolicy.format(policy)) == policy
 assert not [each for each in check.check("pab") if each.severity == "error"]
 assert check.run_expectations("pab").hold
 schedule = cachepolicy.simulate("pab", steps=10)
-assert report.draw(schedule) and str(cachepolicy.explain("pab", "transformer_blocks.0.attn1@4", steps=10))
+assert report_text.draw(schedule) and str(cachepolicy.explain("pab", "transformer_blocks.0.attn1@4", steps=10))
 assert cachepolicy.plan("pab").sites
 """
     assert "" == run_python(code, environment={"PYTHONPATH": str(ROOT)})

@@ -1,37 +1,50 @@
-"""The grid in a few lines of HTML, for notebooks: no script, and colours that stand on light and dark."""
+"""A schedule's grid as a short piece of HTML for notebooks: no script, readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
-from cachepolicy.markup import Markup, tag
 from cachepolicy.planning.grid import alike, folded
 
-_CELL = "padding:0 .15em;text-align:center;font-family:monospace;border:0;"
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 _COLOURS = {"C": "background:#f7dcae;color:#5a3800", "R": "background:#bfe5d5;color:#0a4634", ".": "opacity:.55"}
-_MOST = 40
+_MAX_ROWS = 40
+_TEMPLATE = """\
+<div style="overflow-x:auto"><p>{{ summary }}</p>
+{%- for branch, lines in tables %}
+{%- if tables|length > 1 %}<p>branch {{ branch or "first" }}</p>{% endif -%}
+<table style="border-collapse:collapse;line-height:1.2;margin:0"><tbody>
+{%- for name, row in lines[:max_rows] -%}
+<tr><th scope="row" style="text-align:left;font-weight:normal;font-family:monospace;padding-right:1em">{{ name }}</th>
+{%- for letter in row -%}
+<td style="padding:0 .15em;text-align:center;font-family:monospace;border:0;{{ colours[letter] }}">{{ letter }}</td>
+{%- endfor %}</tr>
+{%- endfor %}</tbody></table>
+{%- if lines|length > max_rows %}<p>and {{ lines|length - max_rows }} rows more</p>{% endif -%}
+{%- endfor %}</div>"""
 
 
-def glance(rows: Mapping[str, Mapping[str, str]], summary: str) -> str:
-    """The rows of letters of each branch, those that read alike on one line, under a line that sums them up."""
-    parts = [tag("p", summary)]
-    for branch, each in rows.items():
-        if len(rows) > 1:
-            parts.append(tag("p", f"branch {branch or 'first'}"))
-        parts.append(_table(each))
-    return tag("div", *parts, style="overflow-x:auto")
+@cache
+def _template() -> Template:
+    # Imported on first use: `import cachepolicy` and the command line do not need jinja2.
+    from jinja2 import Environment
+
+    return Environment(autoescape=True).from_string(_TEMPLATE)
 
 
-def _table(rows: Mapping[str, str]) -> Markup:
-    lines = [(name, row) for row, names in alike(rows).items() for name in folded(names)]
-    body = [_line(name, row) for name, row in lines[:_MOST]]
-    more = tag("p", f"and {len(lines) - _MOST} rows more") if len(lines) > _MOST else None
-    table = tag("table", tag("tbody", *body), style="border-collapse:collapse;line-height:1.2;margin:0")
-    return Markup(table + (more or ""))
+def notebook_html(rows: Mapping[str, Mapping[str, str]], summary: str) -> str:
+    """Returns the rows of each branch as HTML tables below a summary line.
 
-
-def _line(name: str, row: str) -> Markup:
-    head = tag(
-        "th", name, scope="row", style="text-align:left;font-weight:normal;font-family:monospace;padding-right:1em"
-    )
-    return tag("tr", head, *(tag("td", letter, style=_CELL + _COLOURS.get(letter, "")) for letter in row))
+    Args:
+        rows: For each branch name, one string of `C`, `R` and `.` letters per site. Sites with equal rows share a line.
+        summary: One line of text above the tables. All text is escaped.
+    """
+    tables = [
+        (branch, [(name, row) for row, names in alike(sites).items() for name in folded(names)])
+        for branch, sites in rows.items()
+    ]
+    return _template().render(summary=summary, tables=tables, colours=_COLOURS, max_rows=_MAX_ROWS)

@@ -12,7 +12,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in, substitute, walk
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
-from cachepolicy.planning.notebook import glance
+from cachepolicy.planning.notebook import notebook_html
 from cachepolicy.planning.plan import BoundRule, Plan, bind
 from cachepolicy.planning.schedule import (
     COND_BRANCHES,
@@ -81,7 +81,7 @@ class Schedule:
         skipped = sum(not each.computes for decisions in self.decisions.values() for each in decisions)
         calls = sum(map(len, self.decisions.values()))
         summary = f"{self.steps} steps, {len(self.plan.sites)} sites: {skipped} of {calls} site calls skipped"
-        return glance({branch: self.rows_of(branch) for branch in self.branches}, summary)
+        return notebook_html({branch: self.rows_of(branch) for branch in self.branches}, summary)
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
         """The calls in the order they run, each with its decisions by site number."""

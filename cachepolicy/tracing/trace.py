@@ -12,7 +12,7 @@ from typing import cast
 
 from cachepolicy.budget import OVER
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning.notebook import glance
+from cachepolicy.planning.notebook import notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import Decision, Partition, Tick, prepare
 from cachepolicy.planning.simulation import replay
@@ -108,7 +108,7 @@ class Trajectory:
 
     def to_html(self) -> str:
         """The summary and the rows as a piece of HTML, which notebooks show."""
-        return glance({branch: self.rows(branch) for branch in self.branches}, self.summary)
+        return notebook_html({branch: self.rows(branch) for branch in self.branches}, self.summary)
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -168,7 +168,7 @@ class Trace:
 
     def to_html(self) -> str:
         """`latest` as a piece of HTML, which notebooks show."""
-        return "".join(each.to_html() for each in self.latest) or glance({}, str(self))
+        return "".join(each.to_html() for each in self.latest) or notebook_html({}, str(self))
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy import overview
 from cachepolicy.blueprint import Blueprint, is_model, read_model
 from cachepolicy.calls import FORMS, Picture, arguments_of
 from cachepolicy.cli import main
@@ -23,6 +22,7 @@ from cachepolicy.holdings import holdings
 from cachepolicy.language.parser import parse
 from cachepolicy.modules import describe
 from cachepolicy.planning.forecast import Work, forecast, operations
+from cachepolicy.reports import overview
 from cachepolicy.testing import zoo
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -10,9 +10,9 @@ import cachepolicy
 if TYPE_CHECKING:
     from torch import nn
 
-    from cachepolicy.explanation import Explanation
     from cachepolicy.planning.plan import Plan
     from cachepolicy.planning.simulation import Schedule
+    from cachepolicy.reports.explanation import Explanation
 
 
 def policies() -> None:

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from cachepolicy.planning.forecast import Forecast, Work, forecast
-from cachepolicy.report import Outcome, Tally, tally
+from cachepolicy.reports.text import Outcome, Tally, tally
 from cachepolicy.tracing.trace import Trajectory
 
 

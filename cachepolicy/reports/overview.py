@@ -16,7 +16,7 @@ from cachepolicy.planning.forecast import Forecast, Work, forecast, operations
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.planning.plan import Plan, bind
 from cachepolicy.planning.simulation import simulate
-from cachepolicy.report import tally
+from cachepolicy.reports.text import tally
 
 _KINDS: tuple[ir.Kind, ...] = ("block", "attention", "self_attention", "cross_attention", "feedforward")
 

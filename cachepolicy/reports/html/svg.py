@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cachepolicy.markup import Markup, tag
+from cachepolicy.reports.html.markup import Markup, tag
 
 LEFT, RIGHT, TOP, BOTTOM, HEIGHT, STEP = 60, 14, 10, 24, 180, 15
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
-from cachepolicy.explanation import Explanation, explain, explain_decision, explain_run
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.simulation import simulate
+from cachepolicy.reports.explanation import Explanation, explain, explain_decision, explain_run
 from cachepolicy.testing import strategies
 
 SITE = "transformer_blocks.0.attn1"

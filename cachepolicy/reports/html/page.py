@@ -7,16 +7,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from string import Template
 
-from cachepolicy import ledger, timeline
 from cachepolicy._resources import template
-from cachepolicy.cells import Reasons, grid
-from cachepolicy.charts import number
-from cachepolicy.gains import Gains, gains, percent, size
 from cachepolicy.language.formatter import format_node
-from cachepolicy.markup import Markup, data, joined, tag
 from cachepolicy.planning.forecast import Work, operations
 from cachepolicy.planning.plan import Plan
-from cachepolicy.report import Outcome
+from cachepolicy.reports.gains import Gains, gains, percent, size
+from cachepolicy.reports.html import ledger, timeline
+from cachepolicy.reports.html.grid import Reasons, grid
+from cachepolicy.reports.html.markup import Markup, data, joined, tag
+from cachepolicy.reports.html.svg import number
+from cachepolicy.reports.text import Outcome
 from cachepolicy.tracing.trace import Trajectory
 
 

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.gains import gains, size
-from cachepolicy.markup import Markup, data, joined, tag
-from cachepolicy.page import page
 from cachepolicy.planning.forecast import Work, forecast
 from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
-from cachepolicy.report import draw, tally
+from cachepolicy.reports.gains import gains, size
+from cachepolicy.reports.html.markup import Markup, data, joined, tag
+from cachepolicy.reports.html.page import page
+from cachepolicy.reports.text import draw, tally
+from cachepolicy.reports.thresholds import curves, points
 from cachepolicy.testing import strategies
-from cachepolicy.thresholds import curves, points
 from cachepolicy.tracing.trace import Trace, from_json
 from tests import reports
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.cli import main
-from cachepolicy.difference import PARTLY, Difference, compare, draw
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.plan import Plan
+from cachepolicy.reports.diff import PARTLY, Difference, compare, draw
 from cachepolicy.testing.strategies import policies
 
 ATTENTION = "transformer_blocks.0.attn1"

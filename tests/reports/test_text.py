@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import cachepolicy
 from cachepolicy.planning.grid import folded, grid
 from cachepolicy.planning.simulation import simulate
-from cachepolicy.report import draw, summary, tally, to_json
+from cachepolicy.reports.text import draw, summary, tally, to_json
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 

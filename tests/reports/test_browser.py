@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cachepolicy.page import page
+from cachepolicy.reports.html.page import page
 from tests import reports
 from tests.browser import Shown, launched
 

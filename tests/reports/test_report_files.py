@@ -107,7 +107,7 @@ def test_files_are_written(saved, tmp_path):
     code, _ = report(saved, "--html", tmp_path / "r.html", "--perfetto", tmp_path / "r.json")
     assert 0 == code
     text = (tmp_path / "r.html").read_text("utf-8")
-    assert text == cachepolicy.page.page(cachepolicy.load_trace(saved).latest)
+    assert text == cachepolicy.reports.html.page.page(cachepolicy.load_trace(saved).latest)
     assert 8 == sum(event["ph"] == "X" for event in json.loads((tmp_path / "r.json").read_text())["traceEvents"])
 
 
@@ -149,7 +149,7 @@ import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
 from cachepolicy import load_trace
 from cachepolicy.tracing import perfetto
-from cachepolicy.page import page
+from cachepolicy.reports.html.page import page
 trace = load_trace({str(saved)!r})
 assert perfetto.to_json(trace) and page(trace.latest)
 """

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachepolicy.charts import number
-from cachepolicy.explanation import Asked, explain_decision
-from cachepolicy.markup import Markup, tag
 from cachepolicy.planning.grid import folded
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import Decision, Tick
-from cachepolicy.report import Outcome
+from cachepolicy.reports.explanation import Asked, explain_decision
+from cachepolicy.reports.html.markup import Markup, tag
+from cachepolicy.reports.html.svg import number
+from cachepolicy.reports.text import Outcome
 
 Calls = Sequence[tuple[Tick, Sequence[Decision]]]
 _WORDS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cachepolicy.gains import Gains, percent
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
-from cachepolicy.markup import Markup, tag
 from cachepolicy.planning.plan import Plan
+from cachepolicy.reports.gains import Gains, percent
+from cachepolicy.reports.html.markup import Markup, tag
 from cachepolicy.tracing.schema import settings_of
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cachepolicy.charts import Mark, bars, curve, number, table
-from cachepolicy.gains import percent, size
 from cachepolicy.language.formatter import format_node
-from cachepolicy.markup import Markup, tag
 from cachepolicy.planning.schedule import Decision
-from cachepolicy.report import Outcome
-from cachepolicy.thresholds import Curve, Point, curves, series
+from cachepolicy.reports.gains import percent, size
+from cachepolicy.reports.html.markup import Markup, tag
+from cachepolicy.reports.html.svg import Mark, bars, curve, number, table
+from cachepolicy.reports.text import Outcome
+from cachepolicy.reports.thresholds import Curve, Point, curves, series
 from cachepolicy.tracing.trace import Call, Trajectory
 
 _MOST_CURVES = 6

@@ -10,7 +10,7 @@ from cachepolicy.planning.grid import grid
 from cachepolicy.planning.module_tree import ancestors
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import Schedule, SignalValues, simulate
-from cachepolicy.report import summary
+from cachepolicy.reports.text import summary
 
 PARTLY = "~"
 """Stands where one policy decides a span as one and the other lets only some of its modules run."""

@@ -1,0 +1,1 @@
+"""What a person sees: text, explanations, comparisons of schedules, and HTML reports."""

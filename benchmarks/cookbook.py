@@ -17,9 +17,9 @@ import cachepolicy
 from cachepolicy._resources import shipped_policies
 from cachepolicy.demo import Sampling, measure, save
 from cachepolicy.emoji import load_pipeline
+from cachepolicy.engine.introspection import describe
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
-from cachepolicy.modules import describe
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.reports.text import draw
 

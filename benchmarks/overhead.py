@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import cachepolicy
 from benchmarks._measure import Spread, one_thread, over, rounds, table
+from cachepolicy.engine.introspection import describe
 from cachepolicy.language.linker import load, resolve
-from cachepolicy.modules import describe
 from cachepolicy.planning.plan import bind
 
 ALWAYS, NEVER = 1_000_000, 1

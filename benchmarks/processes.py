@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from benchmarks._measure import one_thread, over, rounds, table, timed
-from cachepolicy.agreement import Agreement
-from cachepolicy.processes import peers_of
-from cachepolicy.shares import numbers_of, share
+from cachepolicy.engine.distributed.consensus import Agreement
+from cachepolicy.engine.distributed.groups import peers_of
+from cachepolicy.engine.distributed.norms import numbers_of, share
 from cachepolicy.testing.models import Block, Toy
 
 

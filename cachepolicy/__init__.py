@@ -14,8 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachepolicy.configs import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-    from cachepolicy.diffusers import (
+    from cachepolicy.diffusers.api import (
         CacheMixin,
         apply_faster_cache,
         apply_first_block_cache,
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
         is_cache_enabled,
         reset_stateful_cache,
     )
+    from cachepolicy.diffusers.configs import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+    from cachepolicy.engine.run import Run, apply, remove
     from cachepolicy.errors import PolicyError
     from cachepolicy.language.formatter import format
     from cachepolicy.language.ir import Policy
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from cachepolicy.language.parser import parse
     from cachepolicy.planning.simulation import plan, simulate
     from cachepolicy.reports.explanation import explain
-    from cachepolicy.runtime import Run, apply, remove
     from cachepolicy.tracing.trace import load_trace
 
     __version__: str
@@ -67,29 +67,29 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CacheMixin": "diffusers",
-    "FasterCacheConfig": "configs",
-    "FirstBlockCacheConfig": "configs",
+    "CacheMixin": "diffusers.api",
+    "FasterCacheConfig": "diffusers.configs",
+    "FirstBlockCacheConfig": "diffusers.configs",
     "Policy": "language.ir",
     "PolicyError": "errors",
-    "PyramidAttentionBroadcastConfig": "configs",
-    "Run": "runtime",
-    "apply": "runtime",
-    "apply_faster_cache": "diffusers",
-    "apply_first_block_cache": "diffusers",
-    "apply_pyramid_attention_broadcast": "diffusers",
-    "cache_context": "diffusers",
-    "disable_cache": "diffusers",
-    "enable_cache": "diffusers",
+    "PyramidAttentionBroadcastConfig": "diffusers.configs",
+    "Run": "engine.run",
+    "apply": "engine.run",
+    "apply_faster_cache": "diffusers.api",
+    "apply_first_block_cache": "diffusers.api",
+    "apply_pyramid_attention_broadcast": "diffusers.api",
+    "cache_context": "diffusers.api",
+    "disable_cache": "diffusers.api",
+    "enable_cache": "diffusers.api",
     "explain": "reports.explanation",
     "format": "language.formatter",
-    "is_cache_enabled": "diffusers",
+    "is_cache_enabled": "diffusers.api",
     "load": "language.loader",
     "load_trace": "tracing.trace",
     "parse": "language.parser",
     "plan": "planning.simulation",
-    "remove": "runtime",
-    "reset_stateful_cache": "diffusers",
+    "remove": "engine.run",
+    "reset_stateful_cache": "diffusers.api",
     "simulate": "planning.simulation",
 }
 

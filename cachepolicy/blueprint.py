@@ -111,7 +111,7 @@ def _built(config: Mapping[str, Any], shown: str) -> Blueprint:
     import torch
     from diffusers.models.modeling_utils import ModelMixin
 
-    from cachepolicy.modules import describe
+    from cachepolicy.engine.introspection import describe
 
     name = config["_class_name"]
     found = getattr(diffusers, name, None) if isinstance(name, str) else None

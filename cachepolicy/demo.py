@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
+from cachepolicy.engine.run import apply
 from cachepolicy.flops import Flops, counting
 from cachepolicy.language import ir
 from cachepolicy.quality import psnr
-from cachepolicy.runtime import apply
 
 Progress = Callable[[int, int, str], None]
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from cachepolicy.engine.execution_plan import Layout, lay_out
 from cachepolicy.language import ir
-from cachepolicy.layout import Layout, lay_out
 from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.liveness import Liveness

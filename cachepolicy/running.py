@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cachepolicy import terminal
+from cachepolicy.engine.run import Run, apply
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.quality import Quality, compare
-from cachepolicy.runtime import Run, apply
 from cachepolicy.sampling import Sample, checked, sample, save
 
 

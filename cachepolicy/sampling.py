@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from cachepolicy.engine.introspection import denoisers
 from cachepolicy.errors import PolicyError, suggestion
-from cachepolicy.modules import denoisers
 
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
 

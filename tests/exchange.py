@@ -39,7 +39,7 @@ class Exchange:
 
 
 class Thread:
-    """One of the threads, with the face of `cachepolicy.processes.Peers`."""
+    """One of the threads, with the face of `cachepolicy.engine.distributed.groups.Peers`."""
 
     def __init__(self, exchange: Exchange, rank: int) -> None:
         self.exchange = exchange

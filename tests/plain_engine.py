@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachepolicy.actions import predict
+from cachepolicy.engine.actions import predict
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import evaluate
 from cachepolicy.planning.history_spec import feedback

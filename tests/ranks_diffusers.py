@@ -13,8 +13,8 @@ from diffusers import ContextParallelConfig
 from torch import nn
 
 import cachepolicy
-from cachepolicy import processes
-from cachepolicy.processes import peers_of
+from cachepolicy.engine.distributed import groups
+from cachepolicy.engine.distributed.groups import peers_of
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes
 from tests.ranks import gathered
@@ -105,11 +105,11 @@ def a_norm_inside_the_first_block_decides_as_alone(rank: int) -> None:
 
 def static_policies_say_nothing(rank: int) -> None:
     """They need no group, and none is made for them."""
-    before = len(processes._all)
+    before = len(groups._all)
     for text in ("match attention every 2 -> reuse", "match blocks every 2 -> reuse residual"):
         for name in ("flux", "wan"):
             _both(name, cachepolicy.parse(text))
-    assert before == len(processes._all)
+    assert before == len(groups._all)
 
 
 def uneven_tokens_decide_as_alone(rank: int) -> None:

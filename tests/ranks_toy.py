@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import cachepolicy
-from cachepolicy import processes
+from cachepolicy.engine.distributed import groups
+from cachepolicy.engine.distributed.norms import norm_alone, norm_of, numbers_of, share
 from cachepolicy.errors import PolicyError
-from cachepolicy.shares import norm_alone, norm_of, numbers_of, share
 from cachepolicy.testing.models import Attention, Toy, ToyDiT, sample
 from tests.ranks import gathered
 
@@ -117,7 +117,7 @@ def replicas_without_a_group_are_left_alone(rank: int) -> None:
     same(
         alone, run(nn.parallel.DistributedDataParallel(Toy(blocks=3).build()).module, policy, x, y, timesteps=timesteps)
     )
-    assert not processes._all
+    assert not groups._all
 
 
 def pieces_decide_as_the_whole(rank: int) -> None:
@@ -182,8 +182,8 @@ def two_groups_do_not_couple(rank: int) -> None:
         model = spread(Toy(blocks=3).build(), [4, 4], group)
         got = run(model, policy, x[:, 4 * mine : 4 * mine + 4], y, timesteps=timesteps, process_group=form)
         same((expected[0], [each[:, 4 * mine : 4 * mine + 4] for each in expected[1]]), got)
-    assert len(processes.peers_of(mesh["cp"], nn.Identity()).ranks) == 2
-    assert processes.peers_of(mesh, nn.Identity()).ranks == (0, 1, 2, 3)
+    assert len(groups.peers_of(mesh["cp"], nn.Identity()).ranks) == 2
+    assert groups.peers_of(mesh, nn.Identity()).ranks == (0, 1, 2, 3)
 
 
 def a_nan_on_one_rank_makes_all_compute(rank: int) -> None:

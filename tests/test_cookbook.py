@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 from benchmarks import cookbook
 from cachepolicy._resources import shipped_policies
 from cachepolicy.emoji import load_pipeline
-from cachepolicy.modules import describe
+from cachepolicy.engine.introspection import describe
 
 
 @pytest.fixture(scope="module")

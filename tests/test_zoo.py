@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 
 from diffusers.models import ModelMixin, transformers, unets  # noqa: E402
 
-from cachepolicy.modules import describe  # noqa: E402
-from cachepolicy.scales import RAW, SCALES, TIMESTEP_NAMES  # noqa: E402
+from cachepolicy.diffusers.timestep_scaling import RAW, SCALES, TIMESTEP_NAMES  # noqa: E402
+from cachepolicy.engine.introspection import describe  # noqa: E402
 from cachepolicy.testing import zoo  # noqa: E402
 
 

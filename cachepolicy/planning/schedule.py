@@ -17,6 +17,9 @@ from cachepolicy.language.evaluate import (
 from cachepolicy.language.vocabulary import KEPT_LIMIT
 from cachepolicy.planning.plan import BoundRule, Plan
 
+OVER_LIMIT = "over the memory limit"
+"""The fact of a site that computes because its history does not fit the memory limit."""
+
 COND_BRANCHES = frozenset({"cond", "pred_cond"})
 UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})
 """What diffusers' pipelines call the two calls of a step."""

@@ -18,7 +18,7 @@ from cachepolicy.planning.simulation import replay
 if TYPE_CHECKING:
     from torch import nn
 
-    from cachepolicy.runtime import PolicyLike
+    from cachepolicy.engine.run import PolicyLike
     from cachepolicy.tracing.trace import Trace, Trajectory
 
 __all__ = [

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from cachepolicy.budget import OVER
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.notebook import notebook_html
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.schedule import Decision, Partition, Tick, prepare
+from cachepolicy.planning.schedule import OVER_LIMIT, Decision, Partition, Tick, prepare
 from cachepolicy.planning.simulation import replay
 from cachepolicy.tracing import schema
 from cachepolicy.tracing.schema import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
@@ -194,9 +193,11 @@ class Trace:
             if len(newest.branches) > 1:
                 lines.append(f"branch {branch or 'first'}")
             lines += _grouped(newest.rows(branch))
-        over = [site for site, _, _ in (key for key, fact in newest.facts.items() if fact == OVER)]
+        over = [site for site, _, _ in (key for key, fact in newest.facts.items() if fact == OVER_LIMIT)]
         if over:
-            lines.append(f"{OVER}: {len(set(over))} sites, which computed instead ({', '.join(dict.fromkeys(over))})")
+            lines.append(
+                f"{OVER_LIMIT}: {len(set(over))} sites, which computed instead ({', '.join(dict.fromkeys(over))})"
+            )
         return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cachepolicy
-from cachepolicy.scales import RAW, SCALES
+from cachepolicy.diffusers.timestep_scaling import RAW, SCALES
 from cachepolicy.testing import zoo
 
 pytestmark = [

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy.modules import describe  # noqa: E402
+from cachepolicy.engine.introspection import describe  # noqa: E402
 from cachepolicy.testing import zoo  # noqa: E402
 
 pytestmark = [

@@ -16,11 +16,11 @@ import cachepolicy
 from cachepolicy.blueprint import Blueprint, is_model, read_model
 from cachepolicy.calls import FORMS, Picture, arguments_of
 from cachepolicy.cli import main
+from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.flops import count, counting
 from cachepolicy.holdings import holdings
 from cachepolicy.language.parser import parse
-from cachepolicy.modules import describe
 from cachepolicy.planning.forecast import Work, forecast, operations
 from cachepolicy.reports import overview
 from cachepolicy.testing import zoo

@@ -1,0 +1,356 @@
+"""What each action does with a history: the tensor side of `reuse`, `predict` and their residual forms."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from cachepolicy.engine.block_chain import Chain
+from cachepolicy.engine.history_packing import compact, map_leaves, opened, packed, whole
+from cachepolicy.engine.history_storage import ANYHOW, Storing
+from cachepolicy.language import ir
+from cachepolicy.planning.history_spec import Keeping, reach
+
+COMPUTE = "compute"
+STORE = "store"
+STORE_CLONE = "store a clone"
+REUSE = "reuse"
+ANSWER = "answer"
+PENDING = "pending"
+
+
+class Slot:
+    """What one site keeps on one branch: its last outputs, the newest first, or the chain of its segments.
+
+    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from, and
+    an answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
+    one tensor that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once
+    somebody wrote into an answer; `call` is the last forward that the site computed in; `whole` is set where what it
+    keeps was most of its storage. `storing` says how it is stored, and whether there is room for it.
+    """
+
+    __slots__ = (
+        "__weakref__", "call", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape",
+        "step", "storing", "version", "versions", "whole",
+    )  # fmt: skip
+
+    def __init__(self, storing: Storing = ANYHOW) -> None:
+        mine: weakref.ref[Slot] = weakref.ref(self)
+        self.storing = storing if storing is ANYHOW else storing.of_its_own(lambda: _drop(mine))
+        self.packing = storing.packing
+        self.output: Any = None
+        self.older: list[Kept] = []
+        self.chain: Chain | None = None
+        self.shape: Any = None
+        self.dtype: Any = None
+        self.device: Any = None
+        self.version: int | None = None
+        self.versions: tuple[int, ...] | None = None
+        self.clones = False
+        self.step = -1
+        self.call = -1
+        self.full = True
+        self.whole = False
+
+    def clear(self) -> None:
+        """Let go of all results; how the blocks of a span go on stays known."""
+        self.output, self.older, self.version, self.versions = None, [], None, None
+        if self.chain is not None:
+            self.chain.clear()
+
+
+def _drop(slot: weakref.ref[Slot]) -> None:
+    found = slot()
+    if found is not None:
+        found.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An earlier output: the step that computed it, and whether it holds both halves of a guidance batch.
+
+    `versions` are the write counters of its tensors when it was kept; None for a copy.
+    """
+
+    output: Any
+    step: int
+    full: bool
+    versions: tuple[int, ...] | None = None
+
+
+# --- predictors ------------------------------------------------------------------------------------------
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The numbers of one prediction: what neighbouring differences are divided by, and what each order counts.
+
+    Numbers, or tensors without dimensions where a compiled graph has to take other ones at each step. `divisors` are
+    None where differences are taken as they are.
+    """
+
+    divisors: tuple[Any, ...] | None
+    factors: tuple[Any, ...]
+
+
+def weights(predictor: str, steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+    """The numbers of a prediction at `step` from values at `steps`, the newest first."""
+    return _PREDICTORS[predictor](steps, step, arguments)
+
+
+def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
+    """The newest value and its differences of rising order, each times its factor."""
+    answer = history[0]
+    for difference, factor in zip(_differences(history, numbers), numbers.factors, strict=True):
+        answer = answer + difference * factor
+    # What is kept is not handed out: whoever receives an answer may write into it.
+    return answer.clone() if answer is history[0] else answer
+
+
+def predict(
+    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
+) -> torch.Tensor:
+    """The value at `step` from computed ones at `steps`, the newest first; a short history lowers the order."""
+    return combine(history, weights(predictor, steps, step, arguments))
+
+
+def _differences(history: Sequence[torch.Tensor], numbers: Weights) -> list[torch.Tensor]:
+    """The newest difference of each order."""
+    divisors = numbers.divisors
+    if divisors is None:
+        return [history[0] - history[min(1, len(history) - 1)]]
+    level: list[torch.Tensor] = list(history[: len(numbers.factors) + 1])
+    found: list[torch.Tensor] = []
+    while len(level) > 1:
+        level = [(level[i] - level[i + 1]) / divisors[i] for i in range(len(level) - 1)]
+        found.append(level[0])
+    return found
+
+
+def _linear(_steps: Sequence[int], _step: int, arguments: Arguments) -> Weights:
+    """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
+    return Weights(None, (arguments["weight"],))
+
+
+def _taylor(steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
+    divisors = _divisors(steps, arguments["order"])
+    k = step - steps[0]
+    return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
+
+
+def _hermite(steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+    """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
+    divisors, scale = _divisors(steps, arguments["order"]), arguments["scale"]
+    x = scale * (step - steps[0])
+    before, polynomial, factors = 1.0, 2.0 * x, list[float]()
+    for order in range(1, len(divisors) + 1):
+        factors.append(scale**order * polynomial / math.factorial(order))
+        before, polynomial = polynomial, 2.0 * x * polynomial - 2.0 * order * before
+    return Weights(divisors, tuple(factors))
+
+
+def _divisors(steps: Sequence[int], order: int) -> tuple[int, ...]:
+    return tuple(newer - older for newer, older in pairwise(steps[: order + 1]))
+
+
+_PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}
+
+
+# --- outputs ---------------------------------------------------------------------------------------------
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor that a module works on: its first positional one, else `hidden_states`, else its first keyword one."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0]
+    named = kwargs.get("hidden_states")
+    if isinstance(named, torch.Tensor):
+        return named
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    return None
+
+
+def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bool:
+    """True where the kept output was computed from hidden states like these, or from both halves of these."""
+    if states is None:
+        return slot.shape is None
+    if slot.shape is None or states.dtype is not slot.dtype or states.device != slot.device:
+        return False
+    shape = slot.shape
+    if halved and slot.full and len(shape) > 0:
+        shape = (shape[0] // 2, *shape[1:])
+    return tuple(states.shape) == tuple(shape)
+
+
+def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> str | None:
+    """Why the kept output cannot answer this call; None where it can."""
+    if slot.output is None:
+        return slot.storing.lacking
+    if not fits(slot, states, halved=halved):
+        return "the history does not fit this call"
+    if not slot.clones and overwritten(slot):
+        # From now on this site keeps and gives copies: somebody downstream writes into what it returns.
+        spoil(slot)
+        return "the history was overwritten in place"
+    return None
+
+
+def overwritten(slot: Slot) -> bool:
+    """True where somebody wrote into what the slot keeps, the newest or an older one: each was handed out."""
+    if slot.version is not None:
+        newest = slot.output._version != slot.version
+    else:
+        newest = slot.versions is not None and versions(slot.output) != slot.versions
+    return newest or any(kept.versions is not None and versions(kept.output) != kept.versions for kept in slot.older)
+
+
+def spoil(slot: Slot) -> None:
+    """Forget what was overwritten; the older results were handed out too."""
+    slot.clones, slot.output, slot.older = True, None, []
+
+
+def keep(
+    slot: Slot, what: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
+) -> None:
+    """Put a computed output into the slot, the older ones behind it."""
+    if states is None:
+        slot.shape = slot.dtype = slot.device = None
+    else:
+        slot.shape, slot.dtype, slot.device = states.shape, states.dtype, states.device
+    push(slot, what, code, output, step=step, full=full)
+
+
+def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
+    """Make `output` the newest of the history."""
+    if what.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
+        spoil(slot)
+    if what.outputs > 1 and slot.output is not None:
+        counted = slot.versions if slot.version is None else (slot.version,)
+        slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: what.outputs - 1]
+    slot.step, slot.full = step, full
+    if slot.storing is not ANYHOW:
+        # What it takes the place of makes room first.
+        slot.output, slot.version, slot.versions = None, None, None
+        copied = slot.clones or code == STORE_CLONE
+        if not slot.storing.admits(output, copied=copied):
+            slot.clear()
+            return
+    if slot.packing is not None:
+        slot.output, slot.version, slot.versions = packed(slot.packing, output), None, None
+        return
+    clone = slot.clones or code == STORE_CLONE
+    slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
+    if not clone and not torch.compiler.is_compiling():
+        slot.whole = whole(_flat(kept))
+        if not slot.whole:
+            slot.output = kept = map_tensors(compact, kept)
+    # Inside a graph there are no write counters; there the graph itself owns its outputs.
+    slot.version, slot.versions = None, None if clone or torch.compiler.is_compiling() else versions(kept)
+
+
+def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
+    """The newest output, as it may be handed out."""
+    output = slot.output if slot.packing is None else opened(slot.output)
+    if halved and slot.full:
+        output = map_tensors(_half(half), output)
+    if slot.packing is not None:
+        return output
+    if slot.clones or inference or (slot.version is None and slot.versions is None and _of_inference(output)):
+        return cloned(output)
+    # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
+    return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)  # pyright: ignore[reportUnknownVariableType]
+
+
+def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool, half: int) -> Any:
+    """The predictor's answer, tensor by tensor of the output."""
+    # Half a batch is no history of a whole one.
+    kept = [each for each in slot_history(slot, reach(action)) if halved or each.full]
+    columns = [_flat(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
+    steps = [each.step for each in kept]
+    answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
+    given = iter(answers)
+    return map_tensors(lambda _: next(given), kept[0].output)
+
+
+def slot_history(slot: Slot, many: int) -> list[Kept]:
+    """What the slot keeps, the newest first and no more than `many`, as it was before it was packed."""
+    history = [Kept(slot.output, slot.step, slot.full), *slot.older][:many]
+    return history if slot.packing is None else [Kept(opened(each.output), each.step, each.full) for each in history]
+
+
+def _of_inference(output: Any) -> bool:
+    """True for what was kept under `torch.inference_mode`; outside, only a copy of it is a tensor like any other."""
+    return not torch.compiler.is_compiling() and any(tensor.is_inference() for tensor in _flat(output))
+
+
+def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives the conditional half of a guidance batch, which is its first (0) or its second (1)."""
+    return lambda tensor: tensor.chunk(2, dim=0)[half]
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    found = list[torch.Tensor]()
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """`value` with `function` applied to each tensor in its tuples, lists, dicts and output objects."""
+    return map_leaves(function, value, torch.Tensor)
+
+
+def cloned(value: Any) -> Any:
+    """`value` with copies of its tensors; one that stands twice in it stays one."""
+    done: dict[int, torch.Tensor] = {}
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor.detach().clone()
+        return done[id(tensor)]
+
+    return map_tensors(once, value)
+
+
+def counters(value: Any) -> tuple[int, ...] | None:
+    """The write counters of a tuple of plain tensors that need no gradient; None where it is anything else."""
+    if type(value) is not tuple:
+        return None
+    found = list[int]()
+    for tensor in value:  # pyright: ignore[reportUnknownVariableType]
+        if type(tensor) is not torch.Tensor or tensor.requires_grad or tensor.is_inference():  # pyright: ignore[reportUnknownArgumentType]
+            return None
+        found.append(tensor._version)
+    return tuple(found)
+
+
+def versions(value: Any) -> tuple[int, ...]:
+    """The write counters of all tensors in `value`; an inference tensor has none and counts as 0."""
+    return tuple([0 if tensor.is_inference() else tensor._version for tensor in _tensors(value)])
+
+
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    """All tensors in `value`; a tensor, and a tuple of some, are read off at once."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) is tuple and all([isinstance(each, torch.Tensor) for each in value]):  # pyright: ignore[reportUnknownVariableType]
+        return value  # pyright: ignore[reportUnknownVariableType]
+    return _flat(value)

@@ -1,0 +1,411 @@
+"""Guidance batches: running their conditional half, and the unconditional half rebuilt from kept differences.
+
+FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves in a low and a
+high band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Models are called with anything and return anything: what comes out of it has no type to know.
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cachepolicy.engine.actions import cloned, versions
+from cachepolicy.engine.clock import Arguments
+from cachepolicy.errors import PolicyError
+from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
+
+
+@dataclass(slots=True)
+class Bands:
+    """The kept difference, unconditional minus conditional, in the two bands of the shifted spectra."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """How a prediction is laid out: pictures, frames of pictures, or `BSC` tokens on a (frames, height, width) grid."""
+
+    layout: str
+    grid: tuple[int, int, int] | None = None
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """One picture a row: (rows, channels, height, width)."""
+        match self.layout:
+            case "BCFHW":
+                return x.permute(0, 2, 1, 3, 4).flatten(0, 1)
+            case "BFCHW":
+                return x.flatten(0, 1)
+            case "BFHWC":
+                return x.permute(0, 1, 4, 2, 3).flatten(0, 1)
+            case "BSC":
+                _, height, width = self.grid or (1, 1, x.shape[1])
+                return x.reshape(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
+            case _:
+                return x
+
+    def join(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
+        """The inverse of `split`, for a batch of `batch`."""
+        match self.layout:
+            case "BCFHW":
+                return rows.unflatten(0, (batch, -1)).permute(0, 2, 1, 3, 4)
+            case "BFCHW":
+                return rows.unflatten(0, (batch, -1))
+            case "BFHWC":
+                return rows.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2)
+            case "BSC":
+                return rows.permute(0, 2, 3, 1).reshape(batch, -1, rows.shape[1])
+            case _:
+                return rows
+
+
+def frames_of(
+    prediction: torch.Tensor,
+    named: Mapping[str, Any],
+    latents: torch.Tensor | None,
+    channels: int | None,
+    arguments: Mapping[str, Any],
+) -> Frames:
+    """How this prediction is laid out, as the policy says or as its dimensions and the call's arguments tell.
+
+    Raises:
+        PolicyError: it is not clear.
+    """
+    said = arguments.get("format", "found")
+    grid = tuple(arguments.get("grid", ())) or _grid(named)
+    if said not in {"found", "BSC"}:
+        if len(said) != prediction.ndim:
+            raise PolicyError.of(
+                "E331", f"a prediction of shape {tuple(prediction.shape)} is not laid out as `{said}`", help=_SAY
+            )
+        return Frames(said)
+    match prediction.ndim:
+        case 4:
+            return Frames("BCHW")
+        case 5:
+            places = [place for place in (1, 2, 4) if prediction.shape[place] == channels]
+            if len(places) > 1 and latents is not None:
+                # A prediction has the latents' sizes, but for its channels.
+                places = [place for place in places if _without(prediction, place) == _without(latents, place)]
+            if len(places) == 1:
+                return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[places[0]])
+        case 3 if grid is not None and len(grid) == 3 and math.prod(grid) == prediction.shape[1]:
+            return Frames("BSC", grid)
+        case _:
+            pass
+    raise PolicyError.of(
+        "E331",
+        f"a prediction of shape {tuple(prediction.shape)} could be laid out in more than one way",
+        help=_SAY,
+    )
+
+
+_SAY = 'say it: `format: "BCFHW"`, `"BFCHW"`, `"BFHWC"`, `"BCHW"` or `"BSC"` with `grid: [frames, height, width]`'
+
+
+def _without(tensor: torch.Tensor, place: int) -> tuple[int, ...]:
+    return tuple(tensor.shape[:place]) + tuple(tensor.shape[place + 1 :])
+
+
+def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """The latent grid of a token sequence, from the arguments that some models take it by."""
+    height, width = named.get("height"), named.get("width")
+    if isinstance(height, int) and isinstance(width, int):
+        frames = named.get("num_frames")
+        return (frames if isinstance(frames, int) else 1, height, width)
+    ids = named.get("img_ids")
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] == 3:
+        last = ids.reshape(-1, 3)
+        frames, height, width = (int(column) + 1 for column in last.max(dim=0).values - last.min(dim=0).values)
+        return (frames, height, width)
+    shapes = named.get("img_shapes")
+    while isinstance(shapes, list) and shapes:
+        shapes = shapes[0]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(shapes, tuple) and len(shapes) == 3:  # pyright: ignore[reportUnknownArgumentType]
+        return shapes  # pyright: ignore[reportUnknownVariableType, reportReturnType]
+    return None
+
+
+def split_bands(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shifted spectrum of each picture inside and outside a disc of radius min(height, width) // 5."""
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1))
+    height, width = x.shape[-2:]
+    radius = min(height, width) // 5
+    rows = torch.arange(height, device=x.device).unsqueeze(1) - height // 2
+    columns = torch.arange(width, device=x.device).unsqueeze(0) - width // 2
+    mask = rows**2 + columns**2 <= radius**2
+    return spectrum * mask, spectrum * ~mask
+
+
+def difference(uncond: torch.Tensor, cond: torch.Tensor) -> Bands:
+    """What is kept of a step that ran both halves; pictures as `Frames.split` gives them."""
+    low_uncond, high_uncond = split_bands(uncond.float())
+    low_cond, high_cond = split_bands(cond.float())
+    return Bands(low_uncond - low_cond, high_uncond - high_cond)
+
+
+def rebuild(bands: Bands, cond: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """The unconditional pictures of a skipped step; the factors stay in the kept difference, so they compound."""
+    bands.low = bands.low * low
+    bands.high = bands.high * high
+    low_cond, high_cond = split_bands(cond.float())
+    spectrum = (bands.low + low_cond) + (bands.high + high_cond)
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real
+
+
+# --- halves of a batch -----------------------------------------------------------------------------------
+
+
+def halves(x: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unconditional and the conditional half of a batch."""
+    first, second = x.chunk(2, dim=0)
+    return (first, second) if layout == "uncond first" else (second, first)
+
+
+def whole(uncond: torch.Tensor, cond: torch.Tensor, layout: str) -> torch.Tensor:
+    """The inverse of `halves`."""
+    return torch.cat([uncond, cond] if layout == "uncond first" else [cond, uncond], dim=0)
+
+
+def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None) -> dict[str, Any]:
+    """The call's arguments with the conditional half of everything that holds one row (or item) per sample.
+
+    `only` names the arguments to halve, whatever their size; without it they are found by it.
+    """
+    if only is not None:
+        return {name: _half(value, None, layout) if name in only else value for name, value in named.items()}
+    return {
+        name: value if _speaks_of_positions(name, value) else _half(value, batch, layout)
+        for name, value in named.items()
+    }
+
+
+_POSITIONS = re.compile(r"(^|_)(indices|index|ids|positions?)(_|$)")
+
+
+def _speaks_of_positions(name: str, value: Any) -> bool:
+    """A row of whole numbers that are places, not samples: its length can equal the size of the batch by chance."""
+    row = isinstance(value, torch.Tensor) and value.ndim == 1 and not value.is_floating_point()
+    return row and _POSITIONS.search(name) is not None
+
+
+def _half(value: Any, batch: int | None, layout: str) -> Any:
+    """The conditional half of a value that has `batch` rows (None: whatever it has); others as they are."""
+    if isinstance(value, torch.Tensor):
+        rows = value.shape[0] if value.ndim > 0 else 1
+        return halves(value, layout)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
+    if isinstance(value, dict):
+        return {key: _half(each, batch, layout) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
+    # A sequence is batched item by item, all of them, or is itself the batch.
+    if all(isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[0] == batch for each in items):
+        return type(value)(_half(each, batch, layout) for each in items)  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list) and (len(items) == batch or batch is None):
+        middle = len(items) // 2
+        return items[middle:] if layout == "uncond first" else items[:middle]
+    return value
+
+
+def predictions_of(output: Any, rows: int) -> list[torch.Tensor]:
+    """The tensors of a root's output that hold one row per sample, in order; a list of samples becomes a batch.
+
+    Raises:
+        PolicyError: the samples of a list have different shapes.
+    """
+    return [_stacked(value) for value in _values(output) if _is_batch(value, rows)]
+
+
+def with_predictions(output: Any, rows: int, predictions: Sequence[torch.Tensor]) -> Any:
+    """`output` with what `predictions_of` gives replaced, each by the next of `predictions`."""
+    given = iter(predictions)
+    values = [_like(value, next(given)) if _is_batch(value, rows) else value for value in _values(output)]
+    if isinstance(output, dict):
+        items = dict(zip(output, values, strict=True))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return items if type(output) is dict else type(output)(**items)  # pyright: ignore[reportUnknownArgumentType]
+    return type(output)(values) if isinstance(output, tuple) else values[0]  # pyright: ignore[reportUnknownVariableType]
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return list(output.values())  # pyright: ignore[reportUnknownArgumentType]
+    return list(output) if isinstance(output, tuple) else [output]  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _is_batch(value: Any, rows: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim > 0 and value.shape[0] == rows
+    return isinstance(value, list) and len(value) == rows and all(isinstance(each, torch.Tensor) for each in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def _stacked(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if len({each.shape for each in value}) != 1:
+        raise PolicyError.of("E332", "the samples of a guidance batch have different shapes")
+    return torch.stack(value)
+
+
+def _like(value: Any, prediction: torch.Tensor) -> Any:
+    return prediction if isinstance(value, torch.Tensor) else list(prediction.unbind(0))
+
+
+# --- the guidance of one trajectory ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a call's unconditional half cannot be rebuilt; `final` where the call is no guidance batch at all."""
+
+    reason: str
+    final: bool
+
+
+class Guide:
+    """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
+
+    __slots__ = ("_alone", "_apart", "_called", "_clones", "_cond", "_kept", "_rows", "_step", "_versions")
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Bands, Frames]] = []
+        self._cond: Any = None
+        self._versions: tuple[int, ...] | None = None
+        self._clones = False
+        self._rows = 0
+        self._step = -1
+        self._called: tuple[int, int] = (-1, 0)
+        self._alone = False
+        self._apart = False
+
+    def release(self, *, kept: bool, cond: bool) -> None:
+        """Let go of the kept difference, or of the conditional prediction; what was shown of guidance stays known."""
+        if kept:
+            self._kept = []
+        if cond:
+            self._cond = None
+
+    @property
+    def held(self) -> list[torch.Tensor]:
+        """The tensors that are kept."""
+        outputs = predictions_of(self._cond, self._rows) if self._cond is not None else []
+        return [*outputs, *(band for bands, _ in self._kept for band in (bands.low, bands.high))]
+
+    def named(self, branch: str) -> bool:
+        """True where the branch's name says which half it is."""
+        return branch in COND_BRANCHES or branch in UNCOND_BRANCHES
+
+    def problem(self, tick: Tick, arguments: Arguments, *, guided: bool, calls: int) -> Problem | None:
+        """Why this call cannot be approximated; None where it can."""
+        if self.named(tick.branch):
+            if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
+                return Problem("the conditional call has not run in this step", final=True)
+            if tick.branch in UNCOND_BRANCHES and self._overwritten():
+                # From now on copies are kept: somebody writes into the predictions.
+                self._clones, self._cond = True, None
+                return Problem("the conditional prediction was overwritten in place", final=True)
+        elif not guided:
+            return Problem("there is no guidance", final=True)
+        elif self._several_calls(tick.step, calls):
+            self._kept = []
+            return Problem("guidance runs in several calls", final=True)
+        elif _batch(arguments) % 2:
+            return Problem("the batch has no two halves", final=True)
+        if not self._alone and not self.named(tick.branch):
+            return Problem("no step has shown that it has one call", final=False)
+        return None if self._kept else Problem("nothing is kept yet", final=False)
+
+    def _several_calls(self, step: int, calls: int) -> bool:
+        """Whether a step of this trajectory has had more than one call; notes when one is over that had just one."""
+        before, last = self._called
+        self._apart |= calls > 1
+        self._alone |= step != before and last == 1
+        self._called = (step, calls)
+        return self._apart
+
+    def halved(
+        self, arguments: Arguments, args: tuple[Any, ...], settings: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The root's arguments with the conditional half of all that is batched."""
+        named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs") or None)
+        names = list(named)
+        positional = tuple(named[name] for name in names[: len(args)])
+        return positional, {name: named[name] for name in names[len(args) :]}
+
+    def answered(self, settings: Mapping[str, Any]) -> Any:
+        """The answer of the unconditional call, from this step's conditional one."""
+        output, rows = self._cond, self._rows
+        return with_predictions(output, rows, self._rebuilt(predictions_of(output, rows), settings))
+
+    def ended(
+        self,
+        tick: Tick,
+        arguments: Arguments,
+        settings: Mapping[str, Any],
+        output: Any,
+        channels: int | None,
+        *,
+        halved: bool,
+    ) -> Any:
+        """Keep the difference of a full call, or put the missing half beside the conditional one."""
+        rows = _batch(arguments)
+        if tick.branch in COND_BRANCHES:
+            self._keep(output, tick.step, rows)
+            return output
+        layout = settings["layout"]
+        if halved:
+            conds = predictions_of(output, rows // 2)
+            unconds = self._rebuilt(conds, settings)
+            both = [whole(uncond, cond, layout) for uncond, cond in zip(unconds, conds, strict=True)]
+            return with_predictions(output, rows // 2, both)
+        predictions = predictions_of(output, rows)
+        if tick.branch in UNCOND_BRANCHES:
+            pairs = list(zip(predictions, predictions_of(self._cond, rows), strict=True))
+        else:
+            pairs = [halves(prediction, layout) for prediction in predictions]
+        latents = arguments.named.get(arguments.latents or "")
+        latents = latents if isinstance(latents, torch.Tensor) else None
+        self._kept = []
+        for number, (prediction, (uncond, cond)) in enumerate(zip(predictions, pairs, strict=True)):
+            if number > 0 and prediction.ndim == _SEQUENCE:
+                frames = Frames("BSC", (1, 1, prediction.shape[1]))  # a second stream, such as sound
+            else:
+                frames = frames_of(prediction, arguments.named, latents, channels, settings)
+            self._kept.append((difference(frames.split(uncond), frames.split(cond)), frames))
+        return output
+
+    def _keep(self, output: Any, step: int, rows: int) -> None:
+        """Keep the conditional prediction; a copy where writing into it would not be seen, or was."""
+        tensors = predictions_of(output, rows)
+        clones = self._clones or any(tensor.is_inference() for tensor in tensors)
+        self._cond, self._step, self._rows = cloned(output) if clones else output, step, rows
+        self._versions = None if clones else versions(output)
+
+    def _overwritten(self) -> bool:
+        return self._versions is not None and versions(self._cond) != self._versions
+
+    def _rebuilt(self, conds: Sequence[torch.Tensor], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+        rebuilt = list[torch.Tensor]()
+        for cond, (bands, frames) in zip(conds, self._kept, strict=True):
+            rows = rebuild(bands, frames.split(cond), settings["low"], settings["high"])
+            rebuilt.append(frames.join(rows, cond.shape[0]).to(cond.dtype))
+        return rebuilt
+
+
+_SEQUENCE = 3  # dimensions of a batch of token sequences
+
+
+def _batch(arguments: Arguments) -> int:
+    latents = arguments.named.get(arguments.latents or "")
+    if isinstance(latents, torch.Tensor):
+        return latents.shape[0] if latents.ndim > 0 else 1
+    return len(latents) if isinstance(latents, list) else 1  # pyright: ignore[reportUnknownArgumentType]

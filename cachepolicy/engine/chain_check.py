@@ -1,0 +1,111 @@
+"""A compute of a span that has computed before: its ends are looked at, and that all is as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cachepolicy.engine.block_chain import Chain, Entry, Keeps, Link, Names, parts, signature
+
+
+def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
+    """True where the chain holds a compute by all of so many blocks on inputs like these, and nobody wrote in place."""
+    return (
+        len(chain.links) == blocks
+        and bool(chain.history)
+        and not (chain.clones or chain.splits)
+        and not torch.is_inference_mode_enabled()
+        and not any(map(_is_uncounted, names.values()))
+        and chain.signature == signature(names)
+    )
+
+
+class Tracker:
+    """Watches one compute of a span that has computed on the same branch before.
+
+    Each block has to take what the one before it gave as it took it then, unwritten. Where one does not, nothing is
+    kept, and the next compute is watched in full. What `spans.Recorder` looks at besides, whether inner outputs are
+    used elsewhere, is not looked at again.
+    """
+
+    __slots__ = (
+        "_bases", "_chain", "_entries", "_keeps", "_last", "_next", "_number", "_spoilt", "_versions", "_written",
+    )  # fmt: skip
+
+    def __init__(self, chain: Chain, keeps: Keeps, blocks: int) -> None:
+        self._chain = chain
+        self._keeps = keeps
+        self._number = blocks
+        self._next = 0
+        self._spoilt = False
+        self._last: list[Any] = []
+        self._versions: list[int] = []
+        self._bases: list[Any] = []
+        self._written: list[int] = []
+        self._entries: list[Entry] = []
+
+    @property
+    def calls(self) -> int:
+        """How many blocks have run."""
+        return self._next
+
+    def begin(self, position: int, names: Names) -> None:
+        """A block is about to run."""
+        link = self._chain.links[position]
+        if position != self._next:
+            self._spoilt = True
+        elif link.leads:
+            self._bases = [None if source is None else names.get(source) for source in link.shape.inputs]
+            self._written = _versions(self._bases)
+            # Nobody could tell whether a block wrote into it.
+            self._spoilt |= any(map(_is_uncounted, self._bases))
+        else:
+            for place, name in link.takes:
+                if place >= len(self._last) or names.get(name) is not self._last[place]:
+                    self._spoilt = True
+
+    def end(self, position: int, output: Any) -> None:
+        """A block has run."""
+        self._next += 1
+        link = self._chain.links[position]
+        outputs = [output] if isinstance(output, torch.Tensor) else parts(output)[0]
+        if type(output) is not link.shape.kind or len(outputs) != len(link.shape.inputs):  # pyright: ignore[reportUnknownArgumentType]
+            self._spoilt = True
+        if not link.leads and _versions(self._last) != self._versions:
+            self._spoilt = True
+        self._last, self._versions = outputs, _versions(outputs)
+        if position in self._chain.endings and not self._spoilt:
+            self._close(position, link)
+
+    def _close(self, position: int, link: Link) -> None:
+        keeps, ending = self._keeps, self._chain.endings[position]
+        if _versions(self._bases) != self._written or ending.segment != link.segment:
+            self._spoilt = True
+            return
+        residuals, outputs = list[Any](), list[Any]()
+        for base, place in zip(self._bases, ending.outputs, strict=True):
+            output = None if place is None else self._last[place]
+            if output is None or base is None or not keeps.residuals:
+                residuals.append(None)
+            else:
+                residuals.append((output - base).detach())
+            outputs.append(output.detach().clone() if output is not None and keeps.outputs else None)
+        self._entries.append(Entry(tuple(residuals), tuple(outputs), keeps.step, keeps.full))
+
+    def finish(self) -> None:
+        """The span has run: its entries enter the history, or it is forgotten."""
+        chain = self._chain
+        if self._spoilt or self._next != self._number or len(self._entries) != len(chain.history):
+            chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
+            return
+        chain.put(self._entries, chain.history, self._keeps.depth)
+
+
+def _versions(values: list[Any]) -> list[int]:
+    return [-1 if not isinstance(value, torch.Tensor) or value.is_inference() else value._version for value in values]
+
+
+def _is_uncounted(value: Any) -> bool:
+    """True for what was made under `torch.inference_mode`: it has no write counter outside it either."""
+    return isinstance(value, torch.Tensor) and value.is_inference()

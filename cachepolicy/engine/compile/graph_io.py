@@ -1,0 +1,227 @@
+"""The books of compiled graphs: what they are given before a call of the root, and what they left after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from cachepolicy.engine.actions import (
+    ANSWER,
+    COMPUTE,
+    PENDING,
+    REUSE,
+    STORE,
+    Slot,
+    Weights,
+    map_tensors,
+    overwritten,
+    push,
+    slot_history,
+    spoil,
+    weights,
+)
+from cachepolicy.engine.block_chain import Chain, Entry, Form
+from cachepolicy.engine.compile.graph_ops import Answer, Part, Place
+from cachepolicy.language import ir
+from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.schedule import WAITING, Decision
+
+
+class Staged(Protocol):
+    """What is asked of a turn."""
+
+    half: int
+    halved: bool
+    inference: bool
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots by site number."""
+        ...
+
+    @property
+    def keepings(self) -> Sequence[Keeping]:
+        """What each site keeps."""
+        ...
+
+    @property
+    def forms(self) -> Mapping[int, Form]:
+        """How the blocks of each span go on, as far as known."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The step of the call."""
+        ...
+
+    def decided(self, site: int) -> Decision:
+        """The site's decision as it stands, `WAITING` where it waits."""
+        ...
+
+    def arguments(self, action: ir.Predict, site: int) -> dict[str, Any]:
+        """What the action is told at this step."""
+        ...
+
+
+def problem(turn: Staged, site: int) -> str | None:
+    """Why a graph cannot answer for the site although it is decided to reuse; None where it can."""
+    decision = turn.decided(site)
+    return lacking(turn, site, decision.action) if decision.verdict == "reuse" else None
+
+
+def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
+    """Why a graph could not answer for the site if it were to reuse."""
+    if isinstance(action, ir.ApproximateUncond):
+        return None
+    slot, what = turn.slots[site], turn.keepings[site]
+    if what.streams:
+        chain = slot.chain
+        if isinstance(action, ir.Skip):
+            return None if chain is not None and chain.links else "its inputs and outputs are not known yet"
+        if chain is not None and chain.history and chain.autocast not in {None, autocast()}:
+            return "the history does not fit this call"
+        residual = isinstance(action, ir.Reuse | ir.Predict) and action.residual
+        return None if chain is not None and chain.holds(residual=residual) else slot.storing.lacking
+    if slot.output is None:
+        return slot.storing.lacking
+    if not slot.clones and overwritten(slot):
+        spoil(slot)
+        return "the history was overwritten in place"
+    return None
+
+
+def autocast() -> tuple[Any, ...]:
+    """What autocast does now: it may change what blocks are called with where the root is called with the same."""
+    return tuple(torch.get_autocast_dtype(each) if torch.is_autocast_enabled(each) else None for each in _AUTOCAST)
+
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+def staged(turn: Staged, site: int) -> Part:
+    """What a graph is given about one site at this call."""
+    what, part = turn.keepings[site], Part()
+    part.residuals, part.outputs = what.residuals > 0, what.outputs > 0
+    part.form = turn.forms.get(site) if what.streams else None
+    segments = part.form.segments if part.form is not None else 1
+    part.places, part.bases = [Place() for _ in range(segments)], [Place() for _ in range(segments)]
+    fill(turn, site, part, refused=False)
+    return part
+
+
+def fill(turn: Staged, site: int, part: Part, *, refused: bool) -> None:
+    """Say what the site does, and give it its history where it answers."""
+    decision, what, slot = turn.decided(site), turn.keepings[site], turn.slots[site]
+    action = decision.action
+    if decision is WAITING or (what.streams and part.form is None):
+        part.code = PENDING
+    elif refused or decision.verdict != "reuse" or action is None or isinstance(action, ir.ApproximateUncond):
+        part.code = STORE if what.outputs or what.streams else COMPUTE
+    else:
+        part.answer = _answer(action)
+        part.code = ANSWER if what.streams or part.answer.predicts else REUSE
+        if what.streams:
+            _give_chain(turn, site, part, slot.chain, action)
+        else:
+            _give(turn, site, part, slot, action)
+
+
+def _answer(action: ir.Action) -> Answer:
+    match action:
+        case ir.Reuse():
+            return Answer(residual=action.residual)
+        case ir.Predict():
+            return Answer(residual=action.residual, predicts=True, feedback=feedback(action))
+        case _:
+            return Answer(skips=isinstance(action, ir.Skip))
+
+
+def _give(turn: Staged, site: int, part: Part, slot: Slot, action: ir.Action) -> None:
+    kept = slot_history(slot, reach(action))
+    first = _first(kept[0].output)
+    if isinstance(action, ir.Predict):
+        # Half a batch is no history of a whole one.
+        kept = [each for each in kept if turn.halved or each.full]
+        part.weights = _weights(turn, site, action, [each.step for each in kept], first)
+    part.given = tuple(_half(turn, each.output, full=each.full) for each in kept)
+    part.clones = slot.clones or turn.inference
+    part.square = first is not None and first.shape == slot.shape
+
+
+def _first(value: Any) -> Any:
+    found = list[torch.Tensor]()
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found[0] if found else None
+
+
+def _half(turn: Staged, value: Any, *, full: bool) -> Any:
+    """The conditional half of what was kept of a whole guidance batch, where this call is one."""
+    if not (turn.halved and full):
+        return value
+    return map_tensors(lambda tensor: tensor.chunk(2, dim=0)[turn.half], value)
+
+
+def _give_chain(turn: Staged, site: int, part: Part, chain: Chain | None, action: ir.Action) -> None:
+    if chain is None or isinstance(action, ir.Skip):
+        return
+    given, numbers = list[Any](), list[Any]()
+    for segment in chain.history:
+        entries = [entry for entry in segment[: reach(action)] if turn.halved or entry.full]
+        columns = [
+            [_half(turn, entry.at(place, residual=part.answer.residual), full=entry.full) for entry in entries]
+            for place in range(len(entries[0].residuals))
+        ]
+        given.append(tuple(None if any(each is None for each in column) else tuple(column) for column in columns))
+        if isinstance(action, ir.Predict):
+            kept = next((column[0] for column in given[-1] if column is not None), None)
+            numbers.append(_weights(turn, site, action, [entry.step for entry in entries], kept))
+    part.given, part.weights = tuple(given), tuple(numbers)
+
+
+def _weights(turn: Staged, site: int, action: ir.Predict, steps: Sequence[int], like: torch.Tensor | None) -> Weights:
+    """The numbers of a prediction as tensors: a graph takes other ones at every step."""
+    numbers = weights(action.predictor, steps, turn.step, turn.arguments(action, site))
+
+    def tensor(number: float) -> torch.Tensor:
+        device = torch.device("cpu") if like is None else like.device
+        return torch.tensor(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+    divisors = None if numbers.divisors is None else tuple(tensor(each) for each in numbers.divisors)
+    return Weights(divisors, tuple(tensor(each) for each in numbers.factors))
+
+
+# --- afterwards ------------------------------------------------------------------------------------------
+
+
+def commit(turn: Staged, site: int, part: Part) -> None:
+    """Put what a graph left into the site's history."""
+    slot, what = turn.slots[site], turn.keepings[site]
+    if what.streams:
+        _commit_chain(turn, slot, what, part)
+        return
+    place = part.places[0]
+    if place.value is None:
+        return
+    if place.states is not None:
+        slot.shape, slot.dtype, slot.device = torch.Size(place.states[0]), *place.states[1:]
+    elif part.code is STORE:
+        slot.shape = slot.dtype = slot.device = None
+    push(slot, what, STORE, place.value, step=turn.step, full=not turn.halved)
+
+
+def _commit_chain(turn: Staged, slot: Slot, what: Keeping, part: Part) -> None:
+    if part.unfit and slot.chain is not None:
+        # It computed, and nobody kept what.
+        slot.chain.links, slot.chain.history = {}, []
+    form, left = part.form, [place.value for place in part.places]
+    if form is None or part.unfit or any(value is None for value in left):
+        return
+    chain = slot.chain = slot.chain or Chain(slot.storing)
+    fresh = [Entry(residuals, outputs, turn.step, not turn.halved) for residuals, outputs in left]
+    old: list[list[Entry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
+    chain.put(fresh, old, what.depth)
+    chain.links = dict(enumerate(form.links))
+    chain.endings = {place: ending for place, ending in enumerate(form.endings) if ending is not None}
+    chain.signature, chain.autocast = None, autocast()

@@ -1,0 +1,316 @@
+"""What an intercepted module does while a compiler traces it.
+
+A graph reads what the root laid out for it before the call, and leaves each result in a place of its own; all books are
+kept outside, by `staging`. So one graph serves every call with the same codes, whatever the step. No object is written
+twice in a graph: Dynamo (2.13 at least) loses a second store to one where a higher-order operation stands between.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cachepolicy.engine.actions import ANSWER, COMPUTE, PENDING, REUSE, STORE, combine, hidden_states, map_tensors
+from cachepolicy.engine.block_chain import Form, Names, bind_names, parts, passed, rebuilt
+
+
+class _Uncompiled:
+    """Compiled modules run as they are while anybody is inside; without effect before torch 2.6.
+
+    The setting is torch's, and one for all threads: the first to enter makes it, the last to leave takes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        make: Any = getattr(torch.compiler, "set_stance", None)
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1 and make is not None:
+                self._stance = make("force_eager")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+UNCOMPILED = _Uncompiled()
+
+
+class Place:
+    """Where a graph leaves one result, and the form of the hidden states that it was made from."""
+
+    __slots__ = ("states", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.states: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an answer is made: from the input alone, from a kept residual or output, as it is or predicted."""
+
+    skips: bool = False
+    residual: bool = False
+    predicts: bool = False
+    feedback: bool = False
+
+
+class Part:
+    """What a graph knows of one site, and what it leaves there.
+
+    `given` is the history that an answer reads, the newest first; of a span, one for each segment and stream, as are
+    `weights` and `places` (for each segment). `residuals` and `outputs` say what a compute leaves. `clones`: answers
+    are handed out as copies. `square`: the hidden states had the shape of the output. `unfit` is set where the history
+    was not made for the call after all, `repeats` where the site was called again in one graph.
+    """
+
+    __slots__ = (
+        "answer", "bases", "clones", "code", "form", "given", "outputs", "places", "repeats", "residuals", "square",
+        "unfit", "weights",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.code = COMPUTE
+        self.answer = Answer()
+        self.given: Any = ()
+        self.weights: Any = None
+        self.form: Form | None = None
+        self.places: list[Place] = []
+        self.bases: list[Place] = []
+        self.residuals = False
+        self.outputs = True
+        self.clones = False
+        self.square = False
+        self.unfit = False
+        self.repeats = False
+
+
+class Stage:
+    """The parts of the sites that one graph may reach: of the root's call, or of one block that is compiled alone."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+
+
+tracing = torch.compiler.is_dynamo_compiling
+"""True inside a graph that is being traced; Dynamo puts the constant in its place."""
+
+
+def _says_exporting() -> bool:
+    return bool(getattr(torch.compiler, "_is_compiling_flag", False))
+
+
+exporting = getattr(torch.compiler, "is_exporting", _says_exporting)
+"""True inside `torch.export`; older versions of torch set another flag there, and nowhere else."""
+
+
+def waits(stage: Stage, number: int, members: Sequence[tuple[int, int]]) -> bool:
+    """True where a call has to leave the graph: its decision waits for a signal, or its form is not known."""
+    for span, _ in members:
+        if stage.parts[span].code is PENDING:
+            return True
+    return number >= 0 and stage.parts[number].code is PENDING
+
+
+def traced(
+    original: Any,
+    module: Any,
+    stage: Stage,
+    number: int,
+    members: Sequence[tuple[int, int]],
+    parameters: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A call inside a graph; `number` is that of the site's own part, or -1, `members` are its positions in spans."""
+    names: Names = bind_names(parameters, args, kwargs) if members else {}
+    for span, position in members:
+        part = stage.parts[span]
+        if part.code is ANSWER and not part.unfit:
+            if _suits(part, position, names):
+                return _linked(part, position, names)
+            part.unfit = True
+        elif part.code is STORE:
+            _begin(part, position, names)
+    output = _computed(original, module, None if number < 0 else stage.parts[number], args, kwargs)
+    for span, position in members:
+        part = stage.parts[span]
+        if part.code is STORE:
+            _end(part, position, output)
+    return output
+
+
+# --- modules with a history of their own -----------------------------------------------------------------
+
+
+def _computed(original: Any, module: Any, part: Part | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if part is None or part.form is not None or part.code is COMPUTE:
+        return original(module, *args, **kwargs)
+    states = hidden_states(args, kwargs)
+    if part.code is REUSE or part.code is ANSWER:
+        if _fits(part, states):
+            return _answered(part)
+        part.unfit = True
+    output = original(module, *args, **kwargs)
+    place = part.places[0]
+    if place.value is not None:
+        part.repeats = True
+        return output
+    # A copy: inside a graph nobody can tell whether what follows writes into it.
+    place.value = copied(output)
+    place.states = None if states is None else (states.shape, states.dtype, states.device)
+    return output
+
+
+def _fits(part: Part, states: torch.Tensor | None) -> bool:
+    """False where the hidden states had the shape of the output, and have another one now.
+
+    The root sees to it that it is called with what it was called with then; this is for models that change the number
+    of tokens by themselves.
+    """
+    kept = _flat(part.given[0])
+    return not part.square or states is None or kept[0].shape == states.shape
+
+
+def _answered(part: Part) -> Any:
+    newest = part.given[0]
+    if not part.answer.predicts:
+        if part.clones:
+            return copied(newest)
+        # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
+        return newest if isinstance(newest, torch.Tensor | tuple) else map_tensors(_itself, newest)  # pyright: ignore[reportUnknownVariableType]
+    columns = [_flat(each) for each in part.given]
+    values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
+    output = _filled(newest, values)
+    if part.answer.feedback:
+        part.places[0].value = copied(output)
+    return output
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    return found
+
+
+def _filled(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """`value` with its tensors replaced, in order."""
+    rest = list(tensors)
+
+    def take(_: torch.Tensor) -> torch.Tensor:
+        return rest.pop(0)
+
+    return map_tensors(take, value)
+
+
+def copied(value: Any) -> Any:
+    """`value` with copies of its tensors; one that stands twice in it stays one."""
+    done: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        for known, copy in done:
+            if known is tensor:
+                return copy
+        copy = tensor.detach().clone()
+        done.append((tensor, copy))
+        return copy
+
+    return map_tensors(once, value)
+
+
+# --- spans -----------------------------------------------------------------------------------------------
+
+
+def _begin(part: Part, position: int, names: Names) -> None:
+    """Keep the inputs of a segment's first block; copies, since blocks may write into them."""
+    assert part.form is not None
+    link = part.form.links[position]
+    if part.residuals and link.leads:
+        inputs = passed(link.shape, names)
+        part.bases[link.segment].value = tuple([None if each is None else each.clone() for each in inputs])
+
+
+def _end(part: Part, position: int, output: Any) -> None:
+    """Leave what a segment gave, behind its last block."""
+    assert part.form is not None
+    ending = part.form.endings[position]
+    if ending is None:
+        return
+    outputs = parts(output)[0]
+    reached = [None if place is None else outputs[place] for place in ending.outputs]
+    residuals: list[Any] = [None] * len(reached)
+    kept: list[Any] = [None] * len(reached)
+    for place, value in enumerate(reached):
+        if value is not None and part.residuals:
+            residuals[place] = (value - part.bases[ending.segment].value[place]).detach()
+        if value is not None and part.outputs:
+            kept[place] = value.detach().clone()
+    part.places[ending.segment].value = (tuple(residuals), tuple(kept))
+
+
+def _suits(part: Part, position: int, names: Names) -> bool:
+    """False where the first block of a span is called with other shapes than when the span computed."""
+    assert part.form is not None
+    if position > 0 or part.answer.skips:
+        return True
+    link = part.form.links[position]
+    inputs = passed(link.shape, names)
+    for place in range(len(inputs)):
+        column = part.given[link.segment][place]
+        if column is not None and column[0].shape != inputs[place].shape:
+            return False
+    return True
+
+
+def _linked(part: Part, position: int, names: Names) -> Any:
+    """What one block of a span that answers gives."""
+    assert part.form is not None
+    link = part.form.links[position]
+    inputs = passed(link.shape, names)
+    if link.leads and not part.answer.skips:
+        inputs = _led(part, link.segment, inputs)
+    return rebuilt(link.shape, inputs)
+
+
+def _led(part: Part, segment: int, inputs: list[Any]) -> list[Any]:
+    """What the first block of a segment gives for all of it."""
+    answers: list[Any] = list(inputs)
+    residuals: list[Any] = [None] * len(inputs)
+    outputs: list[Any] = [None] * len(inputs)
+    for place in range(len(inputs)):
+        column, given = part.given[segment][place], inputs[place]
+        if column is None:
+            continue
+        value = combine(column, part.weights[segment]) if part.answer.predicts else column[0]
+        answer = given + value if part.answer.residual else value.clone()
+        answers[place] = answer
+        if part.residuals:
+            residuals[place] = answer - given
+        if part.outputs:
+            outputs[place] = answer.clone()
+    if part.answer.feedback:
+        part.places[segment].value = (tuple(residuals), tuple(outputs))
+    return answers

@@ -1,0 +1,189 @@
+"""What of a model is compiled: as a whole or block by block, and what its graphs have to know beforehand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch._dynamo
+
+from cachepolicy.engine.block_chain import Form
+from cachepolicy.engine.clock import Arguments
+from cachepolicy.engine.compile.graph_io import autocast, commit, problem, staged
+from cachepolicy.engine.compile.graph_ops import Part, Stage
+from cachepolicy.engine.execution_plan import Layout
+from cachepolicy.engine.forward_pass import Turn
+from cachepolicy.engine.hooks import Frame, Owner, Site, parameters_of
+
+
+class Host(Owner, Protocol):
+    """What is asked of the root."""
+
+    layout: Layout
+    module: torch.nn.Module
+    handles: dict[str, Site]
+    around: Any
+
+
+class Graphs:
+    """The graphs of one root: its compiled blocks, and the forms of spans as calls outside graphs have shown them.
+
+    `surprised` is set where a site found itself in a graph that nobody had seen coming.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.forms: dict[int, Form] = {}
+        self.surprised = False
+        self._learnt: dict[Any, int] = {}
+        self._shows = bool(host.layout.plan.probes) or any(what.streams for what in host.layout.keepings)
+        self._blocks: list[Sequence[int]] = []
+        self._signatures: set[Any] = set()
+        self._warned = False
+        self._around = list(self._candidates())
+
+    def _candidates(self) -> Iterator[str]:
+        """The modules that have sites inside, the outer ones first: those whose graphs would hold sites."""
+        found = dict[str, None]()
+        for site in self.host.layout.plan.sites:
+            for name in site.modules:
+                steps = name.split(".")
+                found |= dict.fromkeys(".".join(steps[:length]) for length in range(1, len(steps)))
+        for name in sorted(found, key=lambda name: name.count(".")):
+            if not isinstance(self.host.module.get_submodule(name), torch.nn.ModuleList | torch.nn.ModuleDict):
+                yield name
+
+    def look(self) -> None:
+        """Find the blocks that are compiled alone; a compiler may have come since the last trajectory."""
+        for name in list(self._around):
+            module = self.host.module.get_submodule(name)
+            if is_compiled(module):
+                self._around = [each for each in self._around if not f"{each}.".startswith(f"{name}.")]
+                self._add(name, module)
+
+    def _add(self, name: str, module: torch.nn.Module) -> None:
+        numbers = [
+            site.index
+            for site in self.host.layout.plan.sites
+            if all(each.startswith(f"{name}.") for each in site.modules)
+        ]
+        within = {number: place for place, number in enumerate(numbers)}
+        for inner, site in self.host.handles.items():
+            if inner.startswith(f"{name}."):
+                site.within = within.get(site.index, -1)
+                site.inside = [(within[span], position) for span, position in site.members if span in within]
+        handle = self.host.handles.get(name)
+        if handle is None:
+            handle = self.host.handles[name] = Site(self.host, name, parameters_of(module))
+            handle.block, handle.special = len(self._blocks), True
+            self.host.around.intercept(self.host, name, handle)
+        handle.block, handle.special = len(self._blocks), True
+        self._blocks.append(numbers)
+
+    # --- one call ----------------------------------------------------------------------------------------
+
+    def used(self, *, whole: bool) -> bool:
+        """True where this call runs in graphs."""
+        return whole or self.surprised or bool(self._blocks)
+
+    def learns(self, arguments: Arguments) -> bool:
+        """True where the call has to run outside graphs: how its blocks go on has not been seen yet."""
+        return self._shows and self._learnt.get(_kind(arguments), 0) >= 0
+
+    def learnt(self, turn: Turn, arguments: Arguments) -> None:
+        """A call has run outside graphs: how do the blocks go on?"""
+        known = True
+        for site, what in enumerate(self.host.layout.keepings):
+            if what.streams and site not in self.forms:
+                chain = turn.branch.slots[site].chain
+                if chain is not None:
+                    chain.autocast = autocast()
+                form = None if chain is None else chain.form(len(self.host.layout.names[site]))
+                known &= form is not None
+                if form is not None:
+                    self.forms[site] = form
+        kind = _kind(arguments)
+        tries = self._learnt.get(kind, 0) + 1
+        self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
+
+    def parts(self, turn: Turn, arguments: Arguments, *, whole: bool) -> Mapping[int, Part]:
+        """What the graphs are given; a site whose history cannot answer computes."""
+        sites = (
+            range(len(turn.branch.slots)) if whole or self.surprised else [n for block in self._blocks for n in block]
+        )
+        while problems := {site: reason for site in sites if (reason := problem(turn, site)) is not None}:
+            for site, reason in problems.items():
+                turn.refuse(site, reason)
+            turn.decide_again()
+        turn.parts = parts = {site: staged(turn, site) for site in sites}
+        decided = tuple((part.code, part.answer, len(part.given)) for part in parts.values())
+        modes = torch.is_grad_enabled(), turn.inference, autocast()
+        self._count((decided, turn.halved, modes, arguments.signature()))
+        return parts
+
+    def _count(self, signature: Any) -> None:
+        """Each set of decisions is a graph of its own, at each size of the inputs: torch has to allow that many."""
+        self._signatures.add(signature)
+        wanted = len(self._signatures) + _MARGIN
+        if wanted <= allowed_graphs():
+            return
+        if wanted <= MOST_GRAPHS:
+            allow_graphs(wanted)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"there are more than {MOST_GRAPHS} sets of decisions and sizes of inputs, each a graph of its own: "
+                "torch will stop compiling and run the rest as it is",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def place(self, frame: Frame, parts: Mapping[int, Part], *, whole: bool) -> None:
+        """Lay the parts out for the graphs."""
+        if whole or self.surprised:
+            frame.stage = Stage([parts[site] for site in range(len(parts))])
+        frame.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
+
+    def end(self, turn: Turn, parts: Mapping[int, Part]) -> None:
+        """Take over what the graphs left."""
+        for site, part in parts.items():
+            if part.repeats:
+                turn.repeats(site)
+            if part.unfit:
+                turn.refuse(site, "the history does not fit this call")
+            commit(turn, site, part)
+
+
+_MOST_TRIES = 3  # calls after which a span whose blocks are not understood breaks the graph instead
+_MARGIN = 4  # graphs of one code for other reasons: dtypes, shapes, gradients
+MOST_GRAPHS = 64
+"""As many graphs of one code torch is asked to allow."""
+
+
+def allowed_graphs() -> int:
+    """How many graphs of one code torch compiles before it gives up."""
+    return getattr(torch._dynamo.config, _LIMIT)  # noqa: SLF001
+
+
+def allow_graphs(number: int) -> None:
+    """Raise that."""
+    setattr(torch._dynamo.config, _LIMIT, number)  # noqa: SLF001
+
+
+_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # noqa: SLF001
+
+
+def _kind(arguments: Arguments) -> Any:
+    """What calls that run alike have in common: which of their arguments hold tensors, and of which dtype."""
+    return tuple((name, dtype) for name, _, dtype, _ in arguments.signature())
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """True where the module's own forward is compiled."""
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__name__ == "OptimizedModule"
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )

@@ -1,0 +1,181 @@
+"""Decisions that several processes make as one: a fixed message each, added up once, read alike by all.
+
+Every process takes part in every decision, also where it has nothing to add: then the norm is undefined for all, and
+all compute. A message also says what it is about, so that processes that do not run the same calls find out instead of
+deciding by each other's numbers; and a process whose call fails takes part in the next decision by saying so.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachepolicy.engine.distributed.groups import Peers
+from cachepolicy.engine.distributed.norms import WIDTH, Share, dtype_of, norm_of, numbers_of
+from cachepolicy.errors import PolicyError
+
+Wanted = tuple[str, Share | None]
+"""A norm's function, and this process' share of it; None where it is undefined here."""
+
+# The places in a message. Where two belong together, the second holds the square, which tells equal numbers from
+# others with an equal sum.
+_HERE, _SUBJECT, _ORDER, _TRAJECTORY, _REFUSED, _CULPRIT, _FAILED = 0, 1, 3, 5, 7, 8, 9
+_SLOTS = 32
+"""Trajectories that can be under way at a time without being mistaken for each other where one fails."""
+_NORMS = _FAILED + _SLOTS
+_DEFINED, _ROWS, _CODE, _HEAD = 0, 1, 3, 5
+LENGTH = 256
+MOST_NORMS = (LENGTH - _NORMS) // (_HEAD + WIDTH)
+"""Norms of one sample that one message takes."""
+_BITS = 2**20  # squares of numbers below, added up over thousands of processes, are exact in float64
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What all processes know after a decision: the norms (NaN: undefined), and how many cannot reuse."""
+
+    norms: list[float]
+    refused: int
+
+
+class Agreement:
+    """The decisions of one trajectory, taken by all processes in the same order."""
+
+    __slots__ = ("_closed", "_number", "_order", "_peers", "_policy")
+
+    def __init__(self, peers: Peers, policy: str) -> None:
+        peers.number = (peers.number + 1) % _BITS
+        peers.gone.discard(peers.number % _SLOTS)
+        self._peers = peers
+        self._policy = policy
+        self._number = peers.number
+        self._order = 0
+        self._closed = False
+
+    def settle(self, subject: str, wanted: Sequence[Wanted], *, past: str = "", refuses: bool = False) -> Settled:
+        """The norms from the shares of all processes; `refuses` says that this one could not reuse.
+
+        `subject` and `past` have to be the same on all of them; errors speak of the subject.
+
+        Raises:
+            PolicyError: another process has failed (E350), is at another decision (E351), or does not answer (E352).
+        """
+        norms = list[float]()
+        refused = 0
+        for start in range(0, max(1, len(wanted)), MOST_NORMS):
+            part = wanted[start : start + MOST_NORMS]
+            about = f"{self._policy} {subject} {past} {start} of {len(wanted)}"
+            settled = self._settle(subject, about, part, refuses=refuses)
+            norms += settled.norms
+            refused = settled.refused
+        return Settled(norms, refused)
+
+    def abandon(self) -> None:
+        """Tell the others that this process has failed, where they do not know it from the last decision."""
+        if self._closed:
+            return
+        self._closed = True
+        message = [0.0] * LENGTH
+        message[_FAILED + self._number % _SLOTS] = 1.0
+        message[_CULPRIT] = float(self._peers.rank)
+        self._peers.post(message)
+
+    def _settle(self, subject: str, about: str, wanted: Sequence[Wanted], *, refuses: bool) -> Settled:
+        self._order = (self._order + 1) % _BITS
+        room = (LENGTH - _NORMS) // max(1, len(wanted))
+        shares = [share for _, share in wanted if share is not None]
+        given = iter(numbers_of(shares))
+        numbers = [next(given) if share is not None else [] for _, share in wanted]
+        message = self._message(zlib.crc32(about.encode()) % _BITS, refuses=refuses)
+        for place, ((_, share), mine) in enumerate(zip(wanted, numbers, strict=True)):
+            if share is not None:
+                _lay(message, _NORMS + place * room, share, mine, room)
+        total = self._checked(self._added(message, subject), subject)
+        heads = [total[_NORMS + place * room :][:room] for place in range(len(wanted))]
+        rest = self._rest(heads, numbers, room, subject)
+        norms = [self._norm(function, head, rest) for (function, _), head in zip(wanted, heads, strict=True)]
+        return Settled(norms, int(total[_REFUSED]))
+
+    def _message(self, about: int, *, refuses: bool) -> list[float]:
+        message = [0.0] * LENGTH
+        message[_HERE] = 1.0
+        for place, number in ((_SUBJECT, about), (_ORDER, self._order), (_TRAJECTORY, self._number)):
+            message[place : place + 2] = number, number * number
+        message[_REFUSED] = float(refuses)
+        return message
+
+    def _added(self, message: Sequence[float], subject: str) -> list[float]:
+        """The messages of all processes; those that failed in other trajectories do not count."""
+        mine = self._number % _SLOTS
+        while mine not in self._peers.gone:
+            total = self._ask(message, subject)
+            failed = [slot for slot in range(_SLOTS) if total[_FAILED + slot]]
+            if not failed:
+                return total
+            self._peers.gone.update(failed)
+            # A trajectory that failed before it began here is counted here too.
+            ahead = [(slot - self._peers.number) % _SLOTS for slot in failed]
+            self._peers.number += max((each for each in ahead if each < _SLOTS // 2), default=0)
+            if mine in failed:
+                culprit = f"process {total[_CULPRIT]:g}" if sum(total[_FAILED:_NORMS]) == 1 else "several processes"
+                raise self._over(
+                    "E350", f"{culprit} failed before {subject} was decided", "look for the error there, and start anew"
+                )
+        raise self._over("E350", f"another process failed before {subject} was decided", "look for the error there")
+
+    def _ask(self, message: Sequence[float], subject: str) -> list[float]:
+        try:
+            return self._peers.add(message, subject)
+        except PolicyError:
+            self._closed = True
+            raise
+
+    def _checked(self, total: list[float], subject: str) -> list[float]:
+        """The sums, once all processes are known to speak of the same decision."""
+        if all(self._same(total, place, total[_HERE]) for place in (_SUBJECT, _ORDER, _TRAJECTORY)):
+            return total
+        self._peers.number = int(total[_TRAJECTORY]) % _BITS  # the same on all, so that they can start anew
+        raise self._over(
+            "E351",
+            f"the processes {list(self._peers.ranks)} are not at the same decision; this one is at {subject}",
+            "all of them have to run the same calls in the same order, with the same policy and settings",
+        )
+
+    def _same(self, total: Sequence[float], place: int, processes: float) -> bool:
+        return int(processes) * int(total[place + 1]) == int(total[place]) ** 2
+
+    def _rest(
+        self, heads: Sequence[Sequence[float]], numbers: Sequence[Sequence[float]], room: int, subject: str
+    ) -> dict[int, list[float]]:
+        """A second message: the numbers of norms of many samples, by the place of their head."""
+        known = [place for place, head in enumerate(heads) if self._everywhere(head)]
+        long = [place for place in known if _HEAD + len(numbers[place]) > room]
+        if not long:
+            return {}
+        total = iter(self._ask([number for place in long for number in numbers[place]], subject))
+        return {id(heads[place]): [next(total) for _ in numbers[place]] for place in long}
+
+    def _everywhere(self, head: Sequence[float]) -> bool:
+        """True where every process has a share, of as many samples."""
+        return head[_DEFINED] == len(self._peers.ranks) and self._same(head, _ROWS, head[_DEFINED])
+
+    def _norm(self, function: str, head: Sequence[float], rest: dict[int, list[float]]) -> float:
+        if not self._everywhere(head):
+            return float("nan")
+        processes = head[_DEFINED]
+        rows = int(head[_ROWS] / processes)
+        dtype = dtype_of(head[_CODE] / processes if self._same(head, _CODE, processes) else 0)
+        return norm_of(function, rest.get(id(head)) or head[_HEAD : _HEAD + rows * WIDTH], dtype)
+
+    def _over(self, code: str, message: str, help: str) -> PolicyError:
+        """Everybody has read the same: there is nobody to tell."""
+        self._closed = True
+        return PolicyError.of(code, message, help=help)
+
+
+def _lay(message: list[float], place: int, share: Share, numbers: Sequence[float], room: int) -> None:
+    """Put a share in its place of a message; its numbers only if there is room for them."""
+    message[place : place + _HEAD] = 1.0, share.rows, share.rows**2, share.code, share.code**2
+    if _HEAD + len(numbers) <= room:
+        message[place + _HEAD : place + _HEAD + len(numbers)] = numbers

@@ -1,0 +1,857 @@
+"""One call of a root: what its sites do, decided before it where the clock tells, and on the way where signals do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cachepolicy.engine.actions import (
+    ANSWER,
+    COMPUTE,
+    PENDING,
+    STORE,
+    STORE_CLONE,
+    Slot,
+    hidden_states,
+    keep,
+    predict,
+    predicted,
+    push,
+    reused,
+    unfit,
+    versions,
+)
+from cachepolicy.engine.block_chain import (
+    Begun,
+    Chain,
+    Continuations,
+    Entry,
+    Form,
+    Keeps,
+    Link,
+    Names,
+    Recorder,
+    bind_names,
+    handed_on,
+    parts,
+    passed,
+    rebuilt,
+    signature,
+)
+from cachepolicy.engine.chain_check import Tracker, is_trackable
+from cachepolicy.engine.compat import left
+from cachepolicy.engine.compile.graph_io import fill, lacking, problem
+from cachepolicy.engine.compile.graph_ops import Part
+from cachepolicy.engine.distributed.consensus import Agreement
+from cachepolicy.engine.execution_plan import Layout
+from cachepolicy.engine.history import trim
+from cachepolicy.engine.hooks import Leave, Site
+from cachepolicy.engine.memory_budget import Share
+from cachepolicy.engine.signals import Measuring, Remembered, probed
+from cachepolicy.engine.split_inputs import entered
+from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in
+from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.possible_decisions import Reads
+from cachepolicy.planning.schedule import (
+    HIDDEN,
+    WAITING,
+    Decision,
+    Inputs,
+    Memory,
+    Partition,
+    Tick,
+    advance,
+    clock_words,
+    decide,
+    decide_all,
+    hides,
+    owner_of,
+)
+
+
+@dataclass(slots=True)
+class Branch:
+    """The state of one branch: what decisions remember by group, what the sites keep, what signals were."""
+
+    partition: Partition
+    memories: list[Memory]
+    slots: list[Slot]
+    remembered: Remembered = field(default_factory=Remembered)
+    reads: dict[int, Reads] = field(default_factory=dict[int, Reads])
+    """What may still be read of the sites of a group, by its first site, when it was last looked at."""
+    held: int = 0
+    """Bytes."""
+    signals: Share | None = None
+    """The share of what signals remember, where there is a limit."""
+
+    def forget(self) -> None:
+        """Let go of all that is kept; what decisions remember stays."""
+        self.slots = [Slot(each.storing) for each in self.slots]
+        self.remembered = Remembered()
+        self.reads.clear()
+        self.held = 0
+
+
+class Forms(Protocol):
+    """How the blocks of each span go on, as far as calls outside graphs have shown it."""
+
+    forms: dict[int, Form]
+
+
+class Host(Protocol):
+    """What a turn asks of the root that it is a call of."""
+
+    layout: Layout
+    continuations: Continuations
+    externals: Mapping[str, Any]
+    module: torch.nn.Module
+    repeated: set[int]
+
+    @property
+    def graphs(self) -> Forms:
+        """What is known of the model's graphs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An output that a probe looks at."""
+
+    probe: ir.Probe
+    module: Any
+    names: Names
+    output: Any
+    written: tuple[int, ...]
+    before: int | None
+
+    def fresh(self, before: torch.Tensor) -> bool:
+        """True where neither the output nor the input was written into since the module began."""
+        return versions(self.output) == self.written and (self.before is None or before._version == self.before)
+
+
+class Turn:
+    """One call of a root, from its decision to its end."""
+
+    def __init__(
+        self,
+        host: Host,
+        branch: Branch,
+        tick: Tick,
+        leaders: Mapping[str, Sequence[Decision]],
+        measuring: Measuring | None,
+        facts: dict[int, str],
+        liveness: Liveness,
+        company: Agreement | None = None,
+    ) -> None:
+        self.host = host
+        self.branch = branch
+        self.tick = tick
+        self.leaders = leaders
+        self.measuring = measuring
+        self.company = company
+        self.liveness = liveness
+        self.inference = torch.is_inference_mode_enabled()
+        # Inference tensors have no write counter, so there copies are kept.
+        self.store = STORE_CLONE if self.inference else STORE
+        self.facts = facts
+        self.signals_of: dict[int, Mapping[str, float]] = {}
+        self.halved = False
+        self.half = 1
+        self.started = time.perf_counter()
+        self.decisions: list[Decision]
+        self.after: list[Memory]
+        if facts:
+            self.decide_again()
+        else:
+            self.decisions, self.after = self._decided()
+        self.parts: Mapping[int, Part] = {}
+        self._before: dict[str, int | None] = {}
+        self._modes: dict[int, str] = {}
+        self._links: dict[int, Mapping[int, Link]] = {}
+        self._recorders: dict[int, Recorder | Tracker] = {}
+        self._waiting: list[int] = []
+        self._unclear: list[Seen] = []
+        self._begun: dict[ir.Probe, tuple[Names, int | None]] = {}
+        self._opened: Begun | None = None
+        self._last: tuple[Any, Names, list[Any]] | None = None
+
+    def _decided(self) -> tuple[list[Decision], list[Memory]]:
+        layout, program = self.host.layout, self.host.layout.program
+        if not (self.facts or layout.followed or program.measured) and self.branch.partition is program.coarse:
+            return layout.recall.decided(self.branch.memories, self.tick)
+        return decide_all(
+            program,
+            self.branch.partition,
+            self.branch.memories,
+            self.tick,
+            signals_of=self.signals_of if program.measured else None,
+            followed=self.leaders,
+            facts=self.facts,
+        )
+
+    # --- what graphs ask -----------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots by site number."""
+        return self.branch.slots
+
+    @property
+    def keepings(self) -> Sequence[Keeping]:
+        """What each site keeps."""
+        return self.host.layout.keepings
+
+    @property
+    def forms(self) -> Mapping[int, Form]:
+        """How the blocks of each span go on, as far as known."""
+        return self.host.graphs.forms
+
+    @property
+    def step(self) -> int:
+        """The step of the call."""
+        return self.tick.step
+
+    def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A probed or waiting module is about to run in a graph."""
+        given, named = entered(module, args, kwargs)
+        names = bind_names(site.parameters, given, named)
+        self.enter(site, names, given, named)
+        self._before[site.name] = _counter(names)
+        self.release()
+
+    def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A probed module has run in a graph."""
+        names = bind_names(site.parameters, *entered(module, args, kwargs))
+        self.leave(site, module, names, output, self._before.pop(site.name, None))
+
+    def release(self) -> None:
+        """Decide what graphs wait for, where all signals are there."""
+        if (
+            not self.parts
+            or self.measuring is None
+            or not all(self.measuring.has(probe) for probe in self.host.layout.plan.probes)
+        ):
+            return
+        for site, part in self.parts.items():
+            if self.decided(site) is not WAITING:
+                continue
+            self.decision(site, lacking(self, site, self._action(site)) if self._shared(site) else None)
+            reason = problem(self, site)
+            if reason is not None:
+                self.refuse(site, reason)
+            fill(self, site, part, refused=reason is not None)
+
+    def decided(self, site: int) -> Decision:
+        """The site's decision as it stands, `WAITING` where it waits."""
+        return self.decisions[self.branch.partition.group_of[site]]
+
+    # --- what is kept ------------------------------------------------------------------------------------
+
+    def wanted(self, site: int) -> Reads:
+        """What later steps may read of a result that the site computes now."""
+        return self.liveness.wanted(self.host.layout.program.alike.group_of[site], self.tick, self.tick.step)
+
+    def let_go(self) -> bool:
+        """Let go of what no later step reads; True where what is held may have changed."""
+        alike, reads_of, slots = self.host.layout.program.alike.group_of, self.branch.reads, self.branch.slots
+        changed = False
+        for group, decision, memory in zip(self.branch.partition.groups, self.decisions, self.after, strict=True):
+            first = group.sites[0]
+            reads = self.liveness.wanted(alike[first], self.tick, memory.last)
+            pushes = decision.computes or (decision.verdict == "reuse" and feedback(decision.action))
+            same = reads_of.get(first) is reads
+            if same and not pushes:
+                continue
+            changed |= bool(reads) or not same
+            # Graphs keep whatever they compute, so that one serves all steps, read later or not.
+            short = reads.depth < self.liveness.full[alike[first]].depth
+            if not same or self.facts or self.parts or (reads and short):
+                reads_of[first] = reads
+                for site in group.sites:
+                    trim(slots[site], reads)
+        past = self.branch.remembered
+        if (past.previous or past.kept) and not self.liveness.measures(self.tick, now=False):
+            self.branch.remembered = Remembered()
+            changed = True
+        return changed or self.measuring is not None
+
+    # --- decisions on the way ----------------------------------------------------------------------------
+
+    def decision(self, site: int, problem: str | None = None) -> Decision:
+        """The site's decision, made now where it has waited for its signals.
+
+        Where other processes decide with this one, they are told of the `problem` that keeps it from reusing.
+        """
+        group = self.branch.partition.group_of[site]
+        if self.decisions[group] is WAITING:
+            refusal = self.facts.get(site) or problem
+            if self.measuring is not None and self.measuring.agreement is not None:
+                refusal = self._measured_together(site, refusal)
+            self._decide(site)
+            self._consent(site, refusal)
+        return self.decisions[group]
+
+    def _decide(self, site: int) -> None:
+        assert self.measuring is not None
+        group = self.branch.partition.group_of[site]
+        self.signals_of[site] = self.measuring.numbers(site)
+        rules, memory = self.branch.partition.groups[group].rules, self.branch.memories[group]
+        self.decisions[group] = decide(rules, self._inputs(site, memory))
+
+    def _shared(self, site: int) -> bool:
+        """Whether other processes take part in a decision that has not been made."""
+        waits = self.decisions[self.branch.partition.group_of[site]] is WAITING
+        measures = self.measuring is not None and self.measuring.agreement is not None
+        return waits and (measures or self.company is not None)
+
+    def _measured_together(self, site: int, refusal: str | None) -> str | None:
+        """Measure with the processes that hold the other pieces of the samples; none of them reuses if one cannot."""
+        assert self.measuring is not None
+        refused = self.measuring.agree(*self._matter(site), [site], refuses=refusal is not None)
+        return (refusal or "another process could not reuse") if refused else None
+
+    def _consent(self, site: int, refusal: str | None) -> None:
+        """A site that was decided computes after all where somebody refuses, or runs it while it is in pieces."""
+        decision = self.decisions[self.branch.partition.group_of[site]]
+        if self.company is not None:
+            what, past = self._matter(site)
+            computes = decision.verdict != "reuse" or refusal is not None
+            refused = self.company.settle(f"{what} at step {self.tick.step}", [], past=past, refuses=computes).refused
+            refusal = refusal or ("another process had to compute" if refused else None)
+        if refusal is not None and decision.verdict == "reuse":
+            self.facts[site] = refusal
+            self._decide(site)
+
+    def _matter(self, site: int) -> tuple[str, str]:
+        """What is decided, and what is decided from besides signals, in words that are the same on all processes."""
+        memory = self.branch.memories[self.branch.partition.group_of[site]]
+        name = self.host.layout.program.plan.sites[site].name
+        return f"`{name}`", f"{self.tick.branch} {memory.last} {memory.computes}"
+
+    def problem(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why a site could not reuse, where other processes have to know before it is decided."""
+        if not self._shared(site.index) or isinstance(self._action(site.index), ir.ApproximateUncond):
+            return None
+        if self.host.layout.keepings[site.index].streams:
+            return self._chain_problem(site.index, names, self._action(site.index))
+        return unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+
+    def _action(self, site: int) -> ir.Action | None:
+        """What the site does if it is to reuse; the clock alone says so."""
+        group = self.branch.partition.group_of[site]
+        rules, memory = self.branch.partition.groups[group].rules, self.branch.memories[group]
+        owner = owner_of(rules, self._inputs(site, memory))
+        return None if owner is None else owner.rule.action
+
+    def _inputs(self, site: int, memory: Memory) -> Inputs:
+        leaders = {name: decided[site] for name, decided in self.leaders.items()}
+        signals = self.signals_of.get(site, {})
+        return Inputs(self.tick, memory, signals, self.host.layout.program.tables, leaders, self.facts.get(site))
+
+    def repeats(self, site: int) -> None:
+        """A site that one forward calls more than once has one slot for several answers: it always computes."""
+        self.host.repeated.add(site)
+
+    def refuse(self, site: int, reason: str) -> None:
+        """The site has to compute after all, and so does what stands inside it."""
+        self.facts[site] = reason
+        for each in self.host.layout.program.plan.sites:
+            if site in each.parents:
+                self.facts.setdefault(each.index, "the site around it had to compute")
+
+    def close(self, unfit: Sequence[tuple[int, str]]) -> None:
+        """Decide once more with all that the call has shown, so that memory and trace say what happened.
+
+        `unfit` are the sites whose history did not fit after all, as the frame has collected them: a turn that held
+        its frame, which holds the turn, would keep a call's tensors until the garbage collector comes by.
+        """
+        for site, reason in unfit:
+            self.refuse(site, reason)
+        for recorder in self._recorders.values():
+            recorder.finish()
+        undecided = self._undecided()
+        if undecided and self.measuring is not None and self.measuring.agreement is not None:
+            self.measuring.agree("what did not run", "", undecided)
+        for site in undecided:
+            self._decide(site)
+            if not any(hides(self.decisions[parent]) for parent in self._around(site)):
+                self._consent(site, self.facts.get(site))
+        if self.facts:
+            self.decide_again()
+            if waiting := self._undecided():
+                # What hid them had to compute after all.
+                assert self.measuring is not None
+                self.signals_of |= {site: self.measuring.numbers(site) for site in waiting}
+                self.decide_again()
+        elif self.signals_of:
+            self._resolve()
+        if self.measuring is not None:
+            for seen in self._unclear:
+                self._see(seen, last=True)
+            decisions = self.branch.partition.spread(self.decisions)
+            computed = [site for site, decision in enumerate(decisions) if decision.computes]
+            self.measuring.finish(list(range(len(decisions))), computed)
+
+    def _around(self, site: int) -> Sequence[int]:
+        """The groups of the sites around a site."""
+        return self.branch.partition.groups[self.branch.partition.group_of[site]].parents
+
+    def _undecided(self) -> list[int]:
+        """The sites that wait for their signals."""
+        if not self.host.layout.program.measured:
+            return []
+        return [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
+
+    def decide_again(self) -> None:
+        """Decide with the facts that have come up before anything ran."""
+        if self.branch.partition is not self.host.layout.program.fine:
+            self.branch.memories = self.host.layout.program.split(self.branch.memories)
+            self.branch.partition = self.host.layout.program.fine
+        self.decisions, self.after = self._decided()
+
+    def open(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """The root as a site: whether it is answered, and with what."""
+        for span, position in site.members:
+            if self._mode(span, position, names) == ANSWER:
+                return True, self._linked(span, position, names)
+            if self._watches(span):
+                self._opened = self._recorder(span, position, names).begin(position, names)
+        if self._code(site, args, kwargs) == ANSWER:
+            return True, self.answered(site.index)
+        if self.facts:
+            self.decide_again()
+        return False, None
+
+    def shut(
+        self, site: Site, module: Any, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The root as a site has computed."""
+        for span, position in site.members:
+            if span in self._recorders:
+                self._record(span, position, module, names, self._opened, output)
+        what = self.host.layout.keepings[site.index]
+        if not what.streams and self.wanted(site.index).outputs:
+            states = hidden_states(args, kwargs)
+            keep(
+                self.branch.slots[site.index],
+                what,
+                self.store,
+                states,
+                output,
+                step=self.tick.step,
+                full=not self.halved,
+            )
+
+    def _resolve(self) -> None:
+        """Put the decisions that have come in on the way, and what they hide, among those made before."""
+        groups = self.branch.partition.groups
+        for index, group in enumerate(groups):
+            site, memory = group.sites[0], self.branch.memories[index]
+            hidden = any(hides(self.decisions[parent]) for parent in group.parents)
+            if hidden:
+                self.decisions[index] = HIDDEN
+            if hidden or site in self.signals_of:
+                self.after[index] = advance(group.rules, self._inputs(site, memory), self.decisions[index])
+
+    # --- one intercepted call ----------------------------------------------------------------------------
+
+    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module that is probed, stands in a span, or waits for signals."""
+        given, named = entered(module, args, kwargs)
+        names = named if not given else bind_names(site.parameters, given, named)
+        if site.alone:
+            span, position = site.members[0]
+            mode = self._modes.get(span)
+            if mode == ANSWER:
+                link = self._links[span][position]
+                return self._linked(span, position, names) if link.leads else handed_on(link.shape, names)
+            if mode == COMPUTE and position > 0:
+                tracker = self._recorders.get(span)
+                if type(tracker) is Tracker:
+                    return self._tracked(tracker, original, module, site, args, kwargs, names)
+        self._learn(names)
+        self.enter(site, names, given, named)
+        self.release()
+        recording = list[tuple[int, int, Begun | None]]()
+        waiting = list[int]()
+        answer: int | None = None
+        position = 0
+        for span, position in site.members:
+            mode = self._mode(span, position, names)
+            if mode == ANSWER:
+                answer = span
+                break
+            if mode == PENDING:
+                waiting.append(span)
+            if self._watches(span):
+                recording.append((span, position, self._recorder(span, position, names).begin(position, names)))
+        code = COMPUTE if answer is not None else self._code(site, args, kwargs)
+        before = _counter(names)
+        if answer is not None:
+            output = self._linked(answer, position, names)
+        elif code == ANSWER:
+            output = self.answered(site.index)
+        else:
+            output, answer = self._run(original, module, args, kwargs, waiting, names)
+        for span in waiting:
+            if self._modes[span] == PENDING:
+                self._settle(span, names, ran=True)
+        for span, position, begun in recording:
+            self._record(span, position, module, names, begun, output)
+        if answer is not None or code == ANSWER:
+            return output
+        if code != COMPUTE:
+            slot, what = self.branch.slots[site.index], self.host.layout.keepings[site.index]
+            keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
+        self.leave(site, module, names, output, before)
+        self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
+        return output  # pyright: ignore[reportUnknownVariableType]
+
+    def _run(
+        self,
+        original: Any,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        waiting: Sequence[int],
+        names: Names,
+    ) -> tuple[Any, int | None]:
+        """Run the module; where a span that waits in it is decided to reuse, its answer instead, and its number."""
+        self._waiting += waiting
+        try:
+            return original(module, *args, **kwargs), None
+        except Leave as leave:
+            if leave.span not in waiting:
+                raise
+            self._recorders.pop(leave.span, None)
+            left(module)
+            return self._linked(leave.span, 0, names), leave.span
+        finally:
+            for span in waiting:
+                self._waiting.remove(span)
+
+    def _learn(self, names: Names) -> None:
+        """What the module before gave, and this one is called with, shows which of its inputs that continues."""
+        if self._last is None:
+            return
+        module, before, outputs = self._last
+        self._last = None
+        for place, output in enumerate(outputs):
+            for name, value in names.items():
+                if value is output and name in before and isinstance(output, torch.Tensor):
+                    self.host.continuations.learn(module, place, name)
+
+    def enter(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the probes see what goes in."""
+        if self.measuring is None:
+            return
+        for probe in site.starts:
+            self._begun[probe] = (names, _counter(names))
+        for probe in site.inputs:
+            tensor = probed(probe, names, hidden_states(args, kwargs))
+            if tensor is not None:
+                self.measuring.see(probe, tensor)
+        if site.inputs:
+            self._look()
+
+    def leave(self, site: Site, module: Any, names: Names, output: Any, before: int | None) -> None:
+        """Let the probes see what comes out."""
+        if self.measuring is None or not site.outputs:
+            return
+        for probe in site.outputs:
+            # A span's residual counts from the input of its first block.
+            first, counter = self._begun.get(probe, (names, before))
+            self._see(Seen(probe, module, first, output, versions(output), counter), last=False)
+        self._look()
+
+    def _see(self, seen: Seen, *, last: bool) -> None:
+        """Hand the hidden states of an output to a probe, at the end of the call where it is not clear yet which."""
+        assert self.measuring is not None
+        outputs, _ = parts(seen.output)
+        target = _target(seen.names)
+        before = seen.names.get(target or "")
+        places = [place for place, each in enumerate(outputs) if isinstance(each, torch.Tensor)]
+        alike = [place for place in places if isinstance(before, torch.Tensor) and outputs[place].shape == before.shape]
+        known = [place for place in alike if self.host.continuations.input_of(seen.module, place) == target]
+        if len(known) != 1 and len(alike) > 1 and not last:
+            self._unclear.append(seen)
+            return
+        if not places:
+            return
+        place = (known or alike or places)[0]
+        stream = outputs[place]
+        if seen.probe.stream == "output":
+            self.measuring.see(seen.probe, stream)
+        elif isinstance(before, torch.Tensor) and before.shape == stream.shape and seen.fresh(before):
+            self.measuring.see(seen.probe, stream - before)
+
+    def _look(self) -> None:
+        """A probe has come in: a span whose first block is running may be decided now, and left."""
+        for span in self._waiting:
+            if self._modes[span] == PENDING and self.measuring is not None and self._ready(span):
+                self._settle(span, None, ran=False)
+                if self._modes[span] == ANSWER:
+                    raise Leave(span)
+
+    def _ready(self, span: int) -> bool:
+        assert self.measuring is not None
+        return all(self.measuring.has(probe) for probe in self.host.layout.inside[span])
+
+    # --- spans -------------------------------------------------------------------------------------------
+
+    def _mode(self, span: int, position: int, names: Names) -> str:
+        """Whether the span answers, computes, or cannot be decided before its first block has begun."""
+        mode = self._modes.get(span)
+        if mode is not None and mode != PENDING:
+            return mode
+        group = self.branch.partition.group_of[span]
+        if mode is None and self.decisions[group] is WAITING and position == 0 and not self._ready(span):
+            self._modes[span] = PENDING
+            problem = self._chain_problem(span, names, self._action(span))
+            if problem is not None:
+                self.facts[span] = problem
+            return PENDING
+        self._settle(span, names if mode is None else None, ran=mode is not None)
+        return self._modes[span]
+
+    def _settle(self, span: int, names: Names | None, *, ran: bool) -> None:
+        """Decide a span; one that has begun to run, or whose history does not fit, computes."""
+        problem = self.facts.get(span)
+        late = "its first block had run before it was decided" if ran else None
+        if self._shared(span):
+            if names is not None and problem is None:
+                problem = self._chain_problem(span, names, self._action(span))
+            decision, problem = self.decision(span, problem or late), None
+        else:
+            decision = self.decision(span)
+            if names is not None and problem is None and decision.verdict == "reuse":
+                problem = self._chain_problem(span, names, decision.action)
+        if decision.verdict != "reuse":
+            self._modes[span] = COMPUTE
+        elif problem is not None or ran:
+            self.refuse(span, problem or late or "")
+            self._modes[span] = COMPUTE
+        else:
+            self._modes[span] = ANSWER
+            self._links[span] = self._chain(span).links
+
+    def _watches(self, span: int) -> bool:
+        """Whether a span that computes is to be recorded: for what it keeps, or to know its blocks at all."""
+        return not self._chain(span).links or bool(self.wanted(span))
+
+    def _chain(self, span: int) -> Chain:
+        slot = self.branch.slots[span]
+        if slot.chain is None:
+            slot.chain = Chain(slot.storing)
+        return slot.chain
+
+    def _recorder(self, span: int, position: int, names: Names) -> Recorder | Tracker:
+        recorder = self._recorders.get(span)
+        if recorder is None:
+            wanted, chain = self.wanted(span), self._chain(span)
+            keeps = Keeps(
+                max(1, wanted.depth),
+                residuals=wanted.residuals > 0,
+                outputs=wanted.outputs > 0,
+                step=self.tick.step,
+                full=not self.halved,
+            )
+            blocks = self.host.layout.names[span]
+            if position == 0 and is_trackable(chain, len(blocks), names):
+                recorder = Tracker(chain, keeps, len(blocks))
+            else:
+                recorder = Recorder(chain, self.host.continuations, blocks, keeps)
+            self._recorders[span] = recorder
+        return recorder
+
+    def _record(self, span: int, position: int, module: Any, names: Names, begun: Begun | None, output: Any) -> None:
+        recorder = self._recorders.get(span)
+        match recorder:
+            case None:
+                return
+            case Tracker():
+                recorder.end(position, output)
+            case Recorder():
+                assert begun is not None
+                recorder.end(position, module, names, begun, output)
+        if recorder.calls == len(self.host.layout.names[span]):
+            self._recorders.pop(span).finish()
+
+    def _tracked(
+        self,
+        tracker: Tracker,
+        original: Any,
+        module: Any,
+        site: Site,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: Names,
+    ) -> Any:
+        """A block of a span that computes as it has computed before."""
+        span, position = site.members[0]
+        tracker.begin(position, names)
+        output = original(module, *args, **kwargs)
+        tracker.end(position, output)
+        self._last = None
+        if tracker.calls == len(self.host.layout.names[span]):
+            self._recorders.pop(span).finish()
+        return output
+
+    def _linked(self, span: int, position: int, names: Names) -> Any:
+        """The answer of one block of a span that reuses."""
+        chain, action = self._chain(span), self.decision(span).action
+        link = chain.links[position]
+        inputs = passed(link.shape, names)
+        if link.leads and not isinstance(action, ir.Skip):
+            inputs = self._led(span, link, inputs, action)
+        return rebuilt(link.shape, inputs)
+
+    def _led(self, span: int, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
+        """What the first block of a segment gives for all of it."""
+        chain, residual = self._chain(span), _of_residual(action)
+        history = [entry for entry in chain.history[link.segment] if self.halved or entry.full]
+        # Older results may be kept in the other form alone.
+        read = [entry for entry in chain.history[link.segment][: reach(action)] if self.halved or entry.full]
+        steps = [entry.step for entry in read]
+        values, answers = list[torch.Tensor | None](), list[Any]()
+        for place, given in enumerate(inputs):
+            column = [self._own(entry, place, residual=residual) for entry in read]
+            tensors = [tensor for tensor in column if tensor is not None]
+            if given is None or len(tensors) < len(column):
+                values.append(None)
+                answers.append(given)
+                continue
+            value = tensors[0]
+            if isinstance(action, ir.Predict):
+                value = predict(action.predictor, tensors, steps, self.tick.step, self.arguments(action, span))
+            values.append(value)
+            answers.append(given + value if residual else value.clone())
+        if feedback(action):
+            pairs = [
+                (answer, given, value is not None) for answer, given, value in zip(answers, inputs, values, strict=True)
+            ]
+            what = self.host.layout.keepings[span]
+            residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
+            # A copy: whoever receives the answer may write into it.
+            outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
+            newest = Entry(residuals, outputs, self.tick.step, not self.halved)
+            chain.push(link.segment, newest, history, self.host.layout.keepings[span].depth)
+        return answers
+
+    def _own(self, entry: Entry, place: int, *, residual: bool) -> torch.Tensor | None:
+        tensor = entry.at(place, residual=residual)
+        return tensor.chunk(2, dim=0)[self.half] if tensor is not None and self.halved and entry.full else tensor
+
+    def _chain_problem(self, span: int, names: Names, action: ir.Action | None) -> str | None:
+        """Why a span cannot answer; a `skip` needs to know its blocks' outputs and no more."""
+        chain = self._chain(span)
+        skips = isinstance(action, ir.Skip)
+        if not chain.links:
+            return "its inputs and outputs are not known yet" if skips else chain.storing.lacking
+        if not skips and not chain.holds(residual=_of_residual(action)):
+            return chain.storing.lacking
+        if len(chain.links) < len(self.host.layout.names[span]):
+            return "a block of it did not run when it computed"
+        if skips:
+            return None
+        if chain.signature is None:
+            return None  # kept by a graph: the root has seen that it is called with the same
+        given, newest = signature(names), chain.history[0][0]
+        if len(chain.signature) != len(given):
+            return "the history does not fit this call"
+        halved = self.halved and newest.full
+        same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
+        return None if same else "the history does not fit this call"
+
+    # --- single modules ----------------------------------------------------------------------------------
+
+    def _code(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What a site of its own does: `ANSWER`, or how it computes."""
+        if site.index < 0:
+            return COMPUTE
+        what = self.host.layout.keepings[site.index]
+        if what.streams:
+            return COMPUTE  # its history is the chain that `members` names
+        store = self.store if self.wanted(site.index).outputs else COMPUTE
+        if self.decision(site.index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
+            return store
+        problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+        if problem is None:
+            return ANSWER
+        self.refuse(site.index, problem)
+        return store
+
+    def answered(self, site: int) -> Any:
+        """The answer of a site from its outputs."""
+        slot, action = self.branch.slots[site], self.decision(site).action
+        if not isinstance(action, ir.Predict):
+            return reused(slot, halved=self.halved, half=self.half, inference=self.inference)
+        arguments = self.arguments(action, site)
+        output = predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
+        if feedback(action):
+            if self.halved and slot.full and slot.shape is not None:
+                slot.shape = torch.Size((slot.shape[0] // 2, *slot.shape[1:]))
+            push(slot, self.host.layout.keepings[site], self.store, output, step=self.tick.step, full=not self.halved)
+        return output
+
+    def arguments(
+        self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
+        """The action's arguments at this step; an external that they read is asked for now.
+
+        Raises:
+            PolicyError: an argument has no value at this step (E322).
+        """
+        wanted = [argument for argument in action.arguments if argument.label not in without]
+        names = dict[str, Any]()
+        if self.host.externals:
+            read = set[str]().union(*(names_in(argument.value) for argument in wanted))
+            names |= {name: self._asked(name, site) for name in self.host.externals if name in read}
+        names |= clock_words(self.tick, Memory(self.tick.step))
+        environment = Environment(names, self.host.layout.program.tables)
+        try:
+            return {argument.label: evaluate(argument.value, environment) for argument in wanted}
+        except (Undefined, TypeError) as error:
+            step = self.tick.step
+            raise PolicyError.of(
+                "E322", f"an argument of `{action.kind}` has no value at step {step}: {error}"
+            ) from error
+
+    def _asked(self, external: str, site: int) -> Any:
+        """The caller's number; a callback in diffusers' manner is given the module that is answered."""
+        supply = self.host.externals[external]
+        if not getattr(supply, "takes_module", False):
+            return supply()
+        return supply(self.host.module.get_submodule(self.host.layout.names[site][0]))
+
+
+def _target(names: Names) -> str | None:
+    """The input that carries the hidden states."""
+    if isinstance(names.get("hidden_states"), torch.Tensor):
+        return "hidden_states"
+    return next((name for name, value in names.items() if isinstance(value, torch.Tensor)), None)
+
+
+def _counter(names: Names) -> int | None:
+    """The write counter of the hidden states that go in."""
+    states = names.get(_target(names) or "")
+    return states._version if isinstance(states, torch.Tensor) and not states.is_inference() else None
+
+
+def _of_residual(action: ir.Action | None) -> bool:
+    return isinstance(action, ir.Reuse | ir.Predict) and action.residual
+
+
+def _alike(kept: tuple[Any, ...], now: tuple[Any, ...], *, halved: bool) -> bool:
+    """True where an input's name, shape, dtype and device are those of the kept one, or of its conditional half."""
+    if kept == now:
+        return True
+    (name, shape, *rest), (other, given, *others) = kept, now
+    return halved and name == other and rest == others and (shape[0] // 2, *shape[1:]) == tuple(given)

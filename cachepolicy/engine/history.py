@@ -1,0 +1,80 @@
+"""Histories as memory: let go of what nothing later reads, and count the bytes that are held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from cachepolicy.engine.actions import Slot
+from cachepolicy.engine.block_chain import Chain, Entry
+from cachepolicy.engine.history_storage import flat
+from cachepolicy.engine.signals import Remembered, Stream
+from cachepolicy.planning.possible_decisions import Reads
+
+
+def trim(slot: Slot, reads: Reads) -> None:
+    """Let go of all but what may be read."""
+    if not reads:
+        slot.clear()
+        slot.storing.emptied()
+        return
+    if slot.chain is not None:
+        _trim_chain(slot.chain, reads)
+    if not reads.outputs:
+        slot.output, slot.older, slot.version, slot.versions = None, [], None, None
+    elif slot.older:
+        slot.older = slot.older[: reads.outputs - 1]
+
+
+def _trim_chain(chain: Chain, reads: Reads) -> None:
+    """The form of the blocks' outputs stays: it holds no tensors, and a `skip` needs no more."""
+    for entries in chain.history:
+        del entries[reads.depth :]
+        for age, entry in enumerate(entries):
+            _strip(entry, residuals=age < reads.residuals, outputs=age < reads.outputs)
+
+
+def _strip(entry: Entry, *, residuals: bool, outputs: bool) -> None:
+    if not residuals:
+        entry.residuals = (None,) * len(entry.residuals)
+    if not outputs:
+        entry.outputs = (None,) * len(entry.outputs)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------
+
+
+def held(slots: Iterable[Slot], remembered: Remembered) -> int:
+    """The bytes of all storage that histories and remembered signals keep alive."""
+    return storage_bytes(_tensors(slots, remembered))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of the storage behind these tensors, each counted once."""
+    found = dict[int, int]()
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage.nbytes()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return sum(found.values())
+
+
+def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Tensor]:
+    for slot in slots:
+        if slot.output is not None:
+            yield from flat(slot.output)
+            for kept in slot.older:
+                yield from flat(kept.output)
+        if slot.chain is not None:
+            for entry in (entry for entries in slot.chain.history for entry in entries):
+                yield from flat((entry.residuals, entry.outputs))
+    for value in remembered.previous.values():
+        yield from _streamed(value)
+    for values in remembered.kept.values():
+        for value in values:
+            yield from _streamed(value)
+
+
+def _streamed(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, Stream):
+        yield value.held

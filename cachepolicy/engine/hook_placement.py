@@ -1,0 +1,96 @@
+"""Where the sites of one root are: found by their paths, looked at again when a trajectory starts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from torch import nn
+
+from cachepolicy.engine import compat
+from cachepolicy.engine.class_swap import Override, intercepts, is_swapped, restore, swap
+from cachepolicy.engine.hooks import Site, parameters_of
+from cachepolicy.engine.profiling import timed
+from cachepolicy.errors import PolicyError
+
+
+class Placement:
+    """The interception of a root's sites.
+
+    Adapters put a layer of their own in a module's place, and give the old one back when they go; `settle` follows.
+    """
+
+    def __init__(self, root: nn.Module, sites: Mapping[str, Site], *, profiled: bool = False) -> None:
+        self._root = root
+        self._profiled = profiled
+        self._sites = {place: site for place, site in sites.items() if place}
+        self._modules: dict[str, nn.Module] = {}
+        self._lock = threading.Lock()
+
+    def place(self) -> None:
+        """Intercept every site, or none."""
+        try:
+            for place, site in self._sites.items():
+                self._put(place, site, self._root.get_submodule(place))
+        except BaseException:
+            self.lift()
+            raise
+
+    def add(self, place: str, site: Site) -> None:
+        """Intercept one more module."""
+        with self._lock:
+            self._sites[place] = site
+            self._put(place, site, self._root.get_submodule(place))
+
+    def settle(self) -> None:
+        """See that each path still leads to what is intercepted, in the way its neighbours need; move what has moved.
+
+        Raises:
+            PolicyError: a path leads nowhere any more, or to what another run has (E341).
+        """
+        with self._lock:
+            for place, site in self._sites.items():
+                module = self._found(place)
+                if module is not self._modules.get(place):
+                    self._move(place, site, module)
+                elif not intercepts(module, {"__call__": self._override(module)}, site):
+                    restore(module)
+                    self._put(place, site, module)
+
+    def lift(self) -> None:
+        """Take every interception off."""
+        for module in self._modules.values():
+            restore(module)
+        self._modules.clear()
+
+    def _found(self, place: str) -> nn.Module:
+        try:
+            return self._root.get_submodule(place)
+        except AttributeError as error:
+            raise PolicyError.of(
+                "E341",
+                f"the model has no `{place}` any more, which the policy was applied to",
+                help="`remove` the policy and apply it to the model as it is now",
+            ) from error
+
+    def _override(self, module: nn.Module) -> Override:
+        override = compat.override_of(module)
+        return timed(override) if self._profiled else override
+
+    def _move(self, place: str, site: Site, module: nn.Module) -> None:
+        if is_swapped(module) and module not in self._modules.values():
+            raise PolicyError.of(
+                "E341",
+                f"`{place}` was replaced by a module of a model that has a policy of its own",
+                help="`remove` both policies and apply one",
+            )
+        old = self._modules.pop(place, None)
+        if old is not None and old not in self._modules.values():
+            restore(old)
+        self._put(place, site, module)
+        site.parameters = parameters_of(module)
+
+    def _put(self, place: str, site: Site, module: nn.Module) -> None:
+        swap(module, {"__call__": self._override(module)}, site)
+        self._modules[place] = module
+        compat.introduce(module)

@@ -1,0 +1,164 @@
+"""A limit on the bytes that all sessions of a run hold together. Pure, without torch.
+
+Whoever wants to hold something asks first. Over the limit a session gives up what saves least for its bytes, of its own
+things only, so that nobody waits for anybody and no session touches another's. Where one has to do without although it
+holds less than its fair share, the others go down to theirs when they run next.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_numbers = itertools.count()
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE)
+
+
+def bytes_of(text: str) -> int | None:
+    """The bytes that `512MiB` or `2GB` stand for; None where it is no size."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower() or " ")
+    if binary and not power:
+        return None
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+class Share:
+    """One thing that a session may hold: its history at one site, what its signals remember, ...
+
+    `drop` lets go of it when the session has to give it up. What a share holds ends with the share itself.
+    """
+
+    __slots__ = ("__weakref__", "_account", "_drop", "number", "refused", "worth")
+
+    def __init__(self, account: Account, drop: Callable[[], None] | None = None) -> None:
+        self._account = account
+        self._drop = drop
+        self.number = next(_numbers)
+        self.worth = math.inf
+        self.refused = False
+
+    def admits(self, size: int, saving: float = math.inf) -> bool:
+        """Whether so many bytes may be held from now on, in place of those of before; they save so much work.
+
+        Where not, the share holds nothing any more.
+        """
+        self.worth = saving / size if size else math.inf
+        self.refused = not self._account.admits(self, size)
+        return not self.refused
+
+    def shrink(self, size: int) -> None:
+        """It holds no more than so many bytes now."""
+        self._account.shrink(self, size)
+
+    def give_up(self) -> None:
+        """Let go of it, for others that are worth more."""
+        self.refused = True
+        if self._drop is not None:
+            self._drop()
+
+
+@dataclass(slots=True)
+class _Held:
+    share: weakref.ref[Share]
+    size: int
+
+
+class Account:
+    """What one session holds."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.waits = False
+        self._held: dict[int, _Held] = {}
+        budget.join(self)
+
+    @property
+    def held(self) -> int:
+        """Bytes."""
+        return sum(each.size for each in list(self._held.values()))
+
+    def admits(self, share: Share, size: int) -> bool:
+        """Make room for a share, by giving up what is worth less; False where there is not enough of that."""
+        with self.budget.lock:
+            self._held.pop(share.number, None)
+            room, fair = self.budget.room(self)
+            needed = self.held + size - room
+            worse = [each for each in self._by_worth() if each[0].worth < share.worth]
+            if needed > sum(size for _, size in worse):
+                self.waits = self.held + size <= fair
+                return False
+            self._give_up(worse, needed)
+            number, held = share.number, self._held
+            held[number] = _Held(weakref.ref(share, lambda _: held.pop(number, None)), size)
+            return True
+
+    def shrink(self, share: Share, size: int) -> None:
+        """A share has become smaller."""
+        with self.budget.lock:
+            held = self._held.get(share.number)
+            if held is not None and size:
+                held.size = min(size, held.size)
+            elif held is not None:
+                del self._held[share.number]
+
+    def give_way(self) -> None:
+        """Go down to the fair share, where another session waits for its own."""
+        self.waits = False
+        with self.budget.lock:
+            room, _ = self.budget.room(self)
+            self._give_up([each for each in self._by_worth() if each[0].worth < math.inf], self.held - room)
+
+    def _by_worth(self) -> list[tuple[Share, int]]:
+        """What is held, what is worth least first; of equals, what came last."""
+        found = [(each.share(), each.size) for each in list(self._held.values())]
+        alive = [(share, size) for share, size in found if share is not None]
+        return sorted(alive, key=lambda each: (each[0].worth, -each[0].number))
+
+    def _give_up(self, shares: list[tuple[Share, int]], needed: int) -> None:
+        for share, size in shares:
+            if needed <= 0:
+                return
+            share.give_up()
+            self._held.pop(share.number, None)
+            needed -= size
+
+
+class Budget:
+    """The limit, and the accounts that share it; an account ends with its session."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.lock = threading.RLock()
+        self._accounts: weakref.WeakSet[Account] = weakref.WeakSet()
+
+    def join(self, account: Account) -> None:
+        """A session begins."""
+        with self.lock:
+            self._accounts.add(account)
+
+    @property
+    def held(self) -> int:
+        """The bytes that all sessions hold."""
+        with self.lock:
+            return sum(account.held for account in self._others(None))
+
+    def room(self, account: Account) -> tuple[int, int]:
+        """What an account may hold in all, and what its fair share is."""
+        others = list(self._others(account))
+        fair = self.limit // (1 + sum(1 for each in others if each.waits or each.held))
+        room = self.limit - sum(each.held for each in others)
+        return (min(room, fair) if any(each.waits for each in others) else room), fair
+
+    def _others(self, account: Any) -> Iterator[Account]:
+        with self.lock:
+            return iter([each for each in self._accounts if each is not account])

@@ -1,0 +1,87 @@
+"""What the caller of `apply` says about a run, besides the policy and its params."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from cachepolicy.engine.memory_budget import bytes_of
+from cachepolicy.errors import PolicyError
+
+MOST_SESSIONS = 64
+"""Sessions with state at a time; beyond, the least recently used one is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The keywords of one `apply`, as `apply` documents them."""
+
+    timestep: Callable[[], Any] | None = None
+    scheduler: Any = None
+    steps: int | None = None
+    guidance: bool | None = None
+    samples: Literal["mean", "max"] = "mean"
+    trace: bool | Literal["profile"] = True
+    process_group: Any = None
+    externals: Mapping[str, Callable[[], float]] = field(default_factory=dict[str, Callable[[], float]])
+    max_sessions: int = MOST_SESSIONS
+    history_dtype: Any = None
+    history_device: Any = None
+    memory_limit: int | str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """`memory_limit` in bytes."""
+        said = self.memory_limit
+        return bytes_of(said) if isinstance(said, str) else said
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            raise PolicyError.of("E309", problem[0], help=problem[1])
+
+    def _problem(self) -> tuple[str, str] | None:
+        """What is wrong, and what is right."""
+        # The annotations say what these are; a caller without a type checker may give anything.
+        told = (self.steps, self.guidance, self.samples, self.trace)
+        steps, guidance, samples, trace = cast("tuple[Any, Any, Any, Any]", told)
+        if self.timestep is not None and not callable(self.timestep):
+            return "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            return f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
+        if guidance is not None and not isinstance(guidance, bool):
+            return f"`guidance` is `{guidance!r}`", "True, False or None"
+        if samples not in {"mean", "max"}:
+            return f"`samples` is `{samples!r}`", '`"mean"` or `"max"`'
+        if not isinstance(trace, bool) and trace != "profile":
+            return f"`trace` is `{trace!r}`", 'True, False or `"profile"`'
+        most = cast("Any", self.max_sessions)
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            return f"`max_sessions` is `{most!r}`", "how many sessions hold something at a time, at least 1"
+        limit = cast("Any", self.memory_limit)
+        if limit is not None and not _is_size(limit):
+            return f"`memory_limit` is `{limit!r}`", "a number of bytes, or a size such as `512MiB` or `2GB`"
+        return None
+
+
+def _is_size(limit: Any) -> bool:
+    """True for a whole number of bytes from 0, or the text of a size."""
+    if isinstance(limit, str):
+        return bytes_of(limit) is not None
+    return isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
+
+
+def supplier(name: str, value: Any) -> Callable[[], float]:
+    """The function that gives an external's value.
+
+    Raises:
+        PolicyError: the value is neither a number nor a function.
+    """
+    if callable(value):
+        return cast("Callable[[], float]", value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return lambda: value
+    raise PolicyError.of(
+        "E307", f"`{name}` is `{type(value).__name__}`", help="a number, or a function that returns one"
+    )

@@ -1,0 +1,144 @@
+"""The call of a pipeline: a session of its own and one trajectory, in one go or in pieces."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from typing import Any, cast
+
+from cachepolicy.engine.class_swap import ATTRIBUTE, Method
+from cachepolicy.engine.scheduler_hook import Follower
+from cachepolicy.engine.sessions import Entered, Owner, Sessions, entered
+
+
+class PipelineCall:
+    """One call of a pipeline: a session of its own, unless a key is set, and one trajectory.
+
+    A call that is a generator or a coroutine runs in pieces: between them the context stands where it stood.
+    """
+
+    def __init__(self, sessions: Sessions, pipeline: Any, follower: Follower | None) -> None:
+        self._sessions = sessions
+        self._pipeline = pipeline
+        self._follower = follower
+        self._here: Entered | None = None
+
+    def piece(self) -> contextlib.AbstractContextManager[None]:
+        """Calls inside belong to this call."""
+        if self._here is None:
+            if self._follower is not None:
+                self._follower.restart()
+            outer = entered(self._sessions)
+            if outer is not None and outer.of(self._sessions) and outer.key is not None:
+                self._sessions.restart(outer.key)
+                here = Entered(self._sessions, key=outer.key, terms=outer.terms, pipeline=self._pipeline)
+            else:
+                owner = Owner(type(self._pipeline).__name__)
+                here = Entered(self._sessions, owner=owner, pipeline=self._pipeline)
+            self._here = here
+        return self._here.inside()
+
+    @contextlib.contextmanager
+    def whole(self) -> Generator[None]:
+        """The call from beginning to end; then its session ends, well or not."""
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self.close(failed=failed)
+
+    def close(self, *, failed: bool = False) -> None:
+        """The call is over: its session ends. Takes no lock: an abandoned generator closes wherever it is collected."""
+        if self._here is not None:
+            self._sessions.end_at(self._here, failed=failed)
+            self._here.close()
+
+    # --- in pieces ---------------------------------------------------------------------------------------
+
+    def generator(self, inner: Any) -> Generator[Any, Any, Any]:
+        """A generator that runs `inner` piece by piece."""
+        with self.whole():
+            return (yield from self._pieces(inner))
+
+    async def coroutine(self, inner: Any) -> Any:
+        """A coroutine that runs `inner` from one await to the next."""
+        with self.whole():
+            return await _awaited(self._pieces(inner))
+
+    async def asynchronous(self, inner: Any) -> AsyncGenerator[Any, Any]:
+        """An asynchronous generator that runs `inner` likewise."""
+        following = inner.asend(None)
+        with self.whole():
+            while True:
+                try:
+                    given = await _awaited(self._pieces(following))
+                except StopAsyncIteration:
+                    return
+                try:
+                    following = inner.asend((yield given))
+                except GeneratorExit:
+                    await _awaited(self._pieces(inner.aclose()))
+                    raise
+                except BaseException as error:  # noqa: BLE001 (it is the inner generator's to handle)
+                    following = inner.athrow(error)
+
+    def _pieces(self, inner: Any) -> Generator[Any, Any, Any]:
+        send: Callable[[Any], Any] = inner.send
+        value: Any = None
+        while True:
+            try:
+                with self.piece():
+                    given = send(value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                value, send = (yield given), inner.send
+            except GeneratorExit:
+                with self.piece():
+                    inner.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 (it is the inner generator's to handle)
+                value, send = error, inner.throw
+
+
+@types.coroutine
+def _awaited(pieces: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    return (yield from pieces)
+
+
+def pipeline_override(original: Method) -> Method:
+    """`__call__` of a pipeline."""
+    in_pieces = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    deferred = any(kind(original) for kind in in_pieces)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        run = self.__dict__.get(ATTRIBUTE)
+        if run is None:
+            return original(self, *args, **kwargs)
+        call: PipelineCall = run.pipeline_call(self)
+        if deferred:
+            return _steered(call, original(self, *args, **kwargs))
+        try:
+            with call.piece():
+                result = original(self, *args, **kwargs)
+        except BaseException:
+            call.close(failed=True)
+            raise
+        return _steered(call, result)
+
+    return __call__
+
+
+def _steered(call: PipelineCall, result: Any) -> Any:
+    """The result of a call; one that has yet to run does so in the call's session."""
+    if inspect.isgenerator(result):
+        return call.generator(result)
+    if inspect.iscoroutine(result):
+        return call.coroutine(cast("Coroutine[Any, Any, Any]", result))
+    if inspect.isasyncgen(result):
+        return call.asynchronous(result)
+    call.close()
+    return result

@@ -1,0 +1,43 @@
+"""The time of every intercepted call of a profiled run: another way into a site, so that the usual one is as before."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+
+from cachepolicy.engine.class_swap import ATTRIBUTE, Method, Override
+from cachepolicy.engine.hooks import LOCAL, Site
+from cachepolicy.tracing.trace import Slice
+
+
+def now() -> float:
+    """`time.perf_counter` once everything is done that was handed to a CUDA device."""
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@functools.cache
+def timed(override: Override) -> Override:
+    """The same interception, with the time of each call in the frame; what is compiled is not timed."""
+
+    def timed_override(original: Method) -> Method:
+        intercepted = override(original)
+
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            frame = LOCAL.frame
+            site: Site | None = self.__dict__.get(ATTRIBUTE)
+            if frame is None or site is None or frame.owner is not site.owner or torch.compiler.is_compiling():
+                return intercepted(self, *args, **kwargs)
+            began = now()
+            try:
+                return intercepted(self, *args, **kwargs)
+            finally:
+                frame.profile.append(Slice(site.name, began, now() - began))
+
+        return __call__
+
+    return timed_override

@@ -1,0 +1,634 @@
+"""One root of a run: whose session a call is, what is decided for it, what is kept after it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from cachepolicy.engine import compat
+from cachepolicy.engine.actions import (
+    ANSWER,
+    COMPUTE,
+    PENDING,
+    REUSE,
+    Slot,
+)
+from cachepolicy.engine.block_chain import Continuations
+from cachepolicy.engine.cfg_cache import Guide
+from cachepolicy.engine.class_swap import Handle
+from cachepolicy.engine.clock import CONTEXT, Arguments, Reading, Sources, arguments_of, inspect_root, read
+from cachepolicy.engine.compile.graph_ops import Part
+from cachepolicy.engine.compile.regions import Graphs
+from cachepolicy.engine.distributed.consensus import Agreement
+from cachepolicy.engine.distributed.groups import Peers, holders_of, peers_of
+from cachepolicy.engine.execution_plan import Layout
+from cachepolicy.engine.forward_pass import Branch, Turn
+from cachepolicy.engine.history import held, storage_bytes
+from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
+from cachepolicy.engine.hooks import Frame, Site, parameters_of
+from cachepolicy.engine.memory_budget import Account, Budget, Share
+from cachepolicy.engine.profiling import now
+from cachepolicy.engine.session_config import Terms
+from cachepolicy.engine.sessions import Entered, Session, Sessions, State
+from cachepolicy.engine.signals import Measuring, Remembered
+from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment
+from cachepolicy.planning.cost_model import Reuses, Weight, operations, weights
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.schedule import (
+    COND_BRANCHES,
+    OVER_LIMIT,
+    UNCOND_BRANCHES,
+    WAITING,
+    Decision,
+    Memory,
+    Tick,
+    clock_words,
+    rebuilds_uncond,
+    untold,
+)
+from cachepolicy.tracing.trace import Call, Trace
+
+DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a root is told by its run: where the clock reads, whether batches hold guidance, what the caller said."""
+
+    sources: Callable[[Terms, Entered | None], Sources]
+    guided: Callable[[Terms, Entered | None], bool | None]
+    refuted: Callable[[], None]
+    settle: Callable[[Attached], None]
+    intercept: Callable[[Attached, str, Site], None]
+    sessions: Sessions
+    terms: Terms
+    trace: Trace | None
+    storing: Storing
+    budget: Budget | None
+
+
+@dataclass(slots=True)
+class Hosted:
+    """A root under the terms of one session."""
+
+    layout: Layout
+    continuations: Continuations
+    externals: Mapping[str, Any]
+    module: torch.nn.Module
+    repeated: set[int]
+    graphs: Graphs
+
+
+class Attached(Handle):
+    """One root of a run: a denoiser with its plan, its sites and the sessions that go through it."""
+
+    def __init__(self, run: Any, name: str, module: torch.nn.Module, around: Surroundings) -> None:
+        self.run = run
+        self.name = name
+        self.module = module
+        self.around = around
+        self.layout = around.terms.layouts[name]
+        self.plan = self.layout.plan
+        self.root = inspect_root(module)
+        self.channels = _channels(module)
+        self.identity = next(_identities)
+        self.active = 0
+        self.closed = False
+        self.continuations = Continuations()
+        self.repeated: set[int] = set()
+        self.keeps_graphs = False
+        self.switches = compat.checkpointing(module)
+        self.handles = self._handles()
+        self.graphs = Graphs(self)
+        self._lock = threading.Lock()
+        self._warned = False
+        self._reuses: dict[Ahead, Reuses] = {}
+
+    def _handles(self) -> dict[str, Site]:
+        """What each intercepted module has to know, by the module's name; the root's is ""."""
+        handles = dict[str, Site]()
+
+        def at(name: str) -> Site:
+            if name not in handles:
+                handles[name] = Site(self, name or "model", parameters_of(self.module.get_submodule(name)))
+            return handles[name]
+
+        at("")
+        for site in sorted(self.plan.sites, key=lambda site: len(site.parents)):
+            what = self.layout.keepings[site.index]
+            if what.streams:
+                for position, name in enumerate(site.modules):
+                    at(name).members.append((site.index, position))
+            if len(site.modules) == 1:
+                handle = at(site.modules[0])
+                handle.index, handle.keeping = site.index, what
+                handle.plain = what.plain and self.around.storing is ANYHOW
+        for probe, place in self.plan.probes.items():
+            before = probe.stream in {"input", "argument"}
+            handle = at(place.modules[0 if before else -1])
+            (handle.inputs if before else handle.outputs).append(probe)
+            if len(place.modules) > 1:
+                at(place.modules[0]).starts.append(probe)
+        if any(what.streams for what in self.layout.keepings) or self.plan.probes:
+            # Watched blocks teach which output continues which input.
+            for name in self.plan.skeleton.block_lists:
+                for block in self.plan.skeleton.elements[name]:
+                    at(block).special = True
+        for handle in handles.values():
+            handle.special |= handle.watched
+            handle.alone = (
+                len(handle.members) == 1
+                and not (handle.inputs or handle.outputs or handle.starts)
+                and handle.index in {-1, handle.members[0][0]}
+            )
+        return handles
+
+    def finished(self, state: State) -> None:
+        """A trajectory is over: one that has reused nothing is warned of once."""
+        if state.count > 1 and not state.reused and not self._warned:
+            self._warned = True
+            warnings.warn(_why_nothing(state), UserWarning, stacklevel=2)
+
+    def drop_current(self) -> None:
+        """End the session of the present call: its trajectory is over."""
+        self.around.sessions.end_current()
+
+    # --- one call ----------------------------------------------------------------------------------------
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool = False) -> RootCall | None:
+        """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
+        if self.identity in DISABLED.get() or compat.traced():
+            return None
+        compat.refuse_call(self.switches)
+        with self._lock:
+            if self.closed:
+                return None
+            self.active += 1
+        try:
+            session, here = self.around.sessions.begin()
+            try:
+                return self._call(session, here, args, kwargs, compiler=compiler)
+            except BaseException as error:
+                self._forget(session, error)
+                raise
+        except BaseException:
+            with self._lock:
+                self.active -= 1
+            raise
+
+    def close(self) -> bool:
+        """Let no further call begin, as before the hooks are taken off; False where one is running."""
+        with self._lock:
+            self.closed = not self.active
+            return self.closed
+
+    def reopen(self) -> None:
+        """Let calls begin again."""
+        with self._lock:
+            self.closed = False
+
+    def _call(
+        self, session: Session, here: Entered | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
+    ) -> RootCall:
+        terms = self._terms(session, here)
+        state = session.states.get(self.name)
+        if state is None:
+            state = session.states[self.name] = State(self._hosted(terms))
+            state.account = None if self.around.budget is None else Account(self.around.budget)
+        arguments = arguments_of(self.root, args, kwargs)
+        reading = self._read(session, state, self.around.sources(terms, here), arguments)
+        if reading.starts:
+            self.around.settle(self)
+            self._start(session, state, reading.tick)
+        turn = self._turn(terms, state, reading)
+        call = RootCall(session, state, turn, arguments, args, kwargs)
+        if turn.host.layout.approximation is not None:
+            call.guided = self.around.guided(terms, here)
+        self._open(call)
+        if self.graphs.used(whole=compiler) and not call.answered:
+            call.learns = self.graphs.learns(arguments)
+            if not call.learns:
+                call.parts = self.graphs.parts(turn, arguments, whole=compiler)
+        call.frame = self._frame(turn)
+        if call.parts:
+            self.graphs.place(call.frame, call.parts, whole=compiler)
+        return call
+
+    def _terms(self, session: Session, here: Entered | None) -> Terms:
+        if session.terms is None:
+            said = here.terms if here is not None and here.of(self.around.sessions) else None
+            session.terms = said or self.around.terms
+        return session.terms
+
+    def _read(self, session: Session, state: State, sources: Sources, arguments: Arguments) -> Reading:
+        try:
+            return read(session.clock, state.calls, sources, self.root, arguments)
+        except BaseException:
+            # Nobody can tell any more whether a trajectory was to begin here; one that was is over.
+            for peers in self._others(state.host.layout, known=True):
+                if peers is not None:
+                    Agreement(peers, "").abandon()
+            raise
+
+    def _turn(self, terms: Terms, state: State, reading: Reading) -> Turn:
+        """The call's decisions, on the branch that it is of."""
+        layout, tick = state.host.layout, reading.tick
+        if layout.approximation is not None and tick.branch in COND_BRANCHES:
+            for name in UNCOND_BRANCHES & state.branches.keys():
+                other = state.branches[name]
+                alone = rebuilds_uncond(layout.program, other.partition, other.memories, replace(tick, branch=name))
+                tick = replace(tick, uncond_skipped=alone)
+        if tick.step != state.step:
+            state.decided.clear()
+            state.doubted.clear()
+            state.step = tick.step
+        branch, facts = self._branch(state, tick, reading)
+        leaders = {name: state.decided[name] for name in layout.followed if name in state.decided}
+        if state.account is not None:
+            state.account.give_way()
+            facts |= {site: OVER_LIMIT for site, slot in enumerate(branch.slots) if slot.storing.lacking is OVER_LIMIT}
+        facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
+        liveness = self._liveness(state, reading.ahead)
+        measuring = None
+        if layout.signals.numbers and liveness.measures(tick, now=True):
+            environment = Environment(clock_words(tick, Memory(tick.step)), layout.program.tables)
+            worst = terms.told.samples == "max"
+            measuring = Measuring(
+                layout.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
+            )
+        return Turn(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
+
+    def _liveness(self, state: State, ahead: Ahead) -> Liveness:
+        """What may be read later, on the clock as it is known now."""
+        loose, found = bool(self.repeated) or self.around.budget is not None, state.liveness
+        if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
+            found = state.liveness = state.host.layout.liveness(ahead, loose=loose)
+        return found
+
+    def _branch(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
+        """The branch of a call, and why all its sites compute where its history is not the call's."""
+        if reading.revives is not None and reading.revives in state.doubted:
+            state.branches[tick.branch] = state.doubted.pop(reading.revives)
+        branch = state.branches.get(tick.branch)
+        if branch is not None and not (reading.stale or reading.doubtful):
+            return branch, {}
+        slots = [Slot(each) for each in self._storings(state, tick, reading.ahead)]
+        if branch is None:
+            layout = state.host.layout
+            state.branches[tick.branch] = Branch(layout.program.coarse, layout.recall.start, slots)
+            return state.branches[tick.branch], {}
+        # Shapes have changed, or the call may be of another branch: what is kept fits it no more.
+        if tick.branch in state.calls.doubted:
+            state.doubted[tick.branch] = branch
+        state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
+        state.guide = Guide()
+        reason = "the history does not fit this call" if reading.stale else "nothing tells which branch this is"
+        return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
+
+    def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:
+        """How each site of a branch stores its results."""
+        storing = self.around.storing
+        if state.account is None:
+            return [storing] * len(self.plan.sites)
+        program = state.host.layout.program
+        counted = self._reuses.get(ahead)
+        if counted is None or counted.program is not program:
+            if len(self._reuses) >= _MOST_CLOCKS:
+                self._reuses.clear()
+            counted = self._reuses[ahead] = Reuses(program, ahead)
+
+        def saving(site: int) -> Saving:
+            weight = self.weights[site]
+            group = program.alike.group_of[site]
+            return lambda shape: operations(weight, shape) * counted.of(group, tick)
+
+        return [
+            Storing(storing.packing, state.account, saving(site), what.depth)
+            for site, what in enumerate(state.host.layout.keepings)
+        ]
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        """What each site weighs."""
+        named: Any = dict(self.module.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        counts = {
+            name: sum(each.numel() for each in module.parameters(recurse=False)) for name, module in named.items()
+        }
+        return weights(self.plan, counts)
+
+    def _hosted(self, terms: Terms) -> Hosted:
+        layout, externals = terms.layouts[self.name], terms.told.externals
+        return Hosted(layout, self.continuations, externals, self.module, self.repeated, self.graphs)
+
+    def _start(self, session: Session, state: State, tick: Tick) -> None:
+        """A trajectory begins, on all roots: what they hold of the last one is released."""
+        for each in session.states.values():
+            if each is state or each.calls.trajectory != session.clock.trajectories:
+                self.finished(each)
+                each.clear()
+        self.graphs.look()
+        trace, plan = self.around.trace, state.host.layout.plan
+        state.trajectory = trace.begin(session.key, plan) if trace is not None else None
+        self._meet(state)
+        error = untold(plan, tick)
+        if error is not None:
+            raise error
+
+    def _meet(self, state: State) -> None:
+        """Find those who decide with this process; at each trajectory, for models are spread out late too."""
+        layout = state.host.layout
+        policy = f"{layout.plan.resolved.digest} {self.around.terms.told.samples}"
+        peers, holders = self._others(layout)
+        state.agreement = Agreement(peers, policy) if peers is not None else None
+        state.company = Agreement(holders, policy) if holders is not None else None
+
+    def _others(self, layout: Layout, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
+        """Those who hold pieces of the samples, and those beyond them who hold pieces of the parameters."""
+        told = self.around.terms.told.process_group
+        if not layout.signals.numbers or told is False:
+            return None, None
+        peers = peers_of(told, self.module, known=known)
+        holders = holders_of(self.module, known=known)
+        among = peers is not None and holders is not None and set(holders.ranks) <= set(peers.ranks)
+        return peers, None if among else holders
+
+    def _open(self, call: RootCall) -> None:
+        """What the root itself does, where it is a site or probed."""
+        site, turn = self.handles[""], call.turn
+        layout = turn.host.layout
+        if not site.special and layout.itself is None:
+            return
+        turn.enter(site, call.arguments.named, call.args, call.kwargs)
+        if layout.itself is None:
+            return
+        problem = turn.problem(site, call.arguments.named, call.args, call.kwargs)
+        decision = turn.decision(layout.itself, problem)
+        if layout.approximation is not None and (
+            isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
+        ):
+            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else layout.approximation
+            self._open_guidance(call, action)
+        else:
+            call.answered, call.output = turn.open(site, call.arguments.named, call.args, call.kwargs)
+
+    def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
+        turn = call.turn
+        itself = turn.host.layout.itself
+        assert itself is not None
+        settings = turn.arguments(action, itself, without=_FACTORS)
+        turn.half = int(settings["layout"] == "uncond first")
+        guide = call.state.guide
+        call.guidance = settings
+        guided = _guided(call)
+        if guided is None and not guide.named(turn.tick.branch):
+            raise PolicyError.of(
+                "E330",
+                "nothing tells whether this batch holds both halves of guidance",
+                help="apply the policy to the pipeline, or say `guidance=True` (or False) to `apply`",
+            )
+        problem = guide.problem(turn.tick, call.arguments, guided=guided is True, calls=len(call.state.calls.present))
+        if problem is not None:
+            call.guidance = None if problem.final else settings
+            if turn.decision(itself).verdict == "reuse":
+                turn.refuse(itself, problem.reason)
+                turn.decide_again()
+        elif turn.decision(itself).verdict == "reuse":
+            settings |= turn.arguments(action, itself)
+            if guide.named(turn.tick.branch):
+                call.answered, call.output = True, guide.answered(settings)
+            else:
+                turn.halved = True
+                call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
+
+    def _frame(self, turn: Turn) -> Frame:
+        """The codes of all sites; those of equal decisions are laid out once."""
+        partition, layout = turn.branch.partition, turn.host.layout
+        by_group = tuple(
+            _code(decision, turn, group.sites[0])
+            for decision, group in zip(turn.decisions, partition.groups, strict=True)
+        )
+        key = (partition is layout.program.coarse, by_group)
+        codes = layout.codes.get(key)
+        if codes is None:
+            if len(layout.codes) >= _MOST_SIGNATURES:
+                layout.codes.clear()
+            codes = layout.codes[key] = [by_group[group] for group in partition.group_of]
+        return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
+
+    def surprised(self) -> None:
+        """A site found itself in a graph: from the next call on there is a stage for it."""
+        self.graphs.surprised = True
+
+    def end(self, call: RootCall, output: Any) -> Any:
+        """Commit what the call did: memories, counts and the trace."""
+        turn, state = call.turn, call.state
+        site = self.handles[""]
+        if turn.host.layout.itself is not None and not call.answered and call.guidance is None:
+            turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
+        if call.guidance is not None and not call.answered and self._guides(call):
+            output = state.guide.ended(
+                turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved
+            )
+        if site.outputs:
+            turn.leave(site, self.module, call.arguments.named, output, None)
+        if call.parts:
+            self.graphs.end(turn, call.parts)
+        turn.close(call.frame.unfit)
+        if call.learns:
+            self.graphs.learnt(turn, call.arguments)
+        turn.branch.memories = turn.after
+        self._release(call)
+        if turn.host.layout.followed:
+            state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
+        state.count += 1
+        if not state.reused:
+            state.reused = any(decision.verdict == "reuse" for decision in turn.decisions)
+        if state.reused and torch.is_grad_enabled():
+            self.keeps_graphs = True
+        if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
+            state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls)))
+        if turn.tick.steps is not None and turn.tick.step + 1 >= turn.tick.steps:
+            self._over(call)
+        with self._lock:
+            self.active -= 1
+        call.session.leave()
+        return output
+
+    def _recorded(self, call: RootCall, number: int) -> Call:
+        """The call as the trace has it."""
+        turn = call.turn
+        profiled = self.around.terms.told.trace == "profile"
+        return Call(
+            turn.tick,
+            turn.branch.partition,
+            turn.decisions,
+            turn.facts,
+            (now() if profiled else time.perf_counter()) - turn.started,
+            turn.signals_of,
+            held=self.held(call.state),
+            began=turn.started,
+            profile=call.frame.profile if number < _MOST_PROFILED else (),
+        )
+
+    def _release(self, call: RootCall) -> None:
+        """Let go of what no later step of the trajectory reads, and count what is left."""
+        turn, state = call.turn, call.state
+        if turn.host.layout.approximation is not None:
+            state.guide.release(
+                kept=not turn.liveness.approximates(turn.tick, now=False), cond=turn.tick.branch in UNCOND_BRANCHES
+            )
+        changed = turn.let_go()
+        if state.account is not None:
+            self._limit(state, turn.branch, state.account)
+        if changed:
+            turn.branch.held = held(turn.branch.slots, turn.branch.remembered)
+
+    def _limit(self, state: State, branch: Branch, account: Account) -> None:
+        """Hold what signals and guidance keep to the limit too; without them their rules compute."""
+        if branch.remembered.previous or branch.remembered.kept:
+            branch.signals = branch.signals or Share(account)
+            if not branch.signals.admits(held((), branch.remembered)):
+                branch.remembered = Remembered()
+        else:
+            branch.signals = None
+        kept = state.guide.held if state.host.layout.approximation is not None else []
+        if kept:
+            state.rebuilding = state.rebuilding or Share(account)
+            if not state.rebuilding.admits(storage_bytes(kept)):
+                state.guide.release(kept=True, cond=True)
+        else:
+            state.rebuilding = None
+
+    def _guides(self, call: RootCall) -> bool:
+        """Whether an unconditional half is rebuilt from the call's prediction, in this step or a later one."""
+        turn, branch = call.turn, call.turn.tick.branch
+        if turn.halved:
+            return True
+        if branch in COND_BRANCHES:
+            # From this step's unconditional call, if that is still to come.
+            called = any(each in UNCOND_BRANCHES for each in call.state.calls.present)
+            return not called and turn.liveness.approximates(turn.tick, now=True)
+        return turn.liveness.approximates(turn.tick, now=False)
+
+    def held(self, state: State) -> int:
+        """Bytes of history that the session holds on this root."""
+        guide = storage_bytes(state.guide.held) if state.host.layout.approximation is not None else 0
+        branches = [*state.branches.values(), *state.doubted.values()]
+        return guide + sum(branch.held for branch in branches)
+
+    def _over(self, call: RootCall) -> None:
+        """A call of the last step has ended: no later one reads what this branch, or a root before it, has kept."""
+        state, tick = call.state, call.turn.tick
+        state.over = True
+        call.turn.branch.forget()
+        if tick.branch not in COND_BRANCHES:
+            state.guide = Guide()
+        for other in call.session.states.values():
+            if other.step < tick.step - 1:
+                other.branches.clear()
+                other.guide = Guide()
+
+    def fail(self, call: RootCall, error: BaseException) -> None:
+        """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
+        with self._lock:
+            self.active -= 1
+        self._forget(call.session, error)
+
+    def refuse_recompute(self, name: str) -> None:
+        """Refuse a site that gradient checkpointing runs again; what it answered is not known any more.
+
+        Raises:
+            PolicyError: the call is in a backward pass (E342).
+        """
+        if compat.recomputes():
+            compat.refuse_recompute(name)
+
+    def _forget(self, session: Session, error: BaseException) -> None:
+        for _, state in session.end():
+            if state.trajectory is not None and self.around.trace is not None:
+                self.around.trace.drop(state.trajectory)
+            state.abandon()
+        session.leave()
+        if isinstance(error, PolicyError) and any(each.code in _REFUTED for each in error.diagnostics):
+            self.around.refuted()
+
+
+_REFUTED = frozenset({"E310", "E311"})  # what the first forward tells of the model, whatever the next one would
+_FACTORS = frozenset({"low", "high"})
+"""What the rebuilding of a step is told, and a computed step does not ask for."""
+
+_MOST_CALLS = 10_000  # of one trajectory in the trace; a model that tells no time may never end one
+_MOST_PROFILED = 1_000  # of those, with the times of their modules
+_MOST_CLOCKS = 32  # distinct clocks whose planned reuses are kept
+_MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
+
+
+@dataclass(slots=True)
+class RootCall:
+    """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
+
+    session: Session
+    state: State
+    turn: Turn
+    arguments: Arguments
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    frame: Frame = field(init=False)
+    answered: bool = False
+    output: Any = None
+    guidance: dict[str, Any] | None = None
+    learns: bool = False
+    parts: Mapping[int, Part] = field(default_factory=dict[int, Part])
+    guided: bool | None = None
+
+
+def _guided(call: RootCall) -> bool | None:
+    """Whether this batch holds both halves of guidance; None where nothing tells."""
+    context = CONTEXT.get()
+    return True if context is not None and context.name == "cond_uncond" else call.guided
+
+
+def _code(decision: Decision, turn: Turn, site: int) -> str:
+    """What a site does at this call: it keeps only what a later step may read."""
+    if decision is WAITING:
+        return PENDING
+    if decision.verdict != "reuse":
+        return turn.store if turn.wanted(site).outputs else COMPUTE
+    return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
+
+
+def _channels(module: torch.nn.Module) -> int | None:
+    """How many channels the prediction has, where the model's config says so."""
+    config = getattr(module, "config", None)
+    for name in ("out_channels", "in_channels", "out_visual_dim", "in_visual_dim"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _why_nothing(state: State) -> str:
+    reasons = dict[str, int]()
+    if state.trajectory is not None:
+        for call in state.trajectory.calls:
+            for decision in call.decided:
+                reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
+    common = max(reasons, key=lambda reason: reasons[reason], default="")
+    ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None] if state.trajectory else []
+    seen = f"; t went from {ts[0]:g} to {ts[-1]:g}" if ts else ""
+    return f"the policy reused nothing in a trajectory of {state.count} calls (mostly: {common or 'unknown'}{seen})"
+
+
+_identities = itertools.count()

@@ -1,0 +1,142 @@
+"""Schedulers that are followed: each `step` is counted, each `set_timesteps` begins anew, whoever asks."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar, cast
+
+from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
+
+
+class Follower(Handle):
+    """Counts the steps of one scheduler; several runs may follow the same."""
+
+    __slots__ = ("_numbers", "_source", "begin", "generation", "step", "users")
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.begin: int | None = None
+        self.generation = 0
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._source: Any = None
+        self._numbers: tuple[list[float], list[float] | None] = ([], None)
+
+    def __deepcopy__(self, memo: object) -> Follower:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Itself: pipelines of tiles put copies of a scheduler's `__dict__` back into it, and it still counts there."""
+        return self
+
+    def restart(self) -> None:
+        """The next call is step 0 of a new trajectory."""
+        self.step = 0
+        self.begin = None
+        self.generation += 1
+
+    def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
+        """The scheduler's timesteps and sigmas as plain numbers, read from the device once a trajectory."""
+        if scheduler.timesteps is not self._source:
+            self._source = scheduler.timesteps
+            sigmas = getattr(scheduler, "sigmas", None)
+            self._numbers = (_floats(scheduler.timesteps), None if sigmas is None else _floats(sigmas))
+        return self._numbers
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(each) for each in (values.tolist() if hasattr(values, "tolist") else values)]
+
+
+def follow(scheduler: Any, user: object) -> Follower | None:
+    """The scheduler's follower, on behalf of a run; None for an object that is no scheduler."""
+    follower: Any = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
+    if isinstance(follower, Follower) and user in follower.users:
+        return follower
+    with _lock:
+        follower = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
+        if follower is None:
+            if not hasattr(scheduler, "timesteps") or not hasattr(scheduler, "step") or is_swapped(scheduler):
+                return None
+            follower = Follower()
+            methods = {name: override for name, override in _METHODS.items() if hasattr(scheduler, name)}
+            swap(scheduler, methods, follower)
+        if isinstance(follower, Follower):
+            follower.users.add(user)
+            return follower
+        return None
+
+
+def unfollow(scheduler: Any, user: object) -> None:
+    """Follow no longer on behalf of this run; the last one gives the scheduler its class back."""
+    with _lock:
+        follower = scheduler.__dict__.get(ATTRIBUTE)
+        if isinstance(follower, Follower):
+            follower.users.discard(user)
+            if not follower.users:
+                restore(scheduler)
+
+
+_lock = threading.Lock()
+
+
+def _step_override(original: Method) -> Method:
+    """`scheduler.step` that tells the follower."""
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        follower = self.__dict__.get(ATTRIBUTE)
+        if follower is not None:
+            follower.step += 1
+        return result
+
+    return step
+
+
+def _set_timesteps_override(original: Method) -> Method:
+    """`scheduler.set_timesteps` that tells the follower."""
+
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        follower = self.__dict__.get(ATTRIBUTE)
+        if follower is not None:
+            follower.restart()
+        return result
+
+    return set_timesteps
+
+
+_METHODS = {"step": _step_override, "set_timesteps": _set_timesteps_override}
+
+T = TypeVar("T")
+
+
+class Weakly(Generic[T]):
+    """Objects that others own, each once, as long as they live."""
+
+    def __init__(self) -> None:
+        self._references: list[Callable[[], T | None]] = []
+        self._lock = threading.RLock()
+
+    def add(self, item: T) -> None:
+        """Remember an object; those that are gone are forgotten."""
+        with self._lock:
+            alive = [each for each in self._references if each() is not None]
+            if not any(each() is item for each in alive):
+                alive.append(_reference(item))
+            self._references = alive
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._references = []
+
+    def __iter__(self) -> Iterator[T]:
+        for each in self._references:
+            item = each()
+            if item is not None:
+                yield item
+
+
+def _reference(item: T) -> Callable[[], T | None]:
+    try:
+        return cast("Callable[[], T | None]", weakref.ref(item))
+    except TypeError:  # an object with slots
+        return lambda: item

@@ -1,0 +1,392 @@
+"""Sessions: whose call it is, and what each request holds until it ends.
+
+A session is found by what the caller said (`run.session(key)`), else by the pipeline's call, the asyncio task or the
+thread. The last three own their sessions, so that these go with them and nobody has to look for dead ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachepolicy.engine.cfg_branches import Calls
+from cachepolicy.engine.cfg_cache import Guide
+from cachepolicy.engine.clock import Clock
+from cachepolicy.engine.distributed.consensus import Agreement
+from cachepolicy.engine.forward_pass import Branch, Host
+from cachepolicy.engine.memory_budget import Account, Share
+from cachepolicy.engine.session_config import Terms
+from cachepolicy.errors import PolicyError
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.schedule import Decision
+from cachepolicy.tracing.trace import Trajectory
+
+
+@dataclass(slots=True)
+class State:
+    """One root's part of a session: its calls, its branches and the record of its trajectory.
+
+    `host` is what turns ask of the root, under the session's terms; `doubted` are branches as they were before a call
+    of this step that may not have been theirs; `over` is set once the last step has run.
+    """
+
+    host: Host
+    calls: Calls = field(default_factory=Calls)
+    branches: dict[str, Branch] = field(default_factory=dict[str, Branch])
+    doubted: dict[str, Branch] = field(default_factory=dict[str, Branch])
+    decided: dict[str, Sequence[Decision]] = field(default_factory=dict[str, Sequence[Decision]])
+    guide: Guide = field(default_factory=Guide)
+    step: int = -1
+    reused: bool = False
+    count: int = 0
+    over: bool = False
+    trajectory: Trajectory | None = None
+    agreement: Agreement | None = None
+    company: Agreement | None = None
+    liveness: Liveness | None = None
+    account: Account | None = None
+    rebuilding: Share | None = None
+    """The share of what guidance keeps, where there is a limit."""
+
+    def abandon(self) -> None:
+        """Tell the processes that decide with this one that its trajectory has failed."""
+        for agreement in (self.agreement, self.company):
+            if agreement is not None:
+                agreement.abandon()
+
+    def clear(self) -> None:
+        """Release the histories, as before a trajectory."""
+        self.liveness = self.rebuilding = None
+        if self.account is not None:
+            self.account.waits = False
+        self.branches.clear()
+        self.doubted.clear()
+        self.decided.clear()
+        self.guide = Guide()
+        self.step, self.count = -1, 0
+        self.reused = self.over = False
+
+
+class Session:
+    """One request: its clock, its terms (None: nothing has run yet), and each root's part by the root's name."""
+
+    __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "states", "terms")
+
+    def __init__(self, key: object) -> None:
+        self.key = key
+        self.clock = Clock()
+        self.terms: Terms | None = None
+        self.states: dict[str, State] = {}
+        self._thread: int | None = None
+        self._depth = 0
+
+    @property
+    def under_way(self) -> bool:
+        """True while its trajectory may go on."""
+        return any(state.count and not state.over for state in self.states.values())
+
+    @property
+    def busy(self) -> bool:
+        """True while a call runs in it."""
+        return self._depth > 0
+
+    def enter(self) -> None:
+        """A call begins; calls inside it, of the same thread, are part of it.
+
+        Raises:
+            PolicyError: another thread's call is running (E312).
+        """
+        thread = threading.get_ident()
+        if self._depth and self._thread != thread:
+            raise PolicyError.of(
+                "E312",
+                f"two threads call the model in the session `{self.key}` at the same time",
+                help="a session runs one call after another: give each request a session of its own",
+            )
+        self._thread = thread
+        self._depth += 1
+
+    def leave(self) -> None:
+        """The call has ended."""
+        self._depth -= 1
+
+    def exchange(self, terms: Terms) -> None:
+        """Go on under terms that differ in functions alone."""
+        self.terms = terms
+        for state in self.states.values():
+            state.host.externals = terms.told.externals
+
+    def end(self) -> list[tuple[str, State]]:
+        """Release all that it holds; gives what each root had. The next call starts a trajectory."""
+        states, self.states = self.states, {}
+        self.clock, self.terms = Clock(), None
+        return list(states.items())
+
+
+# --- owners ----------------------------------------------------------------------------------------------
+
+
+class Owner:
+    """What sessions belong to that nobody named: a thread, a task or a pipeline's call."""
+
+    __slots__ = ("__weakref__", "name", "sessions")
+
+    def __init__(self, name: str) -> None:
+        self.name = f"{name} #{next(_numbers)}"
+        self.sessions: weakref.WeakKeyDictionary[Sessions, Session] = weakref.WeakKeyDictionary()
+
+
+_numbers = itertools.count(1)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.owner = Owner(threading.current_thread().name)
+
+
+_THREAD = _Thread()
+_TASKS: weakref.WeakKeyDictionary[Any, Owner] = weakref.WeakKeyDictionary()
+
+
+def _owner() -> Owner:
+    """The task's or the thread's owner."""
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001 (asyncio documents it for frameworks)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
+        task = asyncio.current_task()
+        if task is not None:
+            owner = _TASKS.get(task)
+            if owner is None:
+                owner = _TASKS[task] = Owner(task.get_name())
+                task.add_done_callback(_done)
+            return owner
+    return _THREAD.owner
+
+
+def _done(task: Any) -> None:
+    """A task that is done owns nothing, also where somebody keeps it for its result."""
+    _TASKS.pop(task, None)
+
+
+# --- where a context stands ------------------------------------------------------------------------------
+
+
+class Entered:
+    """A context has entered a session of one run: by key, or by a pipeline's call, which owns it.
+
+    Contexts are copied into tasks and threads and may outlive what they entered: `close` makes them forget it.
+    """
+
+    __slots__ = ("_sessions", "key", "outer", "owner", "pipeline", "terms")
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        *,
+        key: Hashable = None,
+        owner: Owner | None = None,
+        terms: Terms | None = None,
+        pipeline: Any = None,
+    ) -> None:
+        self._sessions = weakref.ref(sessions)
+        self.key = key
+        self.owner = owner
+        self.terms = terms
+        self.pipeline = pipeline
+        self.outer = ENTERED.get()
+
+    def of(self, sessions: Sessions) -> bool:
+        """True where it is this run's."""
+        return self._sessions() is sessions
+
+    @property
+    def open(self) -> bool:
+        """False once a pipeline's call has ended."""
+        return self.key is not None or self.owner is not None
+
+    def close(self) -> None:
+        """The pipeline's call has ended."""
+        self.key = self.owner = self.terms = self.pipeline = None
+
+    @contextlib.contextmanager
+    def inside(self) -> Generator[None]:
+        """Calls inside stand here."""
+        token = ENTERED.set(self)
+        try:
+            yield
+        finally:
+            ENTERED.reset(token)
+
+
+ENTERED: ContextVar[Entered | None] = ContextVar("cachepolicy_entered", default=None)
+
+
+def entered(sessions: Sessions) -> Entered | None:
+    """Where the context stands with a run: in a session of it, else in one of another run, which keeps it apart too."""
+    here, first = ENTERED.get(), None
+    while here is not None:
+        if here.open:
+            if here.of(sessions):
+                return here
+            first = first or here
+        here = here.outer
+    return first
+
+
+# --- the sessions of one run -----------------------------------------------------------------------------
+
+
+class Sessions:
+    """The sessions of one run, no more than `most` with something in them; beyond, the least recently used ends.
+
+    `finished` is told of what each root had when a session ends well. Dead owners leave a dead reference, which goes
+    at the next look: nothing has to be done, and no lock taken, when they die.
+    """
+
+    def __init__(self, most: int, finished: Callable[[str, State], None]) -> None:
+        self._most = most
+        self._finished = finished
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[object, Session | weakref.ref[Session]] = OrderedDict()
+
+    def begin(self) -> tuple[Session, Entered | None]:
+        """The session of the present call, which begins, and where its context stands.
+
+        Raises:
+            PolicyError: another thread's call is running in it (E312).
+        """
+        here = entered(self)
+        owner = (here.owner if here is not None else None) or _owner()
+        with self._lock:
+            if here is not None and here.key is not None:
+                session = self._named(here.key)
+            else:
+                session = owner.sessions.get(self)
+                if session is None:
+                    session = owner.sessions[self] = Session(owner.name)
+                self._touch(weakref.ref(session), weakref.ref(session))
+            session.enter()
+        return session, here
+
+    def named(self, key: Hashable) -> Session:
+        """The session of a key; it is made where there is none."""
+        with self._lock:
+            return self._named(key)
+
+    def _named(self, key: Hashable) -> Session:
+        session = self._recent.get(("session", key))
+        if not isinstance(session, Session):
+            session = Session(key)
+        self._touch(("session", key), session)
+        return session
+
+    def _touch(self, place: object, session: Session | weakref.ref[Session]) -> None:
+        known = place in self._recent
+        self._recent[place] = session
+        self._recent.move_to_end(place)
+        if not known and len(self._recent) > self._most:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Forget the dead, then end those that were used longest ago, but for any that a call runs in."""
+        for place, session in list(self._recent.items()):
+            if isinstance(session, weakref.ref) and session() is None:
+                del self._recent[place]
+        newest = next(reversed(self._recent))
+        for place, each in list(self._recent.items()):
+            if len(self._recent) <= self._most:
+                break
+            session = each() if isinstance(each, weakref.ref) else each
+            if place is not newest and (session is None or not session.busy):
+                del self._recent[place]
+                if session is not None:
+                    session.end()
+
+    def agree(self, key: Hashable, terms: Terms) -> None:
+        """Put the session of a key under these terms; it ends where it has had others.
+
+        Raises:
+            PolicyError: its trajectory is under way under others (E313).
+        """
+        session = self.named(key)
+        if session.terms is not None and session.terms.differs(terms):
+            if session.under_way:
+                raise PolicyError.of(
+                    "E313",
+                    f"the trajectory of the session `{key}` is under way with other params",
+                    help=f"leave them out to go on with those, or `run.reset({key!r})` first",
+                )
+            self.end(session)
+        if session.terms is None:
+            session.terms = terms
+        else:
+            session.exchange(terms)
+
+    def restart(self, key: Hashable) -> None:
+        """End the trajectory of a key's session; its terms stay."""
+        session = self.named(key)
+        terms = session.terms
+        self.end(session)
+        session.terms = terms
+
+    def drop(self, key: Hashable) -> None:
+        """End the session of a key."""
+        with self._lock:
+            session = self._recent.pop(("session", key), None)
+        if isinstance(session, Session):
+            self.end(session)
+
+    def end_current(self) -> None:
+        """End what the present context's calls belong to."""
+        here = entered(self)
+        if here is not None:
+            self.end_at(here)
+        else:
+            self._end_of(_owner())
+
+    def end_at(self, here: Entered, *, failed: bool = False) -> None:
+        """End the session that a context has entered. The processes that share its samples hear of a failure."""
+        if here.key is None:
+            if here.owner is not None:
+                self._end_of(here.owner, failed=failed)
+            return
+        session = self._recent.get(("session", here.key))
+        if isinstance(session, Session):
+            self.end(session, failed=failed)
+
+    def _end_of(self, owner: Owner, *, failed: bool = False) -> None:
+        session = owner.sessions.get(self)
+        if session is not None:
+            self.end(session, failed=failed)
+
+    def end(self, session: Session, *, failed: bool = False) -> None:
+        """Release all that a session holds; its record stays. Takes no lock, so that a finalizer may call it."""
+        for name, state in session.end():
+            if failed:
+                state.abandon()
+            else:
+                self._finished(name, state)
+
+    def clear(self) -> None:
+        """End all sessions."""
+        for session in self.alive():
+            self.end(session)
+        with self._lock:
+            self._recent.clear()
+
+    def alive(self) -> list[Session]:
+        """The sessions that somebody still owns."""
+        with self._lock:
+            found = [each() if isinstance(each, weakref.ref) else each for each in self._recent.values()]
+        return [session for session in found if session is not None]
+
+    @property
+    def keys(self) -> tuple[object, ...]:
+        """The keys, or owners' names, of the sessions that hold something."""
+        return tuple(session.key for session in self.alive() if session.states)

@@ -15,13 +15,13 @@ from typing import Any
 
 import cachepolicy
 from cachepolicy._resources import shipped_policies
-from cachepolicy.demo import Sampling, measure, save
-from cachepolicy.emoji import load_pipeline
 from cachepolicy.engine.introspection import describe
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.reports.text import draw
+from cachepolicy.tools.demo import Sampling, measure, save
+from cachepolicy.tools.emoji import load_pipeline
 
 FOLDER = Path(__file__).parents[1] / "docs" / "cookbook"
 MEASURED = FOLDER / "measured.json"

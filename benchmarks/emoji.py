@@ -23,8 +23,8 @@ from torch import Tensor
 
 import cachepolicy
 from benchmarks._measure import Spread, one_thread, spread, timed
-from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
-from cachepolicy.flops import counting
+from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
+from cachepolicy.tools.flops import counting
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 
 if __name__ == "__main__":
     main(prog_name="cachepolicy")

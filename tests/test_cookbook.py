@@ -11,8 +11,8 @@ pytest.importorskip("diffusers")
 
 from benchmarks import cookbook
 from cachepolicy._resources import shipped_policies
-from cachepolicy.emoji import load_pipeline
 from cachepolicy.engine.introspection import describe
+from cachepolicy.tools.emoji import load_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 from cachepolicy.errors import render
 from cachepolicy.language import ir, linker, reference, vocabulary
 from cachepolicy.language.parser import parse
@@ -105,7 +105,7 @@ def _printed(command: str) -> str:
 def _pipeline() -> object:
     """A real pipeline, few steps long, that takes whatever the documents' reader would ask for."""
     pytest.importorskip("diffusers")
-    from cachepolicy.emoji import EmojiPipeline, load_pipeline
+    from cachepolicy.tools.emoji import EmojiPipeline, load_pipeline
 
     class AnyPipeline(EmojiPipeline):
         def __call__(self, *_prompt: object, **options: object) -> object:

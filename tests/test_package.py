@@ -123,7 +123,7 @@ def test_the_commands_need_no_torch() -> None:
     code = """
 import sys
 from click.testing import CliRunner
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 for arguments in ["list"], ["check", "pab"], ["test", "pab"], ["plan", "pab"], ["show", "pab"]:
     assert CliRunner().invoke(main, arguments).exit_code == 0, arguments
 print("torch" in sys.modules)

@@ -240,8 +240,8 @@ class Run(Handle):
     ) -> str:
         """What the newest session did, as one HTML file that loads nothing; written to `path` where one is given.
 
-        `flops` are those of one call of the model, as `cachepolicy.flops.count` counts them, and `uncached` the seconds
-        that all calls of the model take without the policy; without it they are estimated.
+        `flops` are those of one call of the model, as `cachepolicy.tools.flops.count` counts them, and `uncached` the
+        seconds that all calls of the model take without the policy; without it they are estimated.
 
         Raises:
             PolicyError: the run keeps no trace (E309).

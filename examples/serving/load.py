@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 
 import cachepolicy
-from cachepolicy.emoji import NAMES, load_pipeline
+from cachepolicy.tools.emoji import NAMES, load_pipeline
 
 HERE = Path(__file__).parent
 

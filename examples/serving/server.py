@@ -28,7 +28,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, ConfigDict, Field
 
 import cachepolicy
-from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline
+from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline
 
 Param = bool | int | float | str | list[float] | None
 

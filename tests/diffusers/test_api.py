@@ -24,6 +24,7 @@ from torch import nn
 import cachepolicy
 import cachepolicy.diffusers as ours
 from cachepolicy import PolicyError
+from cachepolicy.diffusers.configs import config_of
 from cachepolicy.language.linker import resolve
 from cachepolicy.testing import zoo
 
@@ -253,7 +254,7 @@ def test_any_config_of_diffusers_is_read_as_ours(every: Any, first: Any, second:
     """The objects of diffusers itself stand for the same policy as ours with the same fields."""
     fields = (*every, first, second, third)
     their, own = (module.PyramidAttentionBroadcastConfig(*fields) for module in (diffusers, ours))
-    converted = ours.config_of(their)
+    converted = config_of(their)
     assert own == converted
     assert resolve(own.policy()).digest == resolve(converted.policy()).digest
 

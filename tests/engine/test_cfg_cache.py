@@ -421,7 +421,7 @@ def test_a_batch_of_three_has_no_two_halves() -> None:
 @pytest.mark.parametrize(("scale", "letters"), [(1.0, {"C"}), (2.0, {"C", "R"})])
 def test_a_pipeline_tells_whether_there_is_guidance(scale: float, letters: set[str]) -> None:
     """Two prompts in a pipeline call without guidance are never taken for two halves; with guidance half is rebuilt."""
-    from cachepolicy.emoji import load_pipeline
+    from cachepolicy.tools.emoji import load_pipeline
 
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)

@@ -21,7 +21,7 @@ from cachepolicy.engine.distributed.consensus import LENGTH, MOST_NORMS, Agreeme
 from cachepolicy.engine.distributed.norms import share  # noqa: E402
 from cachepolicy.errors import PolicyError  # noqa: E402
 from cachepolicy.testing.models import Toy, failing, inputs, sample  # noqa: E402
-from tests.exchange import Exchange, Thread, together  # noqa: E402
+from tests.support.exchange import Exchange, Thread, together  # noqa: E402
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 

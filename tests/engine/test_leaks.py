@@ -21,7 +21,7 @@ from cachepolicy.engine.forward_pass import Turn
 from cachepolicy.engine.hooks import Frame
 from cachepolicy.engine.root_model import RootCall
 from cachepolicy.testing.models import Toy, ToyDiT, inputs, sample
-from tests.soak import POLICIES, TIMESTEPS
+from tests.support.soak import POLICIES, TIMESTEPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 

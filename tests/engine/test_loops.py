@@ -11,7 +11,6 @@ pytest.importorskip("diffusers")
 
 import diffusers
 import torch
-from tiny_pipelines import STEPS, Tiny, flux, flux_true_cfg, normal, unet_sd, vae_of, wan, wan22
 
 import cachepolicy
 from cachepolicy.engine import clock
@@ -20,6 +19,7 @@ from cachepolicy.language.parser import parse
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes
 from cachepolicy.testing.tiny import redraw
+from tests.support.tiny_pipelines import STEPS, Tiny, flux, flux_true_cfg, normal, unet_sd, vae_of, wan, wan22
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

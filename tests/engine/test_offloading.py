@@ -327,7 +327,7 @@ def _cast(model: nn.Module) -> None:
 
 def test_a_pipeline_is_offloaded_as_diffusers_does_it() -> None:
     """Hooks that a pipeline's end takes off and puts on again: every call is that of the policy alone."""
-    from tests import tiny_pipelines
+    from tests.support import tiny_pipelines
 
     text = "match attention every 2 -> reuse"
     alone = tiny_pipelines.flux()

@@ -14,7 +14,7 @@ import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import zoo
-from tests import tiny_pipelines
+from tests.support import tiny_pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

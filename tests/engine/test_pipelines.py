@@ -13,7 +13,6 @@ pytest.importorskip("diffusers")
 
 import diffusers
 import torch
-from tiny_pipelines import PIPELINES, STEPS, Tiny, flux, ltx, normal, sd3, unet_sd, wan, wan22
 
 import cachepolicy
 from cachepolicy.engine.introspection import describe
@@ -21,6 +20,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import checks, zoo
 from cachepolicy.testing.models import Probes
+from tests.support.tiny_pipelines import PIPELINES, STEPS, Tiny, flux, ltx, normal, sd3, unet_sd, wan, wan22
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the policy reused nothing", "ignore::FutureWarning", "ignore::UserWarning:diffusers.*"

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-from tests import ranks  # noqa: E402
+from tests.support import ranks  # noqa: E402
 
 
 def succeed(failed: dict[str, str]) -> None:
@@ -23,7 +23,7 @@ def test_four_processes_decide_as_one():
     succeed(
         ranks.play(
             4,
-            "tests.ranks_toy",
+            "tests.support.ranks_toy",
             [
                 "replicas_without_a_group_are_left_alone",
                 "pieces_decide_as_the_whole",
@@ -48,7 +48,7 @@ def test_context_parallelism_of_diffusers():
     succeed(
         ranks.play(
             2,
-            "tests.ranks_diffusers",
+            "tests.support.ranks_diffusers",
             [
                 "first_block_cache_decides_as_alone",
                 "a_norm_inside_the_first_block_decides_as_alone",
@@ -66,7 +66,7 @@ def test_nobody_waits_for_ever():
     succeed(
         ranks.play(
             2,
-            "tests.ranks_failing",
+            "tests.support.ranks_failing",
             [
                 "a_forward_that_raises_is_heard",
                 "a_clock_that_raises_is_heard",

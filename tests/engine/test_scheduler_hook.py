@@ -14,12 +14,12 @@ import pytest
 pytest.importorskip("diffusers")
 
 import torch
-from tiny_pipelines import Tiny, flux, normal, sd3, unet_sd, wan22
 
 import cachepolicy
 from cachepolicy.engine.scheduler_hook import Weakly
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
+from tests.support.tiny_pipelines import Tiny, flux, normal, sd3, unet_sd, wan22
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

@@ -27,7 +27,21 @@ from cachepolicy.language import ir
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes, Toy, ToyDiT
 from cachepolicy.tracing.trace import Call
-from tests.soak import MODES, POLICIES, TIMESTEPS, Bombs, Lane, Mode, Place, StopNow, Tasks, Twin, built, same, threaded
+from tests.support.soak import (
+    MODES,
+    POLICIES,
+    TIMESTEPS,
+    Bombs,
+    Lane,
+    Mode,
+    Place,
+    StopNow,
+    Tasks,
+    Twin,
+    built,
+    same,
+    threaded,
+)
 
 toys = st.builds(
     Toy,

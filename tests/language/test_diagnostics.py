@@ -8,7 +8,7 @@ import pytest
 
 from cachepolicy.errors import CODES, Diagnostic, PolicyError, Span, nearest, render, suggestion, to_json
 from cachepolicy.language.parser import recover
-from tests import goldens
+from tests.support import goldens
 
 # What reading a text can find; loading, binding and running have their own tests.
 OF_TEXTS = [code for code in CODES if code < "E150" or code in ("E161", "E162") or "W501" <= code <= "W504"]
@@ -23,7 +23,7 @@ def test_every_code_of_texts_has_a_golden(code: str) -> None:
 
 @pytest.mark.parametrize("code", goldens.SHOWN)
 def test_golden_diagnostics(code: str) -> None:
-    """The whole rendered diagnostic is as recorded, and the only one (`python -m tests.goldens` records anew)."""
+    """The whole rendered diagnostic is as recorded, the only one (`python -m tests.support.goldens` records anew)."""
     found = goldens.findings(code)
     assert [code] == [each.code for each in found]
     assert (goldens.GOLDEN / f"{code}.txt").read_text("utf-8") == render(found) + "\n"

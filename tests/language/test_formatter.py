@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import WIDTH, format, format_node
 from cachepolicy.language.parser import check_names, parse, parse_selector, parse_value, recover
-from tests import examples, ir_strategies
+from tests.support import examples, ir_strategies
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -20,7 +20,7 @@ from cachepolicy.language.pygments_lexer import TOKENS, CachePolicyLexer
 from cachepolicy.language.source import prepare
 from cachepolicy.language.vocabulary import PHRASES, RESERVED, TYPES
 from editors import textmate
-from tests import examples, ir_strategies
+from tests.support import examples, ir_strategies
 from tests.test_docs import ROOT, fences
 
 SHIPPED = {name: policy.read_text("utf-8") for name, policy in shipped_policies().items()}

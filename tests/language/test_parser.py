@@ -19,7 +19,7 @@ from cachepolicy.language.evaluate import children
 from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import check_names, parse, parse_selector, parse_value, recover
 from cachepolicy.language.vocabulary import RESERVED, TEXT_LIMIT
-from tests import examples, goldens, ir_strategies
+from tests.support import examples, goldens, ir_strategies
 
 fuzz = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.blueprint import Blueprint, is_model, read_model
-from cachepolicy.calls import FORMS, Picture, arguments_of
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
-from cachepolicy.flops import count, counting
-from cachepolicy.holdings import holdings
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.forecast import Work, forecast, operations
 from cachepolicy.reports import overview
 from cachepolicy.testing import zoo
+from cachepolicy.tools.example_inputs import FORMS, Picture, arguments_of
+from cachepolicy.tools.flops import count, counting
+from cachepolicy.tools.memory_forecast import holdings
+from cachepolicy.tools.meta_model import Blueprint, is_model, read_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 TIMESTEPS = (990.0, 780.0, 650.0, 520.0, 400.0, 280.0, 150.0, 20.0)

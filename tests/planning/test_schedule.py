@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import reference_schedule
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import FRESH, Decision, Inputs, Tick, decide, decide_all, prepare
 from cachepolicy.planning.simulation import Schedule, plan, simulate
 from cachepolicy.testing import checks, strategies
+from tests.support import reference_schedule
 
 SELECTORS = (*strategies.SELECTORS, "blocks", "blocks[1:3]", "blocks[1:]")
 

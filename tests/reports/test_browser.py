@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cachepolicy.reports.html.page import page
-from tests import reports
-from tests.browser import Shown, launched
+from tests.support import report_data as reports
+from tests.support.browser import Shown, launched
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.plan import Plan
 from cachepolicy.reports.diff import PARTLY, Difference, compare, draw

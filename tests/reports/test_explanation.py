@@ -196,7 +196,7 @@ def test_the_command_explains_a_saved_run(traced):
     """`--trace` stands for the policy; both, or a trajectory that is not there, are usage errors."""
     from click.testing import CliRunner
 
-    from cachepolicy.cli import main
+    from cachepolicy.cli.commands import main
 
     file = str(traced[1])
     result = CliRunner().invoke(main, ["explain", "blocks.0.attn@1", "--trace", file])

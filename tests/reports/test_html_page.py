@@ -23,7 +23,7 @@ from cachepolicy.reports.text import draw, tally
 from cachepolicy.reports.thresholds import curves, points
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.trace import Trace, from_json
-from tests import reports
+from tests.support import report_data as reports
 
 
 class Page(HTMLParser):

@@ -10,12 +10,12 @@ import torch
 from click.testing import CliRunner
 
 import cachepolicy
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 from cachepolicy.errors import PolicyError
-from cachepolicy.flops import Flops, count, counting
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
-from tests import reports
+from cachepolicy.tools.flops import Flops, count, counting
+from tests.support import report_data as reports
 
 POLICY = parse('policy toy "A toy"\nmatch self_attention every 2 -> reuse\n')
 TIMESTEPS = [900.0, 600.0, 300.0, 100.0]

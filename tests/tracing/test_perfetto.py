@@ -14,7 +14,7 @@ from cachepolicy.planning.simulation import simulate
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.perfetto import events, to_json
 from cachepolicy.tracing.trace import Call, Slice, Trace
-from tests import reports
+from tests.support import report_data as reports
 
 
 def hold(document: dict[str, Any]) -> None:

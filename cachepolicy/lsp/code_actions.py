@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cachepolicy.document import Document, Stretch
 from cachepolicy.errors import Diagnostic
+from cachepolicy.lsp.document import Document, Stretch
 
 _MEANT = re.compile(r"did you mean (?:the [a-z ]+ )?`([^`]+)`\?")
 _WRITE = re.compile(r"write `((?:-> )?[^` ]+)`")

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from cachepolicy.blueprint import Blueprint, read_model
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import constant
 from cachepolicy.language.parser import parse_value
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
+from cachepolicy.tools.meta_model import Blueprint, read_model
 
 Decorated = Callable[..., Any]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.testing.models import Toy, ToyDiT, failing, sample
-from tests.ranks_toy import POLICIES, TIMESTEPS, given, run
+from tests.support.ranks_toy import POLICIES, TIMESTEPS, given, run
 
 POLICY = cachepolicy.parse(POLICIES["on the way"])
 

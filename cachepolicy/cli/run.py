@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cachepolicy import terminal
+from cachepolicy.cli import output
 from cachepolicy.engine.run import Run, apply
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.quality import Quality, compare
-from cachepolicy.sampling import Sample, checked, sample, save
+from cachepolicy.tools.quality import Quality, compare
+from cachepolicy.tools.sampling import Sample, checked, sample, save
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,11 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
         raise PolicyError.of("E152", f"`{task.output}` cannot be written: {reason}") from error
     if as_json:
         paths = {path.name: str(path) for path in files}
-        terminal.say_json({"seeds": [each.to_json() for each in outcomes], "files": paths, **_summary(outcomes)})
+        output.say_json({"seeds": [each.to_json() for each in outcomes], "files": paths, **_summary(outcomes)})
         return
     for line in (told, *_lines(outcomes), *(f"{path}" for path in files)):
         if line:
-            terminal.say(line)
+            output.say(line)
 
 
 def _sampled(pipe: Any, run: Run | None, task: Task, arguments: Mapping[str, Any], seed: int, place: int) -> Outcome:

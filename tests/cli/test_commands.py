@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 import cachepolicy
-from cachepolicy import terminal
-from cachepolicy.cli import main
+from cachepolicy.cli import output
+from cachepolicy.cli.commands import main
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
 from cachepolicy.planning import module_tree
@@ -127,14 +127,14 @@ def test_colour_only_where_it_is_seen_and_wanted(monkeypatch, is_terminal, envir
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert expected is terminal.coloured(_Terminal(is_terminal=is_terminal))
+    assert expected is output.coloured(_Terminal(is_terminal=is_terminal))
 
 
 @pytest.mark.parametrize("command", [("check", "bad.cp"), ("plan", "bad.cp"), ("plan", "pab")])
 def test_colour_reaches_what_is_printed(run, monkeypatch, command):
     """With colour there are escapes, without there are none."""
     assert "\x1b" not in run(*command, bad=BROKEN).output
-    monkeypatch.setattr(terminal, "coloured", lambda _: True)
+    monkeypatch.setattr(output, "coloured", lambda _: True)
     assert "\x1b" in run(*command, bad=BROKEN).output
 
 
@@ -439,7 +439,9 @@ def test_without_diffusers_the_extra_is_named(run, tmp_path, monkeypatch, comman
     """The command to install what is missing is told, with exit code 2."""
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     for name in [
-        each for each in sys.modules if each in {"cachepolicy.showing", "cachepolicy.demo", "cachepolicy.emoji"}
+        each
+        for each in sys.modules
+        if each in {"cachepolicy.cli.demo", "cachepolicy.tools.demo", "cachepolicy.tools.emoji"}
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -457,7 +459,7 @@ def test_without_diffusers_the_extra_is_named(run, tmp_path, monkeypatch, comman
 def test_commands_import_no_torch(command, tmp_path):
     """Torch is imported by the demo and for a diffusers model only."""
     code = (
-        "import sys\nfrom cachepolicy.cli import main\n"
+        "import sys\nfrom cachepolicy.cli.commands import main\n"
         f"sys.argv = ['cachepolicy', *{command!r}]\n"
         "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
         "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)\n"

@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from cachepolicy import options, terminal
 from cachepolicy._resources import shipped_policies
-from cachepolicy.blueprint import is_model, read_model
+from cachepolicy.cli import options, output
+from cachepolicy.cli.plan import show_overview, show_plan
+from cachepolicy.cli.report import show_trace
 from cachepolicy.errors import Diagnostic, PolicyError, to_json
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as printed
@@ -22,15 +23,14 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.vocabulary import TEXT_LIMIT
-from cachepolicy.plan_output import show_overview, show_plan
 from cachepolicy.planning.check import Expectations, check_text, run_expectations
 from cachepolicy.planning.check import check as check_policy
 from cachepolicy.planning.plan import Plan, bind
-from cachepolicy.reporting import show_trace
 from cachepolicy.reports.diff import compare
 from cachepolicy.reports.diff import draw as draw_difference
 from cachepolicy.reports.explanation import Explanation, explain_run
 from cachepolicy.reports.explanation import explain as explain_place
+from cachepolicy.tools.meta_model import is_model, read_model
 from cachepolicy.tracing.schema import schema as trace_schema
 from cachepolicy.tracing.trace import Trajectory, load_trace
 
@@ -41,7 +41,7 @@ def _version(context: click.Context, _option: click.Parameter, wanted: bool) -> 
     if wanted and not context.resilient_parsing:
         from cachepolicy import __version__
 
-        terminal.say(f"cachepolicy {__version__}")
+        output.say(f"cachepolicy {__version__}")
         context.exit()
 
 
@@ -105,18 +105,18 @@ def _further(
 @main.command()
 @_files
 @options.json_form
-@terminal.guarded
+@output.guarded
 def check(*, files: Sequence[str], as_json: bool) -> None:
     """Find what is wrong or doubtful in policies."""
     found = {name: _checked(name) for name in files}
     everything = [each for findings in found.values() for each in findings]
     if as_json:
-        terminal.say(to_json(everything))
+        output.say(to_json(everything))
     else:
-        terminal.report(everything)
+        output.report(everything)
         for name in (name for name, findings in found.items() if not findings):
-            terminal.say(f"{name}: fine")
-    raise SystemExit(max(terminal.exit_code(findings) for findings in found.values()))
+            output.say(f"{name}: fine")
+    raise SystemExit(max(output.exit_code(findings) for findings in found.values()))
 
 
 def _checked(name: str) -> tuple[Diagnostic, ...]:
@@ -126,16 +126,16 @@ def _checked(name: str) -> tuple[Diagnostic, ...]:
 @main.command()
 @_files
 @click.option("--check", "only_check", is_flag=True, help="Write nothing; name what would change, and exit with 1.")
-@terminal.guarded
+@output.guarded
 def fmt(*, files: Sequence[str], only_check: bool) -> None:
     """Write policy files in the canonical style, comments kept; `-` goes to standard output."""
-    worst = terminal.FINE
+    worst = output.FINE
     for name in files:
         try:
             worst = max(worst, _formatted(name, only_check=only_check))
         except PolicyError as error:
-            terminal.report(error.diagnostics, error=True)
-            worst = max(worst, terminal.exit_code(error.diagnostics))
+            output.report(error.diagnostics, error=True)
+            worst = max(worst, output.exit_code(error.diagnostics))
     raise SystemExit(worst)
 
 
@@ -147,25 +147,25 @@ def _formatted(name: str, *, only_check: bool) -> int:
     after = printed(policy).encode()
     if name == STDIN and not only_check:
         sys.stdout.buffer.write(after)
-        return terminal.FINE
+        return output.FINE
     if after == (before if name == STDIN else Path(name).read_bytes()):
-        return terminal.FINE
+        return output.FINE
     if only_check:
-        terminal.say(f"{'<stdin>' if name == STDIN else name}: would be reformatted")
-        return terminal.FINDINGS
+        output.say(f"{'<stdin>' if name == STDIN else name}: would be reformatted")
+        return output.FINDINGS
     try:
         Path(name).write_bytes(after)
     except OSError as error:
         raise PolicyError.of("E152", f"`{name}` cannot be written: {(error.strerror or str(error)).lower()}") from error
-    terminal.say(f"{name}: reformatted")
-    return terminal.FINE
+    output.say(f"{name}: reformatted")
+    return output.FINE
 
 
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="[MODEL] [FILE]")
 @options.schedule
 @options.picture
-@terminal.guarded
+@output.guarded
 def plan(*, names: Sequence[str], as_json: bool, shapes: str | None, **given: Any) -> None:
     """Draw what will be computed and reused, sites by steps, before anything is run.
 
@@ -195,7 +195,7 @@ def _model_and_policy(names: Sequence[str], model: str | None) -> tuple[str | No
 @click.argument("second", metavar="SECOND")
 @options.schedule
 @click.option("--set-second", type=options.Setting(), multiple=True, help="Set a parameter of SECOND alone.")
-@terminal.guarded
+@output.guarded
 def diff(
     *, first: str, second: str, set_second: Sequence[tuple[str, ir.Expression]], as_json: bool, **given: Any
 ) -> None:
@@ -204,10 +204,10 @@ def diff(
     other = replace(wanted, settings={**wanted.settings, **dict(set_second)})
     found = compare(_bound(first, wanted), _bound(second, other), **wanted.arguments)
     if as_json:
-        terminal.say_json(found.to_json())
+        output.say_json(found.to_json())
         return
     names = (first, second) if first != second else (f"{first} (first)", f"{second} (second)")
-    terminal.say(draw_difference(found, names, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
+    output.say(draw_difference(found, names, width=output.columns(), colour=output.coloured(sys.stdout)))
 
 
 @main.command()
@@ -215,7 +215,7 @@ def diff(
 @click.option("--trace", type=click.Path(dir_okay=False), help="A saved trace: explain what a run did, without FILE.")
 @click.option("--trajectory", type=int, default=-1, show_default=True, help="Which one of the trace, -1 the newest.")
 @options.schedule
-@terminal.guarded
+@output.guarded
 def explain(*, names: Sequence[str], trace: str | None, trajectory: int, as_json: bool, **given: Any) -> None:
     """Say why a site computes or reuses at a step: the rule that decided, clause by clause.
 
@@ -229,9 +229,9 @@ def explain(*, names: Sequence[str], trace: str | None, trajectory: int, as_json
     else:
         explanation = explain_run(_trajectory(trace, trajectory), names[0], branch=next(iter(given["branches"]), None))
     if as_json:
-        terminal.say_json(_explained(explanation))
+        output.say_json(_explained(explanation))
     else:
-        terminal.say(str(explanation))
+        output.say(str(explanation))
 
 
 def _trajectory(path: str, number: int) -> Trajectory:
@@ -258,26 +258,26 @@ def _explained(explanation: Explanation) -> dict[str, object]:
 @_files
 @options.model
 @options.json_form
-@terminal.guarded
+@output.guarded
 def test(*, files: Sequence[str], model: str | None, as_json: bool) -> None:
     """Run the `expect` statements of policies, and name the rules that none of them reaches."""
     skeleton = read_model(model).skeleton if model else None
     ran = {name: run_expectations(_opened(name), skeleton) for name in files}
     if as_json:
-        terminal.say_json({name: _expectations_json(each) for name, each in ran.items()})
+        output.say_json({name: _expectations_json(each) for name, each in ran.items()})
     else:
         for name, each in ran.items():
             _say_expectations(name, each)
-    raise SystemExit(terminal.FINE if all(each.hold for each in ran.values()) else terminal.FINDINGS)
+    raise SystemExit(output.FINE if all(each.hold for each in ran.values()) else output.FINDINGS)
 
 
 def _say_expectations(name: str, ran: Expectations) -> None:
     held = sum(each.holds for each in ran.outcomes)
     for each in ran.outcomes:
-        terminal.say(f"{'ok    ' if each.holds else 'FAILED'}  {format_node(each.expect)}")
-    terminal.report(ran.findings)
+        output.say(f"{'ok    ' if each.holds else 'FAILED'}  {format_node(each.expect)}")
+    output.report(ran.findings)
     uncovered = f", {len(ran.uncovered)} rules not reached" if ran.uncovered else ""
-    terminal.say(f"{name}: {held} of {len(ran.outcomes)} expectations hold{uncovered}")
+    output.say(f"{name}: {held} of {len(ran.outcomes)} expectations hold{uncovered}")
 
 
 def _expectations_json(ran: Expectations) -> dict[str, object]:
@@ -293,11 +293,11 @@ def _expectations_json(ran: Expectations) -> dict[str, object]:
 @click.option("--perfetto", type=click.Path(dir_okay=False), metavar="OUT", help="Write it for ui.perfetto.dev.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of a saved trace.")
 @options.json_form
-@terminal.guarded
+@output.guarded
 def report(*, trace: str | None, schema: bool, **given: Any) -> None:
     """Show what a run did, from the trace that it saved: the newest session, as a grid or as a page."""
     if schema:
-        terminal.say_json(trace_schema())
+        output.say_json(trace_schema())
         return
     if trace is None:
         raise click.UsageError("name a saved trace, or ask for --schema")
@@ -306,34 +306,34 @@ def report(*, trace: str | None, schema: bool, **given: Any) -> None:
 
 @main.command("list")
 @options.json_form
-@terminal.guarded
+@output.guarded
 def list_shipped(*, as_json: bool) -> None:
     """Name the shipped policies."""
     policies = {name: load(f"{SHIPPED}{name}") for name in shipped_policies()}
     if as_json:
-        terminal.say_json(
+        output.say_json(
             [{"name": name, **each.model_dump(include={"title", "source"})} for name, each in policies.items()]
         )
         return
     width = max(map(len, policies), default=0)
     for name, each in policies.items():
-        terminal.say(f"{name:<{width}}  {each.title or each.name or ''}{f'  ({each.source})' if each.source else ''}")
+        output.say(f"{name:<{width}}  {each.title or each.name or ''}{f'  ({each.source})' if each.source else ''}")
 
 
 @main.command()
 @click.argument("name", required=False)
 @options.json_form
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the JSON form.")
-@terminal.guarded
+@output.guarded
 def show(*, name: str | None, as_json: bool, schema: bool) -> None:
     """Print a policy: its text, or its JSON form, which says the same and can be loaded too."""
     if schema:
-        terminal.say_json(ir.Policy.model_json_schema())
+        output.say_json(ir.Policy.model_json_schema())
         return
     if name is None:
         raise click.UsageError("name a policy, or ask for --schema")
     policy = _opened(name)
-    terminal.say(policy.model_dump_json(indent=2) if as_json else printed(policy).rstrip("\n"))
+    output.say(policy.model_dump_json(indent=2) if as_json else printed(policy).rstrip("\n"))
 
 
 @main.command()
@@ -347,7 +347,7 @@ def show(*, name: str | None, as_json: bool, schema: bool) -> None:
 @click.option("--pictures", type=click.IntRange(1, 36), default=12, show_default=True, help="Pictures at a time.")
 @click.option("--output", type=click.Path(dir_okay=False), default="demo.png", show_default=True, help="PNG to write.")
 @options.json_form
-@terminal.guarded
+@output.guarded
 def demo(
     *, policy: str, settings: Sequence[tuple[str, ir.Expression]], output: str, as_json: bool, **given: int
 ) -> None:
@@ -355,8 +355,8 @@ def demo(
 
     The same model with fewer steps, at nearly the policy's cost, is the row that a policy has to beat.
     """
-    from cachepolicy.demo import Sampling
-    from cachepolicy.showing import show_demo
+    from cachepolicy.cli.demo import show_demo
+    from cachepolicy.tools.demo import Sampling
 
     show_demo(
         _opened(policy),
@@ -384,12 +384,12 @@ def demo(
 @click.option("--device", default="cpu", show_default=True, help="Where to run.")
 @click.option("--dtype", default="float32", show_default=True, help="In which precision.")
 @options.json_form
-@terminal.guarded
+@output.guarded
 def run(*, folder: str, policy: str | None, settings: Sequence[tuple[str, ir.Expression]], **given: Any) -> None:
     """Sample a pipeline from a diffusers folder, with a policy and without: pictures, trace, report and metrics."""
     opened = None if policy is None else _opened(policy)
-    from cachepolicy.running import Task, show_run
-    from cachepolicy.sampling import open_pipeline, read_tensors, values
+    from cachepolicy.cli.run import Task, show_run
+    from cachepolicy.tools.sampling import open_pipeline, read_tensors, values
 
     named = {"prompt": given["prompt"], "num_inference_steps": given["steps"]}
     tensors = {} if given["embeds"] is None else read_tensors(given["embeds"], device=given["device"])
@@ -405,12 +405,12 @@ def run(*, folder: str, policy: str | None, settings: Sequence[tuple[str, ir.Exp
 
 @main.command()
 @click.option("--stdio", is_flag=True, expose_value=False, help="Standard input and output; there is no other way.")
-@terminal.guarded
+@output.guarded
 def lsp() -> None:
     """Serve an editor: findings as you type, hover, completion, definitions, fixes and formatting.
 
     Editors start it; docs/editors.md says how.
     """
-    from cachepolicy.lsp import serve
+    from cachepolicy.lsp.server import serve
 
     serve()

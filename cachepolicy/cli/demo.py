@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cachepolicy import terminal
-from cachepolicy.demo import Demo, Row, Sampling, Spread, measure, save
+from cachepolicy.cli.output import say, say_json
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
+from cachepolicy.tools.demo import Demo, Row, Sampling, Spread, measure, save
 
 
 def show_demo(
@@ -47,9 +47,9 @@ def show_demo(
     except (OSError, ValueError) as error:
         raise PolicyError.of("E152", f"`{output}` cannot be written: {str(error).lower()}") from error
     if as_json:
-        terminal.say_json({**demo.to_json(), "output": str(output)})
+        say_json({**demo.to_json(), "output": str(output)})
     else:
-        terminal.say(f"{table(demo, name)}\nThe pictures are side by side in {output}.")
+        say(f"{table(demo, name)}\nThe pictures are side by side in {output}.")
 
 
 def table(demo: Demo, name: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import cachepolicy
-from cachepolicy.flops import count, counting
+from cachepolicy.tools.flops import count, counting
 
 
 class _Attends(nn.Module):

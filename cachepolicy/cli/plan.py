@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cachepolicy import terminal
+from cachepolicy.cli import output
+from cachepolicy.cli.options import Trajectory
 from cachepolicy.errors import PolicyError
-from cachepolicy.options import Trajectory
 from cachepolicy.planning import forecast
 from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.plan import Plan
@@ -26,17 +26,17 @@ def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes
     if as_json:
         flops = None if outlook is None else outlook.to_json()
         held = None if work is None else _holdings(plan, schedule, work)
-        terminal.say_json({**report_text.to_json(schedule), "flops": flops, "held": held})
+        output.say_json({**report_text.to_json(schedule), "flops": flops, "held": held})
         return
-    terminal.report(schedule.plan.warnings, error=True)
-    terminal.say(report_text.draw(schedule, width=terminal.columns(), colour=terminal.coloured(sys.stdout)))
+    output.report(schedule.plan.warnings, error=True)
+    output.say(report_text.draw(schedule, width=output.columns(), colour=output.coloured(sys.stdout)))
     if outlook is not None and work is not None:
-        terminal.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
-        terminal.say(_peak(_holdings(plan, schedule, work)))
+        output.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
+        output.say(_peak(_holdings(plan, schedule, work)))
 
 
 def _holdings(plan: Plan, schedule: Schedule, work: Work) -> Sequence[int]:
-    from cachepolicy.holdings import holdings  # which knows the engine, and so torch
+    from cachepolicy.tools.memory_forecast import holdings  # which knows the engine, and so torch
 
     return holdings(plan, schedule, work)
 
@@ -52,23 +52,23 @@ def show_overview(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | 
     clock = {name: value for name, value in wanted.arguments.items() if name != "signals"}
     found = overview.prospects(wanted.skeleton, work, **clock)
     if as_json:
-        terminal.say_json(overview.to_json(wanted.skeleton, work, found))
+        output.say_json(overview.to_json(wanted.skeleton, work, found))
     else:
-        terminal.say(overview.draw(wanted.skeleton, work, found, steps=wanted.arguments["steps"]))
+        output.say(overview.draw(wanted.skeleton, work, found, steps=wanted.arguments["steps"]))
 
 
 def _work(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None) -> Work | None:
     """The FLOPs of a call; None, and a word about it, where they cannot be counted."""
     if wanted.blueprint.class_name is None:
         return None
-    from cachepolicy.calls import Picture
+    from cachepolicy.tools.example_inputs import Picture
 
     try:
         return wanted.blueprint.work(Picture(**picture), None if shapes is None else _shapes(shapes))
     except PolicyError as error:
         if shapes is not None:
             raise
-        terminal.say(f"note: {error.diagnostics[0].message}", error=True)
+        output.say(f"note: {error.diagnostics[0].message}", error=True)
         return None
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from cachepolicy._resources import documentation
-from cachepolicy.document import Document, Stretch, opened
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.reference import Entry, explain
 from cachepolicy.language.source import Chunk
 from cachepolicy.language.vocabulary import APPROXIMATIONS, CLOCK, FUNCTIONS, PHRASES, PREDICTORS, RESERVED, TYPES
+from cachepolicy.lsp.document import Document, Stretch, opened
 
 
 @dataclass(frozen=True, slots=True)

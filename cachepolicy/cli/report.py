@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cachepolicy import terminal
+from cachepolicy.cli import output
 from cachepolicy.errors import PolicyError
 from cachepolicy.reports import text as report_text
 from cachepolicy.reports.html.page import page
@@ -24,12 +24,12 @@ def show_trace(trace: Trace, *, html: str | None, perfetto: str | None, as_json:
     if perfetto is not None:
         _write(perfetto, perfetto_json(trace))
     if as_json:
-        terminal.say_json([report_text.to_json(each) for each in trace.latest])
+        output.say_json([report_text.to_json(each) for each in trace.latest])
         return
     drawn = [
-        report_text.draw(each, width=terminal.columns(), colour=terminal.coloured(sys.stdout)) for each in trace.latest
+        report_text.draw(each, width=output.columns(), colour=output.coloured(sys.stdout)) for each in trace.latest
     ]
-    terminal.say("\n\n".join(drawn) or str(trace))
+    output.say("\n\n".join(drawn) or str(trace))
 
 
 def _write(path: str, text: str) -> None:

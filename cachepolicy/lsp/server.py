@@ -14,14 +14,14 @@ from pygls.uris import from_fs_path, to_fs_path
 
 from cachepolicy import __version__
 from cachepolicy._resources import documentation
-from cachepolicy.completion import Sort, completions
-from cachepolicy.document import Document, Stretch, opened
 from cachepolicy.errors import Diagnostic, PolicyError, Related
-from cachepolicy.fixes import fixes
-from cachepolicy.hover import Place, definitions, hover
 from cachepolicy.language.formatter import format as printed
 from cachepolicy.language.parser import parse
-from cachepolicy.positions import Positions
+from cachepolicy.lsp.code_actions import fixes
+from cachepolicy.lsp.completion import Sort, completions
+from cachepolicy.lsp.document import Document, Stretch, opened
+from cachepolicy.lsp.hover import Place, definitions, hover
+from cachepolicy.lsp.positions import Positions
 
 PAUSE = 0.1
 """Seconds without a change, after which a text is checked."""

@@ -14,7 +14,7 @@ from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.module_tree import FILE_LIMIT, Skeleton, from_json
 
 if TYPE_CHECKING:
-    from cachepolicy.calls import Picture
+    from cachepolicy.tools.example_inputs import Picture
 
 DENOISERS = ("transformer", "unet", "transformer_2", "dit", "prior", "decoder")
 """The folders of a pipeline that may hold its denoiser; the first that is there counts."""
@@ -37,8 +37,8 @@ class Blueprint:
         """
         import torch
 
-        from cachepolicy.calls import arguments_from, arguments_of
-        from cachepolicy.flops import count
+        from cachepolicy.tools.example_inputs import arguments_from, arguments_of
+        from cachepolicy.tools.flops import count
 
         if self.class_name is None:
             raise PolicyError.of("E212", f"`{self.skeleton.name}` is known by its modules only, so nothing is counted")

@@ -15,12 +15,12 @@ diffusers = pytest.importorskip("diffusers")
 from PIL import Image
 
 import cachepolicy
-from cachepolicy.demo import Sampling, measure, save
-from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline
-from cachepolicy.flops import count, counting
-from cachepolicy.quality import psnr
+from cachepolicy.cli.demo import table
 from cachepolicy.reports import text as report_text
-from cachepolicy.showing import table
+from cachepolicy.tools.demo import Sampling, measure, save
+from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline
+from cachepolicy.tools.flops import count, counting
+from cachepolicy.tools.quality import psnr
 
 SMALL = Sampling(steps=5, pictures=2, pairs=1)
 REUSE_ALL_BUT_FIRST = 'match "attn1$" on {0} -> reuse'

@@ -19,7 +19,7 @@ from cachepolicy.engine.distributed import groups
 from cachepolicy.engine.distributed.norms import norm_alone, norm_of, numbers_of, share
 from cachepolicy.errors import PolicyError
 from cachepolicy.testing.models import Attention, Toy, ToyDiT, sample
-from tests.ranks import gathered
+from tests.support.ranks import gathered
 
 TIMESTEPS = (950.0, 900.0, 850.0, 600.0, 550.0, 500.0, 450.0, 100.0)
 POLICY = """

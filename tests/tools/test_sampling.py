@@ -13,11 +13,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from cachepolicy import quality
-from cachepolicy.cli import main
+from cachepolicy.cli.commands import main
 from cachepolicy.testing import zoo
 from cachepolicy.testing.tiny import redraw
-from tests.tiny_pipelines import normal, vae_of
+from cachepolicy.tools import quality
+from tests.support.tiny_pipelines import normal, vae_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 
@@ -146,7 +146,7 @@ def test_quality_of_equal_and_of_opposite_pictures() -> None:
 
 def test_frames_of_a_video_are_written_one_by_one_and_moving(tmp_path: Path) -> None:
     """A folder of numbered frames and one animated file."""
-    from cachepolicy.sampling import Sample, save
+    from cachepolicy.tools.sampling import Sample, save
 
     frames = torch.linspace(-1, 1, 5 * 3 * 8 * 8).reshape(5, 3, 8, 8)
     written = save(Sample(frames, frames=True, seconds=0.0), tmp_path, "clip")

@@ -20,8 +20,8 @@ from lsprotocol import types
 from pygls.lsp.client import LanguageClient
 from pygls.uris import from_fs_path
 
-from cachepolicy import terminal
-from cachepolicy.cli import main
+from cachepolicy.cli import output
+from cachepolicy.cli.commands import main
 from cachepolicy.language.formatter import format
 from cachepolicy.language.vocabulary import KINDS, STATEMENT_WORDS
 from tests.test_docs import ROOT
@@ -608,8 +608,8 @@ def test_the_end_of_the_input_is_the_end(environment: dict[str, str]) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pygls, the command says what to install."""
-    monkeypatch.delitem(sys.modules, "cachepolicy.lsp", raising=False)
+    monkeypatch.delitem(sys.modules, "cachepolicy.lsp.server", raising=False)
     monkeypatch.setitem(sys.modules, "lsprotocol", None)
     result = CliRunner().invoke(main, ["lsp"])
-    assert terminal.UNUSABLE == result.exit_code
+    assert output.UNUSABLE == result.exit_code
     assert 'pip install "cachepolicy[lsp]"' in result.output

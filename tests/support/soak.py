@@ -16,7 +16,7 @@ import cachepolicy
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
 from cachepolicy.tracing.trace import Call
-from tests.plain_engine import PlainEngine
+from tests.support.plain_engine import PlainEngine
 
 Mode = Literal["no_grad", "inference", "grad"]
 Place = Literal["key", "thread", "task"]

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from cachepolicy.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
 from cachepolicy.engine.run import apply
-from cachepolicy.flops import Flops, counting
 from cachepolicy.language import ir
-from cachepolicy.quality import psnr
+from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
+from cachepolicy.tools.flops import Flops, counting
+from cachepolicy.tools.quality import psnr
 
 Progress = Callable[[int, int, str], None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "conformance" / "parse"
+FOLDER = Path(__file__).parents[1] / "conformance" / "parse"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.cp") if path.with_suffix(".json").exists())
 
 

@@ -17,7 +17,7 @@ from cachepolicy.engine.distributed import groups
 from cachepolicy.engine.distributed.groups import peers_of
 from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes
-from tests.ranks import gathered
+from tests.support.ranks import gathered
 
 diffusers.utils.logging.set_verbosity_error()
 # On a CPU there are no accelerators, and diffusers counts processes by them.

@@ -1,7 +1,7 @@
 """The golden diagnostics, and the pages of the documentation that show them.
 
 `tests/golden/CODE.cp` (or `.json`) is a policy with this one finding, `CODE.txt` how it is shown, `CODE.md` what to
-know about it; `docs/diagnostics/CODE.md` is made of the two. `python -m tests.goldens` writes what is derived.
+know about it; `docs/diagnostics/CODE.md` is made of the two. `python -m tests.support.goldens` writes what is derived.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from cachepolicy.errors import CODES, Diagnostic, render
 from cachepolicy.language import ir
 from cachepolicy.language.parser import check_names, recover
-from tests import bindings, examples
+from tests.support import bindings, examples
 
-GOLDEN = Path(__file__).parent / "golden"
-PAGES = Path(__file__).parents[1] / "docs" / "diagnostics"
+GOLDEN = Path(__file__).parents[1] / "golden"
+PAGES = Path(__file__).parents[2] / "docs" / "diagnostics"
 TOO_LARGE_TO_KEEP = {
     "E013": "# not a policy\n" * 80_000,
     "E014": "table ratios = [" + "1, " * 16_000 + "1]\n",

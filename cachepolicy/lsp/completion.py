@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cachepolicy._resources import shipped_policies
-from cachepolicy.document import Document
 from cachepolicy.language import ir, places
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.parser import Ahead, look_ahead
@@ -30,6 +29,7 @@ from cachepolicy.language.vocabulary import (
     TYPES,
     Label,
 )
+from cachepolicy.lsp.document import Document
 
 Sort = Literal["word", "kind", "type", "clock", "function", "name", "policy", "method", "label", "letter"]
 

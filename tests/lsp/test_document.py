@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.test_highlighting import TEXTS, texts
 
-from cachepolicy.completion import completions
-from cachepolicy.document import Document
-from cachepolicy.fixes import fixes
-from cachepolicy.hover import definitions, hover
 from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import look_ahead
-from cachepolicy.positions import Positions
-from tests import ir_strategies
+from cachepolicy.lsp.code_actions import fixes
+from cachepolicy.lsp.completion import completions
+from cachepolicy.lsp.document import Document
+from cachepolicy.lsp.hover import definitions, hover
+from cachepolicy.lsp.positions import Positions
+from tests.language.test_highlighting import TEXTS, texts
+from tests.support import ir_strategies
 
 ENCODINGS = {"utf-8": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 UNITS = {"utf-8": 1, "utf-16": 2, "utf-32": 4}

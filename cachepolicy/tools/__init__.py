@@ -1,0 +1,1 @@
+"""Models without weights, FLOPs, sampling, quality metrics and the demonstration."""

@@ -156,11 +156,11 @@ def cache_context(model: Any, name: str, **kwargs: Any) -> Generator[None]:
 def reset_stateful_cache(model: Any) -> None:
     """Forget what is kept for the present trajectory: the next call starts a new one."""
     from cachepolicy.engine.class_swap import ATTRIBUTE
-    from cachepolicy.engine.root_model import Attached
+    from cachepolicy.engine.root_model import RootModel
     from cachepolicy.engine.run import Run
 
     handle = getattr(model, "__dict__", {}).get(ATTRIBUTE)
-    if isinstance(handle, Attached):
+    if isinstance(handle, RootModel):
         handle.drop_current()
     elif isinstance(handle, Run):
         handle.reset()

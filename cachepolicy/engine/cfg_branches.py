@@ -245,7 +245,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Belonging:
+class BranchMatch:
     """The branch of a call. `doubtful` where nothing tells that its history is this call's.
 
     `revives` names a branch whose history before a doubtful call of this step belongs to this branch after all.
@@ -301,7 +301,7 @@ class Calls:
         distances = [latents.distance(self.known[branch].latents) for branch in matching]
         return any(distance is not None and (latents.few or distance <= FAR) for distance in distances)
 
-    def place(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> Belonging:
+    def place(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> BranchMatch:
         """The branch of the next call of the present step, which is then known."""
         matching = [branch for branch in matching if branch in self.known]
         found = self._found(name, conditioning, latents, matching)
@@ -326,20 +326,22 @@ class Calls:
         self.present.append(branch)
         return found
 
-    def _found(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> Belonging:
+    def _found(
+        self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
+    ) -> BranchMatch:
         if name is None:
             for branch, known in self.doubted.items():
                 if conditioning.equal(known.conditioning):
-                    return Belonging(self._new(name), revives=branch)
+                    return BranchMatch(self._new(name), revives=branch)
         if len(matching) == 1 and matching[0] not in self.present:
-            return Belonging(matching[0])
+            return BranchMatch(matching[0])
         if len(matching) > 1:
             return self._sibling(name, conditioning, latents, matching)
         if name is None and not matching:
             waiting = [each for each in self.known if self._may_continue(each, conditioning)]
             if waiting:
-                return Belonging(waiting[0], doubtful=not self._alone(waiting[0], conditioning))
-        return Belonging(self._new(name))
+                return BranchMatch(waiting[0], doubtful=not self._alone(waiting[0], conditioning))
+        return BranchMatch(self._new(name))
 
     def _may_continue(self, branch: str, conditioning: Conditioning) -> bool:
         """True for a branch of the step before that may go on with this call, though its conditioning is another.
@@ -359,11 +361,11 @@ class Calls:
 
     def _sibling(
         self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
-    ) -> Belonging:
+    ) -> BranchMatch:
         """One of several branches with the same name or conditioning."""
         exact = [branch for branch in matching if conditioning.equal(self.known[branch].conditioning)]
         if name is None and len(exact) == 1:
-            return Belonging(exact[0] if exact[0] not in self.present else self._new(name))
+            return BranchMatch(exact[0] if exact[0] not in self.present else self._new(name))
         distances = {branch: latents.distance(self.known[branch].latents) for branch in matching}
         near = sorted((distance, branch) for branch, distance in distances.items() if distance is not None)
         waiting = [branch for branch in matching if branch not in self.present]
@@ -372,10 +374,10 @@ class Calls:
             clear = closest < _CLEARLY * second
             # Less will do where it is the turn of the nearest one, too.
             if branch in waiting and (clear or (branch == waiting[0] and closest < min(FAR, _IN_TURN * second))):
-                return Belonging(branch)
+                return BranchMatch(branch)
             if clear:
-                return Belonging(self._new(name))
-        return Belonging(waiting[0], doubtful=True) if waiting else Belonging(self._new(name))
+                return BranchMatch(self._new(name))
+        return BranchMatch(waiting[0], doubtful=True) if waiting else BranchMatch(self._new(name))
 
     def _new(self, name: str | None) -> str:
         """A name that no branch has: the first unnamed one has none, further ones are numbered."""

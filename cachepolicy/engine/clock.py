@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diffusers.timestep_scaling import RAW, SCALES, TIMESTEP_NAMES, Scale
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, Latents
-from cachepolicy.engine.scheduler_hook import Follower
+from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import Tick
@@ -133,7 +133,7 @@ class Sources:
     """Where the clock reads from, best first: the scheduler with its follower, the caller's function, the argument."""
 
     scheduler: Any = None
-    follower: Follower | None = None
+    follower: SchedulerFollower | None = None
     timestep: Callable[[], Any] | None = None
     steps: int | None = None
     reads_t: bool = True
@@ -143,7 +143,7 @@ class Sources:
 class Reading:
     """One reading of the clock: the tick, whether a trajectory starts or histories no longer fit, what lies ahead.
 
-    `doubtful` and `revives` are those of `Belonging`.
+    `doubtful` and `revives` are those of `BranchMatch`.
     """
 
     tick: Tick
@@ -239,7 +239,7 @@ def _by_scheduler(
     clock: Clock,
     calls: Calls,
     scheduler: Any,
-    follower: Follower,
+    follower: SchedulerFollower,
     root: Root,
     arguments: Arguments,
     repeats: _Repeats,
@@ -291,7 +291,7 @@ def _turned(timesteps: Sequence[float], root: Root, raw: Any, other: Any) -> boo
 
 
 def _tiled(
-    clock: Clock, follower: Follower, calls: Calls, timesteps: Sequence[float], raw: Any, repeats: _Repeats
+    clock: Clock, follower: SchedulerFollower, calls: Calls, timesteps: Sequence[float], raw: Any, repeats: _Repeats
 ) -> bool:
     """True where the scheduler has gone on, but the call is of the same timestep on latents of another place."""
     step, last = follower.step + clock.extra, len(timesteps) - 1

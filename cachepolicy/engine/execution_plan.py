@@ -15,7 +15,7 @@ from cachepolicy.planning.schedule import Decision, Memory, Program, Tick, decid
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ExecutionPlan:
     """A plan with all that follows from it.
 
     By site number: `keepings` are what its history has to hold, `names` its modules, `inside` the probes that stand
@@ -84,7 +84,7 @@ class Recall:
         return known[1], known[2]
 
 
-def lay_out(plan: Plan) -> Layout:
+def lay_out(plan: Plan) -> ExecutionPlan:
     """Work out what the engine reads of a plan."""
     actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
     approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
@@ -97,7 +97,7 @@ def lay_out(plan: Plan) -> Layout:
         )
         for site in plan.sites
     ]
-    return Layout(
+    return ExecutionPlan(
         plan,
         prepare(plan),
         follows(plan),

@@ -47,10 +47,10 @@ from cachepolicy.engine.compat import left
 from cachepolicy.engine.compile.graph_io import fill, lacking, problem
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.distributed.consensus import Agreement
-from cachepolicy.engine.execution_plan import Layout
+from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.history import trim
 from cachepolicy.engine.hooks import Leave, Site
-from cachepolicy.engine.memory_budget import Share
+from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Measuring, Remembered, probed
 from cachepolicy.engine.split_inputs import entered
 from cachepolicy.errors import PolicyError
@@ -88,7 +88,7 @@ class Branch:
     """What may still be read of the sites of a group, by its first site, when it was last looked at."""
     held: int = 0
     """Bytes."""
-    signals: Share | None = None
+    signals: Lease | None = None
     """The share of what signals remember, where there is a limit."""
 
     def forget(self) -> None:
@@ -108,7 +108,7 @@ class Forms(Protocol):
 class Host(Protocol):
     """What a turn asks of the root that it is a call of."""
 
-    layout: Layout
+    layout: ExecutionPlan
     continuations: Continuations
     externals: Mapping[str, Any]
     module: torch.nn.Module
@@ -136,7 +136,7 @@ class Seen:
         return versions(self.output) == self.written and (self.before is None or before._version == self.before)
 
 
-class Turn:
+class ForwardPass:
     """One call of a root, from its decision to its end."""
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.history_packing import Packed, Packing, map_leaves, whole
-from cachepolicy.engine.memory_budget import Account, Share
+from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.planning.schedule import OVER_LIMIT
 
 Saving = Callable[[Sequence[int]], float]
@@ -28,13 +28,13 @@ class Storing:
     account: Account | None = None
     saving: Saving = _nothing
     depth: int = 1
-    share: Share | None = None
+    share: Lease | None = None
 
     def of_its_own(self, drop: Callable[[], None]) -> Storing:
         """The same for one site on one branch; `drop` lets go of its history."""
         if self.account is None:
             return self
-        return Storing(self.packing, self.account, self.saving, self.depth, Share(self.account, drop))
+        return Storing(self.packing, self.account, self.saving, self.depth, Lease(self.account, drop))
 
     @property
     def lacking(self) -> str:

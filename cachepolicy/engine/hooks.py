@@ -33,14 +33,15 @@ from cachepolicy.planning.history_spec import Keeping
 class Frame:
     """What the root decided for one call: for each site number a code and a slot. Sites read it and nothing else.
 
-    `unfit` collects the sites whose history did not fit their call after all, so that they computed. `turn` is asked by
-    sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled. Compiled
+    `unfit` collects the sites whose history did not fit their call after all, so that they computed. `forward_pass`
+    handles the sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled. Compiled
     graphs read `stage`, or their block's in `blocks`.
     """
 
     __slots__ = (
         "blocks",
         "codes",
+        "forward_pass",
         "half",
         "halved",
         "inference",
@@ -52,23 +53,22 @@ class Frame:
         "stage",
         "step",
         "store",
-        "turn",
         "unfit",
     )
 
     def __init__(
-        self, owner: object, codes: Sequence[str], slots: Sequence[Slot], turn: SpecialTurn, step: int
+        self, owner: object, codes: Sequence[str], slots: Sequence[Slot], forward_pass: SignalPass, step: int
     ) -> None:
         self.owner = owner
         self.codes = codes
         self.slots = slots
-        self.store = turn.store
-        self.turn = turn
+        self.store = forward_pass.store
+        self.forward_pass = forward_pass
         self.step = step
-        self.halved = turn.halved
-        self.half = turn.half
-        self.inference = turn.inference
-        self.shares = not turn.halved and not turn.inference
+        self.halved = forward_pass.halved
+        self.half = forward_pass.half
+        self.inference = forward_pass.inference
+        self.shares = not forward_pass.halved and not forward_pass.inference
         self.serial = next(_serials)
         self.unfit: list[tuple[int, str]] = []
         self.profile: list[Any] = []
@@ -152,7 +152,7 @@ class Leave(Exception):
         self.span = span
 
 
-class SpecialTurn(Protocol):
+class SignalPass(Protocol):
     """What a frame's sites ask of the turn."""
 
     halved: bool
@@ -203,7 +203,7 @@ def site_override(original: Method) -> Method:
         if site.special:
             if site.block >= 0:
                 return _block(original, self, site, frame, args, kwargs)
-            return frame.turn.special(original, self, site, args, kwargs)
+            return frame.forward_pass.special(original, self, site, args, kwargs)
         index = site.index
         code = frame.codes[index]
         slot = frame.slots[index]
@@ -226,12 +226,12 @@ def site_override(original: Method) -> Method:
             frame.unfit.append((index, reason))
             code = frame.store
         elif code is ANSWER or code is PENDING:
-            return frame.turn.special(original, self, site, args, kwargs)
+            return frame.forward_pass.special(original, self, site, args, kwargs)
         output = original(self, *args, **kwargs)
         if code is COMPUTE:
             return output
         if slot.call == frame.serial:
-            frame.turn.repeats(index)
+            frame.forward_pass.repeats(index)
         slot.call = frame.serial
         if code is STORE and site.plain and slot.whole and not slot.clones:
             # The usual misses, likewise.
@@ -260,9 +260,9 @@ def _block(original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any
     LOCAL.stage = frame.blocks[site.block] if frame.blocks else None
     try:
         if site.index < 0 and not site.watched:
-            frame.turn.release()
+            frame.forward_pass.release()
             return original(module, *args, **kwargs)
-        return frame.turn.special(original, module, site, args, kwargs)
+        return frame.forward_pass.special(original, module, site, args, kwargs)
     finally:
         LOCAL.stage = outer
 
@@ -281,16 +281,16 @@ def _traced(
         return _outside(call, module, site, args, kwargs)
     probed = bool(site.inputs or site.outputs or site.starts)
     if probed or waits(stage, number, members):
-        _gate(frame.turn, site, module, args, kwargs)
+        _gate(frame.forward_pass, site, module, args, kwargs)
         if waits(stage, number, members):
             return _outside(call, module, site, args, kwargs)
     output = traced(original, module, stage, number, members, site.parameters, args, kwargs)
     if site.outputs:
-        _look_after(frame.turn, site, module, args, kwargs, output)
+        _look_after(frame.forward_pass, site, module, args, kwargs, output)
     return output
 
 
-class RootTurn(Protocol):
+class RootPass(Protocol):
     """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
 
     frame: Frame
@@ -310,15 +310,15 @@ class RootHandle(Protocol):
         """A site found itself in a graph that was not prepared for it."""
         ...
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool) -> RootTurn | None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool) -> RootPass | None:
         """The call's decisions, or None; `compiler` says whether the root is compiled as a whole."""
         ...
 
-    def end(self, turn: Any, output: Any) -> Any:
+    def end(self, forward_pass: Any, output: Any) -> Any:
         """Commit the call; gives its output."""
         ...
 
-    def fail(self, turn: Any, error: BaseException) -> None:
+    def fail(self, forward_pass: Any, error: BaseException) -> None:
         """Undo the call."""
         ...
 
@@ -365,17 +365,17 @@ _outside_graphs = _with_reason(
 
 
 @_outside_graphs
-def _gate(turn: SpecialTurn, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _gate(forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Between two graphs: probes see what goes in, and what can be decided now is."""
-    turn.gate(site, module, args, kwargs)
+    forward_pass.gate(site, module, args, kwargs)
 
 
 @_outside_graphs
 def _look_after(
-    turn: SpecialTurn, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Between two graphs: probes see what comes out."""
-    turn.look_after(site, module, args, kwargs, output)
+    forward_pass.look_after(site, module, args, kwargs, output)
 
 
 @_outside_graphs
@@ -385,12 +385,12 @@ def _outside(call: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: 
     return call(module, *args, **kwargs)
 
 
-def _begin_bare(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> RootTurn | None:
+def _begin_bare(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> RootPass | None:
     return handle.begin(args, kwargs, compiler=compiler)
 
 
-def _end_bare(handle: RootHandle, turn: RootTurn, output: Any) -> Any:
-    return handle.end(turn, output)
+def _end_bare(handle: RootHandle, forward_pass: RootPass, output: Any) -> Any:
+    return handle.end(forward_pass, output)
 
 
 _begin, _end = _eager(_begin_bare), _eager(_end_bare)
@@ -404,8 +404,8 @@ def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @_eager
-def _fail(handle: RootHandle, turn: RootTurn, error: BaseException) -> None:
-    handle.fail(turn, error)
+def _fail(handle: RootHandle, forward_pass: RootPass, error: BaseException) -> None:
+    handle.fail(forward_pass, error)
 
 
 def root_override(original: Method) -> Method:
@@ -422,27 +422,27 @@ def root_override(original: Method) -> Method:
         compiler = at_work or self.__dict__.get("_compiled_call_impl") is not None
         # Where no compiler is at work, nothing has to be kept from it.
         begin, end = (_begin, _end) if at_work else (_begin_bare, _end_bare)
-        turn = begin(handle, args, kwargs, compiler)
-        if turn is None:
+        forward_pass = begin(handle, args, kwargs, compiler)
+        if forward_pass is None:
             return original(self, *args, **kwargs)
         outer = LOCAL.frame, LOCAL.stage
-        LOCAL.frame, LOCAL.stage = turn.frame, None
+        LOCAL.frame, LOCAL.stage = forward_pass.frame, None
         try:
-            if turn.answered:
-                output = turn.output
-            elif turn.learns:
-                output = _learn(original, self, turn.args, turn.kwargs)
+            if forward_pass.answered:
+                output = forward_pass.output
+            elif forward_pass.learns:
+                output = _learn(original, self, forward_pass.args, forward_pass.kwargs)
             else:
-                output = original(self, *turn.args, **turn.kwargs)
-            if compiler and (turn.answered or turn.learns):
+                output = original(self, *forward_pass.args, **forward_pass.kwargs)
+            if compiler and (forward_pass.answered or forward_pass.learns):
                 counted = _count(0)
                 if counted < 0:
                     _count(counted)
                 else:
                     _smallest_graph(_EMPTY)
-            return end(handle, turn, output)
+            return end(handle, forward_pass, output)
         except BaseException as error:
-            _fail(handle, turn, error)
+            _fail(handle, forward_pass, error)
             raise
         finally:
             LOCAL.frame, LOCAL.stage = outer

@@ -32,7 +32,7 @@ def bytes_of(text: str) -> int | None:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
-class Share:
+class Lease:
     """One thing that a session may hold: its history at one site, what its signals remember, ...
 
     `drop` lets go of it when the session has to give it up. What a share holds ends with the share itself.
@@ -69,7 +69,7 @@ class Share:
 
 @dataclass(slots=True)
 class _Held:
-    share: weakref.ref[Share]
+    share: weakref.ref[Lease]
     size: int
 
 
@@ -87,7 +87,7 @@ class Account:
         """Bytes."""
         return sum(each.size for each in list(self._held.values()))
 
-    def admits(self, share: Share, size: int) -> bool:
+    def admits(self, share: Lease, size: int) -> bool:
         """Make room for a share, by giving up what is worth less; False where there is not enough of that."""
         with self.budget.lock:
             self._held.pop(share.number, None)
@@ -102,7 +102,7 @@ class Account:
             held[number] = _Held(weakref.ref(share, lambda _: held.pop(number, None)), size)
             return True
 
-    def shrink(self, share: Share, size: int) -> None:
+    def shrink(self, share: Lease, size: int) -> None:
         """A share has become smaller."""
         with self.budget.lock:
             held = self._held.get(share.number)
@@ -118,13 +118,13 @@ class Account:
             room, _ = self.budget.room(self)
             self._give_up([each for each in self._by_worth() if each[0].worth < math.inf], self.held - room)
 
-    def _by_worth(self) -> list[tuple[Share, int]]:
+    def _by_worth(self) -> list[tuple[Lease, int]]:
         """What is held, what is worth least first; of equals, what came last."""
         found = [(each.share(), each.size) for each in list(self._held.values())]
         alive = [(share, size) for share, size in found if share is not None]
         return sorted(alive, key=lambda each: (each[0].worth, -each[0].number))
 
-    def _give_up(self, shares: list[tuple[Share, int]], needed: int) -> None:
+    def _give_up(self, shares: list[tuple[Lease, int]], needed: int) -> None:
         for share, size in shares:
             if needed <= 0:
                 return

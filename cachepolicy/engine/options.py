@@ -14,7 +14,7 @@ MOST_SESSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RunOptions:
     """The keywords of one `apply`, as `apply` documents them."""
 
     timestep: Callable[[], Any] | None = None

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, cast
 
 from cachepolicy.engine.class_swap import ATTRIBUTE, Method
-from cachepolicy.engine.scheduler_hook import Follower
+from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.engine.sessions import Entered, Owner, Sessions, entered
 
 
@@ -19,7 +19,7 @@ class PipelineCall:
     A call that is a generator or a coroutine runs in pieces: between them the context stands where it stood.
     """
 
-    def __init__(self, sessions: Sessions, pipeline: Any, follower: Follower | None) -> None:
+    def __init__(self, sessions: Sessions, pipeline: Any, follower: SchedulerFollower | None) -> None:
         self._sessions = sessions
         self._pipeline = pipeline
         self._follower = follower
@@ -33,7 +33,9 @@ class PipelineCall:
             outer = entered(self._sessions)
             if outer is not None and outer.of(self._sessions) and outer.key is not None:
                 self._sessions.restart(outer.key)
-                here = Entered(self._sessions, key=outer.key, terms=outer.terms, pipeline=self._pipeline)
+                here = Entered(
+                    self._sessions, key=outer.key, session_config=outer.session_config, pipeline=self._pipeline
+                )
             else:
                 owner = Owner(type(self._pipeline).__name__)
                 here = Entered(self._sessions, owner=owner, pipeline=self._pipeline)

@@ -30,14 +30,14 @@ from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.compile.regions import Graphs
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.groups import Peers, holders_of, peers_of
-from cachepolicy.engine.execution_plan import Layout
-from cachepolicy.engine.forward_pass import Branch, Turn
+from cachepolicy.engine.execution_plan import ExecutionPlan
+from cachepolicy.engine.forward_pass import Branch, ForwardPass
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
 from cachepolicy.engine.hooks import Frame, Site, parameters_of
-from cachepolicy.engine.memory_budget import Account, Budget, Share
+from cachepolicy.engine.memory_budget import Account, Budget, Lease
 from cachepolicy.engine.profiling import now
-from cachepolicy.engine.session_config import Terms
+from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
 from cachepolicy.errors import PolicyError
@@ -64,26 +64,26 @@ DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", defaul
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class RootContext:
     """What a root is told by its run: where the clock reads, whether batches hold guidance, what the caller said."""
 
-    sources: Callable[[Terms, Entered | None], Sources]
-    guided: Callable[[Terms, Entered | None], bool | None]
+    sources: Callable[[SessionConfig, Entered | None], Sources]
+    guided: Callable[[SessionConfig, Entered | None], bool | None]
     refuted: Callable[[], None]
-    settle: Callable[[Attached], None]
-    intercept: Callable[[Attached, str, Site], None]
+    settle: Callable[[RootModel], None]
+    intercept: Callable[[RootModel, str, Site], None]
     sessions: Sessions
-    terms: Terms
+    session_config: SessionConfig
     trace: Trace | None
     storing: Storing
     budget: Budget | None
 
 
 @dataclass(slots=True)
-class Hosted:
+class PassContext:
     """A root under the terms of one session."""
 
-    layout: Layout
+    layout: ExecutionPlan
     continuations: Continuations
     externals: Mapping[str, Any]
     module: torch.nn.Module
@@ -91,15 +91,15 @@ class Hosted:
     graphs: Graphs
 
 
-class Attached(Handle):
+class RootModel(Handle):
     """One root of a run: a denoiser with its plan, its sites and the sessions that go through it."""
 
-    def __init__(self, run: Any, name: str, module: torch.nn.Module, around: Surroundings) -> None:
+    def __init__(self, run: Any, name: str, module: torch.nn.Module, around: RootContext) -> None:
         self.run = run
         self.name = name
         self.module = module
         self.around = around
-        self.layout = around.terms.layouts[name]
+        self.layout = around.session_config.layouts[name]
         self.plan = self.layout.plan
         self.root = inspect_root(module)
         self.channels = _channels(module)
@@ -202,35 +202,35 @@ class Attached(Handle):
     def _call(
         self, session: Session, here: Entered | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
     ) -> RootCall:
-        terms = self._terms(session, here)
+        session_config = self._terms(session, here)
         state = session.states.get(self.name)
         if state is None:
-            state = session.states[self.name] = State(self._hosted(terms))
+            state = session.states[self.name] = State(self._hosted(session_config))
             state.account = None if self.around.budget is None else Account(self.around.budget)
         arguments = arguments_of(self.root, args, kwargs)
-        reading = self._read(session, state, self.around.sources(terms, here), arguments)
+        reading = self._read(session, state, self.around.sources(session_config, here), arguments)
         if reading.starts:
             self.around.settle(self)
             self._start(session, state, reading.tick)
-        turn = self._turn(terms, state, reading)
-        call = RootCall(session, state, turn, arguments, args, kwargs)
-        if turn.host.layout.approximation is not None:
-            call.guided = self.around.guided(terms, here)
+        forward_pass = self._new_pass(session_config, state, reading)
+        call = RootCall(session, state, forward_pass, arguments, args, kwargs)
+        if forward_pass.host.layout.approximation is not None:
+            call.guided = self.around.guided(session_config, here)
         self._open(call)
         if self.graphs.used(whole=compiler) and not call.answered:
             call.learns = self.graphs.learns(arguments)
             if not call.learns:
-                call.parts = self.graphs.parts(turn, arguments, whole=compiler)
-        call.frame = self._frame(turn)
+                call.parts = self.graphs.parts(forward_pass, arguments, whole=compiler)
+        call.frame = self._frame(forward_pass)
         if call.parts:
             self.graphs.place(call.frame, call.parts, whole=compiler)
         return call
 
-    def _terms(self, session: Session, here: Entered | None) -> Terms:
-        if session.terms is None:
-            said = here.terms if here is not None and here.of(self.around.sessions) else None
-            session.terms = said or self.around.terms
-        return session.terms
+    def _terms(self, session: Session, here: Entered | None) -> SessionConfig:
+        if session.session_config is None:
+            said = here.session_config if here is not None and here.of(self.around.sessions) else None
+            session.session_config = said or self.around.session_config
+        return session.session_config
 
     def _read(self, session: Session, state: State, sources: Sources, arguments: Arguments) -> Reading:
         try:
@@ -242,7 +242,7 @@ class Attached(Handle):
                     Agreement(peers, "").abandon()
             raise
 
-    def _turn(self, terms: Terms, state: State, reading: Reading) -> Turn:
+    def _new_pass(self, session_config: SessionConfig, state: State, reading: Reading) -> ForwardPass:
         """The call's decisions, on the branch that it is of."""
         layout, tick = state.host.layout, reading.tick
         if layout.approximation is not None and tick.branch in COND_BRANCHES:
@@ -264,11 +264,11 @@ class Attached(Handle):
         measuring = None
         if layout.signals.numbers and liveness.measures(tick, now=True):
             environment = Environment(clock_words(tick, Memory(tick.step)), layout.program.tables)
-            worst = terms.told.samples == "max"
+            worst = session_config.told.samples == "max"
             measuring = Measuring(
                 layout.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
             )
-        return Turn(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
+        return ForwardPass(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
 
     def _liveness(self, state: State, ahead: Ahead) -> Liveness:
         """What may be read later, on the clock as it is known now."""
@@ -328,9 +328,9 @@ class Attached(Handle):
         }
         return weights(self.plan, counts)
 
-    def _hosted(self, terms: Terms) -> Hosted:
-        layout, externals = terms.layouts[self.name], terms.told.externals
-        return Hosted(layout, self.continuations, externals, self.module, self.repeated, self.graphs)
+    def _hosted(self, session_config: SessionConfig) -> PassContext:
+        layout, externals = session_config.layouts[self.name], session_config.told.externals
+        return PassContext(layout, self.continuations, externals, self.module, self.repeated, self.graphs)
 
     def _start(self, session: Session, state: State, tick: Tick) -> None:
         """A trajectory begins, on all roots: what they hold of the last one is released."""
@@ -349,14 +349,14 @@ class Attached(Handle):
     def _meet(self, state: State) -> None:
         """Find those who decide with this process; at each trajectory, for models are spread out late too."""
         layout = state.host.layout
-        policy = f"{layout.plan.resolved.digest} {self.around.terms.told.samples}"
+        policy = f"{layout.plan.resolved.digest} {self.around.session_config.told.samples}"
         peers, holders = self._others(layout)
         state.agreement = Agreement(peers, policy) if peers is not None else None
         state.company = Agreement(holders, policy) if holders is not None else None
 
-    def _others(self, layout: Layout, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
+    def _others(self, layout: ExecutionPlan, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
         """Those who hold pieces of the samples, and those beyond them who hold pieces of the parameters."""
-        told = self.around.terms.told.process_group
+        told = self.around.session_config.told.process_group
         if not layout.signals.numbers or told is False:
             return None, None
         peers = peers_of(told, self.module, known=known)
@@ -366,58 +366,60 @@ class Attached(Handle):
 
     def _open(self, call: RootCall) -> None:
         """What the root itself does, where it is a site or probed."""
-        site, turn = self.handles[""], call.turn
-        layout = turn.host.layout
+        site, forward_pass = self.handles[""], call.forward_pass
+        layout = forward_pass.host.layout
         if not site.special and layout.itself is None:
             return
-        turn.enter(site, call.arguments.named, call.args, call.kwargs)
+        forward_pass.enter(site, call.arguments.named, call.args, call.kwargs)
         if layout.itself is None:
             return
-        problem = turn.problem(site, call.arguments.named, call.args, call.kwargs)
-        decision = turn.decision(layout.itself, problem)
+        problem = forward_pass.problem(site, call.arguments.named, call.args, call.kwargs)
+        decision = forward_pass.decision(layout.itself, problem)
         if layout.approximation is not None and (
             isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
         ):
             action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else layout.approximation
             self._open_guidance(call, action)
         else:
-            call.answered, call.output = turn.open(site, call.arguments.named, call.args, call.kwargs)
+            call.answered, call.output = forward_pass.open(site, call.arguments.named, call.args, call.kwargs)
 
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
-        turn = call.turn
-        itself = turn.host.layout.itself
+        forward_pass = call.forward_pass
+        itself = forward_pass.host.layout.itself
         assert itself is not None
-        settings = turn.arguments(action, itself, without=_FACTORS)
-        turn.half = int(settings["layout"] == "uncond first")
+        settings = forward_pass.arguments(action, itself, without=_FACTORS)
+        forward_pass.half = int(settings["layout"] == "uncond first")
         guide = call.state.guide
         call.guidance = settings
         guided = _guided(call)
-        if guided is None and not guide.named(turn.tick.branch):
+        if guided is None and not guide.named(forward_pass.tick.branch):
             raise PolicyError.of(
                 "E330",
                 "nothing tells whether this batch holds both halves of guidance",
                 help="apply the policy to the pipeline, or say `guidance=True` (or False) to `apply`",
             )
-        problem = guide.problem(turn.tick, call.arguments, guided=guided is True, calls=len(call.state.calls.present))
+        problem = guide.problem(
+            forward_pass.tick, call.arguments, guided=guided is True, calls=len(call.state.calls.present)
+        )
         if problem is not None:
             call.guidance = None if problem.final else settings
-            if turn.decision(itself).verdict == "reuse":
-                turn.refuse(itself, problem.reason)
-                turn.decide_again()
-        elif turn.decision(itself).verdict == "reuse":
-            settings |= turn.arguments(action, itself)
-            if guide.named(turn.tick.branch):
+            if forward_pass.decision(itself).verdict == "reuse":
+                forward_pass.refuse(itself, problem.reason)
+                forward_pass.decide_again()
+        elif forward_pass.decision(itself).verdict == "reuse":
+            settings |= forward_pass.arguments(action, itself)
+            if guide.named(forward_pass.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)
             else:
-                turn.halved = True
+                forward_pass.halved = True
                 call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
 
-    def _frame(self, turn: Turn) -> Frame:
+    def _frame(self, forward_pass: ForwardPass) -> Frame:
         """The codes of all sites; those of equal decisions are laid out once."""
-        partition, layout = turn.branch.partition, turn.host.layout
+        partition, layout = forward_pass.branch.partition, forward_pass.host.layout
         by_group = tuple(
-            _code(decision, turn, group.sites[0])
-            for decision, group in zip(turn.decisions, partition.groups, strict=True)
+            _code(decision, forward_pass, group.sites[0])
+            for decision, group in zip(forward_pass.decisions, partition.groups, strict=True)
         )
         key = (partition is layout.program.coarse, by_group)
         codes = layout.codes.get(key)
@@ -425,7 +427,7 @@ class Attached(Handle):
             if len(layout.codes) >= _MOST_SIGNATURES:
                 layout.codes.clear()
             codes = layout.codes[key] = [by_group[group] for group in partition.group_of]
-        return Frame(self, codes, turn.branch.slots, turn, turn.tick.step)
+        return Frame(self, codes, forward_pass.branch.slots, forward_pass, forward_pass.tick.step)
 
     def surprised(self) -> None:
         """A site found itself in a graph: from the next call on there is a stage for it."""
@@ -433,33 +435,33 @@ class Attached(Handle):
 
     def end(self, call: RootCall, output: Any) -> Any:
         """Commit what the call did: memories, counts and the trace."""
-        turn, state = call.turn, call.state
+        forward_pass, state = call.forward_pass, call.state
         site = self.handles[""]
-        if turn.host.layout.itself is not None and not call.answered and call.guidance is None:
-            turn.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
+        if forward_pass.host.layout.itself is not None and not call.answered and call.guidance is None:
+            forward_pass.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
         if call.guidance is not None and not call.answered and self._guides(call):
             output = state.guide.ended(
-                turn.tick, call.arguments, call.guidance, output, self.channels, halved=turn.halved
+                forward_pass.tick, call.arguments, call.guidance, output, self.channels, halved=forward_pass.halved
             )
         if site.outputs:
-            turn.leave(site, self.module, call.arguments.named, output, None)
+            forward_pass.leave(site, self.module, call.arguments.named, output, None)
         if call.parts:
-            self.graphs.end(turn, call.parts)
-        turn.close(call.frame.unfit)
+            self.graphs.end(forward_pass, call.parts)
+        forward_pass.close(call.frame.unfit)
         if call.learns:
-            self.graphs.learnt(turn, call.arguments)
-        turn.branch.memories = turn.after
+            self.graphs.learnt(forward_pass, call.arguments)
+        forward_pass.branch.memories = forward_pass.after
         self._release(call)
-        if turn.host.layout.followed:
-            state.decided[turn.tick.branch] = turn.branch.partition.spread(turn.decisions)
+        if forward_pass.host.layout.followed:
+            state.decided[forward_pass.tick.branch] = forward_pass.branch.partition.spread(forward_pass.decisions)
         state.count += 1
         if not state.reused:
-            state.reused = any(decision.verdict == "reuse" for decision in turn.decisions)
+            state.reused = any(decision.verdict == "reuse" for decision in forward_pass.decisions)
         if state.reused and torch.is_grad_enabled():
             self.keeps_graphs = True
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
             state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls)))
-        if turn.tick.steps is not None and turn.tick.step + 1 >= turn.tick.steps:
+        if forward_pass.tick.steps is not None and forward_pass.tick.step + 1 >= forward_pass.tick.steps:
             self._over(call)
         with self._lock:
             self.active -= 1
@@ -468,44 +470,45 @@ class Attached(Handle):
 
     def _recorded(self, call: RootCall, number: int) -> Call:
         """The call as the trace has it."""
-        turn = call.turn
-        profiled = self.around.terms.told.trace == "profile"
+        forward_pass = call.forward_pass
+        profiled = self.around.session_config.told.trace == "profile"
         return Call(
-            turn.tick,
-            turn.branch.partition,
-            turn.decisions,
-            turn.facts,
-            (now() if profiled else time.perf_counter()) - turn.started,
-            turn.signals_of,
+            forward_pass.tick,
+            forward_pass.branch.partition,
+            forward_pass.decisions,
+            forward_pass.facts,
+            (now() if profiled else time.perf_counter()) - forward_pass.started,
+            forward_pass.signals_of,
             held=self.held(call.state),
-            began=turn.started,
+            began=forward_pass.started,
             profile=call.frame.profile if number < _MOST_PROFILED else (),
         )
 
     def _release(self, call: RootCall) -> None:
         """Let go of what no later step of the trajectory reads, and count what is left."""
-        turn, state = call.turn, call.state
-        if turn.host.layout.approximation is not None:
+        forward_pass, state = call.forward_pass, call.state
+        if forward_pass.host.layout.approximation is not None:
             state.guide.release(
-                kept=not turn.liveness.approximates(turn.tick, now=False), cond=turn.tick.branch in UNCOND_BRANCHES
+                kept=not forward_pass.liveness.approximates(forward_pass.tick, now=False),
+                cond=forward_pass.tick.branch in UNCOND_BRANCHES,
             )
-        changed = turn.let_go()
+        changed = forward_pass.let_go()
         if state.account is not None:
-            self._limit(state, turn.branch, state.account)
+            self._limit(state, forward_pass.branch, state.account)
         if changed:
-            turn.branch.held = held(turn.branch.slots, turn.branch.remembered)
+            forward_pass.branch.held = held(forward_pass.branch.slots, forward_pass.branch.remembered)
 
     def _limit(self, state: State, branch: Branch, account: Account) -> None:
         """Hold what signals and guidance keep to the limit too; without them their rules compute."""
         if branch.remembered.previous or branch.remembered.kept:
-            branch.signals = branch.signals or Share(account)
+            branch.signals = branch.signals or Lease(account)
             if not branch.signals.admits(held((), branch.remembered)):
                 branch.remembered = Remembered()
         else:
             branch.signals = None
         kept = state.guide.held if state.host.layout.approximation is not None else []
         if kept:
-            state.rebuilding = state.rebuilding or Share(account)
+            state.rebuilding = state.rebuilding or Lease(account)
             if not state.rebuilding.admits(storage_bytes(kept)):
                 state.guide.release(kept=True, cond=True)
         else:
@@ -513,14 +516,14 @@ class Attached(Handle):
 
     def _guides(self, call: RootCall) -> bool:
         """Whether an unconditional half is rebuilt from the call's prediction, in this step or a later one."""
-        turn, branch = call.turn, call.turn.tick.branch
-        if turn.halved:
+        forward_pass, branch = call.forward_pass, call.forward_pass.tick.branch
+        if forward_pass.halved:
             return True
         if branch in COND_BRANCHES:
             # From this step's unconditional call, if that is still to come.
             called = any(each in UNCOND_BRANCHES for each in call.state.calls.present)
-            return not called and turn.liveness.approximates(turn.tick, now=True)
-        return turn.liveness.approximates(turn.tick, now=False)
+            return not called and forward_pass.liveness.approximates(forward_pass.tick, now=True)
+        return forward_pass.liveness.approximates(forward_pass.tick, now=False)
 
     def held(self, state: State) -> int:
         """Bytes of history that the session holds on this root."""
@@ -530,9 +533,9 @@ class Attached(Handle):
 
     def _over(self, call: RootCall) -> None:
         """A call of the last step has ended: no later one reads what this branch, or a root before it, has kept."""
-        state, tick = call.state, call.turn.tick
+        state, tick = call.state, call.forward_pass.tick
         state.over = True
-        call.turn.branch.forget()
+        call.forward_pass.branch.forget()
         if tick.branch not in COND_BRANCHES:
             state.guide = Guide()
         for other in call.session.states.values():
@@ -581,7 +584,7 @@ class RootCall:
 
     session: Session
     state: State
-    turn: Turn
+    forward_pass: ForwardPass
     arguments: Arguments
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -600,12 +603,12 @@ def _guided(call: RootCall) -> bool | None:
     return True if context is not None and context.name == "cond_uncond" else call.guided
 
 
-def _code(decision: Decision, turn: Turn, site: int) -> str:
+def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:
     """What a site does at this call: it keeps only what a later step may read."""
     if decision is WAITING:
         return PENDING
     if decision.verdict != "reuse":
-        return turn.store if turn.wanted(site).outputs else COMPUTE
+        return forward_pass.store if forward_pass.wanted(site).outputs else COMPUTE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
 
 

@@ -25,11 +25,11 @@ from cachepolicy.engine.hooks import Site, root_override
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline
 from cachepolicy.engine.memory_budget import Budget
 from cachepolicy.engine.memory_usage import Memory
-from cachepolicy.engine.options import MOST_SESSIONS, Told, supplier
+from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
-from cachepolicy.engine.root_model import DISABLED, Attached, Surroundings
-from cachepolicy.engine.scheduler_hook import Follower, Weakly, follow, unfollow
-from cachepolicy.engine.session_config import Offer, Terms
+from cachepolicy.engine.root_model import DISABLED, RootContext, RootModel
+from cachepolicy.engine.scheduler_hook import SchedulerFollower, Weakly, follow, unfollow
+from cachepolicy.engine.session_config import BoundPolicy, SessionConfig
 from cachepolicy.engine.sessions import Entered, Sessions, State
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
@@ -97,7 +97,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
-    told = Told(
+    told = RunOptions(
         timestep,
         scheduler,
         steps,
@@ -134,7 +134,9 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         )
     limit = told.limit
     storing = ANYHOW if packing is None and limit is None else Storing(packing)
-    run = Run(target, Offer(loaded, plans, told, params), roots, storing, None if limit is None else Budget(limit))
+    run = Run(
+        target, BoundPolicy(loaded, plans, told, params), roots, storing, None if limit is None else Budget(limit)
+    )
     run.attach()
     return run
 
@@ -156,7 +158,7 @@ def run_of(target: Any) -> Run | None:
     handle = getattr(target, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(handle, Run):
         return handle
-    return handle.run if isinstance(handle, Attached) else None
+    return handle.run if isinstance(handle, RootModel) else None
 
 
 class Counted(Protocol):
@@ -175,24 +177,24 @@ class Run(Handle):
     def __init__(
         self,
         target: Any,
-        offer: Offer,
+        offer: BoundPolicy,
         roots: Mapping[str, torch.nn.Module],
         storing: Storing = ANYHOW,
         budget: Budget | None = None,
     ) -> None:
         self.target = target
         self.policy = offer.policy
-        self.trace = Trace() if offer.terms.told.trace else None
+        self.trace = Trace() if offer.session_config.told.trace else None
         self._offer = offer
-        self._terms = offer.terms
+        self._terms = offer.session_config
         self._storing, self._budget = storing, budget
         self._roots = dict(roots)
-        self._attached: dict[str, Attached] = {}
+        self._attached: dict[str, RootModel] = {}
         self._placements: dict[int, Placement] = {}
         self._swapped: list[torch.nn.Module] = []
         self._schedulers: Weakly[Any] = Weakly()
         self._pipelines: Weakly[Any] = Weakly()
-        self._sessions = Sessions(offer.terms.told.max_sessions, self._finished)
+        self._sessions = Sessions(offer.session_config.told.max_sessions, self._finished)
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -273,7 +275,7 @@ class Run(Handle):
             raise
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
-        around = Surroundings(
+        around = RootContext(
             self._sources,
             _guided,
             self._detach,
@@ -285,7 +287,7 @@ class Run(Handle):
             self._storing,
             self._budget,
         )
-        attached = Attached(self, name, module, around)
+        attached = RootModel(self, name, module, around)
         self._attached[name] = attached
         placement = Placement(module, attached.handles, profiled=self._terms.told.trace == "profile")
         placement.place()
@@ -294,14 +296,14 @@ class Run(Handle):
         methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(module, name)}
         self._swap(module, methods, attached)
 
-    def _settle(self, attached: Attached) -> None:
+    def _settle(self, attached: RootModel) -> None:
         """A trajectory starts: look once more at what else is on the model."""
         compat.refuse(attached.module, self.target)
         placement = self._placements.get(attached.identity)
         if placement is not None:  # else a call of another thread has shown that the policy does not fit
             placement.settle()
 
-    def _intercept(self, attached: Attached, place: str, site: Site) -> None:
+    def _intercept(self, attached: RootModel, place: str, site: Site) -> None:
         self._placements[attached.identity].add(place, site)
 
     def _swap(self, module: torch.nn.Module, methods: dict[str, Any], handle: object) -> None:
@@ -312,24 +314,24 @@ class Run(Handle):
         swap(pipeline, {"__call__": pipeline_override}, self)
         self._pipelines.add(pipeline)
 
-    def _follow(self, scheduler: Any) -> Follower | None:
+    def _follow(self, scheduler: Any) -> SchedulerFollower | None:
         """The follower of a scheduler; it is intercepted the first time."""
         follower = follow(scheduler, self)
         if follower is not None:
             self._schedulers.add(scheduler)
         return follower
 
-    def _sources(self, terms: Terms, here: Entered | None) -> Sources:
+    def _sources(self, session_config: SessionConfig, here: Entered | None) -> Sources:
         """Where the clock of a call reads."""
-        if terms.told.timestep is not None:
-            return terms.bare
-        scheduler = terms.told.scheduler
+        if session_config.told.timestep is not None:
+            return session_config.bare
+        scheduler = session_config.told.scheduler
         if scheduler is None and here is not None and here.pipeline is not None and here.of(self._sessions):
             scheduler = getattr(here.pipeline, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
         if scheduler is not None and follower is not None and scheduler.timesteps is not None:
-            return replace(terms.bare, scheduler=scheduler, follower=follower)
-        return terms.bare
+            return replace(session_config.bare, scheduler=scheduler, follower=follower)
+        return session_config.bare
 
     def _finished(self, name: str, state: State) -> None:
         if name in self._attached:
@@ -423,14 +425,14 @@ class Run(Handle):
             raise PolicyError.of("E304", "a session's key is None", help="use a string or a number of your own")
         said = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance}
         told = {name: value for name, value in said.items() if value is not None}
-        terms = self._offer.depart(told, params) if told or params else None
-        return self._inside(key, terms)
+        session_config = self._offer.depart(told, params) if told or params else None
+        return self._inside(key, session_config)
 
     @contextlib.contextmanager
-    def _inside(self, key: Hashable, terms: Terms | None) -> Generator[None]:
-        if terms is not None:
-            self._sessions.agree(key, terms)
-        with Entered(self._sessions, key=key, terms=terms).inside():
+    def _inside(self, key: Hashable, session_config: SessionConfig | None) -> Generator[None]:
+        if session_config is not None:
+            self._sessions.agree(key, session_config)
+        with Entered(self._sessions, key=key, session_config=session_config).inside():
             yield
 
     def reset(self, key: Hashable | None = None) -> None:
@@ -490,10 +492,10 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
         variable.reset(token)
 
 
-def _guided(terms: Terms, here: Entered | None) -> bool | None:
+def _guided(session_config: SessionConfig, here: Entered | None) -> bool | None:
     """Whether the caller, or the pipeline that is running, says that batches hold both halves of guidance."""
-    if terms.told.guidance is not None or here is None:
-        return terms.told.guidance
+    if session_config.told.guidance is not None or here is None:
+        return session_config.told.guidance
     said = getattr(here.pipeline, "do_classifier_free_guidance", None)
     return said if isinstance(said, bool) else None
 
@@ -518,7 +520,7 @@ def _reset_override(original: Method) -> Method:
 
     def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self.__dict__.get(ATTRIBUTE)
-        if isinstance(attached, Attached):
+        if isinstance(attached, RootModel):
             attached.drop_current()
         return original(self, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
 
 
-class Follower(Handle):
+class SchedulerFollower(Handle):
     """Counts the steps of one scheduler; several runs may follow the same."""
 
     __slots__ = ("_numbers", "_source", "begin", "generation", "step", "users")
@@ -23,7 +23,7 @@ class Follower(Handle):
         self._source: Any = None
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
 
-    def __deepcopy__(self, memo: object) -> Follower:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __deepcopy__(self, memo: object) -> SchedulerFollower:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Itself: pipelines of tiles put copies of a scheduler's `__dict__` back into it, and it still counts there."""
         return self
 
@@ -46,20 +46,20 @@ def _floats(values: Any) -> list[float]:
     return [float(each) for each in (values.tolist() if hasattr(values, "tolist") else values)]
 
 
-def follow(scheduler: Any, user: object) -> Follower | None:
+def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
     """The scheduler's follower, on behalf of a run; None for an object that is no scheduler."""
     follower: Any = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
-    if isinstance(follower, Follower) and user in follower.users:
+    if isinstance(follower, SchedulerFollower) and user in follower.users:
         return follower
     with _lock:
         follower = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
         if follower is None:
             if not hasattr(scheduler, "timesteps") or not hasattr(scheduler, "step") or is_swapped(scheduler):
                 return None
-            follower = Follower()
+            follower = SchedulerFollower()
             methods = {name: override for name, override in _METHODS.items() if hasattr(scheduler, name)}
             swap(scheduler, methods, follower)
-        if isinstance(follower, Follower):
+        if isinstance(follower, SchedulerFollower):
             follower.users.add(user)
             return follower
         return None
@@ -69,7 +69,7 @@ def unfollow(scheduler: Any, user: object) -> None:
     """Follow no longer on behalf of this run; the last one gives the scheduler its class back."""
     with _lock:
         follower = scheduler.__dict__.get(ATTRIBUTE)
-        if isinstance(follower, Follower):
+        if isinstance(follower, SchedulerFollower):
             follower.users.discard(user)
             if not follower.users:
                 restore(scheduler)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cachepolicy.engine.clock import Sources
-from cachepolicy.engine.execution_plan import Layout, lay_out
-from cachepolicy.engine.options import Told, supplier
+from cachepolicy.engine.execution_plan import ExecutionPlan, lay_out
+from cachepolicy.engine.options import RunOptions, supplier
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
@@ -21,11 +21,11 @@ MOST_LAYOUTS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Terms:
+class SessionConfig:
     """A layout for each root, and what the caller said."""
 
-    layouts: Mapping[str, Layout]
-    told: Told
+    layouts: Mapping[str, ExecutionPlan]
+    told: RunOptions
     bare: Sources = field(init=False)
     """What the clock reads where no scheduler is known."""
 
@@ -34,7 +34,7 @@ class Terms:
         bare = Sources(timestep=self.told.timestep, steps=self.told.steps, reads_t=reads_t)
         object.__setattr__(self, "bare", bare)
 
-    def differs(self, other: Terms) -> bool:
+    def differs(self, other: SessionConfig) -> bool:
         """True where a trajectory cannot go from one to the other; functions that give numbers may be exchanged."""
         mine, theirs = self.told, other.told
         told = (mine.scheduler is not theirs.scheduler, mine.steps != theirs.steps, mine.guidance != theirs.guidance)
@@ -45,29 +45,31 @@ class Terms:
         return [layout.plan.resolved.digest for layout in self.layouts.values()]
 
 
-class Offer:
+class BoundPolicy:
     """What `apply` was given, from which each session may depart within what is attached."""
 
-    def __init__(self, policy: ir.Policy, plans: Mapping[str, Plan], told: Told, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, policy: ir.Policy, plans: Mapping[str, Plan], told: RunOptions, params: Mapping[str, Any]
+    ) -> None:
         self.policy = policy
         self._params = dict(params)
         self._externals = {each.name for each in policy.statements if isinstance(each, ir.External)}
-        self._layouts: OrderedDict[object, Mapping[str, Layout]] = OrderedDict()
+        self._layouts: OrderedDict[object, Mapping[str, ExecutionPlan]] = OrderedDict()
         self._lock = threading.Lock()
-        self.terms = Terms({name: lay_out(plan) for name, plan in plans.items()}, told)
+        self.session_config = SessionConfig({name: lay_out(plan) for name, plan in plans.items()}, told)
 
-    def depart(self, told: Mapping[str, Any], params: Mapping[str, Any]) -> Terms:
-        """The terms of a session that says so much otherwise.
+    def depart(self, told: Mapping[str, Any], params: Mapping[str, Any]) -> SessionConfig:
+        """The session_config of a session that says so much otherwise.
 
         Raises:
             PolicyError: what `apply` would say of a param, or a param changes what is attached to the model (E314).
         """
         externals = {name: supplier(name, params[name]) for name in params if name in self._externals}
         own = {name: value for name, value in params.items() if name not in externals}
-        said = replace(self.terms.told, **told, externals={**self.terms.told.externals, **externals})
-        return Terms(self._laid_out(own) if own else self.terms.layouts, said)
+        said = replace(self.session_config.told, **told, externals={**self.session_config.told.externals, **externals})
+        return SessionConfig(self._laid_out(own) if own else self.session_config.layouts, said)
 
-    def _laid_out(self, params: Mapping[str, Any]) -> Mapping[str, Layout]:
+    def _laid_out(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan]:
         key = tuple(sorted((name, _frozen(value)) for name, value in params.items()))
         with self._lock:
             known = self._layouts.get(key)
@@ -81,7 +83,7 @@ class Offer:
                 self._layouts.popitem(last=False)
             return layouts
 
-    def _bound(self, params: Mapping[str, Any]) -> Mapping[str, Layout]:
+    def _bound(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan]:
         change = self._change(params)
         if not isinstance(change, str):
             return change
@@ -93,13 +95,13 @@ class Offer:
             help="the hooks are placed once, by `apply`: set it there",
         )
 
-    def _change(self, params: Mapping[str, Any]) -> Mapping[str, Layout] | str:
+    def _change(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan] | str:
         """The layouts under these params, or what they change of all that is attached."""
         resolved = resolve(self.policy, self._params | dict(params))
-        if all(resolved.digest == layout.plan.resolved.digest for layout in self.terms.layouts.values()):
-            return self.terms.layouts
-        found = dict[str, Layout]()
-        for name, layout in self.terms.layouts.items():
+        if all(resolved.digest == layout.plan.resolved.digest for layout in self.session_config.layouts.values()):
+            return self.session_config.layouts
+        found = dict[str, ExecutionPlan]()
+        for name, layout in self.session_config.layouts.items():
             found[name] = lay_out(bind(resolved, layout.plan.skeleton))
             change = _change(layout, found[name])
             if change:
@@ -107,7 +109,7 @@ class Offer:
         return found
 
 
-def _change(attached: Layout, other: Layout) -> str:
+def _change(attached: ExecutionPlan, other: ExecutionPlan) -> str:
     """What of a layout's hooks is not that of another's; empty where they are the same."""
     if [site.modules for site in attached.plan.sites] != [site.modules for site in other.plan.sites]:
         return "which modules the rules take"

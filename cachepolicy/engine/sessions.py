@@ -22,8 +22,8 @@ from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.clock import Clock
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.forward_pass import Branch, Host
-from cachepolicy.engine.memory_budget import Account, Share
-from cachepolicy.engine.session_config import Terms
+from cachepolicy.engine.memory_budget import Account, Lease
+from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.schedule import Decision
@@ -34,7 +34,7 @@ from cachepolicy.tracing.trace import Trajectory
 class State:
     """One root's part of a session: its calls, its branches and the record of its trajectory.
 
-    `host` is what turns ask of the root, under the session's terms; `doubted` are branches as they were before a call
+    `host` is what turns ask of the root, under the session's config; `doubted` are branches as they were before a call
     of this step that may not have been theirs; `over` is set once the last step has run.
     """
 
@@ -53,7 +53,7 @@ class State:
     company: Agreement | None = None
     liveness: Liveness | None = None
     account: Account | None = None
-    rebuilding: Share | None = None
+    rebuilding: Lease | None = None
     """The share of what guidance keeps, where there is a limit."""
 
     def abandon(self) -> None:
@@ -76,14 +76,14 @@ class State:
 
 
 class Session:
-    """One request: its clock, its terms (None: nothing has run yet), and each root's part by the root's name."""
+    """One request: its clock, its config (None: nothing has run yet), and each root's part by the root's name."""
 
-    __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "states", "terms")
+    __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "session_config", "states")
 
     def __init__(self, key: object) -> None:
         self.key = key
         self.clock = Clock()
-        self.terms: Terms | None = None
+        self.session_config: SessionConfig | None = None
         self.states: dict[str, State] = {}
         self._thread: int | None = None
         self._depth = 0
@@ -118,16 +118,16 @@ class Session:
         """The call has ended."""
         self._depth -= 1
 
-    def exchange(self, terms: Terms) -> None:
-        """Go on under terms that differ in functions alone."""
-        self.terms = terms
+    def exchange(self, session_config: SessionConfig) -> None:
+        """Go on under session_config that differ in functions alone."""
+        self.session_config = session_config
         for state in self.states.values():
-            state.host.externals = terms.told.externals
+            state.host.externals = session_config.told.externals
 
     def end(self) -> list[tuple[str, State]]:
         """Release all that it holds; gives what each root had. The next call starts a trajectory."""
         states, self.states = self.states, {}
-        self.clock, self.terms = Clock(), None
+        self.clock, self.session_config = Clock(), None
         return list(states.items())
 
 
@@ -183,7 +183,7 @@ class Entered:
     Contexts are copied into tasks and threads and may outlive what they entered: `close` makes them forget it.
     """
 
-    __slots__ = ("_sessions", "key", "outer", "owner", "pipeline", "terms")
+    __slots__ = ("_sessions", "key", "outer", "owner", "pipeline", "session_config")
 
     def __init__(
         self,
@@ -191,13 +191,13 @@ class Entered:
         *,
         key: Hashable = None,
         owner: Owner | None = None,
-        terms: Terms | None = None,
+        session_config: SessionConfig | None = None,
         pipeline: Any = None,
     ) -> None:
         self._sessions = weakref.ref(sessions)
         self.key = key
         self.owner = owner
-        self.terms = terms
+        self.session_config = session_config
         self.pipeline = pipeline
         self.outer = ENTERED.get()
 
@@ -212,7 +212,7 @@ class Entered:
 
     def close(self) -> None:
         """The pipeline's call has ended."""
-        self.key = self.owner = self.terms = self.pipeline = None
+        self.key = self.owner = self.session_config = self.pipeline = None
 
     @contextlib.contextmanager
     def inside(self) -> Generator[None]:
@@ -308,14 +308,14 @@ class Sessions:
                 if session is not None:
                     session.end()
 
-    def agree(self, key: Hashable, terms: Terms) -> None:
-        """Put the session of a key under these terms; it ends where it has had others.
+    def agree(self, key: Hashable, session_config: SessionConfig) -> None:
+        """Put the session of a key under these session_config; it ends where it has had others.
 
         Raises:
             PolicyError: its trajectory is under way under others (E313).
         """
         session = self.named(key)
-        if session.terms is not None and session.terms.differs(terms):
+        if session.session_config is not None and session.session_config.differs(session_config):
             if session.under_way:
                 raise PolicyError.of(
                     "E313",
@@ -323,17 +323,17 @@ class Sessions:
                     help=f"leave them out to go on with those, or `run.reset({key!r})` first",
                 )
             self.end(session)
-        if session.terms is None:
-            session.terms = terms
+        if session.session_config is None:
+            session.session_config = session_config
         else:
-            session.exchange(terms)
+            session.exchange(session_config)
 
     def restart(self, key: Hashable) -> None:
-        """End the trajectory of a key's session; its terms stay."""
+        """End the trajectory of a key's session; its session_config stay."""
         session = self.named(key)
-        terms = session.terms
+        session_config = session.session_config
         self.end(session)
-        session.terms = terms
+        session.session_config = session_config
 
     def drop(self, key: Hashable) -> None:
         """End the session of a key."""

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cachepolicy.engine.execution_plan import Layout, lay_out
+from cachepolicy.engine.execution_plan import ExecutionPlan, lay_out
 from cachepolicy.language import ir
 from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.history_spec import feedback
@@ -56,7 +56,7 @@ def holdings(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work:
     return found
 
 
-def _histories(layout: Layout, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
+def _histories(layout: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
     """What sites keep of their results: as many, in either form, as a later step may read."""
     held = 0
     for site in layout.plan.sites:
@@ -82,7 +82,7 @@ def _streamed(modules: Sequence[str], work: Work) -> int:
     return sum(map(sum, stretches))
 
 
-def _streams(layout: Layout, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
+def _streams(layout: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
     """What `prev` and `kept` remember of probed tensors: that of this step, and those of the computes."""
     signals = layout.signals
     if not liveness.measures(tick, now=False):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.diffusers.timestep_scaling import SCALES, TIMESTEP_NAMES
 from cachepolicy.engine.cfg_branches import Conditioning
-from cachepolicy.engine.scheduler_hook import Follower
+from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import strategies
@@ -538,7 +538,7 @@ def test_a_run_that_is_given_up_part_way_ends_with_the_next_set_timesteps() -> N
 
 def test_a_follower_reads_the_device_once_a_trajectory() -> None:
     """The numbers are read when `timesteps` is another tensor, not once a step."""
-    scheduler, follower = scheduler_of("DDIMScheduler", 4), Follower()
+    scheduler, follower = scheduler_of("DDIMScheduler", 4), SchedulerFollower()
     first = follower.numbers(scheduler)
     assert first is follower.numbers(scheduler)
     scheduler.set_timesteps(4)

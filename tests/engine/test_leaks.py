@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import cachepolicy
-from cachepolicy.engine.forward_pass import Turn
+from cachepolicy.engine.forward_pass import ForwardPass
 from cachepolicy.engine.hooks import Frame
 from cachepolicy.engine.root_model import RootCall
 from cachepolicy.testing.models import Toy, ToyDiT, inputs, sample
@@ -61,7 +61,7 @@ def test_a_call_leaves_no_rubbish() -> None:
     for name, policy in POLICIES.items():
         with torch.no_grad(), cachepolicy.apply(model, policy, steps=len(TIMESTEPS)):
             for _ in sample(model, TIMESTEPS, x, y):
-                assert Counter() == alive(Turn, Frame, RootCall), name
+                assert Counter() == alive(ForwardPass, Frame, RootCall), name
 
 
 # --- a thousand sessions ---------------------------------------------------------------------------------

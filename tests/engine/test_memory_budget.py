@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachepolicy.engine.memory_budget import Account, Budget, Share, bytes_of
+from cachepolicy.engine.memory_budget import Account, Budget, Lease, bytes_of
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int | None) -> Non
 def test_what_saves_least_for_its_bytes_goes_first() -> None:
     """Room is made by what is worth less than what comes; what is worth more stays, and the new one does without."""
     account, gone = Account(Budget(100)), list[str]()
-    shares = {name: Share(account, lambda name=name: gone.append(name)) for name in "abcd"}
+    shares = {name: Lease(account, lambda name=name: gone.append(name)) for name in "abcd"}
     assert shares["a"].admits(40, saving=400)
     assert shares["b"].admits(40, saving=80)
     assert not shares["c"].admits(60, saving=60)
@@ -43,9 +43,9 @@ def test_what_saves_least_for_its_bytes_goes_first() -> None:
 def test_nothing_is_given_up_for_what_does_not_fit_all_the_same() -> None:
     """Something larger than the limit is refused, and all else stays."""
     account, gone = Account(Budget(100)), list[int]()
-    small = Share(account, lambda: gone.append(1))
+    small = Lease(account, lambda: gone.append(1))
     assert small.admits(10, saving=1)
-    assert not Share(account).admits(101)
+    assert not Lease(account).admits(101)
     assert [] == gone
 
 
@@ -53,13 +53,13 @@ def test_what_nobody_has_any_more_is_not_counted() -> None:
     """A share's bytes end with the share, an account's with the account."""
     budget = Budget(100)
     account = Account(budget)
-    share = Share(account)
+    share = Lease(account)
     assert share.admits(70)
     share.shrink(50)
     assert 50 == budget.held
     del share
     assert 0 == budget.held
-    other = Share(account)
+    other = Lease(account)
     assert other.admits(100)
     del account, other
     assert 0 == budget.held
@@ -69,9 +69,9 @@ def test_a_session_that_waits_gets_its_fair_share() -> None:
     """The first takes all while it is alone; when the second has had to do without, it goes down to a half."""
     budget = Budget(100)
     first, second = Account(budget), Account(budget)
-    many = [Share(first) for _ in range(10)]
+    many = [Lease(first) for _ in range(10)]
     assert all(share.admits(10, saving=number) for number, share in enumerate(many))
-    late = Share(second)
+    late = Lease(second)
     assert not late.admits(20, saving=1)
     first.give_way()
     assert 50 == first.held
@@ -85,7 +85,7 @@ Steps = Sequence[tuple[int, int, int, int]]
 
 
 def play(budget: Budget, accounts: Sequence[Account], steps: Steps, seen: list[int]) -> None:
-    shares = {(account, number): Share(accounts[account]) for account in range(len(accounts)) for number in range(4)}
+    shares = {(account, number): Lease(accounts[account]) for account in range(len(accounts)) for number in range(4)}
     for account, number, size, saving in steps:
         share = shares[account % len(accounts), number]
         match saving % 5:

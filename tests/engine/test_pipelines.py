@@ -112,7 +112,7 @@ def test_a_policy_that_never_reuses_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("unet_sd_edm", "wan22")])
 @pytest.mark.parametrize("told", ["nothing", "scheduler", "timestep"])
 def test_the_model_alone_keeps_the_same_time(name: str, told: str) -> None:
-    """Attached to the denoiser, with its argument, the scheduler or a function as clock: the pipeline's latents."""
+    """RootModel to the denoiser, with its argument, the scheduler or a function as clock: the pipeline's latents."""
     tiny = PIPELINES[name]()
     with cachepolicy.apply(tiny.pipe, parse(WINDOW)) as run:
         expected = tiny()

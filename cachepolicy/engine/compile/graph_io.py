@@ -65,17 +65,17 @@ class Staged(Protocol):
         ...
 
 
-def problem(turn: Staged, site: int) -> str | None:
+def problem(forward_pass: Staged, site: int) -> str | None:
     """Why a graph cannot answer for the site although it is decided to reuse; None where it can."""
-    decision = turn.decided(site)
-    return lacking(turn, site, decision.action) if decision.verdict == "reuse" else None
+    decision = forward_pass.decided(site)
+    return lacking(forward_pass, site, decision.action) if decision.verdict == "reuse" else None
 
 
-def lacking(turn: Staged, site: int, action: ir.Action | None) -> str | None:
+def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | None:
     """Why a graph could not answer for the site if it were to reuse."""
     if isinstance(action, ir.ApproximateUncond):
         return None
-    slot, what = turn.slots[site], turn.keepings[site]
+    slot, what = forward_pass.slots[site], forward_pass.keepings[site]
     if what.streams:
         chain = slot.chain
         if isinstance(action, ir.Skip):
@@ -100,20 +100,20 @@ def autocast() -> tuple[Any, ...]:
 _AUTOCAST = ("cpu", "cuda")
 
 
-def staged(turn: Staged, site: int) -> Part:
+def staged(forward_pass: Staged, site: int) -> Part:
     """What a graph is given about one site at this call."""
-    what, part = turn.keepings[site], Part()
+    what, part = forward_pass.keepings[site], Part()
     part.residuals, part.outputs = what.residuals > 0, what.outputs > 0
-    part.form = turn.forms.get(site) if what.streams else None
+    part.form = forward_pass.forms.get(site) if what.streams else None
     segments = part.form.segments if part.form is not None else 1
     part.places, part.bases = [Place() for _ in range(segments)], [Place() for _ in range(segments)]
-    fill(turn, site, part, refused=False)
+    fill(forward_pass, site, part, refused=False)
     return part
 
 
-def fill(turn: Staged, site: int, part: Part, *, refused: bool) -> None:
+def fill(forward_pass: Staged, site: int, part: Part, *, refused: bool) -> None:
     """Say what the site does, and give it its history where it answers."""
-    decision, what, slot = turn.decided(site), turn.keepings[site], turn.slots[site]
+    decision, what, slot = forward_pass.decided(site), forward_pass.keepings[site], forward_pass.slots[site]
     action = decision.action
     if decision is WAITING or (what.streams and part.form is None):
         part.code = PENDING
@@ -123,9 +123,9 @@ def fill(turn: Staged, site: int, part: Part, *, refused: bool) -> None:
         part.answer = _answer(action)
         part.code = ANSWER if what.streams or part.answer.predicts else REUSE
         if what.streams:
-            _give_chain(turn, site, part, slot.chain, action)
+            _give_chain(forward_pass, site, part, slot.chain, action)
         else:
-            _give(turn, site, part, slot, action)
+            _give(forward_pass, site, part, slot, action)
 
 
 def _answer(action: ir.Action) -> Answer:
@@ -138,15 +138,15 @@ def _answer(action: ir.Action) -> Answer:
             return Answer(skips=isinstance(action, ir.Skip))
 
 
-def _give(turn: Staged, site: int, part: Part, slot: Slot, action: ir.Action) -> None:
+def _give(forward_pass: Staged, site: int, part: Part, slot: Slot, action: ir.Action) -> None:
     kept = slot_history(slot, reach(action))
     first = _first(kept[0].output)
     if isinstance(action, ir.Predict):
         # Half a batch is no history of a whole one.
-        kept = [each for each in kept if turn.halved or each.full]
-        part.weights = _weights(turn, site, action, [each.step for each in kept], first)
-    part.given = tuple(_half(turn, each.output, full=each.full) for each in kept)
-    part.clones = slot.clones or turn.inference
+        kept = [each for each in kept if forward_pass.halved or each.full]
+        part.weights = _weights(forward_pass, site, action, [each.step for each in kept], first)
+    part.given = tuple(_half(forward_pass, each.output, full=each.full) for each in kept)
+    part.clones = slot.clones or forward_pass.inference
     part.square = first is not None and first.shape == slot.shape
 
 
@@ -156,33 +156,35 @@ def _first(value: Any) -> Any:
     return found[0] if found else None
 
 
-def _half(turn: Staged, value: Any, *, full: bool) -> Any:
+def _half(forward_pass: Staged, value: Any, *, full: bool) -> Any:
     """The conditional half of what was kept of a whole guidance batch, where this call is one."""
-    if not (turn.halved and full):
+    if not (forward_pass.halved and full):
         return value
-    return map_tensors(lambda tensor: tensor.chunk(2, dim=0)[turn.half], value)
+    return map_tensors(lambda tensor: tensor.chunk(2, dim=0)[forward_pass.half], value)
 
 
-def _give_chain(turn: Staged, site: int, part: Part, chain: Chain | None, action: ir.Action) -> None:
+def _give_chain(forward_pass: Staged, site: int, part: Part, chain: Chain | None, action: ir.Action) -> None:
     if chain is None or isinstance(action, ir.Skip):
         return
     given, numbers = list[Any](), list[Any]()
     for segment in chain.history:
-        entries = [entry for entry in segment[: reach(action)] if turn.halved or entry.full]
+        entries = [entry for entry in segment[: reach(action)] if forward_pass.halved or entry.full]
         columns = [
-            [_half(turn, entry.at(place, residual=part.answer.residual), full=entry.full) for entry in entries]
+            [_half(forward_pass, entry.at(place, residual=part.answer.residual), full=entry.full) for entry in entries]
             for place in range(len(entries[0].residuals))
         ]
         given.append(tuple(None if any(each is None for each in column) else tuple(column) for column in columns))
         if isinstance(action, ir.Predict):
             kept = next((column[0] for column in given[-1] if column is not None), None)
-            numbers.append(_weights(turn, site, action, [entry.step for entry in entries], kept))
+            numbers.append(_weights(forward_pass, site, action, [entry.step for entry in entries], kept))
     part.given, part.weights = tuple(given), tuple(numbers)
 
 
-def _weights(turn: Staged, site: int, action: ir.Predict, steps: Sequence[int], like: torch.Tensor | None) -> Weights:
+def _weights(
+    forward_pass: Staged, site: int, action: ir.Predict, steps: Sequence[int], like: torch.Tensor | None
+) -> Weights:
     """The numbers of a prediction as tensors: a graph takes other ones at every step."""
-    numbers = weights(action.predictor, steps, turn.step, turn.arguments(action, site))
+    numbers = weights(action.predictor, steps, forward_pass.step, forward_pass.arguments(action, site))
 
     def tensor(number: float) -> torch.Tensor:
         device = torch.device("cpu") if like is None else like.device
@@ -195,11 +197,11 @@ def _weights(turn: Staged, site: int, action: ir.Predict, steps: Sequence[int], 
 # --- afterwards ------------------------------------------------------------------------------------------
 
 
-def commit(turn: Staged, site: int, part: Part) -> None:
+def commit(forward_pass: Staged, site: int, part: Part) -> None:
     """Put what a graph left into the site's history."""
-    slot, what = turn.slots[site], turn.keepings[site]
+    slot, what = forward_pass.slots[site], forward_pass.keepings[site]
     if what.streams:
-        _commit_chain(turn, slot, what, part)
+        _commit_chain(forward_pass, slot, what, part)
         return
     place = part.places[0]
     if place.value is None:
@@ -208,10 +210,10 @@ def commit(turn: Staged, site: int, part: Part) -> None:
         slot.shape, slot.dtype, slot.device = torch.Size(place.states[0]), *place.states[1:]
     elif part.code is STORE:
         slot.shape = slot.dtype = slot.device = None
-    push(slot, what, STORE, place.value, step=turn.step, full=not turn.halved)
+    push(slot, what, STORE, place.value, step=forward_pass.step, full=not forward_pass.halved)
 
 
-def _commit_chain(turn: Staged, slot: Slot, what: Keeping, part: Part) -> None:
+def _commit_chain(forward_pass: Staged, slot: Slot, what: Keeping, part: Part) -> None:
     if part.unfit and slot.chain is not None:
         # It computed, and nobody kept what.
         slot.chain.links, slot.chain.history = {}, []
@@ -219,7 +221,7 @@ def _commit_chain(turn: Staged, slot: Slot, what: Keeping, part: Part) -> None:
     if form is None or part.unfit or any(value is None for value in left):
         return
     chain = slot.chain = slot.chain or Chain(slot.storing)
-    fresh = [Entry(residuals, outputs, turn.step, not turn.halved) for residuals, outputs in left]
+    fresh = [Entry(residuals, outputs, forward_pass.step, not forward_pass.halved) for residuals, outputs in left]
     old: list[list[Entry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
     chain.put(fresh, old, what.depth)
     chain.links = dict(enumerate(form.links))

@@ -13,15 +13,15 @@ from cachepolicy.engine.block_chain import Form
 from cachepolicy.engine.clock import Arguments
 from cachepolicy.engine.compile.graph_io import autocast, commit, problem, staged
 from cachepolicy.engine.compile.graph_ops import Part, Stage
-from cachepolicy.engine.execution_plan import Layout
-from cachepolicy.engine.forward_pass import Turn
+from cachepolicy.engine.execution_plan import ExecutionPlan
+from cachepolicy.engine.forward_pass import ForwardPass
 from cachepolicy.engine.hooks import Frame, Owner, Site, parameters_of
 
 
 class Host(Owner, Protocol):
     """What is asked of the root."""
 
-    layout: Layout
+    layout: ExecutionPlan
     module: torch.nn.Module
     handles: dict[str, Site]
     around: Any
@@ -92,12 +92,12 @@ class Graphs:
         """True where the call has to run outside graphs: how its blocks go on has not been seen yet."""
         return self._shows and self._learnt.get(_kind(arguments), 0) >= 0
 
-    def learnt(self, turn: Turn, arguments: Arguments) -> None:
+    def learnt(self, forward_pass: ForwardPass, arguments: Arguments) -> None:
         """A call has run outside graphs: how do the blocks go on?"""
         known = True
         for site, what in enumerate(self.host.layout.keepings):
             if what.streams and site not in self.forms:
-                chain = turn.branch.slots[site].chain
+                chain = forward_pass.branch.slots[site].chain
                 if chain is not None:
                     chain.autocast = autocast()
                 form = None if chain is None else chain.form(len(self.host.layout.names[site]))
@@ -108,19 +108,21 @@ class Graphs:
         tries = self._learnt.get(kind, 0) + 1
         self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
 
-    def parts(self, turn: Turn, arguments: Arguments, *, whole: bool) -> Mapping[int, Part]:
+    def parts(self, forward_pass: ForwardPass, arguments: Arguments, *, whole: bool) -> Mapping[int, Part]:
         """What the graphs are given; a site whose history cannot answer computes."""
         sites = (
-            range(len(turn.branch.slots)) if whole or self.surprised else [n for block in self._blocks for n in block]
+            range(len(forward_pass.branch.slots))
+            if whole or self.surprised
+            else [n for block in self._blocks for n in block]
         )
-        while problems := {site: reason for site in sites if (reason := problem(turn, site)) is not None}:
+        while problems := {site: reason for site in sites if (reason := problem(forward_pass, site)) is not None}:
             for site, reason in problems.items():
-                turn.refuse(site, reason)
-            turn.decide_again()
-        turn.parts = parts = {site: staged(turn, site) for site in sites}
+                forward_pass.refuse(site, reason)
+            forward_pass.decide_again()
+        forward_pass.parts = parts = {site: staged(forward_pass, site) for site in sites}
         decided = tuple((part.code, part.answer, len(part.given)) for part in parts.values())
-        modes = torch.is_grad_enabled(), turn.inference, autocast()
-        self._count((decided, turn.halved, modes, arguments.signature()))
+        modes = torch.is_grad_enabled(), forward_pass.inference, autocast()
+        self._count((decided, forward_pass.halved, modes, arguments.signature()))
         return parts
 
     def _count(self, signature: Any) -> None:
@@ -146,14 +148,14 @@ class Graphs:
             frame.stage = Stage([parts[site] for site in range(len(parts))])
         frame.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
 
-    def end(self, turn: Turn, parts: Mapping[int, Part]) -> None:
+    def end(self, forward_pass: ForwardPass, parts: Mapping[int, Part]) -> None:
         """Take over what the graphs left."""
         for site, part in parts.items():
             if part.repeats:
-                turn.repeats(site)
+                forward_pass.repeats(site)
             if part.unfit:
-                turn.refuse(site, "the history does not fit this call")
-            commit(turn, site, part)
+                forward_pass.refuse(site, "the history does not fit this call")
+            commit(forward_pass, site, part)
 
 
 _MOST_TRIES = 3  # calls after which a span whose blocks are not understood breaks the graph instead

@@ -15,10 +15,11 @@ author = "the cachepolicy authors"
 copyright = f"2026, {author}"  # noqa: A001 (Sphinx's name)
 version = release = cachepolicy.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinxcontrib.mermaid"]
 exclude_patterns = ["conf.py"]
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
+myst_fence_as_directive = ["mermaid"]
 
 html_theme = "furo"
 html_title = "cachepolicy"

@@ -1,42 +1,47 @@
-"""Lines and columns as editors count them, and offsets as we do."""
+"""Converts offsets in a text to the lines and columns of the language server protocol, and back."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
 
-_WIDTHS: Mapping[str, Callable[[str], int]] = {
-    "utf-8": lambda text: len(text.encode("utf-8", "surrogatepass")),
-    "utf-16": lambda text: len(text) + sum(letter > "\uffff" for letter in text),
-    "utf-32": len,
-}
+from lsprotocol.types import Position, PositionEncodingKind
+from pygls.workspace import PositionCodec
 
 
 class Positions:
-    """The places of one text. Columns count code units of `encoding`: two of UTF-16 for a letter beyond the 65536th.
+    """Positions in one text.
 
-    Lines end as in the language server protocol, with CR, LF or both, and nowhere else.
+    Lines end at CR, LF or CR LF, as the protocol says, and nowhere else. `str.splitlines`, which pygls uses for its own
+    documents, also ends lines at form feeds and other characters.
+
+    Args:
+        text: The text of the document.
+        encoding: The units in which the editor counts columns.
     """
 
-    def __init__(self, text: str, encoding: str = "utf-16") -> None:
-        self._text, self._width = text, _WIDTHS[encoding]
-        self._starts = [0, *(found.end() for found in re.finditer("\r\n|\n|\r", text))]
+    def __init__(self, text: str, encoding: PositionEncodingKind = PositionEncodingKind.Utf16) -> None:
+        self._text, self._codec = text, PositionCodec(encoding)
+        self._starts = [0, *(end.end() for end in re.finditer("\r\n|\n|\r", text))]
+        ends = [*self._starts[1:], len(text)]
+        self._lines = [text[start:end].rstrip("\r\n") for start, end in zip(self._starts, ends, strict=True)]
 
     def position(self, offset: int) -> tuple[int, int]:
-        """Line and column from 0 of a character; what is beyond the text is its end."""
+        """Returns line and column, both from 0, of the character at `offset`. Offsets beyond the text are its end."""
         offset = min(max(0, offset), len(self._text))
         line = bisect_right(self._starts, offset) - 1
-        return line, self._width(self._text[self._starts[line] : offset])
+        return line, self._codec.client_num_units(self._text[self._starts[line] : offset])
 
     def offset(self, line: int, column: int) -> int:
-        """The offset of a place; what is beyond a line is its end, and a column inside a character is before it."""
+        """Returns the offset of a position. A column beyond its line is the line's end, a line beyond the text its end.
+
+        A column inside a character is the position before that character.
+        """
         if line < 0 or line >= len(self._starts):
             return 0 if line < 0 else len(self._text)
-        ends = [*self._starts[line + 1 : line + 2], len(self._text)]
-        stretch = self._text[self._starts[line] : ends[0]].rstrip("\r\n")
-        low, high = 0, len(stretch)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._width(stretch[:middle]) <= column else (low, middle - 1)
-        return self._starts[line] + low
+        text = self._lines[line]
+        column = min(max(0, column), self._codec.client_num_units(text))
+        found = self._codec.position_from_client_units([text], Position(0, column)).character
+        if self._codec.client_num_units(text[:found]) > column:
+            found -= 1  # pygls takes a column inside a character for its end
+        return self._starts[line] + found

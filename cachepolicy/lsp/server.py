@@ -54,7 +54,7 @@ class Server(LanguageServer):
     def positions(self, document: Document) -> Positions:
         """The places of a document as this editor counts them."""
         encoding = self.workspace.position_encoding or types.PositionEncodingKind.Utf16
-        return _positions(document.text, types.PositionEncodingKind(encoding).value)
+        return _positions(document.text, types.PositionEncodingKind(encoding))
 
     def offset(self, document: Document, position: types.Position) -> int:
         """The place in a document that the editor means."""
@@ -84,7 +84,7 @@ class Server(LanguageServer):
 
 
 @lru_cache(maxsize=8)
-def _positions(text: str, encoding: str) -> Positions:
+def _positions(text: str, encoding: types.PositionEncodingKind) -> Positions:
     return Positions(text, encoding)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from lsprotocol.types import PositionEncodingKind
 
 from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import look_ahead
@@ -24,7 +25,7 @@ offsets = st.integers(0, 200)
 @example("a\r\n\r\n\rb\n", "utf-16")
 def test_places_and_offsets(text: str, encoding: str) -> None:
     """The place of every character is the line ends before it, and the code units since the last; and back."""
-    positions = Positions(text, encoding)
+    positions = Positions(text, PositionEncodingKind(encoding))
     for offset in range(len(text) + 1):
         if text[offset - 1 : offset + 1] == "\r\n":
             continue  # inside a line end

@@ -1,4 +1,4 @@
-"""What each action does with a history: the tensor side of `reuse`, `predict` and their residual forms."""
+"""Tensor operations of the actions: `reuse`, `predict` and their residual forms."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ PENDING = "pending"
 
 
 class Slot:
-    """What one site keeps on one branch: its last outputs, the newest first, or the chain of its segments.
+    """History of one site on one branch: its stored outputs, newest first, or the chain of its segments.
 
-    `output` is the newest; `shape`, `dtype` and `device` are those of the hidden states that it was computed from, and
-    an answer is given only to a call with the same ones. `version` is its write counter when it was kept, where it is
-    one tensor that may be handed out as it is; `versions` are those of its tensors elsewhere. `clones` is set once
-    somebody wrote into an answer; `call` is the last forward that the site computed in; `whole` is set where what it
-    keeps was most of its storage. `storing` says how it is stored, and whether there is room for it.
+    Attributes:
+        output: The newest output.
+        shape: Shape of the hidden states of that compute. With `dtype` and `device`, it must match those of a reuse.
+        version: `_version` of the output when stored, if it is a single tensor that may be returned without a copy.
+        versions: The `_version` counters of all tensors of any other output.
+        clones: Whether an answer was modified in place. The site then stores and returns copies.
+        call: The serial number of the last forward pass in which the site computed.
+        whole: Whether the stored tensors were most of their storages.
+        storing: How results are stored, and the memory limit.
     """
 
     __slots__ = (
@@ -59,7 +63,7 @@ class Slot:
         self.whole = False
 
     def clear(self) -> None:
-        """Let go of all results; how the blocks of a span go on stays known."""
+        """Release all outputs. The structure of a span stays."""
         self.output, self.older, self.version, self.versions = None, [], None, None
         if self.chain is not None:
             self.chain.clear()
@@ -73,9 +77,9 @@ def _drop(slot: weakref.ref[Slot]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An earlier output: the step that computed it, and whether it holds both halves of a guidance batch.
+    """An earlier output, its step, and whether it holds both halves of a guidance batch.
 
-    `versions` are the write counters of its tensors when it was kept; None for a copy.
+    `versions` are the `_version` counters of its tensors when stored, or None for a copy.
     """
 
     output: Any
@@ -91,10 +95,10 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The numbers of one prediction: what neighbouring differences are divided by, and what each order counts.
+    """Coefficients of a prediction: the divisors of neighbouring differences, and a factor per order.
 
-    Numbers, or tensors without dimensions where a compiled graph has to take other ones at each step. `divisors` are
-    None where differences are taken as they are.
+    They are numbers, or 0-d tensors in compiled graphs, where constants would cause a recompile at each step.
+    `divisors` is None if differences are not divided.
     """
 
     divisors: tuple[Any, ...] | None
@@ -102,28 +106,36 @@ class Weights:
 
 
 def weights(predictor: str, steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
-    """The numbers of a prediction at `step` from values at `steps`, the newest first."""
+    """Return the coefficients of a prediction at `step` from values at `steps`, newest first."""
     return _PREDICTORS[predictor](steps, step, arguments)
 
 
 def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
-    """The newest value and its differences of rising order, each times its factor."""
+    """Return the newest value plus the weighted differences of increasing order."""
     answer = history[0]
     for difference, factor in zip(_differences(history, numbers), numbers.factors, strict=True):
         answer = answer + difference * factor
-    # What is kept is not handed out: whoever receives an answer may write into it.
+    # Never return the stored tensor itself: the caller may modify it in place.
     return answer.clone() if answer is history[0] else answer
 
 
 def predict(
     predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
 ) -> torch.Tensor:
-    """The value at `step` from computed ones at `steps`, the newest first; a short history lowers the order."""
+    """Predict the value at `step` from a history.
+
+    Args:
+        predictor: `"linear"`, `"taylor"` or `"hermite"`.
+        history: Computed values, newest first. A short history lowers the order.
+        steps: The steps of the values.
+        step: The step of the prediction.
+        arguments: The arguments of the predictor, such as `order`.
+    """
     return combine(history, weights(predictor, steps, step, arguments))
 
 
 def _differences(history: Sequence[torch.Tensor], numbers: Weights) -> list[torch.Tensor]:
-    """The newest difference of each order."""
+    """Return the newest difference of each order."""
     divisors = numbers.divisors
     if divisors is None:
         return [history[0] - history[min(1, len(history) - 1)]]
@@ -169,7 +181,7 @@ _PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The tensor that a module works on: its first positional one, else `hidden_states`, else its first keyword one."""
+    """Return the main tensor of a call: the first positional one, `hidden_states`, or the first other."""
     if args and isinstance(args[0], torch.Tensor):
         return args[0]
     named = kwargs.get("hidden_states")
@@ -182,7 +194,7 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
 
 
 def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bool:
-    """True where the kept output was computed from hidden states like these, or from both halves of these."""
+    """Return True if the stored output was computed from matching hidden states, or from both halves."""
     if states is None:
         return slot.shape is None
     if slot.shape is None or states.dtype is not slot.dtype or states.device != slot.device:
@@ -194,20 +206,20 @@ def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bo
 
 
 def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> str | None:
-    """Why the kept output cannot answer this call; None where it can."""
+    """Return why the stored output cannot answer this call, or None."""
     if slot.output is None:
         return slot.storing.lacking
     if not fits(slot, states, halved=halved):
         return "the history does not fit this call"
     if not slot.clones and overwritten(slot):
-        # From now on this site keeps and gives copies: somebody downstream writes into what it returns.
+        # Downstream code modifies outputs of this site in place, so the site uses copies from now on.
         spoil(slot)
         return "the history was overwritten in place"
     return None
 
 
 def overwritten(slot: Slot) -> bool:
-    """True where somebody wrote into what the slot keeps, the newest or an older one: each was handed out."""
+    """Return True if any stored output was modified in place. Outputs are returned without copies."""
     if slot.version is not None:
         newest = slot.output._version != slot.version
     else:
@@ -216,14 +228,14 @@ def overwritten(slot: Slot) -> bool:
 
 
 def spoil(slot: Slot) -> None:
-    """Forget what was overwritten; the older results were handed out too."""
+    """Drop the history of a site and use copies from now on. Older outputs were shared too."""
     slot.clones, slot.output, slot.older = True, None, []
 
 
 def keep(
     slot: Slot, what: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
 ) -> None:
-    """Put a computed output into the slot, the older ones behind it."""
+    """Store a computed output with the properties of its hidden states."""
     if states is None:
         slot.shape = slot.dtype = slot.device = None
     else:
@@ -232,7 +244,7 @@ def keep(
 
 
 def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
-    """Make `output` the newest of the history."""
+    """Store `output` as the newest of the history."""
     if what.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
         spoil(slot)
     if what.outputs > 1 and slot.output is not None:
@@ -240,7 +252,7 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
         slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: what.outputs - 1]
     slot.step, slot.full = step, full
     if slot.storing is not ANYHOW:
-        # What it takes the place of makes room first.
+        # Release the replaced output first, so that its memory can be used.
         slot.output, slot.version, slot.versions = None, None, None
         copied = slot.clones or code == STORE_CLONE
         if not slot.storing.admits(output, copied=copied):
@@ -255,12 +267,12 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
         slot.whole = whole(_flat(kept))
         if not slot.whole:
             slot.output = kept = map_tensors(compact, kept)
-    # Inside a graph there are no write counters; there the graph itself owns its outputs.
+    # Graphs have no `_version` counters. There, the graph owns its outputs.
     slot.version, slot.versions = None, None if clone or torch.compiler.is_compiling() else versions(kept)
 
 
 def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
-    """The newest output, as it may be handed out."""
+    """Return the newest output, copied where the caller must not share it."""
     output = slot.output if slot.packing is None else opened(slot.output)
     if halved and slot.full:
         output = map_tensors(_half(half), output)
@@ -268,13 +280,13 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
         return output
     if slot.clones or inference or (slot.version is None and slot.versions is None and _of_inference(output)):
         return cloned(output)
-    # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
+    # Callers may modify lists and output objects, so these are rebuilt. Tensors and tuples are shared.
     return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)  # pyright: ignore[reportUnknownVariableType]
 
 
 def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool, half: int) -> Any:
-    """The predictor's answer, tensor by tensor of the output."""
-    # Half a batch is no history of a whole one.
+    """Return the prediction for each tensor of the output."""
+    # Entries of half a batch cannot serve a full batch.
     kept = [each for each in slot_history(slot, reach(action)) if halved or each.full]
     columns = [_flat(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
     steps = [each.step for each in kept]
@@ -284,18 +296,18 @@ def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *
 
 
 def slot_history(slot: Slot, many: int) -> list[Kept]:
-    """What the slot keeps, the newest first and no more than `many`, as it was before it was packed."""
+    """Return up to `many` stored outputs, newest first and unpacked."""
     history = [Kept(slot.output, slot.step, slot.full), *slot.older][:many]
     return history if slot.packing is None else [Kept(opened(each.output), each.step, each.full) for each in history]
 
 
 def _of_inference(output: Any) -> bool:
-    """True for what was kept under `torch.inference_mode`; outside, only a copy of it is a tensor like any other."""
+    """Return True if the output has inference tensors, which must be copied for use outside inference mode."""
     return not torch.compiler.is_compiling() and any(tensor.is_inference() for tensor in _flat(output))
 
 
 def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that gives the conditional half of a guidance batch, which is its first (0) or its second (1)."""
+    """Return a function that selects the conditional half of a batch: the first (0) or the second (1)."""
     return lambda tensor: tensor.chunk(2, dim=0)[half]
 
 
@@ -314,12 +326,12 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """`value` with `function` applied to each tensor in its tuples, lists, dicts and output objects."""
+    """Apply `function` to each tensor in tuples, lists, dicts and output objects."""
     return map_leaves(function, value, torch.Tensor)
 
 
 def cloned(value: Any) -> Any:
-    """`value` with copies of its tensors; one that stands twice in it stays one."""
+    """Clone all tensors in `value`. A tensor that occurs twice is cloned once."""
     done: dict[int, torch.Tensor] = {}
 
     def once(tensor: torch.Tensor) -> torch.Tensor:
@@ -331,7 +343,7 @@ def cloned(value: Any) -> Any:
 
 
 def counters(value: Any) -> tuple[int, ...] | None:
-    """The write counters of a tuple of plain tensors that need no gradient; None where it is anything else."""
+    """Return the `_version` counters of a tuple of plain tensors without gradients, else None."""
     if type(value) is not tuple:
         return None
     found = list[int]()
@@ -343,12 +355,12 @@ def counters(value: Any) -> tuple[int, ...] | None:
 
 
 def versions(value: Any) -> tuple[int, ...]:
-    """The write counters of all tensors in `value`; an inference tensor has none and counts as 0."""
+    """Return the `_version` counters of all tensors. Inference tensors have none and count as 0."""
     return tuple([0 if tensor.is_inference() else tensor._version for tensor in _tensors(value)])
 
 
 def _tensors(value: Any) -> Sequence[torch.Tensor]:
-    """All tensors in `value`; a tensor, and a tuple of some, are read off at once."""
+    """Return all tensors in `value`, with a fast path for a tensor and a tuple of tensors."""
     if isinstance(value, torch.Tensor):
         return [value]
     if type(value) is tuple and all([isinstance(each, torch.Tensor) for each in value]):  # pyright: ignore[reportUnknownVariableType]

@@ -1,9 +1,9 @@
-"""How blocks' outputs continue as inputs: learnt from the calls themselves, no registry of classes.
+"""Learns at run time how the outputs of blocks become inputs of later blocks. No class registry is needed.
 
-While a span computes, its blocks' calls are watched. Where every output of one block is, as the very same tensor, an
-input of the next, both belong to one *segment*; where the model works in between (concatenates two streams, reshapes,
-adds a control signal), a new segment begins. Each segment keeps its own residual, so that on a reuse the work between
-the segments runs as it always does and is never counted twice.
+While a span computes, the calls of its blocks are recorded. If every output of one block is, by identity, an input of
+the next, both belong to one *segment*. If the model works in between (concatenates streams, reshapes, adds a control
+signal), a new segment begins. Each segment has a residual of its own, so that on a reuse the work between segments runs
+as usual and is not counted twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Names = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The form of a module's output: for each place the input that continues there, or its constant."""
+    """Structure of a module's output: per place, the input that continues there, or a constant."""
 
     inputs: tuple[str | None, ...]
     constants: tuple[Any, ...]
@@ -34,9 +34,10 @@ class Shape:
 
 @dataclass(slots=True)
 class Link:
-    """One block in a span: its output's form, and whether it leads a segment.
+    """One block of a span: the structure of its output, and whether it leads a segment.
 
-    `takes` are the outputs of the block before, by place, with the names of the inputs that they are.
+    `takes` lists the outputs of the previous block, by place, with the input names under which this block receives
+    them.
     """
 
     shape: Shape
@@ -47,7 +48,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of a segment: for each stream of its first block, the output that it ends as, if any."""
+    """End of a segment: per stream of its first block, the place in the final output, or None."""
 
     segment: int
     outputs: tuple[int | None, ...]
@@ -55,7 +56,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the blocks of a span go on into one another, by position, once a compute has shown it."""
+    """Structure of a span after a complete compute: links and endings by block position."""
 
     links: tuple[Link, ...]
     endings: tuple[Ending | None, ...]
@@ -64,9 +65,9 @@ class Form:
 
 @dataclass(slots=True)
 class Entry:
-    """One computed result of a segment: residuals and outputs, as far as kept, by place of the leading block's output.
+    """Stored result of a segment: residuals and outputs by place of the leading block's output.
 
-    `full` is False where only the conditional half of a guidance batch was computed.
+    `full` is False if only the conditional half of a guidance batch was computed.
     """
 
     residuals: tuple[torch.Tensor | Packed | None, ...]
@@ -76,22 +77,22 @@ class Entry:
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        """All that is stored."""
+        """All stored tensors."""
         return (*self.residuals, *self.outputs)
 
     def at(self, place: int, *, residual: bool) -> torch.Tensor | None:
-        """The residual or the output of one place, as it was before it was packed."""
+        """Return the residual or the output of one place, unpacked."""
         kept = (self.residuals if residual else self.outputs)[place]
         return kept.opened() if isinstance(kept, Packed) else kept
 
     def pack(self, packing: Packing) -> None:
-        """Store it as `packing` says."""
+        """Store the entry in the packed form."""
         self.residuals, self.outputs = packed(packing, self.residuals), packed(packing, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """What one compute of a span is to keep: how many results, which of the two forms, at which step."""
+    """What a compute of a span stores: the number of results, residuals or outputs, and the step."""
 
     depth: int
     residuals: bool
@@ -102,7 +103,7 @@ class Keeps:
 
 @dataclass(slots=True)
 class Call:
-    """One block's call while its span computes; `bases` are its inputs as they were, None where that is not known."""
+    """One block call of a computing span. `bases` are the inputs before the call, or None if unknown."""
 
     position: int
     module: Any
@@ -117,24 +118,29 @@ class Call:
 
 
 class Continuations:
-    """Which output of a block class continues which of its inputs, as far as calls have shown it."""
+    """Which output of a block class continues which of its inputs, as observed in calls."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], str] = {}
 
     def learn(self, module: Any, place: int, name: str) -> None:
-        """An output was passed on as `name`, and the block takes an input of that name itself."""
+        """Record that an output was passed on as `name`, which is also an input of the block itself."""
         self._known[type(module).__qualname__, place] = name
 
     def input_of(self, module: Any, place: int) -> str | None:
-        """The input that an output is known to continue."""
+        """Return the input that an output continues, or None if unknown."""
         return self._known.get((type(module).__qualname__, place))
 
     def of(self, call: Call, name: str) -> Shape:
-        """The form of a call's output.
+        """Return the structure of a call's output.
+
+        Args:
+            call: The recorded call.
+            name: The name of the block, for errors.
 
         Raises:
-            PolicyError: an output continues no input, or it is not clear which.
+            PolicyError: An output continues no input or could continue several (E310), or has an unsupported type
+                (E311).
         """
         inputs = list[str | None]()
         constants = list[Any]()
@@ -176,12 +182,15 @@ class Continuations:
 
 
 class Chain:
-    """What one span keeps on one branch: the links of its blocks and a history per segment, the newest entry first.
+    """History of one span on one branch: the links of its blocks, and entries per segment, newest first.
 
-    `splits` are the blocks after which a segment ends, whatever follows; `leads` those whose inputs have to be copied;
-    `clones` says that blocks write into their inputs. `storing` says how results are stored, and whether there is room.
-    `signature` is what the first block was called with; graphs leave none, and know by `autocast` whether dtypes are
-    others now.
+    Attributes:
+        storing: How results are stored, and the memory limit.
+        splits: Blocks after which a segment always ends.
+        leads: Blocks whose inputs have to be copied before they run.
+        clones: Whether blocks modify their inputs in place.
+        signature: Shapes, dtypes and devices of the first block's inputs. None after a compute in a graph.
+        autocast: The autocast dtypes, with which graphs detect changed dtypes instead.
     """
 
     __slots__ = ("autocast", "clones", "endings", "history", "leads", "links", "signature", "splits", "storing")
@@ -198,7 +207,7 @@ class Chain:
         self.leads: set[int] = set()
 
     def put(self, newest: Sequence[Entry], older: Sequence[list[Entry]], depth: int) -> None:
-        """Put each segment's newest result before the older ones, and keep so many; none where there is no room."""
+        """Store the newest entry of each segment and trim to `depth`. Clear the chain if memory is lacking."""
         rest = [past[: depth - 1] for past in older]
         self.history = rest
         if not self.storing.admits([entry.tensors for entry in newest], copied=True):
@@ -210,24 +219,24 @@ class Chain:
         self.history = [[entry, *past] for entry, past in zip(newest, rest, strict=True)]
 
     def push(self, segment: int, newest: Entry, older: list[Entry], depth: int) -> None:
-        """Put an answer before one segment's older results; `put` has seen to the room."""
+        """Store an answer as the newest entry of one segment. `put` has reserved the memory."""
         if self.storing.packing is not None:
             newest.pack(self.storing.packing)
         self.history[segment] = [newest, *older][:depth]
 
     def clear(self) -> None:
-        """Let go of all results; how the blocks go on stays known."""
+        """Release all entries. The structure of the blocks stays."""
         self.history = [[] for _ in self.history]
 
     def holds(self, *, residual: bool) -> bool:
-        """True where each segment's newest result is kept in the form that is asked for."""
+        """Return True if the newest entry of each segment has the requested form."""
         return bool(self.history) and all(
             entries and any(tensor is not None for tensor in (entries[0].residuals if residual else entries[0].outputs))
             for entries in self.history
         )
 
     def form(self, blocks: int) -> Form | None:
-        """How the blocks go on, where all of so many have shown it."""
+        """Return the structure of the span, if all of its blocks were observed."""
         if len(self.links) < blocks or not self.history:
             return None
         places = range(blocks)
@@ -236,16 +245,16 @@ class Chain:
 
 
 Begun = tuple[Names | None, dict[str, int | None]]
-"""A block's inputs as they were before it ran (None: not known), and their write counters."""
+"""The inputs of a block before it ran (None: unknown), and their `_version` counters."""
 
 
-_HELD = 2  # the outputs of so many blocks before this one are held by the recorder itself
+_HELD = 2  # the recorder itself holds the outputs of this many previous blocks
 
 
 class Recorder:
-    """Watches the blocks of one span through one compute and forms what its segments keep.
+    """Records the blocks of one span during a compute, and builds the entries of its segments.
 
-    It holds on to the first and the last two blocks of the present segment, not to what the others gave.
+    It references only the first and the last two blocks of the current segment, to keep memory low.
     """
 
     def __init__(self, chain: Chain, continuations: Continuations, names: Sequence[str], keeps: Keeps) -> None:
@@ -268,10 +277,11 @@ class Recorder:
         self.calls = 0
 
     def begin(self, position: int, names: Names) -> Begun:
-        """A block is about to run; gives its inputs as they are now, and their write counters.
+        """Record the inputs of a block that is about to run, and their `_version` counters.
 
-        Where blocks write into their inputs, or nobody could tell, the inputs of a segment's first block are copied;
-        those of a block that turns out to lead a segment for the first time are not known then.
+        If blocks modify inputs in place, or inference tensors hide this, the inputs of a segment's first block are
+        copied. A block that turns out to lead a segment for the first time has no copies, so this compute is not
+        stored.
         """
         first = self._signature is None
         if first:
@@ -283,7 +293,7 @@ class Recorder:
         return bases, {key: _version(value) for key, value in names.items()}
 
     def end(self, position: int, module: Any, names: Names, begun: Begun, output: Any) -> None:
-        """A block has run."""
+        """Record the output of a block."""
         self.calls += 1
         if position in self._seen:
             self._spoilt = "a block ran more than once"
@@ -298,11 +308,11 @@ class Recorder:
         self._look_back(call)
         self._follow(call)
         if position in self._chain.splits:
-            # At once, before the model can write into what the block gave.
+            # Close the segment now, before the model can modify the output in place.
             self._close(call, self._settled(call))
 
     def _follow(self, call: Call) -> None:
-        """Put a call behind the last one, or at the head of a new segment."""
+        """Append a call to the segment, or begin a new segment with it."""
         last = self._last
         if last is None:
             self._start(call)
@@ -328,7 +338,11 @@ class Recorder:
         self._segment = []
 
     def _look_back(self, call: Call) -> None:
-        """What an earlier block gave and somebody else still holds is used elsewhere: it has to come out right."""
+        """Detect outputs of earlier blocks that other code still references.
+
+        Such an output is used elsewhere, for example as a skip connection. A segment has to end there, so that a reuse
+        gives the right value. Weak references show which outputs are alive.
+        """
         older = self._given[:-_HELD]
         if not any(reference() is not None for _, references in older for reference in references):
             self._given = self._given[-_HELD:]
@@ -351,7 +365,7 @@ class Recorder:
         self._given.append((call.position, [weakref.ref(each) for each in fresh]))
 
     def _became(self, last: Call, call: Call) -> dict[int, str] | None:
-        """Which input of `call` each output of `last` is; None where `call` does not take them all."""
+        """Return the input name of each output of `last` in `call`, or None unless `call` takes them all."""
         became = dict[int, str]()
         for place, output in enumerate(last.outputs):
             if isinstance(output, torch.Tensor):
@@ -370,7 +384,7 @@ class Recorder:
         return became or None
 
     def _settled(self, last: Call) -> Shape:
-        """The form of a call whose successor is known; where a stream joins at it, it leads a segment of its own."""
+        """Return the structure of a completed call. A call at which another stream joins leads a new segment."""
         shape = self._continuations.of(last, self._names[last.position])
         joins = any(source is not None and source not in last.origin for source in shape.inputs)
         if joins and self._previous is not None:
@@ -381,7 +395,7 @@ class Recorder:
         return shape
 
     def _close(self, last: Call, shape: Shape) -> None:
-        """The segment ends with `last`: form what it keeps."""
+        """End the segment with `last`, and build its entry."""
         lead = self._lead
         assert lead is not None
         if lead.bases is None:
@@ -402,13 +416,13 @@ class Recorder:
             base = lead.bases[source] if source is not None and lead.bases is not None else None
             wanted = self._keeps.residuals
             residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)
-            # A copy: the model may write into what its blocks return.
+            # Clone, because the model may modify block outputs in place.
             outputs.append(output.detach().clone() if output is not None and self._keeps.outputs else None)
         self._entries.append(Entry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
         self._lead = self._last = self._previous = None
 
     def finish(self) -> str | None:
-        """The span has run: its entries enter the history. Gives the reason where nothing can be kept."""
+        """Store the entries of the completed span. Return the reason if nothing can be stored."""
         if self._last is not None:
             last = self._last
             self._close(last, self._settled(last))
@@ -425,12 +439,12 @@ class Recorder:
 
 
 def _held(call: Call | None) -> list[Any]:
-    """All that the record of a call keeps alive."""
+    """Return all values that a recorded call keeps alive."""
     return [] if call is None else [*call.names.values(), *call.outputs]
 
 
 def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by parameter name."""
+    """Return the arguments of a call by parameter name."""
     names: dict[str, Any] = dict(zip(parameters, args, strict=False))
     for index in range(len(parameters), len(args)):
         names[f"*{index}"] = args[index]
@@ -439,7 +453,7 @@ def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping
 
 
 def parts(output: Any) -> tuple[list[Any], tuple[str, ...] | None]:
-    """What an output is made of, and the field names where it is an output object."""
+    """Return the elements of an output, and the field names of an output object."""
     if isinstance(output, torch.Tensor):
         return [output], None
     if isinstance(output, dict):
@@ -448,14 +462,14 @@ def parts(output: Any) -> tuple[list[Any], tuple[str, ...] | None]:
 
 
 def signature(names: Names) -> tuple[Any, ...]:
-    """Shapes, dtypes and devices of what goes into a block."""
+    """Return the names, shapes, dtypes and devices of the tensors that a block receives."""
     return tuple(
         (key, value.shape, value.dtype, value.device) for key, value in names.items() if isinstance(value, torch.Tensor)
     )
 
 
 def rebuilt(shape: Shape, tensors: Sequence[Any]) -> Any:
-    """An output of the given form, from a tensor for each place that continues an input."""
+    """Build an output of the given structure, from one tensor per place that continues an input."""
     if issubclass(shape.kind, torch.Tensor):
         return tensors[0]
     values = [
@@ -468,14 +482,14 @@ def rebuilt(shape: Shape, tensors: Sequence[Any]) -> Any:
 
 
 def handed_on(shape: Shape, names: Names) -> Any:
-    """The output of a block that gives its inputs on as they are."""
+    """Return the output of a block that passes its inputs through unchanged."""
     if shape.kind is tuple and None not in shape.inputs:
         return tuple([names[key] for key in shape.inputs])  # pyright: ignore[reportArgumentType]
     return rebuilt(shape, passed(shape, names))
 
 
 def passed(shape: Shape, names: Names) -> list[Any]:
-    """For each place of the output the input that continues there."""
+    """Return, per place of the output, the input that continues there."""
     return [None if key is None else names[key] for key in shape.inputs]
 
 

@@ -1,12 +1,13 @@
-"""Which branch a call is of: told by its name, else by what it is conditioned on; where nothing can tell, that is said.
+"""Identifies the guidance branch of a root call, by `cache_context` name or by its conditioning tensors.
 
-A history answers only calls of its own branch. So a call is of a known branch only where something says so: the very
-same tensors, else equal ones. Numbers that change from step to step on one branch are times, and say nothing. Where
-several branches have the same conditioning (tiles of one picture), the nearest latents tell, if clearly one is nearest.
+A history answers only calls of its own branch. Calls that cannot be identified compute. Conditioning tensors are
+compared by identity first, then by value. Numbers that change at each step on a branch are times and do not identify
+it. If several branches have the same conditioning (tiles of one image), the nearest latents decide, if one branch is
+clearly the nearest.
 """
 
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything: what comes out of it has no type to know.
+# Arguments of models have arbitrary types, which pyright reports as unknown.
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 
 _Path = tuple[Any, ...]
-_KEPT_BYTES = 64 * 2**20  # a larger tensor is known by its identity only
+_KEPT_BYTES = 64 * 2**20  # larger tensors are compared by identity only
 
 _OF_THE_STEP = re.compile(
     r"^(audio|video)_hidden_states$|residuals?$|block_samples$|^sigmas?$|timestep|^step(_index)?$"
 )
-"""Arguments that are made anew at every step, on every branch, and so tell nothing."""
+"""Arguments that are created anew at each step on every branch, and so do not identify a branch."""
 
 
 class _Part:
@@ -44,7 +45,7 @@ class _Part:
             self._version = _version(value)
             self.form = (value.shape, value.dtype, value.device)
             if type(value) is torch.Tensor and value.numel() * value.element_size() <= _KEPT_BYTES:
-                # Shares the storage and the write counter, not the graph.
+                # `detach` shares the storage and `_version`, but not the autograd graph.
                 self._kept = value.detach()
         elif value is None or isinstance(value, _PLAIN):
             self._value = (type(value), value)
@@ -52,14 +53,14 @@ class _Part:
             self._value = _reference(value)
 
     def same(self, other: _Part) -> bool:
-        """True where both are the very same living tensor, not written into in between, or equal plain values."""
+        """Return True for the same live, unmodified tensor, or equal plain values."""
         if self._reference is None or other._reference is None:
             return self._reference is other._reference and self._value == other._value
         mine = self._reference()
         return mine is not None and mine is other._reference() and self._version == other._version
 
     def equal(self, other: _Part) -> bool:
-        """True where both are the same, or tensors of one value; this looks at the values, on their device."""
+        """Return True for the same part or equal tensors. Comparing values synchronizes with their device."""
         if self.same(other):
             return True
         one, two = self._intact(), other._intact()
@@ -68,7 +69,7 @@ class _Part:
         return one.device.type != "meta" and torch.equal(one, two)
 
     def counts(self) -> bool:
-        """True for a number, alone or in all places of a tensor: the like of it that changes is a time, no branch."""
+        """Return True for a float, or a float tensor of one repeated value. If it changes, it is a time."""
         if self._reference is None:
             return self._float
         kept = self._intact()
@@ -85,7 +86,7 @@ _PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.layo
 
 
 def _reference(value: object) -> object:
-    """What stands for an object: its address alone would, once it is gone, stand for another one."""
+    """Return a stand-in for an object. Its `id` is not used, because Python reuses ids of dead objects."""
     try:
         return _Alive(weakref.ref(value))
     except TypeError:
@@ -93,7 +94,7 @@ def _reference(value: object) -> object:
 
 
 class _Alive:
-    """An object while it lives; equal only to the same one."""
+    """A weakly referenced object, equal only to the same live object."""
 
     __slots__ = ("_of",)
 
@@ -107,7 +108,7 @@ class _Alive:
 
 
 class _Held:
-    """An object that no weak reference can be made to; equal only to the same one."""
+    """An object without support for weak references, equal only to the same object."""
 
     __slots__ = ("_value",)
 
@@ -125,7 +126,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 class Conditioning:
-    """All that a call is given besides its latents and its timestep, part by part."""
+    """All arguments of a call except latents and timestep, flattened to parts."""
 
     __slots__ = ("parts",)
 
@@ -146,11 +147,11 @@ class Conditioning:
             self.parts[path] = _Part(value)
 
     def same(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
-        """True where all parts are the very same."""
+        """Return True if all parts are identical."""
         return self._matches(other, besides, _Part.same)
 
     def equal(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
-        """True where all parts are the same or equal."""
+        """Return True if all parts are identical or equal."""
         return self._matches(other, besides, _Part.equal)
 
     def _matches(self, other: Conditioning, besides: frozenset[_Path], alike: Any) -> bool:
@@ -160,24 +161,24 @@ class Conditioning:
         return all(alike(self.parts[path], other.parts[path]) for path in both)
 
     def differing(self, other: Conditioning) -> frozenset[_Path]:
-        """The parts that are not equal."""
+        """Return the paths of the parts that differ."""
         both = self.parts.keys() & other.parts.keys()
         unequal = {path for path in both if not self.parts[path].equal(other.parts[path])}
         return frozenset(unequal | (self.parts.keys() ^ other.parts.keys()))
 
     def counting(self, other: Conditioning, paths: frozenset[_Path]) -> frozenset[_Path]:
-        """Those of these parts that are numbers in both."""
+        """Return those of the given paths that are numbers in both."""
         both = paths & self.parts.keys() & other.parts.keys()
         return frozenset(path for path in both if self.parts[path].counts() and other.parts[path].counts())
 
     def reshaped(self, other: Conditioning) -> bool:
-        """True where a part has another shape, dtype or device: no history of the other's fits it, whatever it is."""
+        """Return True if the shape, dtype or device of a part differs, so that no history can fit."""
         both = self.parts.keys() & other.parts.keys()
         return any(self.parts[path].form != other.parts[path].form for path in both)
 
 
 class Latents:
-    """What a call denoises, to be compared with what the next ones do."""
+    """The latents of a call, for comparison with those of later calls."""
 
     __slots__ = ("_tensor", "_version")
 
@@ -186,19 +187,22 @@ class Latents:
         self._tensor: torch.Tensor | None = None
         self._version = 0
         if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.device.type != "meta":
-            # An inference tensor has no write counter: only a copy is known not to be written into.
+            # Inference tensors have no `_version`, so in-place writes cannot be detected. Keep a clone.
             self._tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
             self._version = _version(self._tensor)
 
     @property
     def few(self) -> bool:
-        """True where there are too few numbers to say how far two lie from one another."""
+        """True if the latents are missing, or too small for a reliable distance."""
         return self._tensor is None or self._tensor.numel() < _FEW
 
     def distance(self, other: Latents) -> float | None:
-        """How far both lie from one another, in units of this one's spread; about 1.4 for unrelated noise.
+        """Return the distance of two latents in units of the spread of this one.
 
-        None where that is not known any more, infinity where they are of different shapes.
+        Unrelated noise has a distance of about 1.4.
+
+        Returns:
+            The distance, None if it is unknown, or infinity if the shapes or devices differ.
         """
         one, two = self._intact(), other._intact()
         if one is None or two is None:
@@ -214,20 +218,20 @@ class Latents:
 
 
 FAR = 1.0
-"""Two stages of one step lie nearer to one another, two tiles or two pictures' noise farther apart."""
+"""Largest distance of two stages of one step. Different tiles, or the noise of different images, are farther apart."""
 _FEW = 32
-"""Of fewer numbers no distance is believed."""
+"""The smallest number of elements for a reliable distance."""
 _CLEARLY = 0.5
-"""How much nearer one of several tiles has to be than the next."""
+"""The nearest tile must be nearer than this multiple of the second distance."""
 _IN_TURN = 0.95
-"""The same for the tile that would come next in any case."""
+"""The same for the tile that is next in order."""
 
 
 @dataclass(slots=True)
 class Known:
-    """What is known of a branch: its last call, the numbers that change, how often it was called, and when last.
+    """What is known of a branch: its last call, the parts that change, and when it was called.
 
-    `restless` is set where the last call continued it with a conditioning that nothing tells to be its own.
+    `restless` is True if the last call was assigned to the branch although its conditioning differs.
     """
 
     name: str | None
@@ -240,15 +244,15 @@ class Known:
 
     @property
     def lasts(self) -> bool:
-        """False where every part is a number that changes, so that none tells anything."""
+        """False if every part is a number that changes, so that none identifies the branch."""
         return not self.changing or bool(self.conditioning.parts.keys() - self.changing)
 
 
 @dataclass(frozen=True, slots=True)
 class BranchMatch:
-    """The branch of a call. `doubtful` where nothing tells that its history is this call's.
+    """The branch of a call. If `doubtful`, its history is not used.
 
-    `revives` names a branch whose history before a doubtful call of this step belongs to this branch after all.
+    `revives` names a branch: its history from before a doubtful call of this step belongs to this branch.
     """
 
     branch: str
@@ -258,9 +262,14 @@ class BranchMatch:
 
 @dataclass(slots=True)
 class Calls:
-    """The calls of one root in a session: which branches have been called in the present step, and all that are known.
+    """The calls of one root model in a session: the branches of the current step, and all known branches.
 
-    `number` is the step's number, `trajectory` that of the trajectory.
+    Attributes:
+        number: The number of the current step.
+        trajectory: The number of the trajectory.
+        present: Branches that were called in the current step.
+        known: All known branches.
+        doubted: Branches as they were before a doubtful call of the current step.
     """
 
     number: int = -1
@@ -272,20 +281,20 @@ class Calls:
     signatures: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def follow(self, number: int) -> None:
-        """The present step has this number; what belongs to another is forgotten."""
+        """Set the number of the current step. A new number clears the state of the step."""
         if self.number != number:
             self.present.clear()
             self.doubted.clear()
             self.number = number
 
     def begin(self, trajectory: int) -> None:
-        """A trajectory begins: no branch is known."""
+        """Begin a trajectory without known branches."""
         self.trajectory = trajectory
         self.known.clear()
         self.signatures.clear()
 
     def matching(self, name: str | None, conditioning: Conditioning) -> list[str]:
-        """The known branches that this call may be of: those of its name, else those with its conditioning."""
+        """Return the known branches that fit this call: by name, else by conditioning."""
         if name is not None:
             return [branch for branch, known in self.known.items() if known.name == name]
         unnamed = {branch: known for branch, known in self.known.items() if known.name is None and known.lasts}
@@ -295,14 +304,17 @@ class Calls:
         ]
 
     def stage(self, matching: Sequence[str], latents: Latents) -> bool:
-        """True where this call repeats one of the present step on latents near to it, as second-order samplers do."""
+        """Return True if this call is another stage of the current step, as in second-order samplers.
+
+        A stage repeats a call on nearby latents.
+        """
         if any(branch not in self.present for branch in matching):
             return False
         distances = [latents.distance(self.known[branch].latents) for branch in matching]
         return any(distance is not None and (latents.few or distance <= FAR) for distance in distances)
 
     def place(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> BranchMatch:
-        """The branch of the next call of the present step, which is then known."""
+        """Assign the next call of the current step to a branch, and record it."""
         matching = [branch for branch in matching if branch in self.known]
         found = self._found(name, conditioning, latents, matching)
         branch = found.branch
@@ -310,7 +322,7 @@ class Calls:
         changing, restless = frozenset[_Path](), False
         if found.revives is not None:
             before = self.doubted.pop(found.revives)
-            # The doubtful call began another branch then, so that nothing has changed on either.
+            # The doubtful call was the start of another branch, so neither branch has changed.
             other = self.known[found.revives]
             other.changing, other.count, other.restless = frozenset(), 1, False
         if before is not None:
@@ -344,10 +356,10 @@ class Calls:
         return BranchMatch(self._new(name))
 
     def _may_continue(self, branch: str, conditioning: Conditioning) -> bool:
-        """True for a branch of the step before that may go on with this call, though its conditioning is another.
+        """Return True if a branch of the previous step may continue with this call despite other conditioning.
 
-        After one call any part may be changing, later on those that always were; and a batch may lose a half. What it
-        has kept is not used then: but for numbers, nothing tells a change from another branch.
+        After one call any part may be changing, later only parts that changed before. A batch may also lose a half. The
+        history is not used in these cases, because the change may indicate another branch.
         """
         known = self.known[branch]
         if known.name is not None or known.number != self.number - 1 or branch in self.present:
@@ -355,14 +367,14 @@ class Calls:
         return known.count == 1 or known.restless or not known.lasts or conditioning.reshaped(known.conditioning)
 
     def _alone(self, branch: str, conditioning: Conditioning) -> bool:
-        """True where the conditioning is numbers that change, as a time by another name, and no step had two calls."""
+        """Return True if the conditioning is only a changing number, and there is only one branch."""
         known = self.known[branch]
         return len(self.known) == 1 and not known.lasts and conditioning.equal(known.conditioning, known.changing)
 
     def _sibling(
         self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
     ) -> BranchMatch:
-        """One of several branches with the same name or conditioning."""
+        """Choose between branches with the same name or conditioning."""
         exact = [branch for branch in matching if conditioning.equal(self.known[branch].conditioning)]
         if name is None and len(exact) == 1:
             return BranchMatch(exact[0] if exact[0] not in self.present else self._new(name))
@@ -372,7 +384,7 @@ class Calls:
         if len(near) == len(matching):
             (closest, branch), (second, _) = near[:2]
             clear = closest < _CLEARLY * second
-            # Less will do where it is the turn of the nearest one, too.
+            # The branch that is next in order needs a smaller margin.
             if branch in waiting and (clear or (branch == waiting[0] and closest < min(FAR, _IN_TURN * second))):
                 return BranchMatch(branch)
             if clear:
@@ -380,7 +392,7 @@ class Calls:
         return BranchMatch(waiting[0], doubtful=True) if waiting else BranchMatch(self._new(name))
 
     def _new(self, name: str | None) -> str:
-        """A name that no branch has: the first unnamed one has none, further ones are numbered."""
+        """Return an unused branch name. The first unnamed branch is "", others are numbered."""
         if name is not None:
             taken = sum(known.name == name for known in self.known.values())
             return f"{name} {taken + 1}" if taken else name

@@ -1,11 +1,11 @@
-"""Guidance batches: running their conditional half, and the unconditional half rebuilt from kept differences.
+"""Guidance batches: runs the conditional half and rebuilds the unconditional half from stored differences.
 
-FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves in a low and a
-high band of their spectra changes slowly; on a skipped step it is added to the conditional half's spectrum.
+This is FasterCache's CFG-cache (arXiv:2410.19355, equations 9 to 11): per frame, the difference of both halves changes
+slowly in a low and a high frequency band. On a skipped step it is added to the spectrum of the conditional half.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything and return anything: what comes out of it has no type to know.
+# Inputs and outputs of models have arbitrary types, which pyright reports as unknown.
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
 
 @dataclass(slots=True)
 class Bands:
-    """The kept difference, unconditional minus conditional, in the two bands of the shifted spectra."""
+    """The stored difference, unconditional minus conditional, in two bands of the shifted spectra."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -33,13 +33,13 @@ class Bands:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """How a prediction is laid out: pictures, frames of pictures, or `BSC` tokens on a (frames, height, width) grid."""
+    """Layout of a prediction: images, frames, or `BSC` tokens on a (frames, height, width) grid."""
 
     layout: str
     grid: tuple[int, int, int] | None = None
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """One picture a row: (rows, channels, height, width)."""
+        """Return the images as `(N, C, H, W)`, one per row."""
         match self.layout:
             case "BCFHW":
                 return x.permute(0, 2, 1, 3, 4).flatten(0, 1)
@@ -54,7 +54,7 @@ class Frames:
                 return x
 
     def join(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
-        """The inverse of `split`, for a batch of `batch`."""
+        """Invert `split` for a batch of size `batch`."""
         match self.layout:
             case "BCFHW":
                 return rows.unflatten(0, (batch, -1)).permute(0, 2, 1, 3, 4)
@@ -75,10 +75,17 @@ def frames_of(
     channels: int | None,
     arguments: Mapping[str, Any],
 ) -> Frames:
-    """How this prediction is laid out, as the policy says or as its dimensions and the call's arguments tell.
+    """Determine the layout of a prediction from the policy, the shape and the arguments of the call.
+
+    Args:
+        prediction: The prediction of the root model.
+        named: The arguments of the call by name.
+        latents: The input latents, or None.
+        channels: The number of channels of the prediction, or None.
+        arguments: The arguments of the action (`format`, `grid`).
 
     Raises:
-        PolicyError: it is not clear.
+        PolicyError: The layout is ambiguous or does not fit the shape (E331).
     """
     said = arguments.get("format", "found")
     grid = tuple(arguments.get("grid", ())) or _grid(named)
@@ -94,7 +101,7 @@ def frames_of(
         case 5:
             places = [place for place in (1, 2, 4) if prediction.shape[place] == channels]
             if len(places) > 1 and latents is not None:
-                # A prediction has the latents' sizes, but for its channels.
+                # The prediction has the sizes of the latents except for the channels.
                 places = [place for place in places if _without(prediction, place) == _without(latents, place)]
             if len(places) == 1:
                 return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[places[0]])
@@ -117,7 +124,7 @@ def _without(tensor: torch.Tensor, place: int) -> tuple[int, ...]:
 
 
 def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """The latent grid of a token sequence, from the arguments that some models take it by."""
+    """Return the latent grid of a token sequence from the call's arguments, or None."""
     height, width = named.get("height"), named.get("width")
     if isinstance(height, int) and isinstance(width, int):
         frames = named.get("num_frames")
@@ -136,7 +143,11 @@ def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
 
 
 def split_bands(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shifted spectrum of each picture inside and outside a disc of radius min(height, width) // 5."""
+    """Split the shifted spectrum of images `(N, C, H, W)` by a disc of radius min(H, W) // 5.
+
+    Returns:
+        The spectrum inside the disc (low band) and outside (high band).
+    """
     spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1))
     height, width = x.shape[-2:]
     radius = min(height, width) // 5
@@ -147,14 +158,28 @@ def split_bands(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def difference(uncond: torch.Tensor, cond: torch.Tensor) -> Bands:
-    """What is kept of a step that ran both halves; pictures as `Frames.split` gives them."""
+    """Return the stored difference of a step that ran both halves.
+
+    Args:
+        uncond: Images `(N, C, H, W)` of the unconditional half.
+        cond: Images `(N, C, H, W)` of the conditional half.
+    """
     low_uncond, high_uncond = split_bands(uncond.float())
     low_cond, high_cond = split_bands(cond.float())
     return Bands(low_uncond - low_cond, high_uncond - high_cond)
 
 
 def rebuild(bands: Bands, cond: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """The unconditional pictures of a skipped step; the factors stay in the kept difference, so they compound."""
+    """Return the unconditional images of a skipped step.
+
+    The factors are applied to `bands` in place, so they compound over skipped steps.
+
+    Args:
+        bands: The stored difference.
+        cond: Images `(N, C, H, W)` of the conditional half.
+        low: Factor of the low band.
+        high: Factor of the high band.
+    """
     bands.low = bands.low * low
     bands.high = bands.high * high
     low_cond, high_cond = split_bands(cond.float())
@@ -166,20 +191,24 @@ def rebuild(bands: Bands, cond: torch.Tensor, low: float, high: float) -> torch.
 
 
 def halves(x: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The unconditional and the conditional half of a batch."""
+    """Return the unconditional and the conditional half of a batch."""
     first, second = x.chunk(2, dim=0)
     return (first, second) if layout == "uncond first" else (second, first)
 
 
 def whole(uncond: torch.Tensor, cond: torch.Tensor, layout: str) -> torch.Tensor:
-    """The inverse of `halves`."""
+    """Invert `halves`."""
     return torch.cat([uncond, cond] if layout == "uncond first" else [cond, uncond], dim=0)
 
 
 def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None) -> dict[str, Any]:
-    """The call's arguments with the conditional half of everything that holds one row (or item) per sample.
+    """Return the arguments of a call with the conditional half of all batched values.
 
-    `only` names the arguments to halve, whatever their size; without it they are found by it.
+    Args:
+        named: The arguments by name.
+        batch: The size of the full batch.
+        layout: `"uncond first"` or the other order.
+        only: Names of the arguments to halve. By default all values with `batch` rows or items.
     """
     if only is not None:
         return {name: _half(value, None, layout) if name in only else value for name, value in named.items()}
@@ -193,13 +222,13 @@ _POSITIONS = re.compile(r"(^|_)(indices|index|ids|positions?)(_|$)")
 
 
 def _speaks_of_positions(name: str, value: Any) -> bool:
-    """A row of whole numbers that are places, not samples: its length can equal the size of the batch by chance."""
+    """Return True for a 1-d integer tensor of positions, whose length may equal the batch size by chance."""
     row = isinstance(value, torch.Tensor) and value.ndim == 1 and not value.is_floating_point()
     return row and _POSITIONS.search(name) is not None
 
 
 def _half(value: Any, batch: int | None, layout: str) -> Any:
-    """The conditional half of a value that has `batch` rows (None: whatever it has); others as they are."""
+    """Return the conditional half of a value with `batch` rows (None: any even number), or the value."""
     if isinstance(value, torch.Tensor):
         rows = value.shape[0] if value.ndim > 0 else 1
         return halves(value, layout)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
@@ -208,7 +237,7 @@ def _half(value: Any, batch: int | None, layout: str) -> Any:
     if not isinstance(value, list | tuple) or not value:
         return value
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
-    # A sequence is batched item by item, all of them, or is itself the batch.
+    # Either all items of a sequence are batched, or the sequence itself is the batch.
     if all(isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[0] == batch for each in items):
         return type(value)(_half(each, batch, layout) for each in items)  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list) and (len(items) == batch or batch is None):
@@ -218,16 +247,16 @@ def _half(value: Any, batch: int | None, layout: str) -> Any:
 
 
 def predictions_of(output: Any, rows: int) -> list[torch.Tensor]:
-    """The tensors of a root's output that hold one row per sample, in order; a list of samples becomes a batch.
+    """Return the batched tensors of an output in order. A list of samples is stacked.
 
     Raises:
-        PolicyError: the samples of a list have different shapes.
+        PolicyError: The samples of a list have different shapes.
     """
     return [_stacked(value) for value in _values(output) if _is_batch(value, rows)]
 
 
 def with_predictions(output: Any, rows: int, predictions: Sequence[torch.Tensor]) -> Any:
-    """`output` with what `predictions_of` gives replaced, each by the next of `predictions`."""
+    """Return `output` with its batched tensors replaced by `predictions`, in order."""
     given = iter(predictions)
     values = [_like(value, next(given)) if _is_batch(value, rows) else value for value in _values(output)]
     if isinstance(output, dict):
@@ -265,14 +294,17 @@ def _like(value: Any, prediction: torch.Tensor) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a call's unconditional half cannot be rebuilt; `final` where the call is no guidance batch at all."""
+    """Why an unconditional half cannot be rebuilt. `final` if the call is no guidance batch at all."""
 
     reason: str
     final: bool
 
 
 class Guide:
-    """The kept difference of one trajectory, and this step's conditional prediction where the halves run apart."""
+    """Guidance state of one trajectory: the stored difference, and the conditional prediction of this step.
+
+    The conditional prediction is stored only if the halves run in separate calls.
+    """
 
     __slots__ = ("_alone", "_apart", "_called", "_clones", "_cond", "_kept", "_rows", "_step", "_versions")
 
@@ -288,7 +320,7 @@ class Guide:
         self._apart = False
 
     def release(self, *, kept: bool, cond: bool) -> None:
-        """Let go of the kept difference, or of the conditional prediction; what was shown of guidance stays known."""
+        """Release the stored difference (`kept`) or the conditional prediction (`cond`)."""
         if kept:
             self._kept = []
         if cond:
@@ -296,21 +328,21 @@ class Guide:
 
     @property
     def held(self) -> list[torch.Tensor]:
-        """The tensors that are kept."""
+        """The stored tensors."""
         outputs = predictions_of(self._cond, self._rows) if self._cond is not None else []
         return [*outputs, *(band for bands, _ in self._kept for band in (bands.low, bands.high))]
 
     def named(self, branch: str) -> bool:
-        """True where the branch's name says which half it is."""
+        """Return True if the name of the branch tells which half it is."""
         return branch in COND_BRANCHES or branch in UNCOND_BRANCHES
 
     def problem(self, tick: Tick, arguments: Arguments, *, guided: bool, calls: int) -> Problem | None:
-        """Why this call cannot be approximated; None where it can."""
+        """Return why this call cannot be approximated, or None."""
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
                 return Problem("the conditional call has not run in this step", final=True)
             if tick.branch in UNCOND_BRANCHES and self._overwritten():
-                # From now on copies are kept: somebody writes into the predictions.
+                # Other code modifies the predictions in place, so copies are stored from now on.
                 self._clones, self._cond = True, None
                 return Problem("the conditional prediction was overwritten in place", final=True)
         elif not guided:
@@ -325,7 +357,7 @@ class Guide:
         return None if self._kept else Problem("nothing is kept yet", final=False)
 
     def _several_calls(self, step: int, calls: int) -> bool:
-        """Whether a step of this trajectory has had more than one call; notes when one is over that had just one."""
+        """Return whether a step has had more than one call. Also record a completed step with a single call."""
         before, last = self._called
         self._apart |= calls > 1
         self._alone |= step != before and last == 1
@@ -335,14 +367,14 @@ class Guide:
     def halved(
         self, arguments: Arguments, args: tuple[Any, ...], settings: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The root's arguments with the conditional half of all that is batched."""
+        """Return the arguments of the root model with the conditional half of all batched values."""
         named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs") or None)
         names = list(named)
         positional = tuple(named[name] for name in names[: len(args)])
         return positional, {name: named[name] for name in names[len(args) :]}
 
     def answered(self, settings: Mapping[str, Any]) -> Any:
-        """The answer of the unconditional call, from this step's conditional one."""
+        """Return the answer of the unconditional call from the conditional call of this step."""
         output, rows = self._cond, self._rows
         return with_predictions(output, rows, self._rebuilt(predictions_of(output, rows), settings))
 
@@ -356,7 +388,7 @@ class Guide:
         *,
         halved: bool,
     ) -> Any:
-        """Keep the difference of a full call, or put the missing half beside the conditional one."""
+        """Store the difference of a full call, or complete the output of a halved call."""
         rows = _batch(arguments)
         if tick.branch in COND_BRANCHES:
             self._keep(output, tick.step, rows)
@@ -377,14 +409,14 @@ class Guide:
         self._kept = []
         for number, (prediction, (uncond, cond)) in enumerate(zip(predictions, pairs, strict=True)):
             if number > 0 and prediction.ndim == _SEQUENCE:
-                frames = Frames("BSC", (1, 1, prediction.shape[1]))  # a second stream, such as sound
+                frames = Frames("BSC", (1, 1, prediction.shape[1]))  # a second stream, such as audio
             else:
                 frames = frames_of(prediction, arguments.named, latents, channels, settings)
             self._kept.append((difference(frames.split(uncond), frames.split(cond)), frames))
         return output
 
     def _keep(self, output: Any, step: int, rows: int) -> None:
-        """Keep the conditional prediction; a copy where writing into it would not be seen, or was."""
+        """Store the conditional prediction, as a copy if in-place writes cannot be detected or have occurred."""
         tensors = predictions_of(output, rows)
         clones = self._clones or any(tensor.is_inference() for tensor in tensors)
         self._cond, self._step, self._rows = cloned(output) if clones else output, step, rows
@@ -401,7 +433,7 @@ class Guide:
         return rebuilt
 
 
-_SEQUENCE = 3  # dimensions of a batch of token sequences
+_SEQUENCE = 3  # dimensions of a batch of token sequences (B, S, C)
 
 
 def _batch(arguments: Arguments) -> int:

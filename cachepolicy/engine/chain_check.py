@@ -1,4 +1,4 @@
-"""A compute of a span that has computed before: its ends are looked at, and that all is as it was."""
+"""Fast check of a repeated span compute: verifies the known structure instead of recording it again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cachepolicy.engine.block_chain import Chain, Entry, Keeps, Link, Names, par
 
 
 def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
-    """True where the chain holds a compute by all of so many blocks on inputs like these, and nobody wrote in place."""
+    """Return True if the chain has a full compute on equal inputs, without in-place writes."""
     return (
         len(chain.links) == blocks
         and bool(chain.history)
@@ -22,11 +22,10 @@ def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
 
 
 class Tracker:
-    """Watches one compute of a span that has computed on the same branch before.
+    """Tracks a compute of a span that has computed before on the same branch.
 
-    Each block has to take what the one before it gave as it took it then, unwritten. Where one does not, nothing is
-    kept, and the next compute is watched in full. What `spans.Recorder` looks at besides, whether inner outputs are
-    used elsewhere, is not looked at again.
+    Each block must receive the outputs of the previous block as before, unmodified. Otherwise nothing is stored, and
+    the next compute uses `block_chain.Recorder`. The tracker does not check whether inner outputs are used elsewhere.
     """
 
     __slots__ = (
@@ -47,18 +46,18 @@ class Tracker:
 
     @property
     def calls(self) -> int:
-        """How many blocks have run."""
+        """The number of blocks that have run."""
         return self._next
 
     def begin(self, position: int, names: Names) -> None:
-        """A block is about to run."""
+        """Check the inputs of a block that is about to run."""
         link = self._chain.links[position]
         if position != self._next:
             self._spoilt = True
         elif link.leads:
             self._bases = [None if source is None else names.get(source) for source in link.shape.inputs]
             self._written = _versions(self._bases)
-            # Nobody could tell whether a block wrote into it.
+            # Inference tensors have no `_version`, so in-place writes cannot be detected.
             self._spoilt |= any(map(_is_uncounted, self._bases))
         else:
             for place, name in link.takes:
@@ -66,7 +65,7 @@ class Tracker:
                     self._spoilt = True
 
     def end(self, position: int, output: Any) -> None:
-        """A block has run."""
+        """Check the output of a block."""
         self._next += 1
         link = self._chain.links[position]
         outputs = [output] if isinstance(output, torch.Tensor) else parts(output)[0]
@@ -94,7 +93,7 @@ class Tracker:
         self._entries.append(Entry(tuple(residuals), tuple(outputs), keeps.step, keeps.full))
 
     def finish(self) -> None:
-        """The span has run: its entries enter the history, or it is forgotten."""
+        """Store the entries of the completed span, or reset the chain if a check failed."""
         chain = self._chain
         if self._spoilt or self._next != self._number or len(self._entries) != len(chain.history):
             chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
@@ -107,5 +106,5 @@ def _versions(values: list[Any]) -> list[int]:
 
 
 def _is_uncounted(value: Any) -> bool:
-    """True for what was made under `torch.inference_mode`: it has no write counter outside it either."""
+    """Return True for an inference tensor, which has no `_version` outside inference mode either."""
     return isinstance(value, torch.Tensor) and value.is_inference()

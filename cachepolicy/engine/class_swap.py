@@ -1,11 +1,11 @@
-"""Interception: an object's class is swapped for a generated subclass that overrides one method, and swapped back.
+"""Intercepts methods of an object by swapping its class for a generated subclass, and swaps it back.
 
-The subclass keeps the name, qualified name and module of its class, and on an instance without our attribute it does
-nothing but call through. The reasons for this mechanism are in docs/decisions/0003-class-swap.md.
+The subclass keeps the name, qualified name and module of its base class. On an instance without the handle attribute,
+the overrides only call the original method. docs/decisions/0003-class-swap.md gives the reasons for this mechanism.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything and return anything: what comes out of it has no type to know.
+# Inputs and outputs of models have arbitrary types, which pyright reports as unknown.
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 ATTRIBUTE = "_cachepolicy"
-"""The one attribute that an intercepted object carries in its `__dict__`."""
+"""The only attribute that the engine adds to the `__dict__` of an intercepted object."""
 
 Method = Callable[..., Any]
 Override = Callable[[Method], Method]
@@ -23,7 +23,7 @@ Methods = tuple[tuple[str, Override], ...]
 
 
 class Handle:
-    """What an intercepted object carries; a copy of the object, however it is made, does not carry it on."""
+    """State that an intercepted object carries. Copies and pickles of the object do not carry it."""
 
     __slots__ = ()
 
@@ -37,17 +37,22 @@ _generated: dict[tuple[type, Methods], tuple[type, dict[str, Any]]] = {}
 
 
 def swap(target: Any, methods: dict[str, Override], handle: object) -> None:
-    """Intercept `methods` of one object; each override is given the original and must call it to go through.
+    """Intercept methods of one object.
 
-    `handle` is what the overrides find under `target.__dict__[ATTRIBUTE]`. A class that was made for this one object
-    alone, as torch's parametrizations make one, stays on top, so that its maker can take it off again.
+    A class that torch's parametrizations created for this one object stays the outermost class, so that torch can
+    remove it later.
+
+    Args:
+        target: The object.
+        methods: Overrides by method name. Each is called with the original method and must call it to pass through.
+        handle: Stored in `target.__dict__[ATTRIBUTE]`, where the overrides find it.
     """
     attributes: dict[str, Any] = target.__dict__
     wanted = tuple(methods.items())
     own = _own(target)
-    # The class first: where it cannot be changed nothing is left behind.
+    # Set the class before the attribute: if the class cannot be changed, the object stays untouched.
     if any(cls.__dict__.get("_cachepolicy_methods") == wanted for cls in type(target).__mro__):
-        pass  # left below somebody else's class when a policy was taken off
+        pass  # our class stayed below a foreign one when an earlier policy was removed
     elif own is None:
         target.__class__ = _subclass(plain(type(target)), wanted)
     else:
@@ -56,9 +61,9 @@ def swap(target: Any, methods: dict[str, Override], handle: object) -> None:
 
 
 def restore(target: Any) -> None:
-    """Give the object its own class and `__dict__` back.
+    """Restore the class and the `__dict__` of the object.
 
-    Where somebody else has swapped the class after us, ours stays below theirs and calls through.
+    If foreign code has swapped the class later, our class stays below it and only calls through.
     """
     target.__dict__.pop(ATTRIBUTE, None)
     own = _own(target)
@@ -69,12 +74,12 @@ def restore(target: Any) -> None:
 
 
 def is_swapped(target: Any) -> bool:
-    """True while the object carries a handle of ours."""
+    """Return True while the object carries a handle."""
     return getattr(target, "__dict__", {}).get(ATTRIBUTE) is not None
 
 
 def intercepts(target: Any, methods: dict[str, Override], handle: object) -> bool:
-    """True while the object carries this handle, and a class of ours that overrides these methods."""
+    """Return True while the object carries this handle and a class that overrides these methods."""
     if getattr(target, "__dict__", {}).get(ATTRIBUTE) is not handle:
         return False
     wanted = tuple(methods.items())
@@ -82,14 +87,14 @@ def intercepts(target: Any, methods: dict[str, Override], handle: object) -> boo
 
 
 def _own(target: Any) -> type | None:
-    """The class that torch's parametrizations made for this one module; None where there is none."""
+    """Return the class that torch's parametrizations created for this module, or None."""
     cls = type(target)
     private = cls.__module__ == "torch.nn.utils.parametrize" and cls.__name__.startswith("Parametrized")
     return cls if private and len(cls.__bases__) == 1 else None
 
 
 def _subclass(base: type, methods: Methods) -> type:
-    """The generated class, made once; a new one where somebody has changed it meanwhile."""
+    """Return the cached generated class, or a new one if foreign code has modified it."""
     known = _generated.get((base, methods))
     if known is None or dict(known[0].__dict__) != known[1]:
         cls = _generate(base, methods)
@@ -113,12 +118,12 @@ def _generate(base: type, methods: Methods) -> type:
 
 
 def _beyond_us(base: type, name: str) -> type:
-    """The class whose method is overridden: not one of ours that somebody else's class has kept below it."""
+    """Return the class that defines the original method, skipping generated classes in the MRO."""
     return next(cls for cls in base.__mro__ if name in cls.__dict__ and "_cachepolicy_class" not in cls.__dict__)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Copies and pickles are of the plain class, without us: they run with their own weights and no policy."""
+    """Reduce copies and pickles to the original class: they have their own weights and no policy."""
     generated = next(cls for cls in type(self).__mro__ if "_cachepolicy_class" in cls.__dict__)
     own = plain(generated)
     reduced: Any = super(generated, self).__reduce_ex__(protocol)
@@ -137,7 +142,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _without_us(state: Any) -> Any:
-    """The state without our attribute; where there are slots it is a pair."""
+    """Return the state without the handle attribute. Objects with slots have a pair as state."""
     if isinstance(state, tuple):
         return tuple(map(_without_us, state))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if isinstance(state, dict) and ATTRIBUTE in state:
@@ -146,5 +151,5 @@ def _without_us(state: Any) -> Any:
 
 
 def plain(cls: type) -> type:
-    """The class that a generated one was made from; any other is itself."""
+    """Return the original of a generated class. Any other class is returned as it is."""
     return cls.__dict__.get("_cachepolicy_class", cls)

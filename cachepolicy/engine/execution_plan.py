@@ -1,4 +1,4 @@
-"""A plan laid out for the engine: what of it a root's calls read, worked out once."""
+"""The plan in the form that the engine reads, computed once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from cachepolicy.planning.schedule import Decision, Memory, Program, Tick, decid
 
 @dataclass(frozen=True, slots=True)
 class ExecutionPlan:
-    """A plan with all that follows from it.
+    """A plan and everything derived from it.
 
-    By site number: `keepings` are what its history has to hold, `names` its modules, `inside` the probes that stand
-    inside its first block, so that it has to begin before it can be decided. `approximation` is the action that
-    rebuilds the unconditional half, where there is one; `itself` is the number of the root's own site.
+    Attributes:
+        keepings: What the history of each site has to hold, by site number.
+        names: The modules of each site.
+        inside: The probes inside the first block of each site. The block has to begin before the site is decided.
+        approximation: The action that rebuilds the unconditional half, or None.
+        itself: The site number of the root model itself, or None.
     """
 
     plan: Plan
@@ -35,18 +38,23 @@ class ExecutionPlan:
     codes: dict[tuple[bool, tuple[str, ...]], list[str]] = field(
         default_factory=dict[tuple[bool, tuple[str, ...]], list[str]], repr=False, compare=False
     )
-    """What frames hold, by the decisions that they were made from."""
+    """Cached codes of frames, by decisions."""
     livenesses: dict[tuple[Ahead, bool], Liveness] = field(
         default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
     )
-    """What may be read later, by what is known of the clock."""
+    """Cached liveness, by the forecast of the clock."""
     recall: Recall = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recall", Recall(self.program))
 
     def liveness(self, ahead: Ahead, *, loose: bool) -> Liveness:
-        """What may be read later on this clock; `loose` where a site always computes that its rules may reuse."""
+        """Return what later steps may read.
+
+        Args:
+            ahead: The forecast of the clock.
+            loose: Whether sites may compute although their rules allow a reuse.
+        """
         found = self.livenesses.get((ahead, loose))
         if found is None:
             if len(self.livenesses) >= _MOST_CLOCKS:
@@ -55,13 +63,13 @@ class ExecutionPlan:
         return found
 
 
-_MOST_CLOCKS = 32  # distinct clocks whose answers are kept
+_MOST_CLOCKS = 32  # number of cached clock forecasts
 
 
 class Recall:
-    """What was decided where nothing but the clock and the past decide: the same at the same step of every run.
+    """Cache of decisions that depend only on the clock and the memories. They repeat in each trajectory.
 
-    A past is known by its object: what `decided` gives as the memories after a call is given back to it at the next.
+    Memories are identified by object: the list that `decided` returns is passed to it at the next call.
     """
 
     _MOST = 4096
@@ -72,20 +80,20 @@ class Recall:
         self.start = program.coarse.start()
 
     def decided(self, memories: list[Memory], tick: Tick) -> tuple[list[Decision], list[Memory]]:
-        """The decisions by group of the coarse partition, and the memories after them; neither may be changed."""
+        """Return the decisions of the coarse partition and the memories after them. Do not modify either."""
         key = (id(memories), tick)
         known = self._known.get(key)
         if known is None:
             if len(self._known) >= self._MOST:
                 self._known.clear()
             decisions, after = decide_all(self._program, self._program.coarse, memories, tick)
-            # The first entry keeps the past alive, so that its number stays its own.
+            # The stored reference keeps `memories` alive, so that its id stays unique.
             known = self._known[key] = (memories, decisions, after)
         return known[1], known[2]
 
 
 def lay_out(plan: Plan) -> ExecutionPlan:
-    """Work out what the engine reads of a plan."""
+    """Compute the execution plan of a plan."""
     actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
     approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
     inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
@@ -111,7 +119,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
 
 
 def _never(when: ir.Expression | None) -> bool:
-    """True where a `when` is false whatever the clock: its constants alone make it so."""
+    """Return True if a `when` is false at any time because of its constants."""
     match when:
         case ir.Boolean():
             return not when.value

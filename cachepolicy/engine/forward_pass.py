@@ -1,4 +1,7 @@
-"""One call of a root: what its sites do, decided before it where the clock tells, and on the way where signals do."""
+"""State of one forward pass of the root model.
+
+Sites that depend only on the clock are decided before the forward pass, signal-dependent sites during it.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ from cachepolicy.planning.schedule import (
 
 @dataclass(slots=True)
 class Branch:
-    """The state of one branch: what decisions remember by group, what the sites keep, what signals were."""
+    """State of one guidance branch: memories of the decisions, slots of the sites, and past signals."""
 
     partition: Partition
     memories: list[Memory]
@@ -92,7 +95,7 @@ class Branch:
     """The share of what signals remember, where there is a limit."""
 
     def forget(self) -> None:
-        """Let go of all that is kept; what decisions remember stays."""
+        """Release the history. The memories of the decisions stay."""
         self.slots = [Slot(each.storing) for each in self.slots]
         self.remembered = Remembered()
         self.reads.clear()
@@ -100,13 +103,13 @@ class Branch:
 
 
 class Forms(Protocol):
-    """How the blocks of each span go on, as far as calls outside graphs have shown it."""
+    """How the blocks of each span are connected, as learned from calls outside graphs."""
 
     forms: dict[int, Form]
 
 
 class Host(Protocol):
-    """What a turn asks of the root that it is a call of."""
+    """What a forward pass needs of its root model."""
 
     layout: ExecutionPlan
     continuations: Continuations
@@ -116,13 +119,13 @@ class Host(Protocol):
 
     @property
     def graphs(self) -> Forms:
-        """What is known of the model's graphs."""
+        """The known structure of the model's graphs."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """An output that a probe looks at."""
+    """A module output that a probe reads."""
 
     probe: ir.Probe
     module: Any
@@ -132,12 +135,23 @@ class Seen:
     before: int | None
 
     def fresh(self, before: torch.Tensor) -> bool:
-        """True where neither the output nor the input was written into since the module began."""
+        """Return True if neither output nor input was modified in place since the module began."""
         return versions(self.output) == self.written and (self.before is None or before._version == self.before)
 
 
 class ForwardPass:
-    """One call of a root, from its decision to its end."""
+    """One forward pass of a root model, from its decisions to its end.
+
+    Args:
+        host: The root model under the settings of the session.
+        branch: The state of the guidance branch.
+        tick: The time of the call.
+        leaders: Decisions of other branches at this step, by branch name, for rules that follow them.
+        measuring: The signals of this call, or None if no rule can read one.
+        facts: Reasons why sites have to compute, by site number.
+        liveness: What later steps may read.
+        company: The processes that hold shards of the parameters, or None.
+    """
 
     def __init__(
         self,
@@ -158,7 +172,7 @@ class ForwardPass:
         self.company = company
         self.liveness = liveness
         self.inference = torch.is_inference_mode_enabled()
-        # Inference tensors have no write counter, so there copies are kept.
+        # Inference tensors have no `_version` counter, so in-place writes cannot be detected. Clones are stored.
         self.store = STORE_CLONE if self.inference else STORE
         self.facts = facts
         self.signals_of: dict[int, Mapping[str, float]] = {}
@@ -200,17 +214,17 @@ class ForwardPass:
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """The slots by site number."""
+        """The slots, by site number."""
         return self.branch.slots
 
     @property
     def keepings(self) -> Sequence[Keeping]:
-        """What each site keeps."""
+        """What each site stores, by site number."""
         return self.host.layout.keepings
 
     @property
     def forms(self) -> Mapping[int, Form]:
-        """How the blocks of each span go on, as far as known."""
+        """How the blocks of each span are connected, as far as known."""
         return self.host.graphs.forms
 
     @property
@@ -219,7 +233,7 @@ class ForwardPass:
         return self.tick.step
 
     def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A probed or waiting module is about to run in a graph."""
+        """Handle a probed or waiting module that is about to run in a graph."""
         given, named = entered(module, args, kwargs)
         names = bind_names(site.parameters, given, named)
         self.enter(site, names, given, named)
@@ -227,12 +241,12 @@ class ForwardPass:
         self.release()
 
     def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A probed module has run in a graph."""
+        """Handle a probed module that has run in a graph."""
         names = bind_names(site.parameters, *entered(module, args, kwargs))
         self.leave(site, module, names, output, self._before.pop(site.name, None))
 
     def release(self) -> None:
-        """Decide what graphs wait for, where all signals are there."""
+        """Decide the sites that graphs wait for, once all signals are measured."""
         if (
             not self.parts
             or self.measuring is None
@@ -249,17 +263,17 @@ class ForwardPass:
             fill(self, site, part, refused=reason is not None)
 
     def decided(self, site: int) -> Decision:
-        """The site's decision as it stands, `WAITING` where it waits."""
+        """Return the current decision of the site, `WAITING` if its signals are missing."""
         return self.decisions[self.branch.partition.group_of[site]]
 
     # --- what is kept ------------------------------------------------------------------------------------
 
     def wanted(self, site: int) -> Reads:
-        """What later steps may read of a result that the site computes now."""
+        """Return what later steps may read of a result that the site computes now."""
         return self.liveness.wanted(self.host.layout.program.alike.group_of[site], self.tick, self.tick.step)
 
     def let_go(self) -> bool:
-        """Let go of what no later step reads; True where what is held may have changed."""
+        """Release what no later step reads. Return True if the held bytes may have changed."""
         alike, reads_of, slots = self.host.layout.program.alike.group_of, self.branch.reads, self.branch.slots
         changed = False
         for group, decision, memory in zip(self.branch.partition.groups, self.decisions, self.after, strict=True):
@@ -270,7 +284,7 @@ class ForwardPass:
             if same and not pushes:
                 continue
             changed |= bool(reads) or not same
-            # Graphs keep whatever they compute, so that one serves all steps, read later or not.
+            # A graph stores every result, read later or not, so that one graph serves all steps. Trim those here.
             short = reads.depth < self.liveness.full[alike[first]].depth
             if not same or self.facts or self.parts or (reads and short):
                 reads_of[first] = reads
@@ -285,9 +299,11 @@ class ForwardPass:
     # --- decisions on the way ----------------------------------------------------------------------------
 
     def decision(self, site: int, problem: str | None = None) -> Decision:
-        """The site's decision, made now where it has waited for its signals.
+        """Return the decision of the site, and make it now if it waits for signals.
 
-        Where other processes decide with this one, they are told of the `problem` that keeps it from reusing.
+        Args:
+            site: The site number.
+            problem: Why the site cannot reuse. Processes that decide together exchange it.
         """
         group = self.branch.partition.group_of[site]
         if self.decisions[group] is WAITING:
@@ -306,19 +322,25 @@ class ForwardPass:
         self.decisions[group] = decide(rules, self._inputs(site, memory))
 
     def _shared(self, site: int) -> bool:
-        """Whether other processes take part in a decision that has not been made."""
+        """Return whether a pending decision involves other processes."""
         waits = self.decisions[self.branch.partition.group_of[site]] is WAITING
         measures = self.measuring is not None and self.measuring.agreement is not None
         return waits and (measures or self.company is not None)
 
     def _measured_together(self, site: int, refusal: str | None) -> str | None:
-        """Measure with the processes that hold the other pieces of the samples; none of them reuses if one cannot."""
+        """Measure together with the processes that hold the other parts of the samples.
+
+        If one process cannot reuse, none does.
+        """
         assert self.measuring is not None
         refused = self.measuring.agree(*self._matter(site), [site], refuses=refusal is not None)
         return (refusal or "another process could not reuse") if refused else None
 
     def _consent(self, site: int, refusal: str | None) -> None:
-        """A site that was decided computes after all where somebody refuses, or runs it while it is in pieces."""
+        """Let a decided site compute if a process refuses, or if a process that shares its parameters computes.
+
+        Sharded parameters are gathered by a collective, so either all processes run the site or none does.
+        """
         decision = self.decisions[self.branch.partition.group_of[site]]
         if self.company is not None:
             what, past = self._matter(site)
@@ -330,13 +352,13 @@ class ForwardPass:
             self._decide(site)
 
     def _matter(self, site: int) -> tuple[str, str]:
-        """What is decided, and what is decided from besides signals, in words that are the same on all processes."""
+        """Return what is decided, and the non-signal inputs of the decision, as text equal on all processes."""
         memory = self.branch.memories[self.branch.partition.group_of[site]]
         name = self.host.layout.program.plan.sites[site].name
         return f"`{name}`", f"{self.tick.branch} {memory.last} {memory.computes}"
 
     def problem(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why a site could not reuse, where other processes have to know before it is decided."""
+        """Return why a site cannot reuse, where other processes need this before the decision."""
         if not self._shared(site.index) or isinstance(self._action(site.index), ir.ApproximateUncond):
             return None
         if self.host.layout.keepings[site.index].streams:
@@ -344,7 +366,7 @@ class ForwardPass:
         return unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
 
     def _action(self, site: int) -> ir.Action | None:
-        """What the site does if it is to reuse; the clock alone says so."""
+        """Return the action of the site if it reuses. It depends only on the clock."""
         group = self.branch.partition.group_of[site]
         rules, memory = self.branch.partition.groups[group].rules, self.branch.memories[group]
         owner = owner_of(rules, self._inputs(site, memory))
@@ -356,21 +378,23 @@ class ForwardPass:
         return Inputs(self.tick, memory, signals, self.host.layout.program.tables, leaders, self.facts.get(site))
 
     def repeats(self, site: int) -> None:
-        """A site that one forward calls more than once has one slot for several answers: it always computes."""
+        """Mark a site that one forward pass calls more than once. It has one slot, so it always computes."""
         self.host.repeated.add(site)
 
     def refuse(self, site: int, reason: str) -> None:
-        """The site has to compute after all, and so does what stands inside it."""
+        """Force a site and the sites inside it to compute."""
         self.facts[site] = reason
         for each in self.host.layout.program.plan.sites:
             if site in each.parents:
                 self.facts.setdefault(each.index, "the site around it had to compute")
 
     def close(self, unfit: Sequence[tuple[int, str]]) -> None:
-        """Decide once more with all that the call has shown, so that memory and trace say what happened.
+        """Decide again with all facts of the call, so that memories and trace record what happened.
 
-        `unfit` are the sites whose history did not fit after all, as the frame has collected them: a turn that held
-        its frame, which holds the turn, would keep a call's tensors until the garbage collector comes by.
+        Args:
+            unfit: The sites whose history did not fit, with the reasons, as the frame has collected them. They are
+                passed here because the frame refers to this object: a reference back would be a cycle, and the tensors
+                of the call would live until the garbage collector runs.
         """
         for site, reason in unfit:
             self.refuse(site, reason)
@@ -386,7 +410,7 @@ class ForwardPass:
         if self.facts:
             self.decide_again()
             if waiting := self._undecided():
-                # What hid them had to compute after all.
+                # The sites around them had to compute after all, so these sites need decisions too.
                 assert self.measuring is not None
                 self.signals_of |= {site: self.measuring.numbers(site) for site in waiting}
                 self.decide_again()
@@ -400,24 +424,24 @@ class ForwardPass:
             self.measuring.finish(list(range(len(decisions))), computed)
 
     def _around(self, site: int) -> Sequence[int]:
-        """The groups of the sites around a site."""
+        """Return the groups of the sites that contain a site."""
         return self.branch.partition.groups[self.branch.partition.group_of[site]].parents
 
     def _undecided(self) -> list[int]:
-        """The sites that wait for their signals."""
+        """Return the sites that wait for their signals."""
         if not self.host.layout.program.measured:
             return []
         return [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
 
     def decide_again(self) -> None:
-        """Decide with the facts that have come up before anything ran."""
+        """Decide again with the facts known so far, on the fine partition."""
         if self.branch.partition is not self.host.layout.program.fine:
             self.branch.memories = self.host.layout.program.split(self.branch.memories)
             self.branch.partition = self.host.layout.program.fine
         self.decisions, self.after = self._decided()
 
     def open(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """The root as a site: whether it is answered, and with what."""
+        """Begin the root model as a site. Return whether it is answered, and the answer."""
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
                 return True, self._linked(span, position, names)
@@ -432,7 +456,7 @@ class ForwardPass:
     def shut(
         self, site: Site, module: Any, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """The root as a site has computed."""
+        """Store the results of the root model as a site."""
         for span, position in site.members:
             if span in self._recorders:
                 self._record(span, position, module, names, self._opened, output)
@@ -450,7 +474,7 @@ class ForwardPass:
             )
 
     def _resolve(self) -> None:
-        """Put the decisions that have come in on the way, and what they hide, among those made before."""
+        """Merge the decisions made during the forward pass, and what they hide, into the earlier ones."""
         groups = self.branch.partition.groups
         for index, group in enumerate(groups):
             site, memory = group.sites[0], self.branch.memories[index]
@@ -463,7 +487,7 @@ class ForwardPass:
     # --- one intercepted call ----------------------------------------------------------------------------
 
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a module that is probed, stands in a span, or waits for signals."""
+        """Run a module that is probed, belongs to a span, or waits for signals."""
         given, named = entered(module, args, kwargs)
         names = named if not given else bind_names(site.parameters, given, named)
         if site.alone:
@@ -523,7 +547,11 @@ class ForwardPass:
         waiting: Sequence[int],
         names: Names,
     ) -> tuple[Any, int | None]:
-        """Run the module; where a span that waits in it is decided to reuse, its answer instead, and its number."""
+        """Run the module, or answer a waiting span that is decided meanwhile.
+
+        Returns:
+            The output, and the number of the answered span or None.
+        """
         self._waiting += waiting
         try:
             return original(module, *args, **kwargs), None
@@ -538,7 +566,7 @@ class ForwardPass:
                 self._waiting.remove(span)
 
     def _learn(self, names: Names) -> None:
-        """What the module before gave, and this one is called with, shows which of its inputs that continues."""
+        """Learn which input of a module continues which output of the module before it, by tensor identity."""
         if self._last is None:
             return
         module, before, outputs = self._last
@@ -549,7 +577,7 @@ class ForwardPass:
                     self.host.continuations.learn(module, place, name)
 
     def enter(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the probes see what goes in."""
+        """Let the probes read the inputs."""
         if self.measuring is None:
             return
         for probe in site.starts:
@@ -562,7 +590,7 @@ class ForwardPass:
             self._look()
 
     def leave(self, site: Site, module: Any, names: Names, output: Any, before: int | None) -> None:
-        """Let the probes see what comes out."""
+        """Let the probes read the outputs."""
         if self.measuring is None or not site.outputs:
             return
         for probe in site.outputs:
@@ -572,7 +600,7 @@ class ForwardPass:
         self._look()
 
     def _see(self, seen: Seen, *, last: bool) -> None:
-        """Hand the hidden states of an output to a probe, at the end of the call where it is not clear yet which."""
+        """Pass the hidden states of an output to a probe. Ambiguous outputs are resolved at the end of the call."""
         assert self.measuring is not None
         outputs, _ = parts(seen.output)
         target = _target(seen.names)
@@ -593,7 +621,7 @@ class ForwardPass:
             self.measuring.see(seen.probe, stream - before)
 
     def _look(self) -> None:
-        """A probe has come in: a span whose first block is running may be decided now, and left."""
+        """Decide the spans that wait for a probe, and leave a running first block if its span reuses."""
         for span in self._waiting:
             if self._modes[span] == PENDING and self.measuring is not None and self._ready(span):
                 self._settle(span, None, ran=False)
@@ -607,7 +635,7 @@ class ForwardPass:
     # --- spans -------------------------------------------------------------------------------------------
 
     def _mode(self, span: int, position: int, names: Names) -> str:
-        """Whether the span answers, computes, or cannot be decided before its first block has begun."""
+        """Return whether the span answers, computes, or stays pending until its first block runs."""
         mode = self._modes.get(span)
         if mode is not None and mode != PENDING:
             return mode
@@ -622,7 +650,7 @@ class ForwardPass:
         return self._modes[span]
 
     def _settle(self, span: int, names: Names | None, *, ran: bool) -> None:
-        """Decide a span; one that has begun to run, or whose history does not fit, computes."""
+        """Decide a span. A span that has begun to run, or whose history does not fit, computes."""
         problem = self.facts.get(span)
         late = "its first block had run before it was decided" if ran else None
         if self._shared(span):
@@ -643,7 +671,7 @@ class ForwardPass:
             self._links[span] = self._chain(span).links
 
     def _watches(self, span: int) -> bool:
-        """Whether a span that computes is to be recorded: for what it keeps, or to know its blocks at all."""
+        """Return whether a computing span is recorded: for its history, or to learn its blocks."""
         return not self._chain(span).links or bool(self.wanted(span))
 
     def _chain(self, span: int) -> Chain:
@@ -694,7 +722,7 @@ class ForwardPass:
         kwargs: dict[str, Any],
         names: Names,
     ) -> Any:
-        """A block of a span that computes as it has computed before."""
+        """Run a block of a computing span whose structure is known."""
         span, position = site.members[0]
         tracker.begin(position, names)
         output = original(module, *args, **kwargs)
@@ -705,7 +733,7 @@ class ForwardPass:
         return output
 
     def _linked(self, span: int, position: int, names: Names) -> Any:
-        """The answer of one block of a span that reuses."""
+        """Return the answer of one block of a span that reuses."""
         chain, action = self._chain(span), self.decision(span).action
         link = chain.links[position]
         inputs = passed(link.shape, names)
@@ -714,10 +742,10 @@ class ForwardPass:
         return rebuilt(link.shape, inputs)
 
     def _led(self, span: int, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
-        """What the first block of a segment gives for all of it."""
+        """Return the answer of the first block of a segment, which carries the result of the whole segment."""
         chain, residual = self._chain(span), _of_residual(action)
         history = [entry for entry in chain.history[link.segment] if self.halved or entry.full]
-        # Older results may be kept in the other form alone.
+        # An older entry may hold only outputs, or only residuals.
         read = [entry for entry in chain.history[link.segment][: reach(action)] if self.halved or entry.full]
         steps = [entry.step for entry in read]
         values, answers = list[torch.Tensor | None](), list[Any]()
@@ -739,7 +767,7 @@ class ForwardPass:
             ]
             what = self.host.layout.keepings[span]
             residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
-            # A copy: whoever receives the answer may write into it.
+            # Clone, because the caller may modify the answer in place.
             outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
             newest = Entry(residuals, outputs, self.tick.step, not self.halved)
             chain.push(link.segment, newest, history, self.host.layout.keepings[span].depth)
@@ -750,7 +778,7 @@ class ForwardPass:
         return tensor.chunk(2, dim=0)[self.half] if tensor is not None and self.halved and entry.full else tensor
 
     def _chain_problem(self, span: int, names: Names, action: ir.Action | None) -> str | None:
-        """Why a span cannot answer; a `skip` needs to know its blocks' outputs and no more."""
+        """Return why a span cannot answer, or None. A `skip` needs only the structure of its blocks."""
         chain = self._chain(span)
         skips = isinstance(action, ir.Skip)
         if not chain.links:
@@ -762,7 +790,7 @@ class ForwardPass:
         if skips:
             return None
         if chain.signature is None:
-            return None  # kept by a graph: the root has seen that it is called with the same
+            return None  # a graph stored it, and the root model has checked the arguments
         given, newest = signature(names), chain.history[0][0]
         if len(chain.signature) != len(given):
             return "the history does not fit this call"
@@ -773,12 +801,12 @@ class ForwardPass:
     # --- single modules ----------------------------------------------------------------------------------
 
     def _code(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """What a site of its own does: `ANSWER`, or how it computes."""
+        """Return the code of a single-module site: `ANSWER`, or how it computes."""
         if site.index < 0:
             return COMPUTE
         what = self.host.layout.keepings[site.index]
         if what.streams:
-            return COMPUTE  # its history is the chain that `members` names
+            return COMPUTE  # the history of a stream site is its chain in `members`
         store = self.store if self.wanted(site.index).outputs else COMPUTE
         if self.decision(site.index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
             return store
@@ -789,7 +817,7 @@ class ForwardPass:
         return store
 
     def answered(self, site: int) -> Any:
-        """The answer of a site from its outputs."""
+        """Return the answer of a site from its stored outputs."""
         slot, action = self.branch.slots[site], self.decision(site).action
         if not isinstance(action, ir.Predict):
             return reused(slot, halved=self.halved, half=self.half, inference=self.inference)
@@ -804,10 +832,15 @@ class ForwardPass:
     def arguments(
         self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()
     ) -> dict[str, Any]:
-        """The action's arguments at this step; an external that they read is asked for now.
+        """Evaluate the arguments of the action at this step, with externals that are called now.
+
+        Args:
+            action: The action.
+            site: The number of the site that is answered.
+            without: Labels of arguments that are left out.
 
         Raises:
-            PolicyError: an argument has no value at this step (E322).
+            PolicyError: An argument has no value at this step (E322).
         """
         wanted = [argument for argument in action.arguments if argument.label not in without]
         names = dict[str, Any]()
@@ -825,7 +858,7 @@ class ForwardPass:
             ) from error
 
     def _asked(self, external: str, site: int) -> Any:
-        """The caller's number; a callback in diffusers' manner is given the module that is answered."""
+        """Call an external. A callback in diffusers' style receives the module of the site."""
         supply = self.host.externals[external]
         if not getattr(supply, "takes_module", False):
             return supply()
@@ -833,14 +866,14 @@ class ForwardPass:
 
 
 def _target(names: Names) -> str | None:
-    """The input that carries the hidden states."""
+    """Return the name of the input that carries the hidden states."""
     if isinstance(names.get("hidden_states"), torch.Tensor):
         return "hidden_states"
     return next((name for name, value in names.items() if isinstance(value, torch.Tensor)), None)
 
 
 def _counter(names: Names) -> int | None:
-    """The write counter of the hidden states that go in."""
+    """Return the `_version` of the input hidden states, or None if they have none."""
     states = names.get(_target(names) or "")
     return states._version if isinstance(states, torch.Tensor) and not states.is_inference() else None
 
@@ -850,7 +883,7 @@ def _of_residual(action: ir.Action | None) -> bool:
 
 
 def _alike(kept: tuple[Any, ...], now: tuple[Any, ...], *, halved: bool) -> bool:
-    """True where an input's name, shape, dtype and device are those of the kept one, or of its conditional half."""
+    """Return True if an input matches the stored name, shape, dtype and device, or its conditional half."""
     if kept == now:
         return True
     (name, shape, *rest), (other, given, *others) = kept, now

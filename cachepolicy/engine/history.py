@@ -1,4 +1,4 @@
-"""Histories as memory: let go of what nothing later reads, and count the bytes that are held."""
+"""Memory of histories: releases what nothing reads later, and counts the stored bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from cachepolicy.planning.possible_decisions import Reads
 
 
 def trim(slot: Slot, reads: Reads) -> None:
-    """Let go of all but what may be read."""
+    """Release everything that later steps do not read.
+
+    Args:
+        slot: The history of one site.
+        reads: What later steps may read.
+    """
     if not reads:
         slot.clear()
         slot.storing.emptied()
@@ -28,7 +33,7 @@ def trim(slot: Slot, reads: Reads) -> None:
 
 
 def _trim_chain(chain: Chain, reads: Reads) -> None:
-    """The form of the blocks' outputs stays: it holds no tensors, and a `skip` needs no more."""
+    """Trim the entries of a chain. Its links stay: they hold no tensors, and `skip` needs only them."""
     for entries in chain.history:
         del entries[reads.depth :]
         for age, entry in enumerate(entries):
@@ -46,12 +51,12 @@ def _strip(entry: Entry, *, residuals: bool, outputs: bool) -> None:
 
 
 def held(slots: Iterable[Slot], remembered: Remembered) -> int:
-    """The bytes of all storage that histories and remembered signals keep alive."""
+    """Return the bytes of all storages that histories and remembered signals keep alive."""
     return storage_bytes(_tensors(slots, remembered))
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """The bytes of the storage behind these tensors, each counted once."""
+    """Return the bytes of the storages behind these tensors. Shared storages count once."""
     found = dict[int, int]()
     for tensor in tensors:
         storage = tensor.untyped_storage()

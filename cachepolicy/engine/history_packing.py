@@ -1,4 +1,4 @@
-"""How histories are stored: in another dtype, on another device, and never as a small view of something large."""
+"""Storage formats of histories: another dtype, another device, and copies of small views."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cachepolicy.errors import PolicyError, suggestion
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor as it is stored, the dtype and device that it came in, and what it was divided by to fit."""
+    """A stored tensor, with its original dtype and device, and its scale."""
 
     tensor: torch.Tensor
     dtype: torch.dtype
@@ -22,11 +22,11 @@ class Packed:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that is stored."""
+        """All stored tensors."""
         return (self.tensor,) if self.scale is None else (self.tensor, self.scale)
 
     def opened(self) -> torch.Tensor:
-        """The tensor as it was, but for what the stored dtype cannot tell apart; nobody else has it."""
+        """Return the tensor in its original dtype and device, as a new tensor, rounded by the stored dtype."""
         moved = self.tensor.to(self.device)
         restored = moved.to(self.dtype)
         if self.scale is not None:
@@ -36,13 +36,13 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The dtype in which numbers with a fraction are stored, and the device; None leaves them as they are."""
+    """The dtype in which floating-point tensors are stored, and the device. None leaves them unchanged."""
 
     dtype: torch.dtype | None = None
     device: torch.device | None = None
 
     def pack(self, tensor: torch.Tensor) -> Packed:
-        """The tensor as it is stored; always a copy. Whole numbers keep their dtype."""
+        """Return the stored form of a tensor, always a copy. Integer tensors keep their dtype."""
         given, scale = tensor.detach(), None
         stored = given
         if self.dtype is not None and given.is_floating_point() and given.dtype is not self.dtype:
@@ -55,33 +55,33 @@ class Packing:
         return Packed(stored, given.dtype, given.device, scale)
 
     def size(self, tensor: torch.Tensor) -> int:
-        """The bytes that a tensor takes once it is packed, at most."""
+        """Return an upper bound of the bytes of a packed tensor."""
         changes = self.dtype is not None and tensor.is_floating_point() and tensor.dtype is not self.dtype
         width = self.dtype.itemsize if changes and self.dtype is not None else tensor.element_size()
         return tensor.numel() * width + (_SCALE if changes else 0)
 
 
-_SCALE = 4  # bytes of what a tensor was divided by
+_SCALE = 4  # bytes of the float32 scale
 
 
 def _scale(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """What a tensor is divided by before it is stored in a dtype of smaller range; None where the range is enough.
+    """Return the divisor of a tensor for a dtype of smaller range, or None if the range is sufficient.
 
-    Formats of 8 bits are filled to the end of their range, as their small numbers are coarse; 16 bits are left as they
-    are unless a number would not fit.
+    8-bit formats always use their full range, because their small numbers are coarse. 16-bit formats are scaled only if
+    a value would overflow.
     """
     most = torch.finfo(dtype).max
     if 2 * most >= torch.finfo(tensor.dtype).max or tensor.numel() == 0:
         return None
     largest = tensor.abs().amax().float()
-    # Where something is not a number or infinite, it stays so.
+    # Tensors with NaN or infinity are not scaled by them, so these values stay as they are.
     largest = torch.where(largest.isfinite() & (largest > 0), largest, torch.full_like(largest, most))
     ratio = (largest / most).clamp_min(torch.finfo(torch.float32).tiny)
     return ratio if dtype.itemsize == 1 else ratio.clamp_min(1.0)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy elsewhere; from a GPU to pinned memory nobody has to wait for it."""
+    """Return a copy on another device. Copies from CUDA to pinned CPU memory are asynchronous."""
     if device.type != "cpu" or tensor.device.type != "cuda":
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -92,10 +92,10 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def packing_of(dtype: Any, device: Any) -> Packing | None:
-    """How to store what `history_dtype` and `history_device` say; None where they say nothing.
+    """Return the packing of `history_dtype` and `history_device`, or None if both are None.
 
     Raises:
-        PolicyError: there is no such dtype or device, or the dtype holds no fractions (E309).
+        PolicyError: The dtype or device does not exist, or the dtype is not a floating-point dtype (E309).
     """
     if dtype is None and device is None:
         return None
@@ -124,16 +124,16 @@ _NAMES = tuple(
 
 # --- outputs ---------------------------------------------------------------------------------------------
 
-_MUCH = 2  # times its own bytes: a view of so large a storage is copied
+_MUCH = 2  # a view is copied if its storage is larger than this multiple of its bytes
 
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where it is a view that would keep a much larger storage alive."""
+    """Return the tensor, or a copy if it is a view that keeps a much larger storage alive."""
     return tensor if whole([tensor]) else tensor.clone()
 
 
 def whole(tensors: Sequence[torch.Tensor]) -> bool:
-    """True where the tensors are, together, most of what their storages hold."""
+    """Return True if the tensors together are most of what their storages hold."""
     if len(tensors) == 1:
         return tensors[0].untyped_storage().nbytes() <= _MUCH * tensors[0].nbytes
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
@@ -141,7 +141,7 @@ def whole(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def opened(value: Any) -> Any:
-    """An output with its packed tensors opened; one that stands twice in it stays one."""
+    """Unpack the tensors in an output. A tensor that occurs twice is unpacked once."""
     done: dict[int, torch.Tensor] = {}
 
     def once(packed: Packed) -> torch.Tensor:
@@ -153,7 +153,7 @@ def opened(value: Any) -> Any:
 
 
 def packed(packing: Packing, value: Any) -> Any:
-    """An output with its tensors packed; one that stands twice in it stays one."""
+    """Pack the tensors in an output. A tensor that occurs twice is packed once."""
     done: dict[int, Packed] = {}
 
     def once(tensor: torch.Tensor) -> Packed:
@@ -165,7 +165,7 @@ def packed(packing: Packing, value: Any) -> Any:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type, ...]) -> Any:
-    """`value` with `function` applied to each `leaf` in its tuples, lists, dicts and output objects."""
+    """Apply `function` to each `leaf` in tuples, lists, dicts and output objects."""
     if isinstance(value, leaf):
         return function(value)
     if isinstance(value, dict):

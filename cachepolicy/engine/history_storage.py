@@ -1,4 +1,4 @@
-"""Whether and how one site may store a result: its packing, and its share of the run's memory."""
+"""How one site stores its results: packing, and its lease under the memory limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.planning.schedule import OVER_LIMIT
 
 Saving = Callable[[Sequence[int]], float]
-"""The work that a site's answers save over a trajectory, by the shape of its output."""
+"""Maps the shape of a site's output to the work that its answers save over a trajectory."""
 
 
 def _nothing(_shape: Sequence[int]) -> float:
@@ -22,7 +22,15 @@ def _nothing(_shape: Sequence[int]) -> float:
 
 @dataclass(slots=True)
 class Storing:
-    """How a site's results are stored, and its share where the run has a limit: room for `depth` of them."""
+    """How the results of a site are stored.
+
+    Attributes:
+        packing: The stored dtype and device, or None for unchanged tensors.
+        account: The account of the session, if there is a memory limit.
+        saving: The work that the answers of the site save.
+        depth: The number of results for which memory is reserved.
+        share: The lease of one site on one branch.
+    """
 
     packing: Packing | None = None
     account: Account | None = None
@@ -31,18 +39,23 @@ class Storing:
     share: Lease | None = None
 
     def of_its_own(self, drop: Callable[[], None]) -> Storing:
-        """The same for one site on one branch; `drop` lets go of its history."""
+        """Return a copy with a lease for one site on one branch. `drop` releases its history."""
         if self.account is None:
             return self
         return Storing(self.packing, self.account, self.saving, self.depth, Lease(self.account, drop))
 
     @property
     def lacking(self) -> str:
-        """Why a site has no history."""
+        """Why the site has no history."""
         return OVER_LIMIT if self.share is not None and self.share.refused else "nothing is kept yet"
 
     def admits(self, newest: Any, *, copied: bool) -> bool:
-        """Whether a result may be stored, and as many like it as the history is deep."""
+        """Return whether a result, and `depth` of its size, may be stored.
+
+        Args:
+            newest: The result.
+            copied: Whether the tensors are copied before they are stored.
+        """
         if self.share is None:
             return True
         tensors = flat(newest)
@@ -50,12 +63,15 @@ class Storing:
         return self.share.admits(size, self.saving(tensors[0].shape) if tensors else 0.0)
 
     def emptied(self) -> None:
-        """Nothing is held any more."""
+        """Report that the history is empty."""
         if self.share is not None:
             self.share.shrink(0)
 
     def _size(self, tensors: Sequence[torch.Tensor], *, copied: bool) -> int:
-        """The bytes that tensors will take once they are stored."""
+        """Return the bytes that the tensors take when stored.
+
+        A tensor that is stored without a copy keeps its whole storage alive, which may be larger than the tensor.
+        """
         if self.packing is not None:
             return sum(map(self.packing.size, tensors))
         if copied or not whole(tensors):
@@ -65,11 +81,11 @@ class Storing:
 
 
 ANYHOW = Storing()
-"""As it is, without a limit."""
+"""Stores results unchanged, without a memory limit."""
 
 
 def flat(value: Any) -> list[torch.Tensor]:
-    """The tensors in an output, or those that are stored for it; one that stands twice in it once."""
+    """Return the tensors in an output or in its stored form. A tensor that occurs twice is listed once."""
     found = dict[int, torch.Tensor]()
 
     def note(each: torch.Tensor | Packed) -> None:

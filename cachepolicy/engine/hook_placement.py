@@ -1,4 +1,4 @@
-"""Where the sites of one root are: found by their paths, looked at again when a trajectory starts."""
+"""Places the hooks of one root model by module path, and checks them when a trajectory starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cachepolicy.errors import PolicyError
 
 
 class Placement:
-    """The interception of a root's sites.
+    """The hooks on the sites of a root model.
 
-    Adapters put a layer of their own in a module's place, and give the old one back when they go; `settle` follows.
+    Adapters (LoRA) replace a module by a layer of their own and restore it later. `settle` moves the hooks accordingly.
     """
 
     def __init__(self, root: nn.Module, sites: Mapping[str, Site], *, profiled: bool = False) -> None:
@@ -28,7 +28,7 @@ class Placement:
         self._lock = threading.Lock()
 
     def place(self) -> None:
-        """Intercept every site, or none."""
+        """Hook every site. If one fails, remove all."""
         try:
             for place, site in self._sites.items():
                 self._put(place, site, self._root.get_submodule(place))
@@ -37,16 +37,16 @@ class Placement:
             raise
 
     def add(self, place: str, site: Site) -> None:
-        """Intercept one more module."""
+        """Hook one more module."""
         with self._lock:
             self._sites[place] = site
             self._put(place, site, self._root.get_submodule(place))
 
     def settle(self) -> None:
-        """See that each path still leads to what is intercepted, in the way its neighbours need; move what has moved.
+        """Check that each path leads to its hooked module, and move hooks of replaced modules.
 
         Raises:
-            PolicyError: a path leads nowhere any more, or to what another run has (E341).
+            PolicyError: A path no longer exists, or leads to a module of another run (E341).
         """
         with self._lock:
             for place, site in self._sites.items():
@@ -58,7 +58,7 @@ class Placement:
                     self._put(place, site, module)
 
     def lift(self) -> None:
-        """Take every interception off."""
+        """Remove all hooks."""
         for module in self._modules.values():
             restore(module)
         self._modules.clear()

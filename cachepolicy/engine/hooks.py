@@ -1,4 +1,4 @@
-"""What runs inside an intercepted call: the root publishes a frame, the sites look up and act."""
+"""Overrides of `__call__`: the root model publishes a frame, the sites read it and act."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ from cachepolicy.planning.history_spec import Keeping
 
 
 class Frame:
-    """What the root decided for one call: for each site number a code and a slot. Sites read it and nothing else.
+    """Decisions of one forward pass: a code and a slot per site number. Sites read nothing else.
 
-    `unfit` collects the sites whose history did not fit their call after all, so that they computed. `forward_pass`
-    handles the sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled.
-    Compiled graphs read `stage`, or their block's in `blocks`.
+    Attributes:
+        unfit: Sites whose history did not fit and which computed instead, with the reasons.
+        forward_pass: Handles sites whose action is more than a store or a reuse.
+        profile: Times of the modules, where the run is profiled.
+        stage: State that compiled graphs read. Blocks that are compiled alone read theirs in `blocks`.
     """
 
     __slots__ = (
@@ -92,13 +94,19 @@ Dynamo traces a `threading.local`, not a ContextVar.
 
 
 class Site(Handle):
-    """What an intercepted module knows of itself.
+    """State of one intercepted module.
 
-    `index` is its own site number, or -1; `members` are the spans (or the chain of its own) that it stands in, with its
-    position there, the outermost first; `inputs` and `outputs` are the probes that look at it, `starts` those of spans
-    that begin with it. `special` is set where any of these needs more than the frame, or where it is a block that is
-    compiled alone: the number `block` of that, -1 elsewhere. Inside such a block a site has the number `within` and
-    the members `inside`, so that equal blocks share their graphs. `alone`: one span and nothing else sees its calls.
+    Attributes:
+        index: The site number of the module, or -1.
+        members: The spans that contain the module, outermost first, with its position in each.
+        inputs: Probes that read the inputs of the module.
+        outputs: Probes that read the outputs of the module.
+        starts: Probes of spans that begin with the module.
+        special: Whether a call needs more than the frame.
+        block: The number of a block that is compiled alone, or -1.
+        within: The site number inside such a block. Equal blocks have equal numbers, so that they share graphs.
+        inside: `members` with the numbers inside such a block.
+        alone: Whether exactly one span, and no probe, sees the calls.
     """
 
     __slots__ = (
@@ -125,27 +133,27 @@ class Site(Handle):
 
     @property
     def watched(self) -> bool:
-        """True where spans or probes have to see its calls."""
+        """True if spans or probes observe the calls."""
         return bool(self.members or self.inputs or self.outputs or self.starts)
 
 
 def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
-    """The names of what a module's forward takes."""
+    """Return the parameter names of the module's forward."""
     return tuple(inspect.signature(module.forward).parameters)
 
 
 class Owner(Protocol):
-    """What a site asks of the root that it belongs to, where it is called outside the root's calls."""
+    """What a site needs of its root model when it is called outside a root call."""
 
     keeps_graphs: bool
 
     def refuse_recompute(self, name: str) -> None:
-        """Raise where the call is a second run of what the root has answered."""
+        """Raise if the call repeats a site that the root model has answered."""
         ...
 
 
 class Leave(Exception):
-    """A span was decided while its first block ran, and reuses: the block is left."""
+    """Raised to leave the first block of a span that was decided to reuse while the block ran."""
 
     def __init__(self, span: int) -> None:
         super().__init__(span)
@@ -153,7 +161,7 @@ class Leave(Exception):
 
 
 class SignalPass(Protocol):
-    """What a frame's sites ask of the turn."""
+    """What the sites of a frame need of the forward pass."""
 
     halved: bool
     half: int
@@ -161,23 +169,23 @@ class SignalPass(Protocol):
     store: str
 
     def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that the frame's codes do not settle."""
+        """Run a call that the codes of the frame do not settle."""
         ...
 
     def repeats(self, site: int) -> None:
-        """The site was called a second time in one forward."""
+        """Mark a site that one forward pass calls a second time."""
         ...
 
     def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A probed or waiting module is about to run in a graph."""
+        """Handle a probed or waiting module that is about to run in a graph."""
         ...
 
     def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A probed module has run in a graph."""
+        """Handle a probed module that has run in a graph."""
         ...
 
     def release(self) -> None:
-        """Decide what graphs wait for, where all signals are there."""
+        """Decide the sites that graphs wait for, once all signals are measured."""
         ...
 
 
@@ -185,7 +193,7 @@ _CALL = torch.nn.Module.__call__
 
 
 def site_override(original: Method) -> Method:
-    """`__call__` of a site: answer from the slot, or compute and keep, as the frame says."""
+    """Build the `__call__` of a site: answer from the slot, or compute and store, as the frame decides."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         frame = LOCAL.frame
@@ -195,7 +203,7 @@ def site_override(original: Method) -> Method:
                 if site.owner.keeps_graphs:
                     site.owner.refuse_recompute(site.name)
                 if original is _CALL:
-                    # torch.fx exchanges this method while it records modules by their calls.
+                    # torch.fx patches `Module.__call__` while it traces, so it is looked up at call time.
                     return torch.nn.Module.__call__(self, *args, **kwargs)
             return original(self, *args, **kwargs)
         if tracing():
@@ -210,7 +218,8 @@ def site_override(original: Method) -> Method:
         if code is REUSE:
             states = args[0] if args else kwargs.get("hidden_states")
             kept, version, versions = slot.output, slot.version, slot.versions
-            # The usual hits, written out: a tensor or some, kept from hidden states like these, that nobody wrote into.
+            # Fast path for the common hits, inlined because it runs on every site call: stored tensors whose hidden
+            # states match and whose `_version` shows no in-place write.
             if (
                 type(states) is torch.Tensor
                 and (version is not None or (versions is not None and frame.shares))
@@ -234,7 +243,7 @@ def site_override(original: Method) -> Method:
             frame.forward_pass.repeats(index)
         slot.call = frame.serial
         if code is STORE and site.plain and slot.whole and not slot.clones:
-            # The usual misses, likewise.
+            # Fast path for the common misses.
             states = args[0] if args else kwargs.get("hidden_states")
             version, versions = None, None
             if type(output) is not torch.Tensor:
@@ -255,7 +264,7 @@ def site_override(original: Method) -> Method:
 
 
 def _block(original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A block that is compiled alone: its graph is to find its own stage, and no number of its own."""
+    """Run a block that is compiled alone. Its graph reads its own stage, without a block number to guard on."""
     outer = LOCAL.stage
     LOCAL.stage = frame.blocks[site.block] if frame.blocks else None
     try:
@@ -270,14 +279,14 @@ def _block(original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any
 def _traced(
     call: Any, original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A call inside a graph; what needs a decision on the way, or was never seen outside, leaves it."""
+    """Run a site inside a graph. Pending decisions and unprepared sites break the graph."""
     alone = LOCAL.stage
     stage = frame.stage if alone is None else alone
     if stage is None:
         return _outside(call, module, site, args, kwargs)
     number, members = (site.index, site.members) if alone is None else (site.within, site.inside)
     if members and "_diffusers_hook" in module.__dict__:
-        # A hook may split what the module is called with, and is asked outside.
+        # A diffusers hook may split the inputs (context parallelism), so the call is handled outside the graph.
         return _outside(call, module, site, args, kwargs)
     probed = bool(site.inputs or site.outputs or site.starts)
     if probed or waits(stage, number, members):
@@ -291,7 +300,7 @@ def _traced(
 
 
 class RootPass(Protocol):
-    """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
+    """State of one root call. The root model runs with `args` and `kwargs`."""
 
     frame: Frame
     answered: bool
@@ -302,20 +311,20 @@ class RootPass(Protocol):
 
 
 class RootHandle(Protocol):
-    """What the root's override asks: `begin` decides (None: run bare), then `end` or `fail`."""
+    """What the root override needs: `begin` decides (None: run bare), then `end` or `fail`."""
 
     module: torch.nn.Module
 
     def surprised(self) -> None:
-        """A site found itself in a graph that was not prepared for it."""
+        """Record that a site ran in a graph that was not prepared for it."""
         ...
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool) -> RootPass | None:
-        """The call's decisions, or None; `compiler` says whether the root is compiled as a whole."""
+        """Return the call, or None. `compiler` tells whether the root model is compiled as a whole."""
         ...
 
     def end(self, forward_pass: Any, output: Any) -> Any:
-        """Commit the call; gives its output."""
+        """Commit the call and return its output."""
         ...
 
     def fail(self, forward_pass: Any, error: BaseException) -> None:
@@ -324,15 +333,16 @@ class RootHandle(Protocol):
 
 
 def _smallest_graph(empty: torch.Tensor) -> torch.Tensor:
-    """Something to compile: torch takes a `fullgraph=True` call that needed no graph for a mistake."""
+    """Compiled to give torch a graph: a `fullgraph=True` call that runs none is reported as an error."""
     return empty.view(-1)
 
 
 _EMPTY = torch.empty(0)
 
-# What torch has no public name for: to skip a frame and not what it calls; whether a compiler is at work in the thread;
-# how many graphs a `fullgraph=True` call has run, -1 where nobody counts. The last two are builtins, for frames that
-# Dynamo skips; an older torch that lacks the first is taken to be at work, one without the second does not count.
+# torch has no public API for these: skip one frame but not its callees; ask whether a compiler is active in this
+# thread; count the graphs that a `fullgraph=True` call has run (-1: not counted). The last two are builtins, callable
+# from frames that Dynamo skips. Where torch lacks the first, the compiler is assumed active; without the second,
+# nothing is counted.
 _skip_code: Callable[[Any], None] = getattr(torch._dynamo.eval_frame, "skip_code", lambda _: None)  # noqa: SLF001
 _native: Any = getattr(getattr(cast("Any", torch)._C, "_dynamo", None), "eval_frame", None)  # noqa: SLF001
 _callback: Callable[[], Any] = getattr(_native, "get_eval_frame_callback", lambda: True)
@@ -351,7 +361,7 @@ _eager_itself = cast("_Decorator", torch.compiler.disable(recursive=False))  # p
 
 
 def _with_reason(reason: str) -> _Decorator:
-    """`_eager` with a reason, which torch shows where a graph may not break."""
+    """Return `_eager` with a reason, which torch reports where a graph must not break."""
     try:
         return cast("_Decorator", torch.compiler.disable(reason=reason))  # pyright: ignore[reportUnknownMemberType]
     except TypeError:  # before torch 2.7
@@ -366,7 +376,7 @@ _outside_graphs = _with_reason(
 
 @_outside_graphs
 def _gate(forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Between two graphs: probes see what goes in, and what can be decided now is."""
+    """Let probes read the inputs between two graphs, and decide what can be decided."""
     forward_pass.gate(site, module, args, kwargs)
 
 
@@ -374,13 +384,13 @@ def _gate(forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ..
 def _look_after(
     forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """Between two graphs: probes see what comes out."""
+    """Let probes read the outputs between two graphs."""
     forward_pass.look_after(site, module, args, kwargs, output)
 
 
 @_outside_graphs
 def _outside(call: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The call of a site as it is without a compiler: a break of the graph."""
+    """Run a site call outside the graph, which breaks the graph."""
     cast("RootHandle", site.owner).surprised()
     return call(module, *args, **kwargs)
 
@@ -398,7 +408,7 @@ _begin, _end = _eager(_begin_bare), _eager(_end_bare)
 
 @_eager
 def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward outside any graph."""
+    """Run a forward pass outside any graph."""
     with UNCOMPILED:
         return call(module, *args, **kwargs)
 
@@ -409,18 +419,18 @@ def _fail(handle: RootHandle, forward_pass: RootPass, error: BaseException) -> N
 
 
 def root_override(original: Method) -> Method:
-    """`__call__` of a root: decide in eager, publish the frame, run, take the frame back."""
+    """Build the `__call__` of a root model: decide in eager mode, publish the frame, run, restore the frame."""
 
-    # Dynamo skips this frame and traces what it calls, so that the decision is never part of a graph.
+    # Dynamo skips this frame and traces its callees, so the decision is never part of a graph.
     @_eager_itself
     def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
         if handle is None or handle.module is not self:
-            # A replica of `nn.DataParallel` shares the handle, and lives for one call.
+            # `nn.DataParallel` replicas copy `__dict__`, so they carry the handle of the original; they run bare.
             return original(self, *args, **kwargs)
         at_work = _callback() is not None
         compiler = at_work or self.__dict__.get("_compiled_call_impl") is not None
-        # Where no compiler is at work, nothing has to be kept from it.
+        # Without an active compiler, the `torch.compiler.disable` wrappers are not needed.
         begin, end = (_begin, _end) if at_work else (_begin_bare, _end_bare)
         forward_pass = begin(handle, args, kwargs, compiler)
         if forward_pass is None:
@@ -447,7 +457,7 @@ def root_override(original: Method) -> Method:
         finally:
             LOCAL.frame, LOCAL.stage = outer
 
-    # torch refuses to export what it may not enter; an export is of the bare model, and enters this frame alone.
+    # `torch.export` rejects disabled frames. It exports the bare model and enters only this frame.
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         return original(self, *args, **kwargs) if exporting() else decided(self, *args, **kwargs)
 

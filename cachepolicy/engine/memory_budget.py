@@ -1,8 +1,8 @@
-"""A limit on the bytes that all sessions of a run hold together. Pure, without torch.
+"""A limit on the bytes that all sessions of a run hold together. This module does not use torch.
 
-Whoever wants to hold something asks first. Over the limit a session gives up what saves least for its bytes, of its own
-things only, so that nobody waits for anybody and no session touches another's. Where one has to do without although it
-holds less than its fair share, the others go down to theirs when they run next.
+A session asks before it stores something. Over the limit, it releases its own items that save the least work per byte.
+It does not touch items of other sessions, so no session waits for another. If a session is refused although it holds
+less than its fair share, the other sessions shrink to theirs at their next call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE)
 
 
 def bytes_of(text: str) -> int | None:
-    """The bytes that `512MiB` or `2GB` stand for; None where it is no size."""
+    """Return the bytes of a size such as `512MiB` or `2GB`, or None if the text is no size."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         return None
@@ -33,9 +33,11 @@ def bytes_of(text: str) -> int | None:
 
 
 class Lease:
-    """One thing that a session may hold: its history at one site, what its signals remember, ...
+    """Permission of a session to store one item, such as the history of a site. It ends with the object.
 
-    `drop` lets go of it when the session has to give it up. What a share holds ends with the share itself.
+    Args:
+        account: The account of the session.
+        drop: Releases the item when the session gives it up.
     """
 
     __slots__ = ("__weakref__", "_account", "_drop", "number", "refused", "worth")
@@ -48,20 +50,24 @@ class Lease:
         self.refused = False
 
     def admits(self, size: int, saving: float = math.inf) -> bool:
-        """Whether so many bytes may be held from now on, in place of those of before; they save so much work.
+        """Return whether the item may take `size` bytes from now on.
 
-        Where not, the share holds nothing any more.
+        The new size replaces the old one. If it is refused, the lease holds nothing.
+
+        Args:
+            size: Bytes.
+            saving: The work that the item saves.
         """
         self.worth = saving / size if size else math.inf
         self.refused = not self._account.admits(self, size)
         return not self.refused
 
     def shrink(self, size: int) -> None:
-        """It holds no more than so many bytes now."""
+        """Reduce the size of the item to at most `size` bytes."""
         self._account.shrink(self, size)
 
     def give_up(self) -> None:
-        """Let go of it, for others that are worth more."""
+        """Release the item in favour of more valuable ones."""
         self.refused = True
         if self._drop is not None:
             self._drop()
@@ -74,7 +80,7 @@ class _Held:
 
 
 class Account:
-    """What one session holds."""
+    """The bytes of one session, by lease."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -84,11 +90,11 @@ class Account:
 
     @property
     def held(self) -> int:
-        """Bytes."""
+        """Bytes that the session holds."""
         return sum(each.size for each in list(self._held.values()))
 
     def admits(self, share: Lease, size: int) -> bool:
-        """Make room for a share, by giving up what is worth less; False where there is not enough of that."""
+        """Make room for a lease by releasing less valuable ones. Return False if these do not suffice."""
         with self.budget.lock:
             self._held.pop(share.number, None)
             room, fair = self.budget.room(self)
@@ -103,7 +109,7 @@ class Account:
             return True
 
     def shrink(self, share: Lease, size: int) -> None:
-        """A share has become smaller."""
+        """Reduce the size of a lease."""
         with self.budget.lock:
             held = self._held.get(share.number)
             if held is not None and size:
@@ -112,14 +118,14 @@ class Account:
                 del self._held[share.number]
 
     def give_way(self) -> None:
-        """Go down to the fair share, where another session waits for its own."""
+        """Shrink to the fair share if another session waits for its own."""
         self.waits = False
         with self.budget.lock:
             room, _ = self.budget.room(self)
             self._give_up([each for each in self._by_worth() if each[0].worth < math.inf], self.held - room)
 
     def _by_worth(self) -> list[tuple[Lease, int]]:
-        """What is held, what is worth least first; of equals, what came last."""
+        """Return the live leases and sizes, least valuable first, newest first among equals."""
         found = [(each.share(), each.size) for each in list(self._held.values())]
         alive = [(share, size) for share, size in found if share is not None]
         return sorted(alive, key=lambda each: (each[0].worth, -each[0].number))
@@ -134,7 +140,7 @@ class Account:
 
 
 class Budget:
-    """The limit, and the accounts that share it; an account ends with its session."""
+    """The memory limit and the accounts that share it. An account ends with its session."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -142,18 +148,18 @@ class Budget:
         self._accounts: weakref.WeakSet[Account] = weakref.WeakSet()
 
     def join(self, account: Account) -> None:
-        """A session begins."""
+        """Add the account of a new session."""
         with self.lock:
             self._accounts.add(account)
 
     @property
     def held(self) -> int:
-        """The bytes that all sessions hold."""
+        """Bytes that all sessions hold."""
         with self.lock:
             return sum(account.held for account in self._others(None))
 
     def room(self, account: Account) -> tuple[int, int]:
-        """What an account may hold in all, and what its fair share is."""
+        """Return the bytes that an account may hold, and its fair share."""
         others = list(self._others(account))
         fair = self.limit // (1 + sum(1 for each in others if each.waits or each.held))
         room = self.limit - sum(each.held for each in others)

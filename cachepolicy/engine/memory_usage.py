@@ -1,4 +1,4 @@
-"""What a run holds at a time, against its limit."""
+"""The memory use of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from cachepolicy.planning.schedule import OVER_LIMIT
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of history: what all sessions hold now, the most that one has held after a call, and the limit.
+    """Bytes of history.
 
-    `refused` names the sites that compute in some session because the rest saves more for its bytes.
+    Attributes:
+        held: Bytes that all sessions hold now.
+        most: The most bytes that one session has held after a call.
+        limit: The memory limit in bytes, or None.
+        refused: Names of sites that compute in some session because of the limit.
     """
 
     held: int

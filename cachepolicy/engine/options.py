@@ -1,4 +1,4 @@
-"""What the caller of `apply` says about a run, besides the policy and its params."""
+"""The options of `apply` besides the policy and its params."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cachepolicy.engine.memory_budget import bytes_of
 from cachepolicy.errors import PolicyError
 
 MOST_SESSIONS = 64
-"""Sessions with state at a time; beyond, the least recently used one is dropped."""
+"""The default number of sessions with state. The least recently used one is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The keywords of one `apply`, as `apply` documents them."""
+    """The keyword arguments of `apply`, which documents them."""
 
     timestep: Callable[[], Any] | None = None
     scheduler: Any = None
@@ -42,8 +42,8 @@ class RunOptions:
             raise PolicyError.of("E309", problem[0], help=problem[1])
 
     def _problem(self) -> tuple[str, str] | None:
-        """What is wrong, and what is right."""
-        # The annotations say what these are; a caller without a type checker may give anything.
+        """Return a problem and its correction, or None."""
+        # Checked at run time, since callers may not use a type checker.
         told = (self.steps, self.guidance, self.samples, self.trace)
         steps, guidance, samples, trace = cast("tuple[Any, Any, Any, Any]", told)
         if self.timestep is not None and not callable(self.timestep):
@@ -66,17 +66,17 @@ class RunOptions:
 
 
 def _is_size(limit: Any) -> bool:
-    """True for a whole number of bytes from 0, or the text of a size."""
+    """Return True for a whole number of bytes (at least 0), or the text of a size."""
     if isinstance(limit, str):
         return bytes_of(limit) is not None
     return isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
 
 
 def supplier(name: str, value: Any) -> Callable[[], float]:
-    """The function that gives an external's value.
+    """Return a function that gives the value of an external.
 
     Raises:
-        PolicyError: the value is neither a number nor a function.
+        PolicyError: The value is neither a number nor a function.
     """
     if callable(value):
         return cast("Callable[[], float]", value)

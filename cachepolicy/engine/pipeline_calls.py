@@ -1,4 +1,4 @@
-"""The call of a pipeline: a session of its own and one trajectory, in one go or in pieces."""
+"""Pipeline calls: each is one trajectory in a session, run at once or in pieces."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cachepolicy.engine.sessions import Entered, Owner, Sessions, entered
 
 
 class PipelineCall:
-    """One call of a pipeline: a session of its own, unless a key is set, and one trajectory.
+    """One call of a pipeline: a session of its own, unless a key is entered, and one trajectory.
 
-    A call that is a generator or a coroutine runs in pieces: between them the context stands where it stood.
+    A generator or coroutine runs in pieces. Between the pieces, the context of the caller is restored.
     """
 
     def __init__(self, sessions: Sessions, pipeline: Any, follower: SchedulerFollower | None) -> None:
@@ -26,7 +26,7 @@ class PipelineCall:
         self._here: Entered | None = None
 
     def piece(self) -> contextlib.AbstractContextManager[None]:
-        """Calls inside belong to this call."""
+        """Return a context manager: calls inside belong to this pipeline call."""
         if self._here is None:
             if self._follower is not None:
                 self._follower.restart()
@@ -44,7 +44,7 @@ class PipelineCall:
 
     @contextlib.contextmanager
     def whole(self) -> Generator[None]:
-        """The call from beginning to end; then its session ends, well or not."""
+        """Span the whole pipeline call, and end its session on exit or error."""
         failed = True
         try:
             yield
@@ -53,7 +53,7 @@ class PipelineCall:
             self.close(failed=failed)
 
     def close(self, *, failed: bool = False) -> None:
-        """The call is over: its session ends. Takes no lock: an abandoned generator closes wherever it is collected."""
+        """End the session. Takes no lock, because a generator may be closed by the garbage collector."""
         if self._here is not None:
             self._sessions.end_at(self._here, failed=failed)
             self._here.close()
@@ -61,17 +61,17 @@ class PipelineCall:
     # --- in pieces ---------------------------------------------------------------------------------------
 
     def generator(self, inner: Any) -> Generator[Any, Any, Any]:
-        """A generator that runs `inner` piece by piece."""
+        """Run the generator `inner` in pieces."""
         with self.whole():
             return (yield from self._pieces(inner))
 
     async def coroutine(self, inner: Any) -> Any:
-        """A coroutine that runs `inner` from one await to the next."""
+        """Run the coroutine `inner` in pieces, from one await to the next."""
         with self.whole():
             return await _awaited(self._pieces(inner))
 
     async def asynchronous(self, inner: Any) -> AsyncGenerator[Any, Any]:
-        """An asynchronous generator that runs `inner` likewise."""
+        """Run the asynchronous generator `inner` in pieces."""
         following = inner.asend(None)
         with self.whole():
             while True:
@@ -112,7 +112,7 @@ def _awaited(pieces: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
 
 
 def pipeline_override(original: Method) -> Method:
-    """`__call__` of a pipeline."""
+    """Build the `__call__` of a pipeline."""
     in_pieces = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
     deferred = any(kind(original) for kind in in_pieces)
 
@@ -135,7 +135,7 @@ def pipeline_override(original: Method) -> Method:
 
 
 def _steered(call: PipelineCall, result: Any) -> Any:
-    """The result of a call; one that has yet to run does so in the call's session."""
+    """Return the result of a call. A generator or coroutine is wrapped to run in the call's session."""
     if inspect.isgenerator(result):
         return call.generator(result)
     if inspect.iscoroutine(result):

@@ -1,4 +1,4 @@
-"""The time of every intercepted call of a profiled run: another way into a site, so that the usual one is as before."""
+"""Measures each site call of a profiled run, in a separate override, so that other runs pay nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cachepolicy.tracing.trace import Slice
 
 
 def now() -> float:
-    """`time.perf_counter` once everything is done that was handed to a CUDA device."""
+    """Return `time.perf_counter` after CUDA has finished all queued work."""
     if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -22,7 +22,7 @@ def now() -> float:
 
 @functools.cache
 def timed(override: Override) -> Override:
-    """The same interception, with the time of each call in the frame; what is compiled is not timed."""
+    """Wrap an override so that it records the time of each call in the frame. Compiled calls are not timed."""
 
     def timed_override(original: Method) -> Method:
         intercepted = override(original)

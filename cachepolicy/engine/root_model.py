@@ -1,4 +1,4 @@
-"""One root of a run: whose session a call is, what is decided for it, what is kept after it."""
+"""A root model of a run: finds the session of a forward pass, decides its sites and commits its results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", defaul
 
 @dataclass(frozen=True, slots=True)
 class RootContext:
-    """What a root is told by its run: where the clock reads, whether batches hold guidance, what the caller said."""
+    """Callbacks and settings that a run passes to each of its root models."""
 
     sources: Callable[[SessionConfig, Entered | None], Sources]
     guided: Callable[[SessionConfig, Entered | None], bool | None]
@@ -81,7 +81,7 @@ class RootContext:
 
 @dataclass(slots=True)
 class PassContext:
-    """A root under the terms of one session."""
+    """A root model under the settings of one session."""
 
     layout: ExecutionPlan
     continuations: Continuations
@@ -92,7 +92,7 @@ class PassContext:
 
 
 class RootModel(Handle):
-    """One root of a run: a denoiser with its plan, its sites and the sessions that go through it."""
+    """A root model of a run: a denoiser with its plan, its sites and its sessions."""
 
     def __init__(self, run: Any, name: str, module: torch.nn.Module, around: RootContext) -> None:
         self.run = run
@@ -117,7 +117,7 @@ class RootModel(Handle):
         self._reuses: dict[Ahead, Reuses] = {}
 
     def _handles(self) -> dict[str, Site]:
-        """What each intercepted module has to know, by the module's name; the root's is ""."""
+        """Build the `Site` of each intercepted module, by module name. The root model has the name ""."""
         handles = dict[str, Site]()
 
         def at(name: str) -> Site:
@@ -142,7 +142,7 @@ class RootModel(Handle):
             if len(place.modules) > 1:
                 at(place.modules[0]).starts.append(probe)
         if any(what.streams for what in self.layout.keepings) or self.plan.probes:
-            # Watched blocks teach which output continues which input.
+            # Blocks between spans are watched too: their calls show which output becomes which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
                     at(block).special = True
@@ -156,19 +156,28 @@ class RootModel(Handle):
         return handles
 
     def finished(self, state: State) -> None:
-        """A trajectory is over: one that has reused nothing is warned of once."""
+        """Handle the end of a trajectory: warn once per root model if it has reused nothing."""
         if state.count > 1 and not state.reused and not self._warned:
             self._warned = True
             warnings.warn(_why_nothing(state), UserWarning, stacklevel=2)
 
     def drop_current(self) -> None:
-        """End the session of the present call: its trajectory is over."""
+        """End the session of the current call, because its trajectory has ended."""
         self.around.sessions.end_current()
 
     # --- one call ----------------------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool = False) -> RootCall | None:
-        """Read the clock, decide for every site, and lay out the frame; None where the run is disabled."""
+        """Read the clock, decide the sites and build the frame of a forward pass.
+
+        Args:
+            args: Positional arguments of the forward pass.
+            kwargs: Keyword arguments of the forward pass.
+            compiler: Whether the root model is compiled as a whole.
+
+        Returns:
+            The call, or None where the model runs without the policy.
+        """
         if self.identity in DISABLED.get() or compat.traced():
             return None
         compat.refuse_call(self.switches)
@@ -189,13 +198,13 @@ class RootModel(Handle):
             raise
 
     def close(self) -> bool:
-        """Let no further call begin, as before the hooks are taken off; False where one is running."""
+        """Stop accepting calls, before the hooks are removed. Return False while a call is running."""
         with self._lock:
             self.closed = not self.active
             return self.closed
 
     def reopen(self) -> None:
-        """Let calls begin again."""
+        """Accept calls again."""
         with self._lock:
             self.closed = False
 
@@ -236,14 +245,15 @@ class RootModel(Handle):
         try:
             return read(session.clock, state.calls, sources, self.root, arguments)
         except BaseException:
-            # Nobody can tell any more whether a trajectory was to begin here; one that was is over.
+            # The clock failed, so it is unknown whether a trajectory begins here. Peers would wait for this process in
+            # a collective, so they are told that it has stopped.
             for peers in self._others(state.host.layout, known=True):
                 if peers is not None:
                     Agreement(peers, "").abandon()
             raise
 
     def _new_pass(self, session_config: SessionConfig, state: State, reading: Reading) -> ForwardPass:
-        """The call's decisions, on the branch that it is of."""
+        """Create the forward pass on its guidance branch, with its decisions."""
         layout, tick = state.host.layout, reading.tick
         if layout.approximation is not None and tick.branch in COND_BRANCHES:
             for name in UNCOND_BRANCHES & state.branches.keys():
@@ -271,14 +281,14 @@ class RootModel(Handle):
         return ForwardPass(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
 
     def _liveness(self, state: State, ahead: Ahead) -> Liveness:
-        """What may be read later, on the clock as it is known now."""
+        """Return what later steps may read. The result is cached until the clock's forecast changes."""
         loose, found = bool(self.repeated) or self.around.budget is not None, state.liveness
         if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
             found = state.liveness = state.host.layout.liveness(ahead, loose=loose)
         return found
 
     def _branch(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
-        """The branch of a call, and why all its sites compute where its history is not the call's."""
+        """Return the branch of a call, and per site the reason where its history does not fit."""
         if reading.revives is not None and reading.revives in state.doubted:
             state.branches[tick.branch] = state.doubted.pop(reading.revives)
         branch = state.branches.get(tick.branch)
@@ -289,7 +299,8 @@ class RootModel(Handle):
             layout = state.host.layout
             state.branches[tick.branch] = Branch(layout.program.coarse, layout.recall.start, slots)
             return state.branches[tick.branch], {}
-        # Shapes have changed, or the call may be of another branch: what is kept fits it no more.
+        # The shapes have changed, or the branch is uncertain: the history is discarded, the memories stay. An uncertain
+        # branch is kept aside, in case the call turns out to be of another branch.
         if tick.branch in state.calls.doubted:
             state.doubted[tick.branch] = branch
         state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
@@ -298,7 +309,7 @@ class RootModel(Handle):
         return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
 
     def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:
-        """How each site of a branch stores its results."""
+        """Return how each site of a branch stores its results."""
         storing = self.around.storing
         if state.account is None:
             return [storing] * len(self.plan.sites)
@@ -321,7 +332,7 @@ class RootModel(Handle):
 
     @cached_property
     def weights(self) -> list[Weight]:
-        """What each site weighs."""
+        """The compute weight of each site."""
         named: Any = dict(self.module.named_modules())  # pyright: ignore[reportUnknownArgumentType]
         counts = {
             name: sum(each.numel() for each in module.parameters(recurse=False)) for name, module in named.items()
@@ -333,7 +344,7 @@ class RootModel(Handle):
         return PassContext(layout, self.continuations, externals, self.module, self.repeated, self.graphs)
 
     def _start(self, session: Session, state: State, tick: Tick) -> None:
-        """A trajectory begins, on all roots: what they hold of the last one is released."""
+        """Start a trajectory: release the state of the last one on all root models of the session."""
         for each in session.states.values():
             if each is state or each.calls.trajectory != session.clock.trajectories:
                 self.finished(each)
@@ -347,7 +358,10 @@ class RootModel(Handle):
             raise error
 
     def _meet(self, state: State) -> None:
-        """Find those who decide with this process; at each trajectory, for models are spread out late too."""
+        """Find the processes that decide together with this one.
+
+        The search runs at each trajectory, because a model can be parallelized after `apply`.
+        """
         layout = state.host.layout
         policy = f"{layout.plan.resolved.digest} {self.around.session_config.told.samples}"
         peers, holders = self._others(layout)
@@ -355,7 +369,7 @@ class RootModel(Handle):
         state.company = Agreement(holders, policy) if holders is not None else None
 
     def _others(self, layout: ExecutionPlan, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
-        """Those who hold pieces of the samples, and those beyond them who hold pieces of the parameters."""
+        """Return the processes that share the samples, and those that share only sharded parameters."""
         told = self.around.session_config.told.process_group
         if not layout.signals.numbers or told is False:
             return None, None
@@ -365,7 +379,7 @@ class RootModel(Handle):
         return peers, None if among else holders
 
     def _open(self, call: RootCall) -> None:
-        """What the root itself does, where it is a site or probed."""
+        """Handle the root model itself, where it is a site or has probes."""
         site, forward_pass = self.handles[""], call.forward_pass
         layout = forward_pass.host.layout
         if not site.special and layout.itself is None:
@@ -415,7 +429,7 @@ class RootModel(Handle):
                 call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
 
     def _frame(self, forward_pass: ForwardPass) -> Frame:
-        """The codes of all sites; those of equal decisions are laid out once."""
+        """Build the frame with the codes of all sites. Codes of equal decisions are cached."""
         partition, layout = forward_pass.branch.partition, forward_pass.host.layout
         by_group = tuple(
             _code(decision, forward_pass, group.sites[0])
@@ -430,11 +444,11 @@ class RootModel(Handle):
         return Frame(self, codes, forward_pass.branch.slots, forward_pass, forward_pass.tick.step)
 
     def surprised(self) -> None:
-        """A site found itself in a graph: from the next call on there is a stage for it."""
+        """Record that a site ran in a graph without a stage. The next call prepares one."""
         self.graphs.surprised = True
 
     def end(self, call: RootCall, output: Any) -> Any:
-        """Commit what the call did: memories, counts and the trace."""
+        """Commit the forward pass: memories, counts and trace. Return its output."""
         forward_pass, state = call.forward_pass, call.state
         site = self.handles[""]
         if forward_pass.host.layout.itself is not None and not call.answered and call.guidance is None:
@@ -457,6 +471,8 @@ class RootModel(Handle):
         state.count += 1
         if not state.reused:
             state.reused = any(decision.verdict == "reuse" for decision in forward_pass.decisions)
+        # A reused result may now be part of an autograd graph: sites then check for gradient checkpointing, which would
+        # run them again in the backward pass.
         if state.reused and torch.is_grad_enabled():
             self.keeps_graphs = True
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
@@ -469,7 +485,7 @@ class RootModel(Handle):
         return output
 
     def _recorded(self, call: RootCall, number: int) -> Call:
-        """The call as the trace has it."""
+        """Return the trace entry of the call."""
         forward_pass = call.forward_pass
         profiled = self.around.session_config.told.trace == "profile"
         return Call(
@@ -485,7 +501,7 @@ class RootModel(Handle):
         )
 
     def _release(self, call: RootCall) -> None:
-        """Let go of what no later step of the trajectory reads, and count what is left."""
+        """Release the history that no later step of the trajectory reads, and count the rest."""
         forward_pass, state = call.forward_pass, call.state
         if forward_pass.host.layout.approximation is not None:
             state.guide.release(
@@ -499,7 +515,7 @@ class RootModel(Handle):
             forward_pass.branch.held = held(forward_pass.branch.slots, forward_pass.branch.remembered)
 
     def _limit(self, state: State, branch: Branch, account: Account) -> None:
-        """Hold what signals and guidance keep to the limit too; without them their rules compute."""
+        """Apply the memory limit to the state of signals and guidance. Rules that lose this state compute."""
         if branch.remembered.previous or branch.remembered.kept:
             branch.signals = branch.signals or Lease(account)
             if not branch.signals.admits(held((), branch.remembered)):
@@ -515,24 +531,24 @@ class RootModel(Handle):
             state.rebuilding = None
 
     def _guides(self, call: RootCall) -> bool:
-        """Whether an unconditional half is rebuilt from the call's prediction, in this step or a later one."""
+        """Return whether this or a later step rebuilds an unconditional half from this prediction."""
         forward_pass, branch = call.forward_pass, call.forward_pass.tick.branch
         if forward_pass.halved:
             return True
         if branch in COND_BRANCHES:
-            # From this step's unconditional call, if that is still to come.
+            # Only while the unconditional call of this step is still to come.
             called = any(each in UNCOND_BRANCHES for each in call.state.calls.present)
             return not called and forward_pass.liveness.approximates(forward_pass.tick, now=True)
         return forward_pass.liveness.approximates(forward_pass.tick, now=False)
 
     def held(self, state: State) -> int:
-        """Bytes of history that the session holds on this root."""
+        """Return the bytes of history that the session holds on this root model."""
         guide = storage_bytes(state.guide.held) if state.host.layout.approximation is not None else 0
         branches = [*state.branches.values(), *state.doubted.values()]
         return guide + sum(branch.held for branch in branches)
 
     def _over(self, call: RootCall) -> None:
-        """A call of the last step has ended: no later one reads what this branch, or a root before it, has kept."""
+        """Release the history of a branch, and of earlier root models, after the last step."""
         state, tick = call.state, call.forward_pass.tick
         state.over = True
         call.forward_pass.branch.forget()
@@ -544,16 +560,22 @@ class RootModel(Handle):
                 other.guide = Guide()
 
     def fail(self, call: RootCall, error: BaseException) -> None:
-        """Leave the session as if the trajectory had not been; a policy that the model refutes takes the run off."""
+        """End the session after an exception.
+
+        An error that shows that the policy does not fit the model (E310, E311) also removes the run.
+        """
         with self._lock:
             self.active -= 1
         self._forget(call.session, error)
 
     def refuse_recompute(self, name: str) -> None:
-        """Refuse a site that gradient checkpointing runs again; what it answered is not known any more.
+        """Reject a site call that gradient checkpointing repeats, because its answer is no longer available.
+
+        Args:
+            name: The name of the site.
 
         Raises:
-            PolicyError: the call is in a backward pass (E342).
+            PolicyError: The call is in a backward pass (E342).
         """
         if compat.recomputes():
             compat.refuse_recompute(name)
@@ -568,19 +590,19 @@ class RootModel(Handle):
             self.around.refuted()
 
 
-_REFUTED = frozenset({"E310", "E311"})  # what the first forward tells of the model, whatever the next one would
+_REFUTED = frozenset({"E310", "E311"})  # errors of the model itself, which every later forward pass would raise too
 _FACTORS = frozenset({"low", "high"})
 """What the rebuilding of a step is told, and a computed step does not ask for."""
 
-_MOST_CALLS = 10_000  # of one trajectory in the trace; a model that tells no time may never end one
-_MOST_PROFILED = 1_000  # of those, with the times of their modules
+_MOST_CALLS = 10_000  # calls per trajectory in the trace, which bounds trajectories whose end is unknown
+_MOST_PROFILED = 1_000  # calls per trajectory with the times of their modules
 _MOST_CLOCKS = 32  # distinct clocks whose planned reuses are kept
 _MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
 
 
 @dataclass(slots=True)
 class RootCall:
-    """One call of a root, between its decision and its end; `args` and `kwargs` are what the root is run with."""
+    """State of one root call between `begin` and `end`. The root model runs with `args` and `kwargs`."""
 
     session: Session
     state: State
@@ -598,13 +620,13 @@ class RootCall:
 
 
 def _guided(call: RootCall) -> bool | None:
-    """Whether this batch holds both halves of guidance; None where nothing tells."""
+    """Return whether this batch holds both guidance halves, or None where this is unknown."""
     context = CONTEXT.get()
     return True if context is not None and context.name == "cond_uncond" else call.guided
 
 
 def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:
-    """What a site does at this call: it keeps only what a later step may read."""
+    """Return the code of a site at this call. A result is stored only if a later step may read it."""
     if decision is WAITING:
         return PENDING
     if decision.verdict != "reuse":
@@ -613,7 +635,7 @@ def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:
 
 
 def _channels(module: torch.nn.Module) -> int | None:
-    """How many channels the prediction has, where the model's config says so."""
+    """Return the number of channels of the prediction from the model's config, or None."""
     config = getattr(module, "config", None)
     for name in ("out_channels", "in_channels", "out_visual_dim", "in_visual_dim"):
         value = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""A policy on a live model or pipeline: attached all or nothing, taken off without a trace."""
+"""Attaches a policy to a live model or pipeline, and removes it again."""
 
 from __future__ import annotations
 
@@ -62,30 +62,45 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     memory_limit: int | str | None = None,
     **params: Any,
 ) -> Run:
-    """Attach a policy to a model or a diffusers pipeline; nothing is attached when anything is wrong.
+    """Attach a policy to a model or a diffusers pipeline.
 
-    `target` is an `nn.Module` or a pipeline (its denoisers, scheduler and call boundaries are then known). `policy` is
-    a shipped name (`"pab"`), a path, a `Policy`, a cache config of `cachepolicy.diffusers` or of diffusers itself, or
-    an object with a `.policy()` method. `timestep` returns the current timestep in training units (0..1000) as a
-    number or tensor; without it the clock reads `scheduler`, the pipeline's scheduler, or the model's own timestep
-    argument. `steps` is the number of steps of a trajectory, for a policy that asks. `guidance` says whether a batch
-    holds the unconditional and the conditional half, where no pipeline tells. `trace` is False for none, and "profile"
-    for one with the time of every site, which takes some itself. `max_sessions` is how many sessions hold something at
-    a time; beyond, the one that was used longest ago ends. `process_group` names the processes that hold pieces of the
-    same samples, and so decide as one: a `ProcessGroup` or `DeviceMesh`; None for what diffusers' context parallelism
-    and parameters in pieces (FSDP2) show, False for none. `history_dtype` (such as `"bfloat16"`) and `history_device`
-    (such as `"cpu"`) say how what is kept is stored between its compute and its use. `memory_limit`, bytes or a size
-    such as `"2GiB"`, holds for all sessions together: over it, the sites that save least for their bytes compute.
+    The call is atomic: when any check or any hook fails, no hook stays on the model.
 
-    `params` are the policy's own knobs; a function given for an `external` is asked once for each answer.
+    Args:
+        target: An `nn.Module`, or a diffusers pipeline. With a pipeline, its denoisers, scheduler and call boundaries
+            are known.
+        policy: The name of a shipped policy (`"pab"`), a path, a `Policy`, a cache config of `cachepolicy.diffusers` or
+            of diffusers, or an object with a `.policy()` method.
+        timestep: Returns the current timestep in training units (0..1000), as a number or a tensor. By default the
+            clock reads `scheduler`, the pipeline's scheduler, or the timestep argument of the model.
+        scheduler: The scheduler that the clock reads.
+        steps: The number of steps of a trajectory (at least 1), for policies that use it.
+        guidance: Whether a batch contains the unconditional and the conditional half. Needed where no pipeline provides
+            this.
+        samples: How a signal is reduced over the samples of a batch, `"mean"` or `"max"`.
+        process_group: A `ProcessGroup` or `DeviceMesh` of the processes that hold parts of the same samples and decide
+            together. None detects diffusers' context parallelism and sharded parameters (FSDP2); False disables the
+            detection.
+        trace: False keeps no trace. `"profile"` adds the time of every site, and the measurement itself takes time.
+        max_sessions: The number of sessions that hold state at the same time. Beyond it, the least recently used
+            session ends.
+        history_dtype: The dtype of stored results between compute and use, such as `"bfloat16"`.
+        history_device: The device of stored results between compute and use, such as `"cpu"`.
+        memory_limit: Bytes, or a size such as `"2GiB"`, for all sessions together. Over the limit, the sites that save
+            the least compute per byte are not stored and compute.
+        **params: The policy's own params. A function that is given for an `external` is called once for each answer.
+
+    Returns:
+        The attached run, a context manager that removes the policy on exit.
 
     Raises:
-        PolicyError: the policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
-            what the policy says on this model.
+        PolicyError: The policy, a param or a selector is wrong, the model has a run already, or the engine cannot run
+            the policy on this model.
     """
     config = config_of(policy)
     if config is not None:
-        # What the config says about the run holds where the caller says nothing; some pipelines know better than it.
+        # Explicit arguments of the caller override the config. A pipeline that has `do_classifier_free_guidance`
+        # answers for each call, so the promise of the config is not used there.
         policy, said = config.policy(), config.arguments()
         callback, promised = said.pop("timestep", None), said.pop("guidance", None)
         timestep = callback if timestep is None else timestep
@@ -142,10 +157,13 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
 
 
 def remove(target: Any) -> None:
-    """Take the run off a model or pipeline; afterwards nothing of it is left.
+    """Remove the run from a model or pipeline, and restore the original classes.
+
+    Args:
+        target: The model or pipeline that `apply` was given.
 
     Raises:
-        PolicyError: there is no run, or a forward is running through it.
+        PolicyError: No run is attached, or a forward pass is running.
     """
     run = run_of(target)
     if run is None:
@@ -154,7 +172,7 @@ def remove(target: Any) -> None:
 
 
 def run_of(target: Any) -> Run | None:
-    """The run that is attached to a model or pipeline, None where there is none."""
+    """Return the run that is attached to a model or pipeline, or None."""
     handle = getattr(target, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(handle, Run):
         return handle
@@ -162,16 +180,19 @@ def run_of(target: Any) -> Run | None:
 
 
 class Counted(Protocol):
-    """FLOPs of one call of a model, in all and by module."""
+    """FLOPs of one forward pass of a model, as a total and per module."""
 
     total: int
     modules: Mapping[str, int]
 
 
 class Run(Handle):
-    """A policy attached to a model: a context manager that takes it off at the end.
+    """A policy that is attached to a model. As a context manager, it removes the policy on exit.
 
-    `plan` is the (first) denoiser's plan, `plans` holds all by name; `trace` is what happened, None when switched off.
+    Attributes:
+        plan: The plan of the first denoiser.
+        plans: The plans of all denoisers, by name.
+        trace: The record of what the sites did, or None when tracing is off.
     """
 
     def __init__(
@@ -213,7 +234,7 @@ class Run(Handle):
 
     @property
     def memory(self) -> Memory:
-        """What the sessions hold at the moment, and which sites do without over the limit."""
+        """Bytes of history that the sessions hold now, and the sites that the memory limit excludes."""
         states = [(name, state) for session in self._sessions.alive() for name, state in list(session.states.items())]
         holding = [(self._attached[name], state) for name, state in states if name in self._attached]
         refused = {
@@ -240,13 +261,18 @@ class Run(Handle):
         flops: Counted | None = None,
         uncached: float | None = None,
     ) -> str:
-        """What the newest session did, as one HTML file that loads nothing; written to `path` where one is given.
+        """Return an HTML report of the newest session, as one file without external resources.
 
-        `flops` are those of one call of the model, as `cachepolicy.tools.flops.count` counts them, and `uncached` the
-        seconds that all calls of the model take without the policy; without it they are estimated.
+        Args:
+            path: Where the report is written, if given.
+            flops: FLOPs of one forward pass, as `cachepolicy.tools.flops.count` returns them.
+            uncached: Seconds that all forward passes take without the policy. Estimated by default.
+
+        Returns:
+            The HTML text.
 
         Raises:
-            PolicyError: the run keeps no trace (E309).
+            PolicyError: The run keeps no trace (E309).
         """
         if self.trace is None:
             raise PolicyError.of("E309", "the run keeps no trace to report", help="apply the policy with `trace=True`")
@@ -262,7 +288,7 @@ class Run(Handle):
     # --- attaching ---------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Place all hooks, or none."""
+        """Place all hooks. When one fails, remove those that were placed."""
         try:
             for name, module in self._roots.items():
                 self._attach_root(name, module)
@@ -297,10 +323,10 @@ class Run(Handle):
         self._swap(module, methods, attached)
 
     def _settle(self, attached: RootModel) -> None:
-        """A trajectory starts: look once more at what else is on the model."""
+        """Check the model for conflicting hooks again at the start of a trajectory."""
         compat.refuse(attached.module, self.target)
         placement = self._placements.get(attached.identity)
-        if placement is not None:  # else a call of another thread has shown that the policy does not fit
+        if placement is not None:  # missing when another thread's call has detached the run (E310, E311)
             placement.settle()
 
     def _intercept(self, attached: RootModel, place: str, site: Site) -> None:
@@ -315,14 +341,14 @@ class Run(Handle):
         self._pipelines.add(pipeline)
 
     def _follow(self, scheduler: Any) -> SchedulerFollower | None:
-        """The follower of a scheduler; it is intercepted the first time."""
+        """Return the follower of a scheduler. The first call installs the follower."""
         follower = follow(scheduler, self)
         if follower is not None:
             self._schedulers.add(scheduler)
         return follower
 
     def _sources(self, session_config: SessionConfig, here: Entered | None) -> Sources:
-        """Where the clock of a call reads."""
+        """Return what the clock of a root call reads."""
         if session_config.told.timestep is not None:
             return session_config.bare
         scheduler = session_config.told.scheduler
@@ -340,14 +366,20 @@ class Run(Handle):
     # --- pipelines ---------------------------------------------------------------------------------------
 
     def follow(self, pipeline: P) -> P:
-        """Let another pipeline over the same denoisers run as the one that `apply` was given; gives the pipeline.
+        """Let another pipeline over the same denoisers use this run.
 
-        Its calls are sessions of their own, with its own scheduler as their clock. Servers make such a pipeline for
-        each request, with a scheduler of its own: nothing here keeps it alive, and nothing has to be undone.
+        Calls of the pipeline are sessions of their own, and its scheduler is their clock. Servers create such a
+        pipeline for each request. The run holds only weak references to it, so no cleanup is needed.
+
+        Args:
+            pipeline: A pipeline that shares at least one denoiser with this run.
+
+        Returns:
+            The same pipeline.
 
         Raises:
-            PolicyError: it is no pipeline (E300), has a policy already (E301), or none of its denoisers is this run's
-                (E315).
+            PolicyError: The run was removed (E302), the object is no pipeline (E300), it has a policy already (E301),
+                or none of its denoisers belongs to this run (E315).
         """
         if not self.attached:
             raise PolicyError.of("E302", "the run was removed", help="`cachepolicy.apply` attaches a new one")
@@ -371,13 +403,19 @@ class Run(Handle):
         return pipeline
 
     def share(self, kind: type | None = None, **parts: Any) -> Any:
-        """A new pipeline over the models of the one that `apply` was given, followed: `run.share(scheduler=...)`.
+        """Create a pipeline over the models of the target, and let it use this run.
 
-        `kind` is its class, by default the same one. `parts` are what it has to itself: a scheduler, as a request has,
-        or other arguments of the class. (`from_pipe` would not know the attached models, and casts all of them.)
+        `from_pipe` is not used: it does not recognize the attached models, and it casts all models.
+
+        Args:
+            kind: The pipeline class. By default the class of the target.
+            **parts: Components or arguments that replace those of the target, such as `scheduler=...`.
+
+        Returns:
+            The new pipeline.
 
         Raises:
-            PolicyError: the policy was applied to a model (E300), or the class takes none of its denoisers (E315).
+            PolicyError: The policy was applied to a model (E300), or the class takes none of its denoisers (E315).
         """
         if not is_pipeline(self.target):
             raise PolicyError.of("E300", "the policy was applied to a model", help="apply it to a pipeline to share it")
@@ -387,10 +425,10 @@ class Run(Handle):
         return self.follow(made(**{name: value for name, value in held.items() if name in taken}))
 
     def pipeline_call(self, pipeline: Any) -> PipelineCall:
-        """One call of a pipeline: a session of its own, unless one is set, and one trajectory.
+        """Return the state of one pipeline call: one trajectory, in its own session unless one is entered.
 
         Raises:
-            PolicyError: a denoiser of the pipeline was replaced since `apply`.
+            PolicyError: A denoiser of the pipeline was replaced after `apply`.
         """
         mine = pipeline is self.target
         for name, module in self._roots.items():
@@ -411,15 +449,23 @@ class Run(Handle):
         guidance: bool | None = None,
         **params: Any,
     ) -> contextlib.AbstractContextManager[None]:
-        """Calls inside belong to the session `key`; leaving only leaves it.
+        """Return a context manager that assigns the calls inside to the session `key`.
 
-        A session ends with its trajectory, by `reset(key)`, or when many others have been used since. What is said here
-        holds for it alone and until it ends, in place of what `apply` was told: its clock, and params of the policy
-        that change no hook, such as thresholds and intervals. Who enters it again need not say it again.
+        Leaving the context does not end the session. A session ends with its trajectory, by `reset(key)`, or when it is
+        the least recently used one beyond `max_sessions`. The settings apply to this session until it ends, in place of
+        those of `apply`, and need not be repeated when the session is entered again.
+
+        Args:
+            key: Any hashable value except None.
+            timestep: As for `apply`.
+            scheduler: As for `apply`.
+            steps: As for `apply`.
+            guidance: As for `apply`.
+            **params: Params of the policy that change no hook, such as thresholds and intervals.
 
         Raises:
-            PolicyError: the key is None, a param does not fit or would change what is attached (E314), or the session's
-                trajectory has begun under other ones (E313).
+            PolicyError: The key is None, a param is wrong or would change a hook (E314), or the trajectory of the
+                session has begun with other settings (E313).
         """
         if key is None:
             raise PolicyError.of("E304", "a session's key is None", help="use a string or a number of your own")
@@ -436,23 +482,24 @@ class Run(Handle):
             yield
 
     def reset(self, key: Hashable | None = None) -> None:
-        """End the session `key`, or all sessions: the next call starts a trajectory with nothing kept."""
+        """End the session `key`, or all sessions. The next call starts a trajectory without history."""
         if key is not None:
             self._sessions.drop(key)
         else:
             self._sessions.clear()
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """Calls inside run the bare model and leave all state as it is."""
+        """Return a context manager: calls inside run the bare model and change no state."""
         mine = frozenset(attached.identity for attached in self._attached.values())
         return _set(DISABLED, DISABLED.get() | mine)
 
     def remove(self) -> None:
-        """Take everything off; a run that is off already stays so.
+        """Remove all hooks. A second call has no effect.
 
         Raises:
-            PolicyError: a forward is running through it.
+            PolicyError: A forward pass is running.
         """
+        # The list closes every root before the check, so that no new forward pass begins in between.
         if not all([attached.close() for attached in self._attached.values()]):
             for attached in self._attached.values():
                 attached.reopen()
@@ -493,7 +540,7 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
 
 
 def _guided(session_config: SessionConfig, here: Entered | None) -> bool | None:
-    """Whether the caller, or the pipeline that is running, says that batches hold both halves of guidance."""
+    """Return whether the caller or the running pipeline states that batches hold both guidance halves."""
     if session_config.told.guidance is not None or here is None:
         return session_config.told.guidance
     said = getattr(here.pipeline, "do_classifier_free_guidance", None)
@@ -504,7 +551,7 @@ def _guided(session_config: SessionConfig, here: Entered | None) -> bool | None:
 
 
 def _cache_context_override(original: Method) -> Method:
-    """`model.cache_context(name, ...)` of diffusers, which names the branch and may tell the step."""
+    """Override of diffusers' `model.cache_context(name, ...)`: names the guidance branch of the calls inside."""
 
     @contextlib.contextmanager
     def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
@@ -516,7 +563,7 @@ def _cache_context_override(original: Method) -> Method:
 
 
 def _reset_override(original: Method) -> Method:
-    """`_reset_stateful_cache`, which diffusers' pipelines call at their end."""
+    """Override of `_reset_stateful_cache`, which diffusers pipelines call at their end: ends the session."""
 
     def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self.__dict__.get(ATTRIBUTE)

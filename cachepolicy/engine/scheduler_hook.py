@@ -1,4 +1,4 @@
-"""Schedulers that are followed: each `step` is counted, each `set_timesteps` begins anew, whoever asks."""
+"""Follows schedulers: counts each `step`, and restarts at each `set_timesteps`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped,
 
 
 class SchedulerFollower(Handle):
-    """Counts the steps of one scheduler; several runs may follow the same."""
+    """Counts the steps of one scheduler. Several runs can use it."""
 
     __slots__ = ("_numbers", "_source", "begin", "generation", "step", "users")
 
@@ -24,17 +24,20 @@ class SchedulerFollower(Handle):
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
 
     def __deepcopy__(self, memo: object) -> SchedulerFollower:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Itself: pipelines of tiles put copies of a scheduler's `__dict__` back into it, and it still counts there."""
+        """Return the follower itself.
+
+        Tiled pipelines copy the `__dict__` of a scheduler and restore it. The restored copy has to keep counting here.
+        """
         return self
 
     def restart(self) -> None:
-        """The next call is step 0 of a new trajectory."""
+        """Begin a new trajectory: the next call is step 0."""
         self.step = 0
         self.begin = None
         self.generation += 1
 
     def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
-        """The scheduler's timesteps and sigmas as plain numbers, read from the device once a trajectory."""
+        """Return timesteps and sigmas as floats. They are read from the device once per trajectory."""
         if scheduler.timesteps is not self._source:
             self._source = scheduler.timesteps
             sigmas = getattr(scheduler, "sigmas", None)
@@ -47,7 +50,7 @@ def _floats(values: Any) -> list[float]:
 
 
 def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
-    """The scheduler's follower, on behalf of a run; None for an object that is no scheduler."""
+    """Return the follower of a scheduler for a run, or None if the object is no scheduler."""
     follower: Any = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(follower, SchedulerFollower) and user in follower.users:
         return follower
@@ -66,7 +69,7 @@ def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
 
 
 def unfollow(scheduler: Any, user: object) -> None:
-    """Follow no longer on behalf of this run; the last one gives the scheduler its class back."""
+    """Release the follower for a run. The last run restores the class of the scheduler."""
     with _lock:
         follower = scheduler.__dict__.get(ATTRIBUTE)
         if isinstance(follower, SchedulerFollower):
@@ -79,7 +82,7 @@ _lock = threading.Lock()
 
 
 def _step_override(original: Method) -> Method:
-    """`scheduler.step` that tells the follower."""
+    """Override of `scheduler.step` that counts."""
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -92,7 +95,7 @@ def _step_override(original: Method) -> Method:
 
 
 def _set_timesteps_override(original: Method) -> Method:
-    """`scheduler.set_timesteps` that tells the follower."""
+    """Override of `scheduler.set_timesteps` that restarts the follower."""
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -110,14 +113,14 @@ T = TypeVar("T")
 
 
 class Weakly(Generic[T]):
-    """Objects that others own, each once, as long as they live."""
+    """A collection of distinct objects by weak reference."""
 
     def __init__(self) -> None:
         self._references: list[Callable[[], T | None]] = []
         self._lock = threading.RLock()
 
     def add(self, item: T) -> None:
-        """Remember an object; those that are gone are forgotten."""
+        """Add an object, and remove dead references."""
         with self._lock:
             alive = [each for each in self._references if each() is not None]
             if not any(each() is item for each in alive):
@@ -125,7 +128,7 @@ class Weakly(Generic[T]):
             self._references = alive
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all objects."""
         self._references = []
 
     def __iter__(self) -> Iterator[T]:
@@ -138,5 +141,5 @@ class Weakly(Generic[T]):
 def _reference(item: T) -> Callable[[], T | None]:
     try:
         return cast("Callable[[], T | None]", weakref.ref(item))
-    except TypeError:  # an object with slots
+    except TypeError:  # objects with slots may not support weak references
         return lambda: item

@@ -1,4 +1,4 @@
-"""The policy as one session has it: its params, and what its caller said of the run."""
+"""The settings of a session: its params and its run options."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.planning.plan import Plan, bind
 
 MOST_LAYOUTS = 64
-"""Distinct sets of params whose layouts are kept; beyond, the least recently used one is worked out anew."""
+"""The number of cached execution plans, one per set of params. The least recently used is dropped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SessionConfig:
-    """A layout for each root, and what the caller said."""
+    """An execution plan per root model, and the run options."""
 
     layouts: Mapping[str, ExecutionPlan]
     told: RunOptions
     bare: Sources = field(init=False)
-    """What the clock reads where no scheduler is known."""
+    """What the clock reads when no scheduler is known."""
 
     def __post_init__(self) -> None:
         reads_t = any("t" in layout.plan.needs for layout in self.layouts.values())
@@ -35,18 +35,18 @@ class SessionConfig:
         object.__setattr__(self, "bare", bare)
 
     def differs(self, other: SessionConfig) -> bool:
-        """True where a trajectory cannot go from one to the other; functions that give numbers may be exchanged."""
+        """Return True if a running trajectory cannot change to `other`. A change of functions is allowed."""
         mine, theirs = self.told, other.told
         told = (mine.scheduler is not theirs.scheduler, mine.steps != theirs.steps, mine.guidance != theirs.guidance)
         return any(told) or (self.layouts is not other.layouts and self._rules() != other._rules())
 
     def _rules(self) -> list[str]:
-        """What the rules of each root mean: params that were bound anew give equal layouts, not the same ones."""
+        """Return the digest of the rules per root model: equal params bind to equal, not identical, plans."""
         return [layout.plan.resolved.digest for layout in self.layouts.values()]
 
 
 class BoundPolicy:
-    """What `apply` was given, from which each session may depart within what is attached."""
+    """The policy and options of `apply`. Sessions may change what needs no other hooks."""
 
     def __init__(
         self, policy: ir.Policy, plans: Mapping[str, Plan], told: RunOptions, params: Mapping[str, Any]
@@ -59,10 +59,14 @@ class BoundPolicy:
         self.session_config = SessionConfig({name: lay_out(plan) for name, plan in plans.items()}, told)
 
     def depart(self, told: Mapping[str, Any], params: Mapping[str, Any]) -> SessionConfig:
-        """The session_config of a session that says so much otherwise.
+        """Return the settings of a session with other options or params.
+
+        Args:
+            told: Run options that differ.
+            params: Params and externals that differ.
 
         Raises:
-            PolicyError: what `apply` would say of a param, or a param changes what is attached to the model (E314).
+            PolicyError: A param is invalid, or changes the hooks on the model (E314).
         """
         externals = {name: supplier(name, params[name]) for name in params if name in self._externals}
         own = {name: value for name, value in params.items() if name not in externals}
@@ -96,7 +100,7 @@ class BoundPolicy:
         )
 
     def _change(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan] | str:
-        """The layouts under these params, or what they change of all that is attached."""
+        """Return the execution plans under these params, or the part of the hooks that they would change."""
         resolved = resolve(self.policy, self._params | dict(params))
         if all(resolved.digest == layout.plan.resolved.digest for layout in self.session_config.layouts.values()):
             return self.session_config.layouts
@@ -110,7 +114,7 @@ class BoundPolicy:
 
 
 def _change(attached: ExecutionPlan, other: ExecutionPlan) -> str:
-    """What of a layout's hooks is not that of another's; empty where they are the same."""
+    """Return which part of the hooks differs between two execution plans, or an empty string."""
     if [site.modules for site in attached.plan.sites] != [site.modules for site in other.plan.sites]:
         return "which modules the rules take"
     if attached.plan.probes != other.plan.probes or attached.inside != other.inside:
@@ -124,7 +128,7 @@ def _change(attached: ExecutionPlan, other: ExecutionPlan) -> str:
 
 
 def _frozen(value: Any) -> str:
-    """A param's value as text that tells it from others: 1, 1.0 and True are three."""
+    """Return a param's value as a cache key that distinguishes 1, 1.0 and True."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_frozen, value))}]"  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     return f"{type(value).__name__} {value!r}"

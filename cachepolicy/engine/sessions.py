@@ -1,7 +1,7 @@
-"""Sessions: whose call it is, and what each request holds until it ends.
+"""Sessions: the state of each request, and the assignment of calls to sessions.
 
-A session is found by what the caller said (`run.session(key)`), else by the pipeline's call, the asyncio task or the
-thread. The last three own their sessions, so that these go with them and nobody has to look for dead ones.
+A session is found by the key of `run.session(key)`, else by the pipeline call, the asyncio task or the thread. The last
+three own their sessions, so a session is released together with its owner and needs no cleanup.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from cachepolicy.tracing.trace import Trajectory
 
 @dataclass(slots=True)
 class State:
-    """One root's part of a session: its calls, its branches and the record of its trajectory.
+    """State of one root model in a session: its calls, its branches and its trace.
 
-    `host` is what turns ask of the root, under the session's config; `doubted` are branches as they were before a call
-    of this step that may not have been theirs; `over` is set once the last step has run.
+    Attributes:
+        host: The root model under the settings of the session.
+        doubted: Branches as they were before a call of this step that may belong to another branch.
+        over: Whether the last step has run.
     """
 
     host: Host
@@ -54,16 +56,16 @@ class State:
     liveness: Liveness | None = None
     account: Account | None = None
     rebuilding: Lease | None = None
-    """The share of what guidance keeps, where there is a limit."""
+    """The lease for the guidance state, if there is a memory limit."""
 
     def abandon(self) -> None:
-        """Tell the processes that decide with this one that its trajectory has failed."""
+        """Tell the processes that decide together with this one that the trajectory has failed."""
         for agreement in (self.agreement, self.company):
             if agreement is not None:
                 agreement.abandon()
 
     def clear(self) -> None:
-        """Release the histories, as before a trajectory."""
+        """Release the history before a new trajectory."""
         self.liveness = self.rebuilding = None
         if self.account is not None:
             self.account.waits = False
@@ -76,7 +78,7 @@ class State:
 
 
 class Session:
-    """One request: its clock, its config (None: nothing has run yet), and each root's part by the root's name."""
+    """One request: its clock, its settings (None before the first call), and the state of each root model."""
 
     __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "session_config", "states")
 
@@ -90,19 +92,19 @@ class Session:
 
     @property
     def under_way(self) -> bool:
-        """True while its trajectory may go on."""
+        """True while the trajectory may continue."""
         return any(state.count and not state.over for state in self.states.values())
 
     @property
     def busy(self) -> bool:
-        """True while a call runs in it."""
+        """True while a call runs in the session."""
         return self._depth > 0
 
     def enter(self) -> None:
-        """A call begins; calls inside it, of the same thread, are part of it.
+        """Begin a call. Nested calls of the same thread belong to it.
 
         Raises:
-            PolicyError: another thread's call is running (E312).
+            PolicyError: A call of another thread is running (E312).
         """
         thread = threading.get_ident()
         if self._depth and self._thread != thread:
@@ -115,17 +117,17 @@ class Session:
         self._depth += 1
 
     def leave(self) -> None:
-        """The call has ended."""
+        """End the call."""
         self._depth -= 1
 
     def exchange(self, session_config: SessionConfig) -> None:
-        """Go on under session_config that differ in functions alone."""
+        """Continue under settings that differ only in functions."""
         self.session_config = session_config
         for state in self.states.values():
             state.host.externals = session_config.told.externals
 
     def end(self) -> list[tuple[str, State]]:
-        """Release all that it holds; gives what each root had. The next call starts a trajectory."""
+        """Release the state and return it by root model. The next call starts a trajectory."""
         states, self.states = self.states, {}
         self.clock, self.session_config = Clock(), None
         return list(states.items())
@@ -135,7 +137,7 @@ class Session:
 
 
 class Owner:
-    """What sessions belong to that nobody named: a thread, a task or a pipeline's call."""
+    """Owner of sessions without a key: a thread, a task or a pipeline call."""
 
     __slots__ = ("__weakref__", "name", "sessions")
 
@@ -157,7 +159,7 @@ _TASKS: weakref.WeakKeyDictionary[Any, Owner] = weakref.WeakKeyDictionary()
 
 
 def _owner() -> Owner:
-    """The task's or the thread's owner."""
+    """Return the owner of the current task, else of the current thread."""
     if asyncio._get_running_loop() is not None:  # noqa: SLF001 (asyncio documents it for frameworks)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
         task = asyncio.current_task()
         if task is not None:
@@ -170,7 +172,7 @@ def _owner() -> Owner:
 
 
 def _done(task: Any) -> None:
-    """A task that is done owns nothing, also where somebody keeps it for its result."""
+    """Release the owner of a finished task. The task itself may live on for its result."""
     _TASKS.pop(task, None)
 
 
@@ -178,9 +180,9 @@ def _done(task: Any) -> None:
 
 
 class Entered:
-    """A context has entered a session of one run: by key, or by a pipeline's call, which owns it.
+    """A context that has entered a session of one run, by key or by a pipeline call.
 
-    Contexts are copied into tasks and threads and may outlive what they entered: `close` makes them forget it.
+    Contexts are copied into tasks and threads, and the copies may outlive the session. `close` drops the references.
     """
 
     __slots__ = ("_sessions", "key", "outer", "owner", "pipeline", "session_config")
@@ -202,21 +204,21 @@ class Entered:
         self.outer = ENTERED.get()
 
     def of(self, sessions: Sessions) -> bool:
-        """True where it is this run's."""
+        """Return True if the session belongs to this run."""
         return self._sessions() is sessions
 
     @property
     def open(self) -> bool:
-        """False once a pipeline's call has ended."""
+        """False once the pipeline call has ended."""
         return self.key is not None or self.owner is not None
 
     def close(self) -> None:
-        """The pipeline's call has ended."""
+        """Mark the pipeline call as ended."""
         self.key = self.owner = self.session_config = self.pipeline = None
 
     @contextlib.contextmanager
     def inside(self) -> Generator[None]:
-        """Calls inside stand here."""
+        """Assign the calls inside to this session."""
         token = ENTERED.set(self)
         try:
             yield
@@ -228,7 +230,10 @@ ENTERED: ContextVar[Entered | None] = ContextVar("cachepolicy_entered", default=
 
 
 def entered(sessions: Sessions) -> Entered | None:
-    """Where the context stands with a run: in a session of it, else in one of another run, which keeps it apart too."""
+    """Return the innermost open session of this run, else of another run, or None.
+
+    The pipeline call of another run also separates the sessions of this run.
+    """
     here, first = ENTERED.get(), None
     while here is not None:
         if here.open:
@@ -243,10 +248,14 @@ def entered(sessions: Sessions) -> Entered | None:
 
 
 class Sessions:
-    """The sessions of one run, no more than `most` with something in them; beyond, the least recently used ends.
+    """The sessions of one run, at most `most` with state. Beyond it, the least recently used ends.
 
-    `finished` is told of what each root had when a session ends well. Dead owners leave a dead reference, which goes
-    at the next look: nothing has to be done, and no lock taken, when they die.
+    Sessions of owners are held by weak references. Dead references are removed at the next lookup, so that no lock is
+    taken in a finalizer.
+
+    Args:
+        most: The largest number of sessions with state.
+        finished: Called with the name and the state of each root model when a session ends without an error.
     """
 
     def __init__(self, most: int, finished: Callable[[str, State], None]) -> None:
@@ -256,10 +265,13 @@ class Sessions:
         self._recent: OrderedDict[object, Session | weakref.ref[Session]] = OrderedDict()
 
     def begin(self) -> tuple[Session, Entered | None]:
-        """The session of the present call, which begins, and where its context stands.
+        """Begin a call in its session.
+
+        Returns:
+            The session, and the context that was entered, or None.
 
         Raises:
-            PolicyError: another thread's call is running in it (E312).
+            PolicyError: A call of another thread is running in the session (E312).
         """
         here = entered(self)
         owner = (here.owner if here is not None else None) or _owner()
@@ -275,7 +287,7 @@ class Sessions:
         return session, here
 
     def named(self, key: Hashable) -> Session:
-        """The session of a key; it is made where there is none."""
+        """Return the session of a key, and create it if needed."""
         with self._lock:
             return self._named(key)
 
@@ -294,7 +306,7 @@ class Sessions:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Forget the dead, then end those that were used longest ago, but for any that a call runs in."""
+        """Remove dead references, then end the least recently used sessions in which no call runs."""
         for place, session in list(self._recent.items()):
             if isinstance(session, weakref.ref) and session() is None:
                 del self._recent[place]
@@ -309,10 +321,10 @@ class Sessions:
                     session.end()
 
     def agree(self, key: Hashable, session_config: SessionConfig) -> None:
-        """Put the session of a key under these session_config; it ends where it has had others.
+        """Apply settings to the session of a key. A session with different settings ends first.
 
         Raises:
-            PolicyError: its trajectory is under way under others (E313).
+            PolicyError: The trajectory of the session is running with other settings (E313).
         """
         session = self.named(key)
         if session.session_config is not None and session.session_config.differs(session_config):
@@ -329,7 +341,7 @@ class Sessions:
             session.exchange(session_config)
 
     def restart(self, key: Hashable) -> None:
-        """End the trajectory of a key's session; its session_config stay."""
+        """End the trajectory of a session. Its settings stay."""
         session = self.named(key)
         session_config = session.session_config
         self.end(session)
@@ -343,7 +355,7 @@ class Sessions:
             self.end(session)
 
     def end_current(self) -> None:
-        """End what the present context's calls belong to."""
+        """End the session of the current context."""
         here = entered(self)
         if here is not None:
             self.end_at(here)
@@ -351,7 +363,7 @@ class Sessions:
             self._end_of(_owner())
 
     def end_at(self, here: Entered, *, failed: bool = False) -> None:
-        """End the session that a context has entered. The processes that share its samples hear of a failure."""
+        """End the session that a context has entered. On failure, notify the processes that share its samples."""
         if here.key is None:
             if here.owner is not None:
                 self._end_of(here.owner, failed=failed)
@@ -366,7 +378,7 @@ class Sessions:
             self.end(session, failed=failed)
 
     def end(self, session: Session, *, failed: bool = False) -> None:
-        """Release all that a session holds; its record stays. Takes no lock, so that a finalizer may call it."""
+        """Release the state of a session. Its trace stays. Takes no lock, so that a finalizer may call it."""
         for name, state in session.end():
             if failed:
                 state.abandon()
@@ -381,12 +393,12 @@ class Sessions:
             self._recent.clear()
 
     def alive(self) -> list[Session]:
-        """The sessions that somebody still owns."""
+        """Return the sessions whose owners are alive."""
         with self._lock:
             found = [each() if isinstance(each, weakref.ref) else each for each in self._recent.values()]
         return [session for session in found if session is not None]
 
     @property
     def keys(self) -> tuple[object, ...]:
-        """The keys, or owners' names, of the sessions that hold something."""
+        """The keys, or the names of the owners, of the sessions with state."""
         return tuple(session.key for session in self.alive() if session.states)

@@ -1,7 +1,7 @@
-"""What signals are worth: tensors seen at probes, remembered over steps and computes, brought down to numbers.
+"""Signals: probed tensors, remembered over steps and computes, and reduced to numbers.
 
-The norms use the same torch operations in the same dtype as diffusers' caches, so that equal streams give equal numbers
-to the last bit.
+The norms use the same torch operations in the same dtype as the caches of diffusers, so that equal streams give
+bit-identical numbers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from cachepolicy.planning.plan import Plan
 
 
 class Stream:
-    """A tensor that was seen, with its write counter then, and its mean magnitude once somebody asked."""
+    """A probed tensor with its `_version`. The mean magnitude is computed on demand."""
 
     __slots__ = ("_magnitude", "_sum", "_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        # An inference tensor has no write counter: a copy cannot be written into.
+        # Inference tensors have no `_version`, so in-place writes cannot be detected. Small views are copied as well,
+        # because they would keep a large storage alive.
         copies = tensor.is_inference() or not whole([tensor])
         self._tensor = tensor.detach().clone() if copies else tensor.detach()
         self._version = None if copies else tensor._version
@@ -37,10 +38,10 @@ class Stream:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor as it was seen.
+        """The tensor as it was probed.
 
         Raises:
-            Undefined: somebody wrote into it since.
+            Undefined: The tensor was modified in place.
         """
         if self._version is not None and self._tensor._version != self._version:
             raise Undefined("a probed tensor was overwritten in place")
@@ -48,18 +49,18 @@ class Stream:
 
     @property
     def held(self) -> torch.Tensor:
-        """The tensor that is kept, whether or not somebody wrote into it."""
+        """The stored tensor, even if it was modified in place."""
         return self._tensor
 
     @property
     def magnitude(self) -> torch.Tensor:
-        """mean|x|, computed once."""
+        """mean(|x|), computed once."""
         if self._magnitude is None:
             self._magnitude = self.tensor.abs().mean()
         return self._magnitude
 
     def sum(self, *, by_sample: bool) -> Sum:
-        """The sum of |x|, computed once."""
+        """Return the sum of |x|, computed once."""
         if self._sum is None:
             self._sum = summed(self.tensor.abs(), by_sample=by_sample)
         return self._sum
@@ -70,31 +71,31 @@ Value = Stream | float
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """The number signals that rules read, written out down to probes, and what has to be remembered for them."""
+    """The number signals that rules read, expanded to probes, and what they need to remember."""
 
     numbers: Mapping[str, ir.Expression]
     kept: Mapping[ir.Expression, int]
-    """What `kept` reads, and how many computes back."""
+    """The arguments of `kept`, and how many computes back they reach."""
     previous: tuple[ir.Expression, ...]
-    """What `prev` reads."""
+    """The arguments of `prev`."""
     probes: frozenset[ir.Probe]
     decisive: tuple[ir.Call, ...] = ()
-    """The norms that the numbers are made of."""
+    """The norms in the signals."""
     lasting: tuple[ir.Call, ...] = ()
-    """The norms that remembered numbers are made of."""
+    """The norms in remembered numbers."""
     _parts: dict[ir.Expression, list[ir.Call]] = field(
         default_factory=dict[ir.Expression, list[ir.Call]], repr=False, compare=False
     )
 
     def parts(self, expression: ir.Expression) -> list[ir.Call]:
-        """The norms and memories that an expression over numbers is made of."""
+        """Return the norms and memories in an expression over numbers."""
         if expression not in self._parts:
             self._parts[expression] = _outermost(expression)
         return self._parts[expression]
 
 
 def signals_of(plan: Plan) -> Signals:
-    """What of a plan's signals has to be measured."""
+    """Return the signals of a plan that have to be measured."""
     closed = dict[str, ir.Expression]()
     for signal in plan.resolved.signals:
         closed[signal.name] = substitute(signal.value, closed)
@@ -116,7 +117,7 @@ def signals_of(plan: Plan) -> Signals:
 
 @dataclass(slots=True)
 class Remembered:
-    """What one branch remembers: streams at the step before, and at the computes of each site, newest first."""
+    """Memory of one branch: values of the previous step, and of the computes of each site, newest first."""
 
     step: int = -1
     previous: dict[tuple[ir.Expression, int], Value] = field(default_factory=dict[tuple[ir.Expression, int], Value])
@@ -126,7 +127,7 @@ class Remembered:
 
 
 class Measuring:
-    """The signals of one call: probes as they come in, numbers on demand."""
+    """The signals of one forward pass: probes as they arrive, numbers on demand."""
 
     __slots__ = ("_agreed", "_environment", "_seen", "_signals", "_step", "_worst", "agreement", "past")
 
@@ -150,15 +151,15 @@ class Measuring:
         self.past = past
 
     def see(self, probe: ir.Probe, tensor: torch.Tensor) -> None:
-        """A probe's tensor of this step; the first one counts where a module is called more than once."""
+        """Record the tensor of a probe. If a module is called more than once, the first call counts."""
         self._seen.setdefault(probe, Stream(tensor))
 
     def has(self, probe: ir.Probe) -> bool:
-        """True once the probe was seen in this step."""
+        """Return True once the probe was recorded in this step."""
         return probe in self._seen
 
     def numbers(self, site: int) -> dict[str, float]:
-        """The signals by name as the rules of `site` read them now; what is undefined is NaN."""
+        """Return the signals by name for the rules of `site`. Undefined signals are NaN."""
         found = dict[str, float]()
         for name, expression in self._signals.numbers.items():
             try:
@@ -169,10 +170,16 @@ class Measuring:
         return found
 
     def agree(self, what: str, past: str, sites: Sequence[int], *, refuses: bool = False) -> bool:
-        """Work out the norms that the numbers of `sites` are made of, together with the other processes.
+        """Compute the norms for `sites` together with the other processes.
 
-        `what` is decided, and `past` is all else that it depends on, in words that are the same on all of them;
-        `refuses` says that it could not reuse here. Gives whether it could not somewhere.
+        Args:
+            what: The subject of the decision, equal on all processes.
+            past: All other inputs of the decision, equal on all processes.
+            sites: The site numbers.
+            refuses: Whether this process cannot reuse.
+
+        Returns:
+            Whether any process cannot reuse.
         """
         return self._settle(what, self._signals.decisive, sites, past, refuses=refuses)
 
@@ -181,7 +188,7 @@ class Measuring:
     ) -> bool:
         assert self.agreement is not None
         keys = dict.fromkeys(self._key(call, site) for site in sites for call in norms)
-        # What is defined stays so for the rest of the call, on all processes alike.
+        # A defined norm stays defined for the rest of the call, on all processes.
         missing = [key for key in keys if math.isnan(self._agreed.get(key, math.nan))]
         wanted = [(call.function, self._share(call, max(site, 0))) for call, site in missing]
         branch = self._environment.names.get("branch")
@@ -191,11 +198,11 @@ class Measuring:
         return settled.refused > 0
 
     def _key(self, call: ir.Call, site: int) -> tuple[ir.Call, int]:
-        """A norm and the site that it is of; -1 where it is the same for all."""
+        """Return the key of a norm: with its site, or -1 if the norm is equal for all sites."""
         return call, site if any(isinstance(node, ir.Call) and node.function == "kept" for node in walk(call)) else -1
 
     def _share(self, call: ir.Call, site: int) -> Share | None:
-        """This process' share of a norm, None where it is undefined here."""
+        """Return this process' share of a norm, or None if it is undefined here."""
         try:
             x, *others = self._streams(call, site)
             y = others[0].tensor if others else None
@@ -205,7 +212,7 @@ class Measuring:
             return None
 
     def finish(self, sites: list[int], computed: list[int]) -> None:
-        """Remember this step: for `prev` at the next one, for `kept` where a site has computed."""
+        """Store this step for `prev` of the next step, and for `kept` of the sites that computed."""
         if self.agreement is not None and self._signals.lasting:
             self._settle("what is remembered", self._signals.lasting, sites)
         previous = self._values(self._signals.previous, sites)
@@ -220,7 +227,7 @@ class Measuring:
         self.past.previous, self.past.step = previous, self._step
 
     def _values(self, expressions: Iterable[ir.Expression], sites: list[int]) -> dict[tuple[ir.Expression, int], Value]:
-        """What the expressions are worth now at each site; those that are undefined are left out."""
+        """Return the defined values of the expressions at each site."""
         found = dict[tuple[ir.Expression, int], Value]()
         for expression in expressions:
             for site in sites:
@@ -251,7 +258,7 @@ class Measuring:
         return value
 
     def _number(self, expression: ir.Expression, site: int) -> float:
-        """An expression over numbers, with the norms and memories in it put in as values."""
+        """Evaluate an expression over numbers, with its norms and memories as values."""
         if isinstance(expression, ir.Call) and expression.function in NORMS:
             return self._norm(expression, site)
         stateful = dict[ir.Call, float]()
@@ -278,7 +285,7 @@ class Measuring:
         return value
 
     def _streams(self, call: ir.Call, site: int) -> list[Stream]:
-        """The tensors that a norm reads."""
+        """Return the tensors that a norm reads."""
         streams = [self._value(argument, site) for argument in call.arguments]
         tensors = [stream for stream in streams if isinstance(stream, Stream)]
         if len(tensors) != len(streams):
@@ -289,13 +296,13 @@ class Measuring:
 
 
 def _norms(expressions: Iterable[ir.Expression]) -> tuple[ir.Call, ...]:
-    """The norms that numbers are made of, without those that are remembered."""
+    """Return the norms in the expressions, without those inside memories."""
     calls = [call for each in expressions for call in _outermost(each)]
     return tuple(dict.fromkeys(call for call in calls if call.function in NORMS))
 
 
 def _outermost(node: ir.Node) -> list[ir.Call]:
-    """The norms and memories below a node that stand in no other of them."""
+    """Return the outermost norms and memories below a node."""
     if isinstance(node, ir.Call) and (node.function in NORMS or node.function in MEMORIES):
         return [node]
     return [call for child in children(node) for call in _outermost(child)]
@@ -320,14 +327,14 @@ def _norm(function: str, streams: list[Stream]) -> torch.Tensor:
 
 
 def _worst(function: str, streams: list[Stream]) -> torch.Tensor:
-    """The largest of the samples' norms (the smallest cosine), so that none is judged by its neighbours."""
+    """Return the largest norm over the samples (the smallest cosine)."""
     samples = [[Stream(sample) for sample in stream.tensor] for stream in streams]
     norms = torch.stack([_norm(function, list(sample)) for sample in zip(*samples, strict=True)])
     return norms.min() if function == "cosine" else norms.max()
 
 
 def probed(probe: ir.Probe, names: Mapping[str, Any], first: torch.Tensor | None) -> torch.Tensor | None:
-    """What an `input` or `argument` probe sees of a call's arguments; None where there is no tensor."""
+    """Return the tensor that an `input` or `argument` probe reads, or None."""
     if probe.stream == "argument":
         value = names.get(probe.argument or "")
         return value if isinstance(value, torch.Tensor) else None

@@ -1,4 +1,4 @@
-"""What a module's own forward is given, where a hook of diffusers' context parallelism splits its inputs first."""
+"""The arguments of a module's forward, where diffusers' context parallelism splits them first."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def entered(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call as the module's forward sees them.
+    """Return the arguments of a call as the module's forward receives them.
 
-    The hook stands inside the call that is intercepted, and splits anew whatever it is given: residuals and streams
-    have to be formed from what came out of it. It gives views and changes nothing, so that it can be asked twice.
+    The diffusers hook runs inside the intercepted call and splits the arguments. Residuals have to be computed from the
+    split tensors. The hook returns views and changes nothing, so it can be called twice.
     """
     registry = module.__dict__.get("_diffusers_hook")
     if registry is None:
         return args, kwargs
-    # Where a module carries a hook of diffusers, the hook's own file has been imported; not so this one.
+    # A module with a hook implies that diffusers' hooks are imported, but not necessarily this file.
     parallel: Any = sys.modules.get("diffusers.hooks.context_parallel")
     if parallel is None:
         return args, kwargs

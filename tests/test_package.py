@@ -131,6 +131,38 @@ print("torch" in sys.modules)
     assert "False" == run_python(code, environment={"PYTHONPATH": str(ROOT)})
 
 
+def test_without_torch_the_extra_is_named() -> None:
+    """Where torch is not installed, what needs it says how to install it; what needs no model works."""
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["diffusers"] = None
+import cachepolicy
+from cachepolicy.diffusers import FirstBlockCacheConfig, enable_cache
+for attempt in (
+    lambda: cachepolicy.apply(object(), "pab"),
+    lambda: cachepolicy.remove(object()),
+    lambda: cachepolicy.Run,
+    lambda: enable_cache(object(), FirstBlockCacheConfig()),
+):
+    try:
+        attempt()
+    except ModuleNotFoundError as error:
+        assert error.name == "torch" and 'pip install "cachepolicy[torch]"' in str(error), error
+    else:
+        raise AssertionError
+assert cachepolicy.plan("pab").sites
+"""
+    assert "" == run_python(code, environment={"PYTHONPATH": str(ROOT)})
+
+
+def test_torch_is_an_extra() -> None:
+    """The smallest install brings no torch; the extras that use it do."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert [] == [each for each in project["dependencies"] if each.startswith(("torch", "diffusers"))]
+    (torch,) = project["optional-dependencies"]["torch"]
+    assert torch in project["optional-dependencies"]["diffusers"]
+
+
 # --- what is shipped
 
 WHOLE = """

@@ -13,7 +13,7 @@ import lark
 from cachepolicy._resources import shipped
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir, syntax_errors
-from cachepolicy.language.lowering import Lowering, depth
+from cachepolicy.language.lowering import Lowering, depth, is_tree
 from cachepolicy.language.semantics import check_names, judge
 from cachepolicy.language.source import Chunk, Source, prepare
 from cachepolicy.language.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
@@ -82,7 +82,7 @@ def look_ahead(source: Source, start: int, end: int) -> Ahead | None:
     """What may stand at `end` in a statement that starts at `start`; None where it is wrong before."""
     # A line that is begun and empty continues nothing yet, so the parser would take it for an end.
     end = start + len(source.clean[start:end].rstrip())
-    parser = _parser().parse_interactive(lark.TextSlice(source.clean, start, end), start="line")
+    parser = _parser().parse_interactive(source.clean[start:end], start="line")
     try:
         read = parser.exhaust_lexer()
     except lark.exceptions.UnexpectedInput:
@@ -121,17 +121,25 @@ def _words() -> Mapping[str, str]:
 
 
 def _parse(source: Source, start: int, end: int, rule: str) -> Any:
-    return _parser().parse(lark.TextSlice(source.clean, start, end), start=rule)
+    """The tree of a stretch, with places in the whole text; `lark.TextSlice` does the same, but only from 1.3 on."""
+    tree = _parser().parse(source.clean[start:end], start=rule)
+    if start and is_tree(tree):
+        for each in tree.iter_subtrees():
+            tokens = [child for child in each.children if not is_tree(child)]
+            for place in tokens if each.meta.empty else [each.meta, *tokens]:
+                place.start_pos += start
+                place.end_pos += start
+    return tree
 
 
 def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop:
     """Where and why the parser gives this stretch up."""
-    parser = _parser().parse_interactive(lark.TextSlice(source.clean, start, end), start=rule)
+    parser = _parser().parse_interactive(source.clean[start:end], start=rule)
     offset: Any = end
     try:
         parser.exhaust_lexer()
     except lark.exceptions.UnexpectedInput as error:
-        offset = error.pos_in_stream
+        offset = start + (error.pos_in_stream or 0)
     # Behind a whole statement the parser has no choice left, not even the end.
     return syntax_errors.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
 

@@ -558,6 +558,7 @@ class ForwardPass:
         except Leave as leave:
             if leave.span not in waiting:
                 raise
+            # The first block was left before its end, so its recording is incomplete.
             self._recorders.pop(leave.span, None)
             left(module)
             return self._linked(leave.span, 0, names), leave.span

@@ -215,6 +215,7 @@ def site_override(original: Method) -> Method:
         index = site.index
         code = frame.codes[index]
         slot = frame.slots[index]
+        # Codes are module constants, so they are compared by identity.
         if code is REUSE:
             states = args[0] if args else kwargs.get("hidden_states")
             kept, version, versions = slot.output, slot.version, slot.versions
@@ -239,6 +240,7 @@ def site_override(original: Method) -> Method:
         output = original(self, *args, **kwargs)
         if code is COMPUTE:
             return output
+        # A second compute in the same forward pass overwrites the slot, so the site must not reuse.
         if slot.call == frame.serial:
             frame.forward_pass.repeats(index)
         slot.call = frame.serial
@@ -435,6 +437,7 @@ def root_override(original: Method) -> Method:
         forward_pass = begin(handle, args, kwargs, compiler)
         if forward_pass is None:
             return original(self, *args, **kwargs)
+        # Root calls can be nested, so the outer frame is restored afterwards.
         outer = LOCAL.frame, LOCAL.stage
         LOCAL.frame, LOCAL.stage = forward_pass.frame, None
         try:

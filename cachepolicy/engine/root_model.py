@@ -142,7 +142,7 @@ class RootModel(Handle):
             if len(place.modules) > 1:
                 at(place.modules[0]).starts.append(probe)
         if any(what.streams for what in self.layout.keepings) or self.plan.probes:
-            # Blocks between spans are watched too: their calls show which output becomes which input.
+            # All blocks are watched: their calls show which output becomes which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
                     at(block).special = True
@@ -184,6 +184,7 @@ class RootModel(Handle):
         with self._lock:
             if self.closed:
                 return None
+            # `close` reads the counter under the same lock, so hooks are not removed during a forward pass.
             self.active += 1
         try:
             session, here = self.around.sessions.begin()

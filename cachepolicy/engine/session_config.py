@@ -82,6 +82,7 @@ class BoundPolicy:
                 return known
         layouts = self._bound(params)
         with self._lock:
+            # Another thread may have bound the same params meanwhile. Use its plans.
             layouts = self._layouts.setdefault(key, layouts)
             while len(self._layouts) > MOST_LAYOUTS:
                 self._layouts.popitem(last=False)

@@ -188,6 +188,7 @@ def _weights(
 
     def tensor(number: float) -> torch.Tensor:
         device = torch.device("cpu") if like is None else like.device
+        # MPS has no float64.
         return torch.tensor(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     divisors = None if numbers.divisors is None else tuple(tensor(each) for each in numbers.divisors)

@@ -91,6 +91,7 @@ class Agreement:
         shares = [share for _, share in wanted if share is not None]
         given = iter(numbers_of(shares))
         numbers = [next(given) if share is not None else [] for _, share in wanted]
+        # crc32 is equal on all processes. `hash` of a string is not.
         message = self._message(zlib.crc32(about.encode()) % _BITS, refuses=refuses)
         for place, ((_, share), mine) in enumerate(zip(wanted, numbers, strict=True)):
             if share is not None:

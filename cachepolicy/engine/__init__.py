@@ -1,1 +1,1 @@
-"""From a `Plan` and an `nn.Module` to a `Run`: hooks, the clock, sessions, histories and signals."""
+"""The engine attaches a `Plan` to an `nn.Module` as a `Run`: hooks, clock, sessions, histories and signals."""

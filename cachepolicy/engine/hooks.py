@@ -87,9 +87,9 @@ class _Local(threading.local):
 
 
 LOCAL = _Local()
-"""The frame of the root call that this thread is in, and the stage of the compiled block that it is in.
+"""The frame of this thread's current root call, and the stage of its current compiled block.
 
-Dynamo traces a `threading.local`, not a ContextVar.
+A `threading.local` is used because Dynamo can trace it. Dynamo cannot trace a ContextVar.
 """
 
 
@@ -143,7 +143,7 @@ def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 class Owner(Protocol):
-    """What a site needs of its root model when it is called outside a root call."""
+    """The interface of a root model for site calls outside a root call."""
 
     keeps_graphs: bool
 
@@ -161,7 +161,7 @@ class Leave(Exception):
 
 
 class SignalPass(Protocol):
-    """What the sites of a frame need of the forward pass."""
+    """The interface of `ForwardPass` for the sites of a frame."""
 
     halved: bool
     half: int
@@ -313,7 +313,7 @@ class RootPass(Protocol):
 
 
 class RootHandle(Protocol):
-    """What the root override needs: `begin` decides (None: run bare), then `end` or `fail`."""
+    """The interface of a root model for its override: `begin` (None: run bare), then `end` or `fail`."""
 
     module: torch.nn.Module
 
@@ -357,7 +357,7 @@ class _Decorator(Protocol):
     def __call__(self, function: F, /) -> F: ...
 
 
-# What torch gives here has no types.
+# `torch.compiler.disable` has no type annotations.
 _eager = cast("_Decorator", torch.compiler.disable)  # pyright: ignore[reportUnknownMemberType]
 _eager_itself = cast("_Decorator", torch.compiler.disable(recursive=False))  # pyright: ignore[reportUnknownMemberType]
 

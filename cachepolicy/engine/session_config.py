@@ -27,7 +27,7 @@ class SessionConfig:
     layouts: Mapping[str, ExecutionPlan]
     told: RunOptions
     bare: Sources = field(init=False)
-    """What the clock reads when no scheduler is known."""
+    """The clock's sources when no scheduler is known."""
 
     def __post_init__(self) -> None:
         reads_t = any("t" in layout.plan.needs for layout in self.layouts.values())

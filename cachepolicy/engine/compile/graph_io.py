@@ -30,7 +30,7 @@ from cachepolicy.planning.schedule import WAITING, Decision
 
 
 class Staged(Protocol):
-    """What this module needs of a forward pass."""
+    """The interface of `ForwardPass` for this module."""
 
     half: int
     halved: bool
@@ -43,12 +43,12 @@ class Staged(Protocol):
 
     @property
     def keepings(self) -> Sequence[Keeping]:
-        """What each site stores, by site number."""
+        """The stored results of each site, by site number."""
         ...
 
     @property
     def forms(self) -> Mapping[int, Form]:
-        """How the blocks of each span are connected, as far as known."""
+        """The known structure of the spans, by site number."""
         ...
 
     @property

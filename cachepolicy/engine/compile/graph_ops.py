@@ -50,7 +50,7 @@ UNCOMPILED = _Uncompiled()
 
 
 class Place:
-    """Where a graph leaves one result, with the shape, dtype and device of its hidden states."""
+    """Destination of one result of a graph, with the shape, dtype and device of its hidden states."""
 
     __slots__ = ("states", "value")
 
@@ -61,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How an answer is computed: input alone, stored residual or output, unchanged or predicted."""
+    """Kind of an answer: from the input alone, or a stored residual or output, unchanged or predicted."""
 
     skips: bool = False
     residual: bool = False
@@ -70,7 +70,7 @@ class Answer:
 
 
 class Part:
-    """What a graph reads about one site, and what it leaves.
+    """Data of one site in a graph: its inputs, set before the call, and its results.
 
     Attributes:
         given: The history that an answer reads, newest first. For a span, one history per segment and stream.

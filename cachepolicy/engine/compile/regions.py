@@ -19,7 +19,7 @@ from cachepolicy.engine.hooks import Frame, Owner, Site, parameters_of
 
 
 class Host(Owner, Protocol):
-    """What this module needs of the root model."""
+    """The interface of a root model for `Graphs`."""
 
     layout: ExecutionPlan
     module: torch.nn.Module

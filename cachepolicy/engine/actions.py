@@ -45,6 +45,7 @@ class Slot:
     )  # fmt: skip
 
     def __init__(self, storing: Storing = ANYHOW) -> None:
+        # A weak reference, because the slot owns the lease that calls `_drop`: a strong one would be a cycle.
         mine: weakref.ref[Slot] = weakref.ref(self)
         self.storing = storing if storing is ANYHOW else storing.of_its_own(lambda: _drop(mine))
         self.packing = storing.packing

@@ -92,7 +92,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """What a compute of a span stores: the number of results, residuals or outputs, and the step."""
+    """Settings of one span compute: the number of stored results, residuals or outputs, and the step."""
 
     depth: int
     residuals: bool

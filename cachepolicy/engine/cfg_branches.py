@@ -229,7 +229,7 @@ _IN_TURN = 0.95
 
 @dataclass(slots=True)
 class Known:
-    """What is known of a branch: its last call, the parts that change, and when it was called.
+    """State of a known branch: its last call, the parts that change, and when it was called.
 
     `restless` is True if the last call was assigned to the branch although its conditioning differs.
     """

@@ -10,7 +10,7 @@ from cachepolicy.engine.block_chain import Chain, Entry, Keeps, Link, Names, par
 
 
 def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
-    """Return True if the chain has a full compute on equal inputs, without in-place writes."""
+    """Return True if the chain has a full compute on inputs of this signature, without in-place writes."""
     return (
         len(chain.links) == blocks
         and bool(chain.history)

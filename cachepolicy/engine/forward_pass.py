@@ -88,11 +88,11 @@ class Branch:
     slots: list[Slot]
     remembered: Remembered = field(default_factory=Remembered)
     reads: dict[int, Reads] = field(default_factory=dict[int, Reads])
-    """What may still be read of the sites of a group, by its first site, when it was last looked at."""
+    """Reads of each group at the last check, by the first site of the group."""
     held: int = 0
-    """Bytes."""
+    """Bytes that the branch holds."""
     signals: Lease | None = None
-    """The share of what signals remember, where there is a limit."""
+    """The lease for remembered signals, if there is a memory limit."""
 
     def forget(self) -> None:
         """Release the history. The memories of the decisions stay."""
@@ -103,13 +103,13 @@ class Branch:
 
 
 class Forms(Protocol):
-    """How the blocks of each span are connected, as learned from calls outside graphs."""
+    """Known structure of the spans, as learned from calls outside graphs."""
 
     forms: dict[int, Form]
 
 
 class Host(Protocol):
-    """What a forward pass needs of its root model."""
+    """The interface of a root model for `ForwardPass`."""
 
     layout: ExecutionPlan
     continuations: Continuations
@@ -219,12 +219,12 @@ class ForwardPass:
 
     @property
     def keepings(self) -> Sequence[Keeping]:
-        """What each site stores, by site number."""
+        """The stored results of each site, by site number."""
         return self.host.layout.keepings
 
     @property
     def forms(self) -> Mapping[int, Form]:
-        """How the blocks of each span are connected, as far as known."""
+        """The known structure of the spans, by site number."""
         return self.host.graphs.forms
 
     @property
@@ -558,6 +558,7 @@ class ForwardPass:
         except Leave as leave:
             if leave.span not in waiting:
                 raise
+            # The first block was left before its end, so its recording is incomplete.
             self._recorders.pop(leave.span, None)
             left(module)
             return self._linked(leave.span, 0, names), leave.span
@@ -594,7 +595,7 @@ class ForwardPass:
         if self.measuring is None or not site.outputs:
             return
         for probe in site.outputs:
-            # A span's residual counts from the input of its first block.
+            # The residual of a span is relative to the input of its first block.
             first, counter = self._begun.get(probe, (names, before))
             self._see(Seen(probe, module, first, output, versions(output), counter), last=False)
         self._look()

@@ -1,4 +1,4 @@
-"""How one site stores its results: packing, and its lease under the memory limit."""
+"""Storage of one site's results: packing, and the lease under the memory limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _nothing(_shape: Sequence[int]) -> float:
 
 @dataclass(slots=True)
 class Storing:
-    """How the results of a site are stored.
+    """Storage settings of a site.
 
     Attributes:
         packing: The stored dtype and device, or None for unchanged tensors.

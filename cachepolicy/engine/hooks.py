@@ -87,9 +87,9 @@ class _Local(threading.local):
 
 
 LOCAL = _Local()
-"""The frame of the root call that this thread is in, and the stage of the compiled block that it is in.
+"""The frame of this thread's current root call, and the stage of its current compiled block.
 
-Dynamo traces a `threading.local`, not a ContextVar.
+A `threading.local` is used because Dynamo can trace it. Dynamo cannot trace a ContextVar.
 """
 
 
@@ -143,7 +143,7 @@ def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 class Owner(Protocol):
-    """What a site needs of its root model when it is called outside a root call."""
+    """The interface of a root model for site calls outside a root call."""
 
     keeps_graphs: bool
 
@@ -161,7 +161,7 @@ class Leave(Exception):
 
 
 class SignalPass(Protocol):
-    """What the sites of a frame need of the forward pass."""
+    """The interface of `ForwardPass` for the sites of a frame."""
 
     halved: bool
     half: int
@@ -215,6 +215,7 @@ def site_override(original: Method) -> Method:
         index = site.index
         code = frame.codes[index]
         slot = frame.slots[index]
+        # Codes are module constants, so they are compared by identity.
         if code is REUSE:
             states = args[0] if args else kwargs.get("hidden_states")
             kept, version, versions = slot.output, slot.version, slot.versions
@@ -239,6 +240,7 @@ def site_override(original: Method) -> Method:
         output = original(self, *args, **kwargs)
         if code is COMPUTE:
             return output
+        # A second compute in the same forward pass overwrites the slot, so the site must not reuse.
         if slot.call == frame.serial:
             frame.forward_pass.repeats(index)
         slot.call = frame.serial
@@ -311,7 +313,7 @@ class RootPass(Protocol):
 
 
 class RootHandle(Protocol):
-    """What the root override needs: `begin` decides (None: run bare), then `end` or `fail`."""
+    """The interface of a root model for its override: `begin` (None: run bare), then `end` or `fail`."""
 
     module: torch.nn.Module
 
@@ -355,7 +357,7 @@ class _Decorator(Protocol):
     def __call__(self, function: F, /) -> F: ...
 
 
-# What torch gives here has no types.
+# `torch.compiler.disable` has no type annotations.
 _eager = cast("_Decorator", torch.compiler.disable)  # pyright: ignore[reportUnknownMemberType]
 _eager_itself = cast("_Decorator", torch.compiler.disable(recursive=False))  # pyright: ignore[reportUnknownMemberType]
 
@@ -435,6 +437,7 @@ def root_override(original: Method) -> Method:
         forward_pass = begin(handle, args, kwargs, compiler)
         if forward_pass is None:
             return original(self, *args, **kwargs)
+        # Root calls can be nested, so the outer frame is restored afterwards.
         outer = LOCAL.frame, LOCAL.stage
         LOCAL.frame, LOCAL.stage = forward_pass.frame, None
         try:

@@ -91,6 +91,7 @@ class Account:
     @property
     def held(self) -> int:
         """Bytes that the session holds."""
+        # Iterate over a copy: the callback of a dying lease may change the dict.
         return sum(each.size for each in list(self._held.values()))
 
     def admits(self, share: Lease, size: int) -> bool:
@@ -104,6 +105,8 @@ class Account:
                 self.waits = self.held + size <= fair
                 return False
             self._give_up(worse, needed)
+            # The callback frees the bytes when the lease dies. It refers to the dict only, so it does not keep the
+            # account alive.
             number, held = share.number, self._held
             held[number] = _Held(weakref.ref(share, lambda _: held.pop(number, None)), size)
             return True
@@ -144,6 +147,7 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        # Reentrant: `Account.admits` holds the lock while `room` acquires it again.
         self.lock = threading.RLock()
         self._accounts: weakref.WeakSet[Account] = weakref.WeakSet()
 

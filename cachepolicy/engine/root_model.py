@@ -142,7 +142,7 @@ class RootModel(Handle):
             if len(place.modules) > 1:
                 at(place.modules[0]).starts.append(probe)
         if any(what.streams for what in self.layout.keepings) or self.plan.probes:
-            # Blocks between spans are watched too: their calls show which output becomes which input.
+            # All blocks are watched: their calls show which output becomes which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
                     at(block).special = True
@@ -184,6 +184,7 @@ class RootModel(Handle):
         with self._lock:
             if self.closed:
                 return None
+            # `close` reads the counter under the same lock, so hooks are not removed during a forward pass.
             self.active += 1
         try:
             session, here = self.around.sessions.begin()
@@ -592,12 +593,12 @@ class RootModel(Handle):
 
 _REFUTED = frozenset({"E310", "E311"})  # errors of the model itself, which every later forward pass would raise too
 _FACTORS = frozenset({"low", "high"})
-"""What the rebuilding of a step is told, and a computed step does not ask for."""
+"""Arguments that only a rebuilt step reads. A computed step does not evaluate them."""
 
 _MOST_CALLS = 10_000  # calls per trajectory in the trace, which bounds trajectories whose end is unknown
 _MOST_PROFILED = 1_000  # calls per trajectory with the times of their modules
-_MOST_CLOCKS = 32  # distinct clocks whose planned reuses are kept
-_MOST_SIGNATURES = 256  # distinct sets of decisions whose codes are kept laid out
+_MOST_CLOCKS = 32  # number of clock forecasts whose planned reuses are cached
+_MOST_SIGNATURES = 256  # number of cached code lists, one per set of decisions
 
 
 @dataclass(slots=True)

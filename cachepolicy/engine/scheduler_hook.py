@@ -38,6 +38,7 @@ class SchedulerFollower(Handle):
 
     def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
         """Return timesteps and sigmas as floats. They are read from the device once per trajectory."""
+        # Compare by identity: comparing values would read them from the device.
         if scheduler.timesteps is not self._source:
             self._source = scheduler.timesteps
             sigmas = getattr(scheduler, "sigmas", None)
@@ -52,6 +53,7 @@ def _floats(values: Any) -> list[float]:
 def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
     """Return the follower of a scheduler for a run, or None if the object is no scheduler."""
     follower: Any = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
+    # Fast path without the lock for schedulers that this run follows already.
     if isinstance(follower, SchedulerFollower) and user in follower.users:
         return follower
     with _lock:

@@ -27,7 +27,7 @@ class SessionConfig:
     layouts: Mapping[str, ExecutionPlan]
     told: RunOptions
     bare: Sources = field(init=False)
-    """What the clock reads when no scheduler is known."""
+    """The clock's sources when no scheduler is known."""
 
     def __post_init__(self) -> None:
         reads_t = any("t" in layout.plan.needs for layout in self.layouts.values())
@@ -82,6 +82,7 @@ class BoundPolicy:
                 return known
         layouts = self._bound(params)
         with self._lock:
+            # Another thread may have bound the same params meanwhile. Use its plans.
             layouts = self._layouts.setdefault(key, layouts)
             while len(self._layouts) > MOST_LAYOUTS:
                 self._layouts.popitem(last=False)

@@ -283,6 +283,7 @@ class Sessions:
                 if session is None:
                     session = owner.sessions[self] = Session(owner.name)
                 self._touch(weakref.ref(session), weakref.ref(session))
+            # Enter under the lock, so that `_make_room` in another thread does not end the session in between.
             session.enter()
         return session, here
 

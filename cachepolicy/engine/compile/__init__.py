@@ -1,1 +1,1 @@
-"""Policies under `torch.compile`."""
+"""Support for `torch.compile`."""

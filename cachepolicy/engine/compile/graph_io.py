@@ -1,4 +1,4 @@
-"""The books of compiled graphs: what they are given before a call of the root, and what they left after it."""
+"""Inputs and outputs of compiled graphs: what a graph reads before a root call, and what it leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cachepolicy.planning.schedule import WAITING, Decision
 
 
 class Staged(Protocol):
-    """What is asked of a turn."""
+    """The interface of `ForwardPass` for this module."""
 
     half: int
     halved: bool
@@ -38,17 +38,17 @@ class Staged(Protocol):
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """The slots by site number."""
+        """The slots, by site number."""
         ...
 
     @property
     def keepings(self) -> Sequence[Keeping]:
-        """What each site keeps."""
+        """The stored results of each site, by site number."""
         ...
 
     @property
     def forms(self) -> Mapping[int, Form]:
-        """How the blocks of each span go on, as far as known."""
+        """The known structure of the spans, by site number."""
         ...
 
     @property
@@ -57,22 +57,22 @@ class Staged(Protocol):
         ...
 
     def decided(self, site: int) -> Decision:
-        """The site's decision as it stands, `WAITING` where it waits."""
+        """Return the current decision of the site, `WAITING` if its signals are missing."""
         ...
 
     def arguments(self, action: ir.Predict, site: int) -> dict[str, Any]:
-        """What the action is told at this step."""
+        """Return the arguments of the action at this step."""
         ...
 
 
 def problem(forward_pass: Staged, site: int) -> str | None:
-    """Why a graph cannot answer for the site although it is decided to reuse; None where it can."""
+    """Return why a graph cannot answer for a site that is decided to reuse, or None."""
     decision = forward_pass.decided(site)
     return lacking(forward_pass, site, decision.action) if decision.verdict == "reuse" else None
 
 
 def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | None:
-    """Why a graph could not answer for the site if it were to reuse."""
+    """Return why a graph could not answer for the site if it reused, or None."""
     if isinstance(action, ir.ApproximateUncond):
         return None
     slot, what = forward_pass.slots[site], forward_pass.keepings[site]
@@ -93,7 +93,7 @@ def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | 
 
 
 def autocast() -> tuple[Any, ...]:
-    """What autocast does now: it may change what blocks are called with where the root is called with the same."""
+    """Return the autocast dtypes. They change the dtypes of block inputs while root inputs stay the same."""
     return tuple(torch.get_autocast_dtype(each) if torch.is_autocast_enabled(each) else None for each in _AUTOCAST)
 
 
@@ -101,7 +101,7 @@ _AUTOCAST = ("cpu", "cuda")
 
 
 def staged(forward_pass: Staged, site: int) -> Part:
-    """What a graph is given about one site at this call."""
+    """Build what a graph reads about one site at this call."""
     what, part = forward_pass.keepings[site], Part()
     part.residuals, part.outputs = what.residuals > 0, what.outputs > 0
     part.form = forward_pass.forms.get(site) if what.streams else None
@@ -112,7 +112,7 @@ def staged(forward_pass: Staged, site: int) -> Part:
 
 
 def fill(forward_pass: Staged, site: int, part: Part, *, refused: bool) -> None:
-    """Say what the site does, and give it its history where it answers."""
+    """Set the code of a site, and its history if the site answers."""
     decision, what, slot = forward_pass.decided(site), forward_pass.keepings[site], forward_pass.slots[site]
     action = decision.action
     if decision is WAITING or (what.streams and part.form is None):
@@ -142,7 +142,7 @@ def _give(forward_pass: Staged, site: int, part: Part, slot: Slot, action: ir.Ac
     kept = slot_history(slot, reach(action))
     first = _first(kept[0].output)
     if isinstance(action, ir.Predict):
-        # Half a batch is no history of a whole one.
+        # Entries of half a batch cannot serve a full batch.
         kept = [each for each in kept if forward_pass.halved or each.full]
         part.weights = _weights(forward_pass, site, action, [each.step for each in kept], first)
     part.given = tuple(_half(forward_pass, each.output, full=each.full) for each in kept)
@@ -157,7 +157,7 @@ def _first(value: Any) -> Any:
 
 
 def _half(forward_pass: Staged, value: Any, *, full: bool) -> Any:
-    """The conditional half of what was kept of a whole guidance batch, where this call is one."""
+    """Return the conditional half of a stored full batch if this call is halved."""
     if not (forward_pass.halved and full):
         return value
     return map_tensors(lambda tensor: tensor.chunk(2, dim=0)[forward_pass.half], value)
@@ -183,11 +183,12 @@ def _give_chain(forward_pass: Staged, site: int, part: Part, chain: Chain | None
 def _weights(
     forward_pass: Staged, site: int, action: ir.Predict, steps: Sequence[int], like: torch.Tensor | None
 ) -> Weights:
-    """The numbers of a prediction as tensors: a graph takes other ones at every step."""
+    """Return the coefficients as 0-d tensors, because constants would recompile the graph at each step."""
     numbers = weights(action.predictor, steps, forward_pass.step, forward_pass.arguments(action, site))
 
     def tensor(number: float) -> torch.Tensor:
         device = torch.device("cpu") if like is None else like.device
+        # MPS has no float64.
         return torch.tensor(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     divisors = None if numbers.divisors is None else tuple(tensor(each) for each in numbers.divisors)
@@ -198,7 +199,7 @@ def _weights(
 
 
 def commit(forward_pass: Staged, site: int, part: Part) -> None:
-    """Put what a graph left into the site's history."""
+    """Store what a graph left in the history of the site."""
     slot, what = forward_pass.slots[site], forward_pass.keepings[site]
     if what.streams:
         _commit_chain(forward_pass, slot, what, part)
@@ -215,7 +216,7 @@ def commit(forward_pass: Staged, site: int, part: Part) -> None:
 
 def _commit_chain(forward_pass: Staged, slot: Slot, what: Keeping, part: Part) -> None:
     if part.unfit and slot.chain is not None:
-        # It computed, and nobody kept what.
+        # The span computed inside the graph without storing its result.
         slot.chain.links, slot.chain.history = {}, []
     form, left = part.form, [place.value for place in part.places]
     if form is None or part.unfit or any(value is None for value in left):

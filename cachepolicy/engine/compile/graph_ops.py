@@ -1,8 +1,9 @@
-"""What an intercepted module does while a compiler traces it.
+"""Site calls while Dynamo traces them.
 
-A graph reads what the root laid out for it before the call, and leaves each result in a place of its own; all books are
-kept outside, by `staging`. So one graph serves every call with the same codes, whatever the step. No object is written
-twice in a graph: Dynamo (2.13 at least) loses a second store to one where a higher-order operation stands between.
+A graph reads the parts that the root model prepared before the call, and leaves each result in a place of its own.
+`graph_io` updates all other state outside the graph, so one graph serves every call with the same codes at any step. No
+object is written twice in a graph: Dynamo (2.13 at least) loses the second store if a higher-order operation is in
+between.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from cachepolicy.engine.block_chain import Form, Names, bind_names, parts, passe
 
 
 class _Uncompiled:
-    """Compiled modules run as they are while anybody is inside; without effect before torch 2.6.
+    """Context manager that runs compiled modules in eager mode. It has no effect before torch 2.6.
 
-    The setting is torch's, and one for all threads: the first to enter makes it, the last to leave takes it back.
+    `torch.compiler.set_stance` is global for all threads: the first thread to enter sets it, the last to leave resets
+    it.
     """
 
     def __init__(self) -> None:
@@ -48,7 +50,7 @@ UNCOMPILED = _Uncompiled()
 
 
 class Place:
-    """Where a graph leaves one result, and the form of the hidden states that it was made from."""
+    """Destination of one result of a graph, with the shape, dtype and device of its hidden states."""
 
     __slots__ = ("states", "value")
 
@@ -59,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How an answer is made: from the input alone, from a kept residual or output, as it is or predicted."""
+    """Kind of an answer: from the input alone, or a stored residual or output, unchanged or predicted."""
 
     skips: bool = False
     residual: bool = False
@@ -68,12 +70,18 @@ class Answer:
 
 
 class Part:
-    """What a graph knows of one site, and what it leaves there.
+    """Data of one site in a graph: its inputs, set before the call, and its results.
 
-    `given` is the history that an answer reads, the newest first; of a span, one for each segment and stream, as are
-    `weights` and `places` (for each segment). `residuals` and `outputs` say what a compute leaves. `clones`: answers
-    are handed out as copies. `square`: the hidden states had the shape of the output. `unfit` is set where the history
-    was not made for the call after all, `repeats` where the site was called again in one graph.
+    Attributes:
+        given: The history that an answer reads, newest first. For a span, one history per segment and stream.
+        weights: The coefficients of a prediction. For a span, one set per segment.
+        places: Where results are left. For a span, one place per segment.
+        residuals: Whether a compute leaves residuals.
+        outputs: Whether a compute leaves outputs.
+        clones: Whether answers are copied.
+        square: Whether the hidden states had the shape of the output.
+        unfit: Set by the graph if the history did not fit the call.
+        repeats: Set by the graph if the site was called again.
     """
 
     __slots__ = (
@@ -98,7 +106,7 @@ class Part:
 
 
 class Stage:
-    """The parts of the sites that one graph may reach: of the root's call, or of one block that is compiled alone."""
+    """The parts of the sites in one graph: of the root model, or of one block that is compiled alone."""
 
     __slots__ = ("parts",)
 
@@ -107,7 +115,7 @@ class Stage:
 
 
 tracing = torch.compiler.is_dynamo_compiling
-"""True inside a graph that is being traced; Dynamo puts the constant in its place."""
+"""True while Dynamo traces. Dynamo replaces the call by a constant."""
 
 
 def _says_exporting() -> bool:
@@ -115,11 +123,11 @@ def _says_exporting() -> bool:
 
 
 exporting = getattr(torch.compiler, "is_exporting", _says_exporting)
-"""True inside `torch.export`; older versions of torch set another flag there, and nowhere else."""
+"""True inside `torch.export`. Older versions of torch set another flag, and only there."""
 
 
 def waits(stage: Stage, number: int, members: Sequence[tuple[int, int]]) -> bool:
-    """True where a call has to leave the graph: its decision waits for a signal, or its form is not known."""
+    """Return True if a call has to leave the graph, because its decision or its structure is unknown."""
     for span, _ in members:
         if stage.parts[span].code is PENDING:
             return True
@@ -136,7 +144,18 @@ def traced(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """A call inside a graph; `number` is that of the site's own part, or -1, `members` are its positions in spans."""
+    """Run a site call inside a graph.
+
+    Args:
+        original: The original `__call__`.
+        module: The module.
+        stage: The parts that the graph can read.
+        number: The number of the site's own part, or -1.
+        members: The spans of the module, and its position in each.
+        parameters: The parameter names of the module's forward.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
     names: Names = bind_names(parameters, args, kwargs) if members else {}
     for span, position in members:
         part = stage.parts[span]
@@ -170,17 +189,16 @@ def _computed(original: Any, module: Any, part: Part | None, args: tuple[Any, ..
     if place.value is not None:
         part.repeats = True
         return output
-    # A copy: inside a graph nobody can tell whether what follows writes into it.
+    # Clone: inside a graph, in-place writes of later operations cannot be detected.
     place.value = copied(output)
     place.states = None if states is None else (states.shape, states.dtype, states.device)
     return output
 
 
 def _fits(part: Part, states: torch.Tensor | None) -> bool:
-    """False where the hidden states had the shape of the output, and have another one now.
+    """Return False if the hidden states had the shape of the output, and have another shape now.
 
-    The root sees to it that it is called with what it was called with then; this is for models that change the number
-    of tokens by themselves.
+    The root model checks its own inputs. This check serves models that change the number of tokens inside.
     """
     kept = _flat(part.given[0])
     return not part.square or states is None or kept[0].shape == states.shape
@@ -191,7 +209,7 @@ def _answered(part: Part) -> Any:
     if not part.answer.predicts:
         if part.clones:
             return copied(newest)
-        # A list or an output object may be changed by who receives it; tensors and tuples of them may be shared.
+        # Callers may modify lists and output objects, so these are rebuilt. Tensors and tuples are shared.
         return newest if isinstance(newest, torch.Tensor | tuple) else map_tensors(_itself, newest)  # pyright: ignore[reportUnknownVariableType]
     columns = [_flat(each) for each in part.given]
     values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
@@ -217,7 +235,7 @@ def _flat(value: Any) -> list[torch.Tensor]:
 
 
 def _filled(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """`value` with its tensors replaced, in order."""
+    """Return `value` with its tensors replaced, in order."""
     rest = list(tensors)
 
     def take(_: torch.Tensor) -> torch.Tensor:
@@ -227,7 +245,7 @@ def _filled(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """`value` with copies of its tensors; one that stands twice in it stays one."""
+    """Clone all tensors in `value`. A tensor that occurs twice is cloned once."""
     done: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def once(tensor: torch.Tensor) -> torch.Tensor:
@@ -245,7 +263,7 @@ def copied(value: Any) -> Any:
 
 
 def _begin(part: Part, position: int, names: Names) -> None:
-    """Keep the inputs of a segment's first block; copies, since blocks may write into them."""
+    """Clone the inputs of a segment's first block, since blocks may modify them in place."""
     assert part.form is not None
     link = part.form.links[position]
     if part.residuals and link.leads:
@@ -254,7 +272,7 @@ def _begin(part: Part, position: int, names: Names) -> None:
 
 
 def _end(part: Part, position: int, output: Any) -> None:
-    """Leave what a segment gave, behind its last block."""
+    """Store the result of a segment after its last block."""
     assert part.form is not None
     ending = part.form.endings[position]
     if ending is None:
@@ -272,7 +290,7 @@ def _end(part: Part, position: int, output: Any) -> None:
 
 
 def _suits(part: Part, position: int, names: Names) -> bool:
-    """False where the first block of a span is called with other shapes than when the span computed."""
+    """Return False if the first block of a span receives other shapes than at the compute."""
     assert part.form is not None
     if position > 0 or part.answer.skips:
         return True
@@ -286,7 +304,7 @@ def _suits(part: Part, position: int, names: Names) -> bool:
 
 
 def _linked(part: Part, position: int, names: Names) -> Any:
-    """What one block of a span that answers gives."""
+    """Return the answer of one block of a span that reuses."""
     assert part.form is not None
     link = part.form.links[position]
     inputs = passed(link.shape, names)
@@ -296,7 +314,7 @@ def _linked(part: Part, position: int, names: Names) -> Any:
 
 
 def _led(part: Part, segment: int, inputs: list[Any]) -> list[Any]:
-    """What the first block of a segment gives for all of it."""
+    """Return the answer of the first block of a segment, which carries the result of the whole segment."""
     answers: list[Any] = list(inputs)
     residuals: list[Any] = [None] * len(inputs)
     outputs: list[Any] = [None] * len(inputs)

@@ -1,4 +1,4 @@
-"""What of a model is compiled: as a whole or block by block, and what its graphs have to know beforehand."""
+"""The compiled regions of a model: the whole root model or single blocks, and the state of their graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cachepolicy.engine.hooks import Frame, Owner, Site, parameters_of
 
 
 class Host(Owner, Protocol):
-    """What is asked of the root."""
+    """The interface of a root model for `Graphs`."""
 
     layout: ExecutionPlan
     module: torch.nn.Module
@@ -28,9 +28,9 @@ class Host(Owner, Protocol):
 
 
 class Graphs:
-    """The graphs of one root: its compiled blocks, and the forms of spans as calls outside graphs have shown them.
+    """The graphs of one root model: its compiled blocks, and the structure of its spans.
 
-    `surprised` is set where a site found itself in a graph that nobody had seen coming.
+    Calls outside graphs show the structure. `surprised` is set if a site ran in an unexpected graph.
     """
 
     def __init__(self, host: Host) -> None:
@@ -45,7 +45,7 @@ class Graphs:
         self._around = list(self._candidates())
 
     def _candidates(self) -> Iterator[str]:
-        """The modules that have sites inside, the outer ones first: those whose graphs would hold sites."""
+        """Yield the modules that contain sites, outermost first. Their graphs would contain these sites."""
         found = dict[str, None]()
         for site in self.host.layout.plan.sites:
             for name in site.modules:
@@ -56,7 +56,7 @@ class Graphs:
                 yield name
 
     def look(self) -> None:
-        """Find the blocks that are compiled alone; a compiler may have come since the last trajectory."""
+        """Find blocks that are compiled alone. Blocks may be compiled after the last trajectory."""
         for name in list(self._around):
             module = self.host.module.get_submodule(name)
             if is_compiled(module):
@@ -85,15 +85,15 @@ class Graphs:
     # --- one call ----------------------------------------------------------------------------------------
 
     def used(self, *, whole: bool) -> bool:
-        """True where this call runs in graphs."""
+        """Return True if this call runs in graphs."""
         return whole or self.surprised or bool(self._blocks)
 
     def learns(self, arguments: Arguments) -> bool:
-        """True where the call has to run outside graphs: how its blocks go on has not been seen yet."""
+        """Return True if the call has to run outside graphs to learn the structure of its spans."""
         return self._shows and self._learnt.get(_kind(arguments), 0) >= 0
 
     def learnt(self, forward_pass: ForwardPass, arguments: Arguments) -> None:
-        """A call has run outside graphs: how do the blocks go on?"""
+        """Record the structure of the spans after a call outside graphs."""
         known = True
         for site, what in enumerate(self.host.layout.keepings):
             if what.streams and site not in self.forms:
@@ -109,7 +109,7 @@ class Graphs:
         self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
 
     def parts(self, forward_pass: ForwardPass, arguments: Arguments, *, whole: bool) -> Mapping[int, Part]:
-        """What the graphs are given; a site whose history cannot answer computes."""
+        """Build what the graphs read. A site whose history cannot answer computes."""
         sites = (
             range(len(forward_pass.branch.slots))
             if whole or self.surprised
@@ -126,7 +126,10 @@ class Graphs:
         return parts
 
     def _count(self, signature: Any) -> None:
-        """Each set of decisions is a graph of its own, at each size of the inputs: torch has to allow that many."""
+        """Raise torch's recompile limit as needed.
+
+        Each set of decisions is a separate graph for each size of the inputs.
+        """
         self._signatures.add(signature)
         wanted = len(self._signatures) + _MARGIN
         if wanted <= allowed_graphs():
@@ -143,13 +146,13 @@ class Graphs:
             )
 
     def place(self, frame: Frame, parts: Mapping[int, Part], *, whole: bool) -> None:
-        """Lay the parts out for the graphs."""
+        """Attach the parts to the frame, where the graphs read them."""
         if whole or self.surprised:
             frame.stage = Stage([parts[site] for site in range(len(parts))])
         frame.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
 
     def end(self, forward_pass: ForwardPass, parts: Mapping[int, Part]) -> None:
-        """Take over what the graphs left."""
+        """Commit what the graphs left."""
         for site, part in parts.items():
             if part.repeats:
                 forward_pass.repeats(site)
@@ -158,19 +161,19 @@ class Graphs:
             commit(forward_pass, site, part)
 
 
-_MOST_TRIES = 3  # calls after which a span whose blocks are not understood breaks the graph instead
-_MARGIN = 4  # graphs of one code for other reasons: dtypes, shapes, gradients
+_MOST_TRIES = 3  # calls after which an unlearned span breaks the graph instead
+_MARGIN = 4  # reserve for recompiles of one code object by dtype, shape or gradient mode
 MOST_GRAPHS = 64
-"""As many graphs of one code torch is asked to allow."""
+"""The largest recompile limit that the engine sets."""
 
 
 def allowed_graphs() -> int:
-    """How many graphs of one code torch compiles before it gives up."""
+    """Return the number of graphs per code object that torch compiles before it stops."""
     return getattr(torch._dynamo.config, _LIMIT)  # noqa: SLF001
 
 
 def allow_graphs(number: int) -> None:
-    """Raise that."""
+    """Set the number of graphs per code object that torch compiles."""
     setattr(torch._dynamo.config, _LIMIT, number)  # noqa: SLF001
 
 
@@ -178,12 +181,12 @@ _LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") e
 
 
 def _kind(arguments: Arguments) -> Any:
-    """What calls that run alike have in common: which of their arguments hold tensors, and of which dtype."""
+    """Return which arguments are tensors and their dtypes. Calls of one kind run alike."""
     return tuple((name, dtype) for name, _, dtype, _ in arguments.signature())
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """True where the module's own forward is compiled."""
+    """Return True if the module's own forward is compiled."""
     return (
         getattr(module, "_compiled_call_impl", None) is not None
         or type(module).__name__ == "OptimizedModule"

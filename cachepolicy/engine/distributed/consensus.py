@@ -1,8 +1,8 @@
-"""Decisions that several processes make as one: a fixed message each, added up once, read alike by all.
+"""Common decisions of several processes: one message of fixed length each, summed by one all-reduce.
 
-Every process takes part in every decision, also where it has nothing to add: then the norm is undefined for all, and
-all compute. A message also says what it is about, so that processes that do not run the same calls find out instead of
-deciding by each other's numbers; and a process whose call fails takes part in the next decision by saying so.
+Every process takes part in every decision. If one has no share of a norm, the norm is undefined for all, and all
+compute. A message also identifies its decision, so that processes that run different calls detect it instead of mixing
+their numbers. A process whose call has failed reports this in the next decision.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from cachepolicy.engine.distributed.norms import WIDTH, Share, dtype_of, norm_of
 from cachepolicy.errors import PolicyError
 
 Wanted = tuple[str, Share | None]
-"""A norm's function, and this process' share of it; None where it is undefined here."""
+"""The function of a norm, and this process' share of it, or None if it is undefined here."""
 
-# The places in a message. Where two belong together, the second holds the square, which tells equal numbers from
-# others with an equal sum.
+# Offsets in a message. Pairs hold a number and its square: the sum of squares distinguishes equal numbers from
+# different numbers with the same sum.
 _HERE, _SUBJECT, _ORDER, _TRAJECTORY, _REFUSED, _CULPRIT, _FAILED = 0, 1, 3, 5, 7, 8, 9
 _SLOTS = 32
-"""Trajectories that can be under way at a time without being mistaken for each other where one fails."""
+"""The number of concurrent trajectories that failure reports can distinguish."""
 _NORMS = _FAILED + _SLOTS
 _DEFINED, _ROWS, _CODE, _HEAD = 0, 1, 3, 5
 LENGTH = 256
 MOST_NORMS = (LENGTH - _NORMS) // (_HEAD + WIDTH)
-"""Norms of one sample that one message takes."""
-_BITS = 2**20  # squares of numbers below, added up over thousands of processes, are exact in float64
+"""The number of single-sample norms that fit in one message."""
+_BITS = 2**20  # sums of squares below this bound over thousands of processes are exact in float64
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What all processes know after a decision: the norms (NaN: undefined), and how many cannot reuse."""
+    """Result of a decision: the norms (NaN if undefined), and how many processes cannot reuse."""
 
     norms: list[float]
     refused: int
 
 
 class Agreement:
-    """The decisions of one trajectory, taken by all processes in the same order."""
+    """The decisions of one trajectory. All processes make them in the same order."""
 
     __slots__ = ("_closed", "_number", "_order", "_peers", "_policy")
 
@@ -54,12 +54,16 @@ class Agreement:
         self._closed = False
 
     def settle(self, subject: str, wanted: Sequence[Wanted], *, past: str = "", refuses: bool = False) -> Settled:
-        """The norms from the shares of all processes; `refuses` says that this one could not reuse.
+        """Compute norms from the shares of all processes.
 
-        `subject` and `past` have to be the same on all of them; errors speak of the subject.
+        Args:
+            subject: The subject of the decision, equal on all processes. Errors name it.
+            wanted: The norms, and the shares of this process.
+            past: All other inputs of the decision, equal on all processes.
+            refuses: Whether this process cannot reuse.
 
         Raises:
-            PolicyError: another process has failed (E350), is at another decision (E351), or does not answer (E352).
+            PolicyError: Another process has failed (E350), makes another decision (E351), or does not answer (E352).
         """
         norms = list[float]()
         refused = 0
@@ -72,7 +76,7 @@ class Agreement:
         return Settled(norms, refused)
 
     def abandon(self) -> None:
-        """Tell the others that this process has failed, where they do not know it from the last decision."""
+        """Report the failure of this process, unless the last decision has shown it to all."""
         if self._closed:
             return
         self._closed = True
@@ -87,6 +91,7 @@ class Agreement:
         shares = [share for _, share in wanted if share is not None]
         given = iter(numbers_of(shares))
         numbers = [next(given) if share is not None else [] for _, share in wanted]
+        # crc32 is equal on all processes. `hash` of a string is not.
         message = self._message(zlib.crc32(about.encode()) % _BITS, refuses=refuses)
         for place, ((_, share), mine) in enumerate(zip(wanted, numbers, strict=True)):
             if share is not None:
@@ -106,7 +111,7 @@ class Agreement:
         return message
 
     def _added(self, message: Sequence[float], subject: str) -> list[float]:
-        """The messages of all processes; those that failed in other trajectories do not count."""
+        """Sum the messages of all processes. Repeat when another trajectory has failed."""
         mine = self._number % _SLOTS
         while mine not in self._peers.gone:
             total = self._ask(message, subject)
@@ -114,7 +119,7 @@ class Agreement:
             if not failed:
                 return total
             self._peers.gone.update(failed)
-            # A trajectory that failed before it began here is counted here too.
+            # Count trajectories that failed elsewhere before they began here, so that the numbers stay equal.
             ahead = [(slot - self._peers.number) % _SLOTS for slot in failed]
             self._peers.number += max((each for each in ahead if each < _SLOTS // 2), default=0)
             if mine in failed:
@@ -132,10 +137,10 @@ class Agreement:
             raise
 
     def _checked(self, total: list[float], subject: str) -> list[float]:
-        """The sums, once all processes are known to speak of the same decision."""
+        """Return the sums, after a check that all processes make the same decision."""
         if all(self._same(total, place, total[_HERE]) for place in (_SUBJECT, _ORDER, _TRAJECTORY)):
             return total
-        self._peers.number = int(total[_TRAJECTORY]) % _BITS  # the same on all, so that they can start anew
+        self._peers.number = int(total[_TRAJECTORY]) % _BITS  # equal on all processes, so that they can start again
         raise self._over(
             "E351",
             f"the processes {list(self._peers.ranks)} are not at the same decision; this one is at {subject}",
@@ -148,7 +153,7 @@ class Agreement:
     def _rest(
         self, heads: Sequence[Sequence[float]], numbers: Sequence[Sequence[float]], room: int, subject: str
     ) -> dict[int, list[float]]:
-        """A second message: the numbers of norms of many samples, by the place of their head."""
+        """Send a second message with the numbers of norms that do not fit in the first."""
         known = [place for place, head in enumerate(heads) if self._everywhere(head)]
         long = [place for place in known if _HEAD + len(numbers[place]) > room]
         if not long:
@@ -157,7 +162,7 @@ class Agreement:
         return {id(heads[place]): [next(total) for _ in numbers[place]] for place in long}
 
     def _everywhere(self, head: Sequence[float]) -> bool:
-        """True where every process has a share, of as many samples."""
+        """Return True if every process has a share, with the same number of samples."""
         return head[_DEFINED] == len(self._peers.ranks) and self._same(head, _ROWS, head[_DEFINED])
 
     def _norm(self, function: str, head: Sequence[float], rest: dict[int, list[float]]) -> float:
@@ -169,13 +174,13 @@ class Agreement:
         return norm_of(function, rest.get(id(head)) or head[_HEAD : _HEAD + rows * WIDTH], dtype)
 
     def _over(self, code: str, message: str, help: str) -> PolicyError:
-        """Everybody has read the same: there is nobody to tell."""
+        """Return the error. All processes have read the same sums, so no report is sent."""
         self._closed = True
         return PolicyError.of(code, message, help=help)
 
 
 def _lay(message: list[float], place: int, share: Share, numbers: Sequence[float], room: int) -> None:
-    """Put a share in its place of a message; its numbers only if there is room for them."""
+    """Write a share into a message, with its numbers only if they fit."""
     message[place : place + _HEAD] = 1.0, share.rows, share.rows**2, share.code, share.code**2
     if _HEAD + len(numbers) <= room:
         message[place + _HEAD : place + _HEAD + len(numbers)] = numbers

@@ -1,11 +1,11 @@
-"""The processes that hold pieces of one sample: which ones they are, and how they add up a few numbers.
+"""The processes that share samples or parameters, and their sums.
 
-All of it is torch.distributed. The numbers go over a group of the same processes with a backend of the CPU (gloo), made
-once: a message of a process that failed can so never be paired with a collective of the model.
+The sums use a separate process group with a CPU backend (gloo), created once, so that the message of a failed process
+is never paired with a collective of the model.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# What torch.distributed gives has no types.
+# torch.distributed has no complete type annotations.
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Ranks = tuple[int, ...]
 
 
 def member_ranks(process_group: Any) -> Ranks:
-    """The ranks of a `ProcessGroup`, or of a `DeviceMesh` of any number of dimensions, that this process is in.
+    """Return the ranks of a `ProcessGroup`, or of a `DeviceMesh` of any dimension.
 
     Raises:
-        PolicyError: it is neither, torch.distributed does not run, or this process is no member.
+        PolicyError: The object is neither, torch.distributed is not initialized, or this process is no member.
     """
     if not _running():
         raise _unfit("torch.distributed has not been initialised", "`torch.distributed.init_process_group(...)` first")
@@ -51,11 +51,14 @@ def _unfit(problem: str, help: str | None) -> PolicyError:
 
 
 def peers_of(process_group: Any, model: torch.nn.Module, *, known: bool = False) -> Peers | None:
-    """Those who share the samples of `model`: as the caller says, or as diffusers' context parallelism does.
+    """Return the processes that share the samples of a model, or None.
 
-    None where every process has samples of its own: nothing is told and nothing found, False is told, or the group is
-    of one. The first time all processes of the group have to ask, as they do at the start of a trajectory; with `known`
-    nobody is waited for, and those who have never met are None.
+    The first call for a group creates it, so all its processes have to call, as they do when a trajectory starts.
+
+    Args:
+        process_group: As for `apply`: a group, None to use diffusers' context parallelism, or False.
+        model: The root model.
+        known: Return only an existing group, without waiting for other processes.
     """
     if process_group is False:
         return None
@@ -68,10 +71,13 @@ def peers_of(process_group: Any, model: torch.nn.Module, *, known: bool = False)
 
 
 def holders_of(model: torch.nn.Module, *, known: bool = False) -> Peers | None:
-    """Those who hold the parameters of `model` in pieces, as FSDP2 and tensor parallelism have it; None without any.
+    """Return the processes that hold shards of the parameters (FSDP2, tensor parallelism), or None.
 
-    A module that runs on one of them and is skipped on another waits for pieces that nobody sends, or takes others for
-    them.
+    If a module runs on one of them and is skipped on another, its collectives hang or mix with others.
+
+    Args:
+        model: The root model.
+        known: Return only an existing group, without waiting for other processes.
     """
     if not _running() or distributed.get_world_size() == 1:
         return None
@@ -93,10 +99,10 @@ def _running() -> bool:
 
 
 def _mesh_of(model: torch.nn.Module) -> Any:
-    """The mesh over which diffusers splits tokens, whether it is Ulysses, ring or both; None where it does not."""
+    """Return the mesh of diffusers' context parallelism (Ulysses, ring or both), or None."""
     if not _running() or distributed.get_world_size() == 1:
         return None
-    for module in model.modules():  # the model may stand inside a wrapper
+    for module in model.modules():  # the model may be inside a wrapper
         config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
         mesh = getattr(config, "_flattened_mesh", None)
         if mesh is not None:
@@ -105,9 +111,9 @@ def _mesh_of(model: torch.nn.Module) -> Any:
 
 
 class Peers:
-    """Processes that decide together, and the group over which they add up numbers; one for each set and timeout.
+    """Processes that decide together, and their group. One instance exists per set of ranks and timeout.
 
-    `number` counts the trajectories that have begun, on every process alike.
+    `number` counts the trajectories that have begun, equally on all processes.
     """
 
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
@@ -129,10 +135,10 @@ class Peers:
             )
 
     def add(self, numbers: Sequence[float], subject: str) -> list[float]:
-        """The sums of these numbers over all processes, the same bits on each.
+        """Return the sums of these numbers over all processes, bit-identical on each.
 
         Raises:
-            PolicyError: a process did not answer in time, or is gone (E352).
+            PolicyError: A process did not answer in time, or has ended (E352).
         """
         message = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         with self._answered(subject):
@@ -141,10 +147,10 @@ class Peers:
         return message.tolist()
 
     def post(self, numbers: Sequence[float]) -> None:
-        """Take part in the next sum without waiting for the others: this process has failed."""
+        """Contribute to the next sum without waiting, because this process has failed."""
         self._pending = [each for each in self._pending if not each[0].is_completed()]
         message = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        with contextlib.suppress(RuntimeError):  # the others are gone: there is nobody to tell
+        with contextlib.suppress(RuntimeError):  # the other processes have ended
             self._pending.append((distributed.all_reduce(message, group=self.group, async_op=True), message))
 
     @contextlib.contextmanager
@@ -152,7 +158,7 @@ class Peers:
         try:
             yield
         except RuntimeError as error:
-            # The group is of no use any more. The others will find the same, and all of them make a new one.
+            # The group is unusable after an error. All processes detect the error and create a new group.
             _all.pop((self.ranks, self.timeout), None)
             said = str(error).rpartition("] ")[2].partition(". ")[0]
             raise PolicyError.of(
@@ -163,7 +169,7 @@ class Peers:
             ) from error
 
     def leave(self) -> None:
-        """At the end of the program: nobody waits for this process any more."""
+        """Finish pending messages and destroy the group at interpreter exit."""
         for work, _ in self._pending[-1:]:
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=1))
@@ -175,7 +181,7 @@ _all: dict[tuple[Ranks, timedelta], tuple[Any, Peers]] = {}
 
 
 def _met(ranks: Ranks, process_group: Any, *, known: bool) -> Peers | None:
-    """The peers of these ranks; new ones the first time, and where torch.distributed was started anew since."""
+    """Return the peers of these ranks. Create them the first time, and after a restart of torch.distributed."""
     timeout = _timeout(process_group)
     world, peers = _all.get((ranks, timeout), (None, None))
     if world is not distributed.group.WORLD:
@@ -194,7 +200,7 @@ _PATIENCE = timedelta(minutes=30)
 
 
 def _timeout(process_group: Any) -> timedelta:
-    """How long the group itself waits for its members; torch has no public name for it."""
+    """Return the timeout of the group. torch has no public API for it."""
     if isinstance(process_group, DeviceMesh):
         process_group = process_group.get_group(0)
     for device in getattr(process_group, "_device_types", ()) if hasattr(process_group, "_get_backend") else ():

@@ -1,12 +1,12 @@
-"""Norms of tensors that several processes hold pieces of: each sums up its share, the sums add up, a norm comes out.
+"""Norms of tensors that are distributed over several processes.
 
-The pieces may be of any size. Sums are made in float64 over rows that were summed in float32 at least; the norm is
-then rounded as the tensor's own dtype rounds it, so that it is what one process would get of the whole tensor, but for
-the last bits of its own summation.
+Each process sums its part, the sums are added, and the norm is computed from the totals. The parts may have different
+sizes. Rows are summed in float32 or wider and then in float64. The norm is rounded to the dtype of the tensor, so it
+equals the norm of the whole tensor up to the summation error of one process.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# A DTensor's own methods have no types.
+# The methods of DTensor have no type annotations.
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import Any
 import torch
 
 TERMS = {"l1": 1, "l2": 1, "relative_l1": 2, "cosine": 3}
-"""How many sums each norm is made of."""
+"""The number of sums per norm."""
 WIDTH = 6
-"""Numbers of one sample in a message: up to three sums, and how many elements went into each."""
+"""Numbers per sample in a message: up to three sums, and the element count of each."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TINY = 1e-8  # as torch's cosine_similarity has it
+_TINY = 1e-8  # the eps of torch's cosine_similarity
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """The sums of one term, a sample each (or one in all), in float64, and the number of elements of each."""
+    """Sums of one term in float64, one per sample (or one in total), and the elements per sum."""
 
     sums: torch.Tensor
     count: float
@@ -36,26 +36,34 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one process knows of a norm."""
+    """The part of a norm that one process knows."""
 
     terms: Sequence[Sum]
     dtype: torch.dtype
 
     @property
     def rows(self) -> int:
-        """How many samples are measured by themselves."""
+        """The number of samples with a sum of their own."""
         return len(self.terms[0].sums)
 
     @property
     def code(self) -> int:
-        """The dtype as a number, the same on every process."""
+        """The dtype as a number, equal on every process."""
         return _DTYPES.index(self.dtype) + 1 if self.dtype in _DTYPES else 0
 
 
 def share(
     function: str, x: torch.Tensor, y: torch.Tensor | None, *, by_sample: bool, magnitude: Sum | None = None
 ) -> Share:
-    """The share of `function(x)` or `function(x, y)`; `magnitude` is the sum of |y| where it is known already."""
+    """Return the share of `function(x)` or `function(x, y)`.
+
+    Args:
+        function: `"l1"`, `"l2"`, `"relative_l1"` or `"cosine"`.
+        x: The first tensor.
+        y: The second tensor, or None.
+        by_sample: Whether each sample is measured separately.
+        magnitude: The sum of |y|, if it is known.
+    """
     if y is None:
         return Share([summed(x.abs() if function == "l1" else x.square(), by_sample=by_sample)], x.dtype)
     if function == "cosine":
@@ -70,7 +78,7 @@ def share(
 
 
 def summed(term: torch.Tensor, *, by_sample: bool) -> Sum:
-    """The sums of a tensor; those of a DTensor are of all of it, whoever holds its pieces."""
+    """Return the sums of a tensor. For a DTensor, they cover the whole tensor."""
     if in_pieces(term):
         return _of_all(term, by_sample=by_sample)
     sums = _sums(term, by_sample=by_sample)
@@ -78,14 +86,14 @@ def summed(term: torch.Tensor, *, by_sample: bool) -> Sum:
 
 
 def in_pieces(tensor: torch.Tensor) -> bool:
-    """True for a DTensor: what `.item()` reads of one is each process' own."""
+    """Return True for a DTensor, for which `.item()` would return only the local value."""
     return type(tensor) is not torch.Tensor and hasattr(tensor, "device_mesh")
 
 
 def _sums(term: torch.Tensor, *, by_sample: bool) -> torch.Tensor:
     samples = term if by_sample and term.ndim else term.unsqueeze(0)
     if samples.ndim > 1:
-        # Float64 over every element is slow; a row of one token is short, and never split.
+        # Summing every element in float64 is slow, so rows are summed first. A row is one token, which is never split.
         samples = samples.sum(-1, dtype=_wide(term.dtype))
     return samples.reshape(len(samples), -1).sum(1, dtype=torch.float64)
 
@@ -95,13 +103,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _dtensors() -> Any:
-    """Where torch has `DTensor`: a public place from 2.5 on."""
+    """Return the module of `DTensor`, which is public from torch 2.5 on."""
     public = importlib.import_module("torch.distributed.tensor")
     return public if hasattr(public, "DTensor") else importlib.import_module("torch.distributed._tensor")
 
 
 def _of_all(term: Any, *, by_sample: bool) -> Sum:
-    """The sums over all pieces of a DTensor: pieces that are pending sums themselves are added up first."""
+    """Return the sums of a whole DTensor. Partial placements are reduced first."""
     kinds = _dtensors()
     whole = [
         kinds.Replicate() if each.is_partial() or (by_sample and each.is_shard(0)) else each for each in term.placements
@@ -120,7 +128,7 @@ def _of_all(term: Any, *, by_sample: bool) -> Sum:
 
 
 def numbers_of(shares: Sequence[Share]) -> list[list[float]]:
-    """Each share as numbers that add up, `WIDTH` a sample; read from the device at once."""
+    """Return each share as numbers, `WIDTH` per sample, read from the device in one transfer."""
     if not shares:
         return []
     device = shares[0].terms[0].sums.device
@@ -135,7 +143,7 @@ def _laid_out(share: Share, columns: Sequence[Sequence[float]]) -> list[float]:
 
 
 def norm_of(function: str, numbers: Sequence[float], dtype: torch.dtype) -> float:
-    """The norm from the added numbers of all shares: of several samples the largest one (the smallest cosine)."""
+    """Return the norm from the summed numbers: of several samples the largest (the smallest cosine)."""
     rows = torch.tensor(numbers, dtype=torch.float64).reshape(-1, WIDTH)
     first, second, third = (rows[:, :3] / rows[:, 3:]).unbind(1)
     match function:
@@ -152,11 +160,11 @@ def norm_of(function: str, numbers: Sequence[float], dtype: torch.dtype) -> floa
 
 
 def dtype_of(code: float) -> torch.dtype:
-    """The dtype of a code; float64 where processes have different ones."""
+    """Return the dtype of a code, float64 if the processes have different dtypes."""
     return _DTYPES[int(code) - 1] if code in {1.0, 2.0, 3.0} else torch.float64
 
 
 def norm_alone(function: str, x: torch.Tensor, y: torch.Tensor | None, *, by_sample: bool) -> float:
-    """The norm of a DTensor in one process of those that hold it: all of them get the same."""
+    """Return the norm of a DTensor. All processes that hold it get the same value."""
     mine = share(function, x, y, by_sample=by_sample)
     return norm_of(function, numbers_of([mine])[0], mine.dtype)

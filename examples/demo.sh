@@ -7,6 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck disable=SC1091
 . .ci/venv
-python -m pip install -qq -e ".[diffusers]"
+announce torchmetrics "torch, diffusers and what the demo uses" "1.3 GB" "about a minute"
+install_torch
+step "cachepolicy with its extra \`diffusers\`" -e ".[diffusers]"
 cd "$here"
 exec cachepolicy demo "$@"

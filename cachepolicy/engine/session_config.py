@@ -14,7 +14,8 @@ from cachepolicy.engine.options import RunOptions, supplier
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
-from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.bind import bind
+from cachepolicy.planning.plan import Plan
 
 MOST_LAYOUTS = 64
 """Distinct sets of params whose layouts are kept; beyond, the least recently used one is worked out anew."""

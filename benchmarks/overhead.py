@@ -24,7 +24,7 @@ import cachepolicy
 from benchmarks._measure import Spread, one_thread, over, rounds, table
 from cachepolicy.engine.introspection import describe
 from cachepolicy.language.linker import load, resolve
-from cachepolicy.planning.plan import bind
+from cachepolicy.planning.bind import bind
 
 ALWAYS, NEVER = 1_000_000, 1
 """`every` so many steps: all calls after the first hit, or all miss (and keep what they computed)."""

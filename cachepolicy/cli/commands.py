@@ -23,9 +23,10 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.vocabulary import TEXT_LIMIT
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import Expectations, check_text, run_expectations
 from cachepolicy.planning.check import check as check_policy
-from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.plan import Plan
 from cachepolicy.reports.diff import compare
 from cachepolicy.reports.diff import draw as draw_difference
 from cachepolicy.reports.explanation import Explanation, explain_run

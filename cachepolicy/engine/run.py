@@ -34,9 +34,10 @@ from cachepolicy.engine.sessions import Entered, Sessions, State
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.notebook import notebook_html
-from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT
 from cachepolicy.reports.html.page import page
 from cachepolicy.tracing.trace import Trace

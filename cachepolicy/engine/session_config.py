@@ -14,7 +14,8 @@ from cachepolicy.engine.options import RunOptions, supplier
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
-from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.bind import bind
+from cachepolicy.planning.plan import Plan
 
 MOST_LAYOUTS = 64
 """The number of cached execution plans, one per set of params. The least recently used is dropped."""

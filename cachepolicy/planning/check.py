@@ -15,8 +15,9 @@ from cachepolicy.language.loader import is_file, load, located
 from cachepolicy.language.parser import recover
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.source import prepare
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Skeleton, ancestors, builtin
-from cachepolicy.planning.plan import BoundRule, Plan, bind, label
+from cachepolicy.planning.plan import BoundRule, Plan, label
 from cachepolicy.planning.selectors import Modules, select, why_nothing
 from cachepolicy.planning.simulation import Schedule, simulate
 from cachepolicy.planning.unreachable_rules import interval, shadowed

@@ -11,9 +11,10 @@ from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in, substitute, walk
 from cachepolicy.language.linker import load, resolve
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 from cachepolicy.planning.notebook import notebook_html
-from cachepolicy.planning.plan import BoundRule, Plan, bind
+from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import (
     COND_BRANCHES,
     UNCOND_BRANCHES,

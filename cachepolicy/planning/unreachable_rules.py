@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from cachepolicy.language import ir
-
-if TYPE_CHECKING:
-    from cachepolicy.planning.plan import BoundRule
+from cachepolicy.planning.plan import BoundRule
 
 
 def shadowed(rules: Sequence[BoundRule]) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -12,9 +12,10 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.forecast import Forecast, Work, forecast, operations
 from cachepolicy.planning.module_tree import Skeleton
-from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import simulate
 from cachepolicy.reports.text import tally
 

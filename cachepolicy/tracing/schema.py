@@ -15,8 +15,9 @@ from cachepolicy.language.loader import origin
 from cachepolicy.language.params import typed
 from cachepolicy.language.parser import parse, parse_value
 from cachepolicy.language.vocabulary import NUMBER_LIMIT
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Skeleton, fault
-from cachepolicy.planning.plan import Plan, bind
+from cachepolicy.planning.plan import Plan
 
 VERSION = 1
 FILE_LIMIT = 256 * 2**20

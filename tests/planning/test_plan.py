@@ -13,8 +13,9 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.language.parser import parse, parse_selector
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Module, Skeleton, ancestors, builtin, sites_skeleton
-from cachepolicy.planning.plan import Plan, bind, label
+from cachepolicy.planning.plan import Plan, label
 from cachepolicy.planning.selectors import outermost, select
 from cachepolicy.planning.simulation import simulate
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import check, run_expectations
 from cachepolicy.planning.module_tree import builtin
-from cachepolicy.planning.plan import bind
 
 
 def findings(path: Path) -> Sequence[Diagnostic]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import cachepolicy
 from cachepolicy.language.linker import resolve
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import builtin, sites_skeleton
-from cachepolicy.planning.plan import bind
 from cachepolicy.planning.schedule import prepare
 from cachepolicy.planning.simulation import Schedule, simulate
 from cachepolicy.tracing.trace import Call, Trace

@@ -13,8 +13,8 @@ import cachepolicy
 from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.linker import load, resolve
+from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import builtin
-from cachepolicy.planning.plan import bind
 from cachepolicy.planning.schedule import prepare
 from cachepolicy.planning.simulation import Schedule, simulate
 from cachepolicy.testing import checks, strategies

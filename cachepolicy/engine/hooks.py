@@ -34,8 +34,8 @@ class Frame:
     """What the root decided for one call: for each site number a code and a slot. Sites read it and nothing else.
 
     `unfit` collects the sites whose history did not fit their call after all, so that they computed. `forward_pass`
-    handles the sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled. Compiled
-    graphs read `stage`, or their block's in `blocks`.
+    handles the sites whose action is more than a store or a reuse. `profile` collects times where the run is profiled.
+    Compiled graphs read `stage`, or their block's in `blocks`.
     """
 
     __slots__ = (

@@ -48,4 +48,12 @@ SCALES: dict[str, Scale | None] = {
     "CosmosTransformer3DModel": None,
     "UNetSpatioTemporalConditionModel": None,
 }
-"""By class name; a class that is not here is called with training timesteps as they are."""
+"""By name of a class of diffusers; a class that is not here is called with training timesteps as they are."""
+
+
+def listed_class(kind: type) -> str | None:
+    """The name in `SCALES` of the first listed class of diffusers that `kind` is or inherits from."""
+    for each in kind.__mro__:
+        if each.__name__ in SCALES and each.__module__.partition(".")[0] == "diffusers":
+            return each.__name__
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachepolicy.diffusers.timestep_scaling import RAW, SCALES, TIMESTEP_NAMES, Scale
+from cachepolicy.diffusers.timestep_scaling import RAW, SCALES, TIMESTEP_NAMES, Scale, listed_class
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, Latents
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
@@ -77,8 +77,9 @@ def inspect_root(module: torch.nn.Module) -> Root:
     """Read the forward's parameters once."""
     parameters = tuple(inspect.signature(module.forward).parameters)
     timestep = next((name for name in TIMESTEP_NAMES if name in parameters), None)
-    class_name = type(module).__name__
-    return Root(parameters, timestep, SCALES.get(class_name, RAW), class_name, class_name in SCALES)
+    listed = listed_class(type(module))
+    scale = RAW if listed is None else SCALES[listed]
+    return Root(parameters, timestep, scale, type(module).__name__, listed is not None)
 
 
 def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:

@@ -11,12 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from cachepolicy.diffusers.denoisers import DENOISERS
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
 from cachepolicy.planning.module_tree import Module, Skeleton
-
-DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet", "dit", "prior", "decoder")
-"""The names under which a pipeline holds its denoisers."""
 
 _CROSS_NAME = re.compile(r"cross|(^|_)attn2$|_to_.*_attn")
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)

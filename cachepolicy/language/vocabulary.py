@@ -46,11 +46,17 @@ PHRASES = (
 """Fixed phrases: their words are words of the language together, also those that are names elsewhere."""
 APPLY_KEYWORDS = frozenset(
     {
-        "target", "policy", "timestep", "scheduler", "steps", "trace", "session", "process_group", "history_dtype",
-        "history_device", "memory_limit", "guidance", "samples",
+        "target", "policy", "timestep", "scheduler", "steps", "guidance", "samples", "process_group", "trace",
+        "max_sessions", "history_dtype", "history_device", "memory_limit",
     }
 )  # fmt: skip
-"""What `apply` takes for itself, so that no parameter can be called this."""
+"""The arguments of `apply`."""
+PLANNING_KEYWORDS = frozenset(
+    {
+        "policy", "steps", "timesteps", "sigmas", "sites", "skeleton", "signals", "branches", "branch", "facts",
+    }
+)  # fmt: skip
+"""The arguments of `simulate`, `plan` and `explain`, without `where` of `explain`, which is given by position."""
 
 # --- types -----------------------------------------------------------------------------------------------
 

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cachepolicy.diffusers.denoisers import DENOISERS
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.forecast import Work
 from cachepolicy.planning.module_tree import FILE_LIMIT, Skeleton, from_json
 
 if TYPE_CHECKING:
     from cachepolicy.tools.example_inputs import Picture
-
-DENOISERS = ("transformer", "unet", "transformer_2", "dit", "prior", "decoder")
-"""The folders of a pipeline that may hold its denoiser; the first that is there counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +98,7 @@ def _read(file: Path) -> tuple[bytes, Any]:
 def _config_file(path: Path) -> Path:
     if not path.is_dir():
         return path
+    # The first folder that is there counts.
     for folder in (path, *(path / name for name in DENOISERS)):
         if (folder / "config.json").is_file():
             return folder / "config.json"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.diffusers.timestep_scaling import SCALES, TIMESTEP_NAMES
+from cachepolicy.diffusers.timestep_scaling import SCALES, TIMESTEP_NAMES, listed_class
 from cachepolicy.engine.cfg_branches import Conditioning
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
@@ -48,8 +48,8 @@ class Named(Root):
 
 
 def named_root(class_name: str) -> Root:
-    """A root whose class has the name of one of diffusers."""
-    return type(class_name, (Root,), {})()
+    """A root whose class has the name and the package of one of diffusers."""
+    return type(class_name, (Root,), {"__module__": "diffusers.models"})()
 
 
 X = torch.zeros(1, 2)
@@ -119,6 +119,13 @@ def test_a_class_in_no_unit_asks_for_another_clock(class_name: str) -> None:
     assert "scheduler=" in (caught.value.diagnostics[0].help or "")
     run = drive([0.9, 0.5, 0.1], BLIND, named_root(class_name))
     assert [0, 1, 2] == [step for step, _ in plain(run)[0]]
+
+
+def test_only_classes_of_diffusers_and_their_subclasses_are_listed() -> None:
+    """A class of the same name in another package is not listed; a subclass of a listed class is."""
+    listed = type(named_root("FluxTransformer2DModel"))
+    assert listed_class(type("FluxTransformer2DModel", (Root,), {})) is None
+    assert listed_class(type("Mine", (listed,), {})) == "FluxTransformer2DModel"
 
 
 def test_a_listed_class_exists() -> None:

@@ -1,2 +1,2 @@
-param session: int = 2
-match attention every session -> reuse
+param trace: int = 2
+match attention every trace -> reuse

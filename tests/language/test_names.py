@@ -276,6 +276,9 @@ def test_selectors(selector: str, codes: list[str]) -> None:
         ("sum: int = 3", "E103"),
         ("trace: int = 3", "E104"),
         ("memory_limit: int = 3", "E104"),
+        ("max_sessions: int = 1", "E104"),
+        ("sites: int = 1", "E104"),
+        ('branch: string = "cond"', "E103"),
     ],
 )
 def test_parameters(param: str, code: str | None) -> None:

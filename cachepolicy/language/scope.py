@@ -1,4 +1,4 @@
-"""What the names of a policy stand for, and what is wrong with how they are declared."""
+"""Names of a policy: their sorts, their declarations, and the positions in which each sort may be read."""
 
 from __future__ import annotations
 
@@ -193,3 +193,47 @@ def _circle(names: list[str], declared: Mapping[str, Declaration], report: Repor
     loop = " -> ".join(f"`{name}`" for name in [*shown, names[0]])
     message = f"`{names[0]}` is said in terms of itself: {loop}"
     report.add("E109", message, declared[names[0]], word=names[0], once=names[0])
+
+
+# --- positions of expressions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A kind of position in which an expression may occur.
+
+    Attributes:
+        called: Name of the position in messages.
+        knows: Sorts of names that the expression may read.
+        memory: Whether `prev` and `kept` are allowed.
+        accumulators: Whether `sum` and `product` are allowed.
+        probes: Whether probes are allowed.
+        refusal: Second half of the message when the expression reads a name that is not known there.
+    """
+
+    called: str
+    knows: frozenset[Sort]
+    memory: bool = False
+    accumulators: bool = False
+    probes: bool = False
+    refusal: str = "is decided ahead of the run"
+
+
+_PURE: frozenset[Sort] = frozenset({"clock word", "parameter", "let", "table"})
+
+_FIXED: frozenset[Sort] = frozenset({"parameter", "let"})
+_STREAMS: frozenset[Sort] = _PURE.union({"signal"})
+_WEIGHED: frozenset[Sort] = _PURE.union({"external"})
+
+WHEN = Place("`when`", _PURE)
+SCHEDULE = Place("a schedule", _PURE)
+BOUND = Place("`at most`", _PURE)
+LET = Place("`let`", _PURE, refusal="is a number of clock and parameters")
+WHILE = Place("`while`", _STREAMS, memory=True, accumulators=True)
+SIGNAL = Place("`signal`", _STREAMS, memory=True, probes=True)
+ARGUMENT = Place("an action's argument", _WEIGHED, refusal="depends on the clock and externals alone")
+CONSTANT = Place("an action's constant", _FIXED, refusal="is the same at every step")
+POSITION = Place("the position of a block", _FIXED, refusal="is fixed when the policy meets its model")
+SETTING = Place("a setting", _FIXED, refusal="is fixed before the run")
+LITERAL = Place("a default", frozenset(), refusal="is a constant")
+EXPECTED = Place("an expectation's setting", frozenset(), refusal="is a constant")

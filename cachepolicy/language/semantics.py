@@ -8,10 +8,11 @@ from typing import assert_never
 
 from cachepolicy.errors import Diagnostic, PolicyError, suggestion
 from cachepolicy.language import ir
+from cachepolicy.language._selector_checks import judge_selector, takes_model
 from cachepolicy.language.evaluate import walk
 from cachepolicy.language.lints import advise
 from cachepolicy.language.params import typed
-from cachepolicy.language.places import (
+from cachepolicy.language.scope import (
     ARGUMENT,
     BOUND,
     CONSTANT,
@@ -21,10 +22,13 @@ from cachepolicy.language.places import (
     SETTING,
     WHEN,
     WHILE,
+    Finding,
     Place,
+    Report,
+    Scope,
+    Sort,
+    scope_of,
 )
-from cachepolicy.language.scope import Finding, Report, Scope, Sort, scope_of
-from cachepolicy.language.selector_checks import judge_selector, takes_model
 from cachepolicy.language.typecheck import Checker
 from cachepolicy.language.validate import judge_shapes, within_bounds
 from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label

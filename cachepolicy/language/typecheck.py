@@ -8,8 +8,7 @@ from typing import assert_never
 
 from cachepolicy.errors import nearest
 from cachepolicy.language import ir
-from cachepolicy.language.places import LET, SIGNAL, Place
-from cachepolicy.language.scope import Report, Scope, Sort
+from cachepolicy.language.scope import LET, SIGNAL, Place, Report, Scope, Sort
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,

@@ -8,8 +8,7 @@ from typing import assert_never
 
 from cachepolicy.language import ir
 from cachepolicy.language.patterns import searcher
-from cachepolicy.language.places import POSITION
-from cachepolicy.language.scope import Report
+from cachepolicy.language.scope import POSITION, Report
 from cachepolicy.language.typecheck import Checker
 from cachepolicy.language.vocabulary import KINDS, REGEX_LIMIT
 

@@ -1,4 +1,4 @@
-"""Whether a selector makes sense by itself: its regexes, its parameters, where spans stand."""
+"""Checks selectors without a model: regexes, parameters and positions of spans."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def judge_selector(selector: ir.Selector, checker: Checker) -> None:
 
 
 def takes_model(selector: ir.Selector) -> bool:
-    """Whether `selector` is one that takes the root of the model."""
+    """Returns whether `selector` selects the root of the model."""
     match selector:
         case ir.OfKind(of="model"):
             return True

@@ -27,12 +27,12 @@ SYNONYMS: Mapping[str, str] = {
     "num_steps": "steps", "num_inference_steps": "steps", "total_steps": "steps", "True": "true", "False": "false",
     "None": "off", "null": "off", "none": "off", "infinity": "inf",
 }  # fmt: skip
-"""What people who come from elsewhere write."""
+"""Names from other libraries, mapped to the words of this language."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A diagnostic, and the word that it is about where that is narrower than its span."""
+    """A diagnostic, and the word that it refers to if the word is narrower than the span."""
 
     diagnostic: Diagnostic
     word: str | None = None
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """The findings so far."""
+    """Collects the diagnostics of one check."""
 
     findings: list[Finding] = field(default_factory=list[Finding])
     told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
@@ -56,7 +56,7 @@ class Report:
         label: str = "",
         once: str | None = None,
     ) -> None:
-        """Adds a finding about `node`; with `once`, only the first of this code about that word."""
+        """Adds a diagnostic about `node`. With `once`, only the first diagnostic with this code and word is kept."""
         if once is not None:
             if (code, once) in self.told:
                 return
@@ -66,13 +66,13 @@ class Report:
         self.findings.append(Finding(found, word))
 
     def adopt(self, diagnostic: Diagnostic, node: ir.Node) -> None:
-        """Adds a finding that something else made about `node`."""
+        """Adds an existing diagnostic and locates it at `node`."""
         self.findings.append(Finding(replace(diagnostic, span=node.span)))
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The names of one policy; `broken` ones are declared by statements that did not parse."""
+    """Names of one policy. `broken` holds names that are declared by statements with syntax errors."""
 
     declared: Mapping[str, Declaration]
     broken: frozenset[str] = frozenset()
@@ -82,7 +82,7 @@ class Scope:
     """The clock words that each let and signal depends on, in an order where each comes after those it reads."""
 
     def sort(self, name: str) -> Sort | None:
-        """What `name` is, or None if nothing declares it."""
+        """Returns the sort of `name`, or `None` if the name is not declared."""
         if name in self.declared:
             return SORTS[self.declared[name].kind]
         if name in self.broken:
@@ -92,17 +92,17 @@ class Scope:
         return "function" if name in FUNCTIONS else None
 
     def param(self, name: str) -> ir.Param | None:
-        """The parameter of this name."""
+        """Returns the parameter with this name, or `None`."""
         found = self.declared.get(name)
         return found if isinstance(found, ir.Param) else None
 
     def clock_of(self, node: ir.Node) -> frozenset[str]:
-        """The clock words that `node` depends on, through lets and signals."""
+        """Returns the clock words that `node` depends on, directly or through lets and signals."""
         names = names_in(node)
         return frozenset(CLOCK.keys() & names).union(*(self.clock.get(name, frozenset()) for name in names))
 
     def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
-        """A help sentence with the known name that is most like `name`."""
+        """Returns a help sentence with the known name that is most similar to `name`."""
         known: dict[str, Sort] = {each: SORTS[found.kind] for each, found in self.declared.items()}
         known |= dict.fromkeys(CLOCK, "clock word")
         candidates = [each for each, sort in known.items() if sort in sorts]
@@ -115,7 +115,7 @@ class Scope:
 
 
 def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozenset()) -> Scope:
-    """The names of `policy`; reports those declared twice, taken from the language, or in a circle."""
+    """Builds the scope of `policy`. Reports duplicate, reserved and circular declarations."""
     declared = dict[str, Declaration]()
     for statement in policy.statements:
         if not isinstance(statement, Declaration):

@@ -1,4 +1,4 @@
-"""What may stand at a place of a policy: the words that the parser would take there, and the names that make sense."""
+"""Completion: the keywords that the parser accepts at a position, and the names that are valid there."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Completion:
 
 
 def completions(document: Document, offset: int) -> tuple[Completion, ...]:
-    """What may stand at `offset`, in place of the part of a word before it; the likeliest first."""
+    """Returns the completions at `offset`, most likely first. A completion replaces the part of the word before it."""
     if not document.is_code(offset):
         return ()
     word = document.word(offset)

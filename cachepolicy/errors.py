@@ -1,4 +1,4 @@
-"""Where a mistake is, what was found, what was expected: spans, diagnostics and `PolicyError`."""
+"""Source spans, diagnostics, their rendering as text or JSON, and `PolicyError`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from cachepolicy._error_codes import CODES
+
+__all__ = [
+    "CODES", "Diagnostic", "PolicyError", "Related", "Severity", "Span", "nearest", "render", "suggestion", "to_json",
+]  # fmt: skip
+
 Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of source text: offsets from 0, lines and columns from 1, the end exclusive."""
+    """A range of source text.
+
+    Offsets count characters from 0, lines and columns count from 1. The end is exclusive.
+    """
 
     start: int
     end: int
@@ -24,7 +33,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Related:
-    """Another place that a finding is about, and what it has to do with it; `source` names its file."""
+    """A second location that a diagnostic refers to.
+
+    Attributes:
+        message: Explains how the location relates to the diagnostic.
+        span: The location in the source text.
+        source: Name of the file that holds the location, or `None` for the file of the diagnostic.
+    """
 
     message: str
     span: Span
@@ -33,11 +48,18 @@ class Related:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding: a stable code, a sentence, a place in the text and one way out.
+    """One error or warning about a policy, its settings or its use on a model.
 
-    Messages are lower case, without a full stop, with the user's own words in backticks.
-    `source` names the file (or `<text>`), `excerpt` holds the source lines that the span covers,
-    `label` stands under the underlined text.
+    Attributes:
+        code: Stable code, a key of `CODES`.
+        message: One sentence in lower case, without a full stop. Words of the user are in backticks.
+        severity: `"error"` or `"warning"`.
+        span: Location in the source text, or `None` if the diagnostic has no location.
+        source: Name of the file, or `<text>`.
+        excerpt: The source lines that the span covers.
+        label: Text that the code frame prints next to the underline.
+        help: A suggested fix.
+        related: Further locations that the diagnostic refers to.
     """
 
     code: str
@@ -52,10 +74,12 @@ class Diagnostic:
 
 
 class PolicyError(Exception):
-    """Everything that can be wrong with a policy, its settings or its use on a model.
+    """Raised when a policy, its settings or its use on a model is invalid.
 
-    `diagnostics` holds all findings of one attempt, in reading order; `str(error)` renders them
-    without colour.
+    `str(error)` renders the diagnostics without colour.
+
+    Attributes:
+        diagnostics: All diagnostics of one operation, in source order.
     """
 
     def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
@@ -67,7 +91,16 @@ class PolicyError(Exception):
 
     @classmethod
     def of(cls, code: str, message: str, *, help: str | None = None) -> PolicyError:
-        """An error that has no place in a text (a setting, a file, a model)."""
+        """Creates an error with one diagnostic that has no source location.
+
+        Args:
+            code: Error code, a key of `CODES`.
+            message: Message of the diagnostic.
+            help: A suggested fix.
+
+        Returns:
+            The error; the caller raises it.
+        """
         return cls([Diagnostic(code, message, help=help)])
 
 
@@ -75,8 +108,16 @@ _RED, _YELLOW, _BLUE, _BOLD, _RESET = "\x1b[31;1m", "\x1b[33;1m", "\x1b[34;1m", 
 
 
 def render(diagnostics: Iterable[Diagnostic], *, colour: bool = False) -> str:
-    """The findings as text for a person: a code frame with the span underlined, then the help."""
-    text = "\n\n".join(_render_one(each) for each in diagnostics)
+    """Renders diagnostics as text: a code frame with the span underlined, then the help.
+
+    Args:
+        diagnostics: The diagnostics, in the order in which they are printed.
+        colour: Whether the text contains ANSI colour codes.
+
+    Returns:
+        The text, with a blank line between diagnostics.
+    """
+    text = "\n\n".join(_render_one(diagnostic) for diagnostic in diagnostics)
     if colour:
         return text
     for escape in (_RED, _YELLOW, _BLUE, _BOLD, _RESET):
@@ -108,7 +149,7 @@ def _frame(diagnostic: Diagnostic, span: Span, margin: str, paint: str) -> list[
     end = span.end_column if span.end_line == span.line else len(first) + 1
     if len(first) > _FRAME_WIDTH:
         first, column, end = _clipped(first, column, end)
-    # A tab is kept in the padding, so that the underline stands below its text at any tab width.
+    # The padding keeps tabs, so that the underline is below its text at any tab width.
     padding = "".join("\t" if letter == "\t" else " " for letter in first[: column - 1])
     underline = "^" * max(1, end - column)
     label = f" {diagnostic.label}" if diagnostic.label else ""
@@ -123,7 +164,7 @@ _FRAME_WIDTH = 160
 
 
 def _clipped(line: str, column: int, end: int) -> tuple[str, int, int]:
-    """A long line as the part around its underlined text."""
+    """Shortens a long line to the part around its underlined text, and shifts the columns to match."""
     start = max(0, column - 1 - _FRAME_WIDTH // 4)
     shown = line[start : start + _FRAME_WIDTH]
     if start:
@@ -134,12 +175,29 @@ def _clipped(line: str, column: int, end: int) -> tuple[str, int, int]:
 
 
 def to_json(diagnostics: Iterable[Diagnostic]) -> str:
-    """The findings as a JSON list, one object each, for editors and scripts."""
-    return json.dumps([asdict(each) for each in diagnostics], ensure_ascii=False, indent=2)
+    """Renders diagnostics as a JSON list with one object per diagnostic.
+
+    Args:
+        diagnostics: The diagnostics, in the order of the list.
+
+    Returns:
+        The JSON text.
+    """
+    return json.dumps([asdict(diagnostic) for diagnostic in diagnostics], ensure_ascii=False, indent=2)
 
 
 def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The candidate most like `word`, or None when nothing is near."""
+    """Finds the candidate that is most similar to `word`.
+
+    Args:
+        word: The word to match.
+        candidates: The words to choose from.
+        cutoff: Lowest accepted similarity, from 0 to 1.
+
+    Returns:
+        The best candidate, or `None` if no candidate reaches `cutoff`.
+    """
+    # Imported here because only error paths need it.
     import difflib
 
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
@@ -147,144 +205,19 @@ def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str
 
 
 def suggestion(word: str, candidates: Sequence[str]) -> str | None:
-    """A help sentence: the nearest candidate, else the candidates themselves when they are few."""
+    """Builds the help sentence for an unknown word.
+
+    Args:
+        word: The unknown word.
+        candidates: The words that are valid in its position.
+
+    Returns:
+        A sentence with the most similar candidate, or with all candidates if there are at most 12,
+        otherwise `None`.
+    """
     near = nearest(word, candidates)
     if near is not None:
         return f"did you mean `{near}`?"
     if 0 < len(candidates) <= 12:
-        return "one of " + ", ".join(f"`{each}`" for each in candidates)
+        return "one of " + ", ".join(f"`{candidate}`" for candidate in candidates)
     return None
-
-
-# --- codes -----------------------------------------------------------------------------------------------
-
-CODES: dict[str, str] = {
-    # E0xx: the text.
-    "E001": "something else was expected here",
-    "E002": "a sign without a meaning here",
-    "E003": "a string is not closed",
-    "E004": "a statement ends too early",
-    "E005": "a bracket is never closed",
-    "E006": "a line is indented where it must not be, or not where it must",
-    "E007": "a line starts with no statement's keyword",
-    "E008": "a word of the language as a name",
-    "E009": "a header line in the wrong place, or twice",
-    "E010": "an edition that is not known",
-    "E011": "a text that is not UTF-8",
-    "E012": "a character that has no place in a policy",
-    "E013": "a text that is too long",
-    "E014": "a text with too many words",
-    "E015": "nested too deep",
-    "E016": "a number that is too large",
-    "E017": "a regular expression that RE2 cannot read",
-    "E018": "a regular expression that needs what RE2 does not have",
-    "E019": "a regular expression that is too long",
-    "E020": "a clause in the wrong place, or twice",
-    "E021": "a policy that no text can say",
-    # E10x to E14x: names, types and places.
-    "E101": "a name that nothing declares",
-    "E102": "a name that is declared twice",
-    "E103": "a name that belongs to the language",
-    "E104": "a parameter called like an argument of `apply`",
-    "E105": "a function that does not exist",
-    "E106": "a call with too few or too many arguments",
-    "E107": "a predictor or approximation that does not exist",
-    "E108": "an argument of an action that is unknown, missing or given twice",
-    "E109": "a name that is said in terms of itself",
-    "E110": "a name of another sort than its place asks for",
-    "E111": "a value of another type than its place asks for",
-    "E112": "a chain of comparisons that turns round",
-    "E113": "a decision that must be known ahead reads what a run measures",
-    "E114": "a probe outside `signal`",
-    "E115": "a memory or an accumulator where it has no meaning",
-    "E116": "an external that would decide",
-    "E117": "an expectation whose row has another length",
-    "E118": "a mask with other letters than 0 and 1",
-    "E119": "a span of blocks that does not stand alone",
-    "E120": "a value that may be `off` where off has no meaning",
-    "E121": "an action's argument that is not known ahead",
-    "E122": "`uncond_skipped` in a rule on the model",
-    "E123": "`approximate uncond` on something else than the model",
-    "E124": "a number outside what its place allows",
-    # E15x to E19x: files, `use` and settings.
-    "E150": "no such policy",
-    "E151": "a name that is a shipped policy and a file",
-    "E152": "a file that cannot be read",
-    "E153": "a file that is too large",
-    "E154": "a JSON file that holds no policy",
-    "E155": "a `use` that leads out of the policy's folder",
-    "E156": "a policy that uses itself",
-    "E157": "too much `use`",
-    "E158": "names of a built policy that are said in terms of themselves",
-    "E160": "a parameter that does not exist",
-    "E161": "a value of another type than its parameter",
-    "E162": "a value outside its parameter's domain",
-    "E163": "a constant that does not fit its clause",
-    "E164": "a regex from a parameter that RE2 refuses",
-    "E165": "too large once its names are written out",
-    # E20x to E24x: a policy on a model.
-    "E200": "a rule that takes nothing in the model",
-    "E201": "a block that the model has not",
-    "E202": "an empty slice of blocks",
-    "E203": "spans that overlap without nesting",
-    "E204": "a span of blocks among other selectors",
-    "E205": "no blocks where some are asked for",
-    "E206": "lists that do not run one after another",
-    "E207": "a probe that takes not exactly one site",
-    "E208": "a probe of what the rule may skip",
-    "E209": "an action or clause that fits the whole model only, or never",
-    "E210": "a file that holds no skeleton of a model",
-    "E211": "a site name that is none",
-    "E212": "FLOPs that cannot be counted",
-    "E213": "a pipeline that cannot be run",
-    "E220": "an expectation that does not hold",
-    # E25x: a simulation.
-    "E250": "a clock word that the run does not tell",
-    "E251": "a mask of another length than the run",
-    "E252": "a site that no rule selects",
-    "E253": "a step outside the schedule",
-    "E254": "a clock that does not fit together",
-    "E255": "a signal with another number of values than steps",
-    "E256": "a signal that the policy has not",
-    "E257": "a signal that only a run can measure",
-    "E258": "no place in a schedule",
-    "E260": "a file that holds no trace",
-    # E3xx: a policy on a running model.
-    "E300": "nothing to apply a policy to",
-    "E301": "a model that has a policy already",
-    "E302": "no policy to remove",
-    "E303": "a denoiser that was replaced",
-    "E304": "a session without a key",
-    "E305": "a removal while a forward runs",
-    "E307": "an external that nobody supplies",
-    "E308": "a policy that selects nothing",
-    "E309": "an argument of `apply` that does not fit",
-    "E310": "streams that cannot be told apart",
-    "E311": "blocks that form no chain",
-    "E312": "two threads in one session",
-    "E313": "other params for a session under way",
-    "E314": "a param that no session can have to itself",
-    "E315": "a pipeline without a denoiser of the run",
-    "E320": "a timestep function that returns nothing",
-    "E321": "a timestep in no known unit",
-    "E322": "an argument of an action without a value",
-    "E330": "no evidence of guidance",
-    "E331": "a prediction whose layout is not clear",
-    "E332": "samples of different shapes",
-    "E340": "another cache on the model",
-    "E341": "a site that is no longer where it was",
-    "E342": "a call that a policy cannot follow",
-    "E350": "another process that failed",
-    "E351": "processes that are not at the same decision",
-    "E352": "a process that does not answer",
-    # W5xx: doubtful, but a policy.
-    "W501": "a `sum` over a distance from the last compute",
-    "W502": "a distance from the step before, without a `sum`",
-    "W503": "a parameter that nothing reads",
-    "W504": "a let, table, signal or external that nothing reads",
-    "W510": "a rule that never decides",
-    "W511": "a policy that takes nothing in the model",
-    "W512": "an interval in which no number lies",
-    "W520": "a rule that no expectation reaches",
-}
-"""Every code and its title; each has a page in `docs/diagnostics/`."""

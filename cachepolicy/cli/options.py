@@ -1,4 +1,4 @@
-"""The options that several commands share, and what they ask for."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the commands speak: findings with colour where it can be seen, and exit codes."""
+"""Output of the commands: diagnostics, with colour on terminals, and exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ P = ParamSpec("P")
 
 
 def exit_code(findings: Sequence[Diagnostic]) -> int:
-    """What a command ends with that found this."""
+    """Returns the exit code for the diagnostics of a command."""
     errors = [each for each in findings if each.severity == "error"]
     if not errors:
         return FINE
@@ -56,12 +56,12 @@ def say(text: str = "", *, error: bool = False) -> None:
 
 
 def say_json(data: object) -> None:
-    """Write data as JSON."""
+    """Writes data as JSON."""
     say(json.dumps(data, ensure_ascii=False, indent=2))
 
 
 def report(findings: Sequence[Diagnostic], *, error: bool = False) -> None:
-    """Write findings with their places."""
+    """Writes diagnostics with their source locations."""
     stream = sys.stderr if error else sys.stdout
     if findings:
         say(render(findings, colour=coloured(stream)), error=error)

@@ -1,4 +1,4 @@
-"""What must hold of a rule's clauses once their constants are known: whole intervals, masks, sound regexes."""
+"""Checks the clauses of a rule after its constants are known: intervals, masks and regular expressions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cachepolicy.language.patterns import searcher
 
 
 def faults(rule: ir.Rule) -> Iterator[Diagnostic]:
-    """What is wrong with a rule whose parameters and lets are written out (E163, a constant; E164, a regex)."""
+    """Yields the faults of a rule with substituted parameters and lets: E163 for constants, E164 for regexes."""
     if rule.schedule is not None:
         yield from _schedule(rule.schedule)
     for bound in rule.bounds:
@@ -40,7 +40,7 @@ def _schedule(schedule: ir.Schedule) -> Iterator[Diagnostic]:
 
 
 def _whole(value: ir.Expression, what: str, least: int | None) -> Iterator[Diagnostic]:
-    """A constant must be a whole number of at least `least`; what the clock decides is not known here."""
+    """Checks that a constant is an integer of at least `least`. Expressions of the clock are not known here."""
     if not isinstance(value, ir.Number | ir.Boolean | ir.Text):
         return
     number = value.value
@@ -55,7 +55,7 @@ def _fault(message: str, node: ir.Node) -> Diagnostic:
 
 
 def selector_faults(selector: ir.Selector) -> Iterator[Diagnostic]:
-    """Regexes that RE2 refuses, and positions of blocks that are no whole constants."""
+    """Yields faults for regexes that RE2 rejects and for block positions that are not integer constants."""
     for node in walk(selector):
         match node:
             case ir.Pattern(regex=regex) | ir.OfClass(regex=regex):

@@ -1,4 +1,4 @@
-"""The value of an expression, and expressions with their names replaced: total, pure, without eval."""
+"""Evaluates expressions, traverses them and substitutes names. Evaluation is pure and does not use `eval`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = int | float | bool | str | tuple["Value", ...] | ir.Interval | None
 
 
 class Undefined(Exception):
-    """A number that the expression reads does not exist or is not finite; `args[0]` says which."""
+    """Raised when a number that an expression reads is missing or not finite. `args[0]` names the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,11 @@ def _named(name: str, environment: Environment) -> Any:
 
 
 def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
-    """The calibrated value at round(step * (len - 1) / (steps - 1)); other indices count from the table's start."""
+    """Looks up a value of a table.
+
+    The index `step` reads the entry at round(step * (len - 1) / (steps - 1)), so that a table fits a run with another
+    number of steps. Other indices count from the start of the table.
+    """
     values = environment.tables.get(expression.table)
     if values is None:
         raise Undefined(f"table `{expression.table}` is not known here")
@@ -187,7 +191,7 @@ def _called(expression: ir.Call, environment: Environment) -> float:
 
 
 def _poly(coefficients: Sequence[float], x: float) -> float:
-    """Horner's rule, the highest power first."""
+    """Evaluates a polynomial by Horner's rule. The first coefficient belongs to the highest power."""
     total = 0.0
     for coefficient in coefficients:
         total = total * x + coefficient
@@ -214,14 +218,14 @@ _FUNCTIONS: Mapping[str, Any] = {
 
 
 def walk(node: ir.Node) -> Iterator[ir.Node]:
-    """`node` and every node below it, parents before children."""
+    """Yields `node` and all its descendants, parents before children."""
     yield node
     for child in children(node):
         yield from walk(child)
 
 
 def children(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes directly below `node`, in field order."""
+    """Yields the direct children of `node`, in field order."""
     for name in type(node).model_fields:
         value = getattr(node, name)
         if isinstance(value, ir.Node):
@@ -233,7 +237,15 @@ def children(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def substitute(node: N, names: Mapping[str, ir.Expression]) -> N:
-    """`node` with each name of `names` replaced by its expression; the original is not touched."""
+    """Replaces names by expressions.
+
+    Args:
+        node: The node. It is not modified.
+        names: Maps each name to its replacement.
+
+    Returns:
+        The node with the names replaced.
+    """
     if isinstance(node, ir.Name):
         return names.get(node.name, node)  # pyright: ignore[reportReturnType]
     changed = dict[str, object]()
@@ -256,13 +268,13 @@ def _substitute_in(value: object, names: Mapping[str, ir.Expression]) -> object:
 
 
 def names_in(node: ir.Node) -> set[str]:
-    """The names of clock words, parameters, lets, signals, externals and tables below `node`."""
+    """Returns the names of clock words, parameters, lets, signals, externals and tables that `node` reads."""
     found = {each.name for each in walk(node) if isinstance(each, ir.Name)}
     return found | {each.table for each in walk(node) if isinstance(each, ir.Lookup)}
 
 
 def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
-    """The calls of `functions` below `expression`, each once, inner ones before those that contain them."""
+    """Returns the distinct calls of `functions` in `expression`, inner calls before the calls that contain them."""
     found = dict[ir.Call, None]()
 
     def visit(node: ir.Node) -> None:

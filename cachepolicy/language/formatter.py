@@ -1,4 +1,4 @@
-"""Policy to canonical text, the inverse of `syntax`: one style, fewest parentheses, every comment kept."""
+"""Formats policies as canonical text, with minimal parentheses. The formatter keeps all comments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def format(policy: ir.Policy | str) -> str:
 
 
 def format_node(node: ir.Node) -> str:
-    """The canonical text of any part of a policy, on one line."""
+    """Formats any node of a policy as canonical text on one line."""
     match node:
         case ir.Policy():
             return " ".join(" ".join(pieces) for _, pieces, _ in _statements(node))
@@ -89,7 +89,7 @@ def _lines(policy: ir.Policy) -> Iterator[str]:
 
 
 def _blanks_trimmed(notes: Sequence[str], *, first: bool) -> list[str]:
-    """The notes with single blank lines, and none at the top of the file."""
+    """Collapses blank lines between comments, and removes blank lines at the top of the file."""
     kept = list[str]()
     for note in notes:
         if note or (kept[-1:] != [""] if kept else not first):
@@ -98,7 +98,7 @@ def _blanks_trimmed(notes: Sequence[str], *, first: bool) -> list[str]:
 
 
 def _statements(policy: ir.Policy) -> Iterator[tuple[int, list[str], str]]:
-    """Each statement's number, pieces and the group that it stands with; a blank line parts the groups."""
+    """Yields the number, the pieces and the group of each statement. A blank line separates groups."""
     yield -3, [f"cachepolicy {policy.edition}"], "header"
     if policy.name is not None:
         yield -2, [f"policy {policy.name}", *_quoted_all(policy.title)], "header"
@@ -145,7 +145,7 @@ _WORDS = re.compile(r"""\s*(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|[^\s"'])+""")
 
 
 def _broken(piece: str, indent: str) -> list[str]:
-    """A piece over several lines: behind an argument where one ends, else at any space."""
+    """Breaks a piece into several lines, after an argument if possible, otherwise at a space."""
     lines = [""]
     for part in _parts(piece):
         if len(lines[-1]) + len(part) <= WIDTH:
@@ -166,7 +166,7 @@ def _add_words(lines: list[str], part: str, indent: str) -> None:
 
 
 def _parts(piece: str) -> Iterator[str]:
-    """The arguments of an action, with what stands before the first; any other piece whole."""
+    """Splits an action after each argument. Other pieces are not split."""
     labels = [found.start() for found in _LABEL.finditer(piece) if found[0][0] not in "\"'"]
     starts = [0, *labels[1:]] if piece.lstrip().startswith("-> ") else [0]
     for start, end in pairwise([*starts, len(piece)]):
@@ -279,7 +279,7 @@ def _arguments(arguments: Sequence[ir.Argument]) -> str:
 
 
 def selector(node: ir.Selector) -> str:
-    """The text of a selector."""
+    """Formats a selector."""
     return _selector(node, _LOWEST)
 
 
@@ -324,7 +324,7 @@ def _blocks(node: ir.Blocks) -> str:
 
 
 def expression(node: ir.Expression) -> str:
-    """The text of an expression."""
+    """Formats an expression."""
     return _expression(node, _LOWEST)
 
 
@@ -406,7 +406,10 @@ def _number(value: float) -> str:
 
 
 def quote(text: str) -> str:
-    """`text` as a string: in double quotes, in single ones if it has double ones, doubled if it has both."""
+    """Quotes a string with double quotes, or with single quotes if it contains double quotes.
+
+    If the string contains both kinds, the inner quotes are doubled.
+    """
     if '"' not in text:
         return f'"{text}"'
     if "'" not in text:

@@ -1,17 +1,18 @@
-"""A policy made ready to bind: what it uses written out, its parameters set, its names replaced."""
+"""Links a policy: inlines used policies, sets parameters, substitutes names and computes the digest."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.clauses import faults
 from cachepolicy.language.evaluate import Value, names_in
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
-from cachepolicy.language.normal_form import digest
 from cachepolicy.language.params import python, settled
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.traversal import folded, measure, transform
@@ -19,20 +20,20 @@ from cachepolicy.language.traversal import folded, measure, transform
 __all__ = ["Resolved", "Source", "load", "resolve"]
 
 DEPTH_LIMIT = 16
-"""How deep `use` may reach."""
+"""Maximum nesting depth of `use`."""
 USE_LIMIT = 256
-"""How many policies one policy may use, counting each time."""
+"""Maximum number of `use` statements that are inlined, with repetitions."""
 RULE_LIMIT = 10_000
-"""How many rules a policy may have with those it uses."""
+"""Maximum number of rules, including the rules of used policies."""
 NODE_LIMIT = 300_000
-"""How large the rules may grow once lets and signals are written out."""
+"""Maximum number of nodes after substitution of lets and signals."""
 NESTING_LIMIT = 160
-"""How deep an expression may grow so."""
+"""Maximum depth of an expression after substitution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The statement that a rule came from: its policy and its number among the policy's statements."""
+    """The statement that a rule came from: its policy and its index among the statements of the policy."""
 
     policy: ir.Policy = field(repr=False)
     statement: int
@@ -109,7 +110,7 @@ def _of(policy: ir.Policy, kind: type[S]) -> list[S]:
 
 @dataclass
 class _Flat:
-    """What has been written out so far, of the policy and of those it uses."""
+    """Accumulates the linked rules, signals, tables and diagnostics of a policy and of the policies that it uses."""
 
     loader: Loader
     rules: list[ir.Rule] = field(default_factory=list[ir.Rule])
@@ -131,7 +132,7 @@ class _Flat:
         path: Sequence[Origin],
         use: ir.Use | None = None,
     ) -> dict[str, ir.Expression]:
-        """Write out one policy, or the one that `use` names; gives what its names are worth."""
+        """Inlines one policy, or the policy that `use` refers to. Returns the substitution for its names."""
         places = {each.name: each.span for each in use.settings} if use else {}
         prefix = (policy.name or use.policy) if use else ""
         names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings, places)
@@ -160,7 +161,7 @@ class _Flat:
         return names
 
     def _declare(self, policy: ir.Policy, prefix: str) -> dict[str, str]:
-        """Names for signals, tables and externals that no other policy has taken."""
+        """Chooses unique names for signals, tables and externals. Returns the map from old to new names."""
         renamed = dict[str, str]()
         for statement in policy.statements:
             if not isinstance(statement, ir.Signal | ir.Table | ir.External):
@@ -196,7 +197,10 @@ class _Flat:
         return transform(node, rewrite)
 
     def _pattern(self, policy: ir.Policy, node: ir.PatternParam, names: Mapping[str, ir.Expression]) -> ir.Node:
-        """The regex that the parameter holds, or any of those in its list; `off` and an empty list match nothing."""
+        """Returns the selector for a regex parameter.
+
+        A list matches any of its regexes. `off` and an empty list match nothing.
+        """
         value = names.get(node.name)
         match value:
             case ir.Text():
@@ -271,7 +275,7 @@ class _Flat:
         return nodes, depth
 
     def hold_to_size(self, policy: ir.Policy) -> None:
-        """Refuse signals that grow beyond all bounds where they are written out in one another."""
+        """Checks the size limits after substitution of signals in one another."""
         sizes = dict[str, tuple[int, int]]()
         for name in _signal_order(self.signals):
             sizes[name] = self._size(policy, self.signals[name].value, sizes)
@@ -285,7 +289,7 @@ _TOO_LARGE = Diagnostic(
 
 
 def _is_absent(rule: ir.Rule) -> bool:
-    """A rule whose schedule is off is no rule."""
+    """Returns whether the schedule of the rule is `off`, which removes the rule."""
     match rule.schedule:
         case ir.Every(interval=ir.Off()) | ir.OnSteps(steps=ir.Off()) | ir.Mask(mask=ir.Off()):
             return True
@@ -294,7 +298,7 @@ def _is_absent(rule: ir.Rule) -> bool:
 
 
 def _in_order(policy: ir.Policy) -> Iterator[ir.Let]:
-    """The lets, each after those it reads."""
+    """Yields the lets in dependency order."""
     lets = {let.name: let for let in _of(policy, ir.Let)}
     for name in _ordered({name: names_in(let.value) for name, let in lets.items()}, policy):
         yield lets[name]
@@ -305,7 +309,7 @@ def _signal_order(signals: Mapping[str, ir.Signal]) -> list[str]:
 
 
 def _ordered(reads: Mapping[str, set[str]], policy: ir.Policy | None) -> list[str]:
-    """The names, each after those it reads; without recursion, so that a long chain is no danger.
+    """Sorts names in dependency order. The sort is iterative, because a long chain would exceed the recursion limit.
 
     Raises:
         PolicyError: E158, a name reads itself.
@@ -332,3 +336,77 @@ def _ordered(reads: Mapping[str, set[str]], policy: ir.Policy | None) -> list[st
             del open_names[name]
             waiting.pop()
     return list(done)
+
+
+# --- normal form and digest --------------------------------------------------------------------------------
+
+Tables = Mapping[str, Sequence[int | float]]
+
+
+def digest(edition: int, rules: Sequence[ir.Rule], signals: Sequence[ir.Signal], tables: Tables) -> str:
+    """The sha256 of what the rules mean, in hexadecimal.
+
+    Equal for policies that differ in the names of parameters, lets, signals and tables, in comments, titles and layout,
+    in the order of declarations, in what no rule reads, or in whether rules are written out or come by `use`. Externals
+    count by their names, since the caller gives them so.
+    """
+    values = {name: _hash(["table", *(_number(value) for value in table)]) for name, table in tables.items()}
+    reads = {signal.name: signal.value for signal in signals}
+    waiting = list(reads)
+    while waiting:
+        name = waiting[-1]
+        missing = [each for each in sorted(names_in(reads[name])) if each in reads and each not in values]
+        if missing:
+            waiting += missing
+            continue
+        values[name] = _hash(["signal", _normal(reads[name], values)])
+        waiting.pop()
+    return _hash([edition, *(_normal(rule, values) for rule in rules)])
+
+
+def _hash(form: object) -> str:
+    text = json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _number(value: float) -> object:
+    """Normalizes a number: `1` and `1.0` are equal, and `inf` becomes a string, because JSON has no infinity."""
+    if isinstance(value, bool):
+        return value
+    return int(value) if value == value // 1 else repr(float(value))
+
+
+def _normal(node: object, values: Mapping[str, str]) -> object:
+    """Converts a node to nested lists. Names of signals and tables are replaced by their hashes."""
+    match node:
+        case ir.Number():
+            return _number(node.value)
+        case ir.Name():
+            return ["name", values.get(node.name, node.name)]
+        case ir.Lookup():
+            return ["lookup", values.get(node.table, node.table), _normal(node.index, values)]
+        case ir.Comparison(operands=(_, _, _)):
+            return _normal(_as_interval(node) or (node.operators, node.operands), values)
+        case ir.Node():
+            return [type(node).__name__, *(_normal(getattr(node, name), values) for name in _fields(node))]
+        case tuple():
+            return [_normal(item, values) for item in cast("tuple[object, ...]", node)]
+        case _:
+            return node
+
+
+def _fields(node: ir.Node) -> list[str]:
+    return [name for name in type(node).model_fields if name not in {"span", "kind"}]
+
+
+def _as_interval(chain: ir.Comparison) -> ir.Membership | None:
+    """Converts a comparison chain such as `100 < t < 800` to the equivalent `t in (100, 800)`."""
+    operators = set(chain.operators)
+    low, value, high = chain.operands
+    closed = tuple(operator in {"<=", ">="} for operator in chain.operators)
+    if operators <= {">", ">="}:
+        low, high, closed = high, low, closed[::-1]
+    elif not operators <= {"<", "<="}:
+        return None
+    interval = ir.Interval(low=low, high=high, low_closed=closed[0], high_closed=closed[1])
+    return ir.Membership(value=value, container=interval)

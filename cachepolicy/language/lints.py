@@ -1,4 +1,4 @@
-"""What is doubtful about a policy that is otherwise sound: warnings."""
+"""Reports warnings for valid policies."""
 
 from __future__ import annotations
 

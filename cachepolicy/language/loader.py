@@ -1,4 +1,4 @@
-"""Policies by name and by path: the shipped ones, the user's files, and the files that `use` may reach."""
+"""Loads policies by name and by path: shipped policies, files of the user, and files that `use` refers to."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ SHIPPED = "<shipped>/"
 
 
 def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
-    """A policy by the name of a shipped one (`"pab"`, `"pab.cp"`) or by the path of a file; a `Policy` is given back.
+    """Loads a policy.
 
-    `.json` holds the JSON form, `.cp` and `.cachepolicy` the text. A bare name that is both shipped and in the working
-    folder is refused: `./pab.cp` names the file.
+    Args:
+        source: Name of a shipped policy (`"pab"`, `"pab.cp"`), path of a file, or a `Policy`, which is returned
+            unchanged. `.json` files hold the JSON form, `.cp` and `.cachepolicy` files hold the text. A bare name that
+            matches both a shipped policy and a file in the working folder is ambiguous; `./pab.cp` selects the file.
+
+    Returns:
+        The policy.
 
     Raises:
-        PolicyError: there is no such policy (E150), the name is ambiguous (E151), the file cannot be read (E152), is
-            too large (E153) or holds no JSON of a policy (E154), or what is wrong with its text.
+        PolicyError: The policy does not exist (E150), the name is ambiguous (E151), the file is unreadable (E152),
+            too large (E153) or not the JSON form of a policy (E154), or the text is invalid.
     """
     if isinstance(source, ir.Policy):
         return source
@@ -60,7 +65,7 @@ def _bare(name: str) -> bool:
 
 
 def _named(name: str, folder: Path) -> ir.Policy:
-    """A shipped policy, or a file of `folder`, by a bare name."""
+    """Loads a shipped policy or a file of `folder` by its bare name."""
     stem = _stem(name)
     beside = next((each for each in (name, *(stem + suffix for suffix in SUFFIXES)) if is_file(folder / each)), None)
     if stem in shipped_policies():
@@ -91,12 +96,12 @@ def _near(stem: str, folder: Path) -> str | None:
 
 
 def _same(path: Path, policy: Traversable) -> bool:
-    """True inside the folder of the shipped policies themselves."""
+    """Returns whether `path` is the file of the shipped policy itself."""
     return isinstance(policy, Path) and path.resolve() == policy.resolve()
 
 
 def is_file(path: Path) -> bool:
-    """True for a regular file; a name that the system cannot look up is none."""
+    """Returns whether `path` is a regular file. A name that the file system rejects is not a file."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -118,10 +123,17 @@ def _shipped(name: str) -> ir.Policy:
 
 
 def read(path: Path, shown: str) -> ir.Policy:
-    """The policy in the file at `path`, called `shown` in errors; it remembers its absolute path, for its `use`s.
+    """Reads a policy file. The policy stores its absolute path, which `use` resolves names against.
+
+    Args:
+        path: Path of the file.
+        shown: Name of the file in diagnostics.
+
+    Returns:
+        The policy.
 
     Raises:
-        PolicyError: E150, E152 or E153, or what is wrong with the text.
+        PolicyError: The file is missing (E150), unreadable (E152) or too large (E153), or its content is invalid.
     """
     content = _content(path, shown)
     policy = _from_json(content, shown) if path.suffix == ".json" else parse(content, source=shown)
@@ -149,7 +161,7 @@ def _content(path: Path, shown: str) -> bytes:
 
 
 def _from_json(content: bytes, shown: str) -> ir.Policy:
-    """The policy of a JSON text, held to every rule that a text is held to."""
+    """Parses the JSON form of a policy and applies the checks that apply to a text."""
     try:
         policy = ir.Policy.model_validate_json(content)
     except ValidationError as error:
@@ -168,14 +180,19 @@ def _from_json(content: bytes, shown: str) -> ir.Policy:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a policy stands: `key` tells policies apart, `shown` is what chains of `use` print."""
+    """Identity of a policy.
+
+    Attributes:
+        key: Unique key of the policy.
+        shown: Name that chains of `use` print.
+    """
 
     key: str
     shown: str
 
 
 def origin(policy: ir.Policy) -> Origin:
-    """Where `policy` came from: a shipped name, a file, or nowhere (a text)."""
+    """Returns the origin of a policy: a shipped policy, a file, or a text."""
     name = policy.source_name
     if name is not None and name.startswith(SHIPPED):
         return Origin(name, name.removeprefix(SHIPPED))
@@ -185,11 +202,18 @@ def origin(policy: ir.Policy) -> Origin:
 
 
 def load_used(name: str, user: ir.Policy) -> ir.Policy:
-    """The policy that `use NAME` in `user` means: a shipped one, or a file in or below the user's own folder.
+    """Loads the policy that `use NAME` refers to: a shipped policy, or a file in or below the folder of `user`.
+
+    Args:
+        name: The name in the `use` statement.
+        user: The policy that contains the statement.
+
+    Returns:
+        The used policy.
 
     Raises:
-        PolicyError: E150 to E154 as for `load`; E155, the path is absolute or leads out of the folder, or the user is a
-            text, which no file stands beside.
+        PolicyError: E150 to E154 as for `load`. E155 if the path is absolute or leaves the folder, or if `user` is a
+            text, which has no folder.
     """
     if "\\" in name:
         raise _outside(name, "folders are separated by `/`")
@@ -217,12 +241,12 @@ def _folder(policy: ir.Policy) -> Path | None:
 
 
 def _is_file_name(name: str | None) -> TypeGuard[str]:
-    """Only `read` gives absolute names; a relative one is whatever the caller of `parse` said."""
+    """Returns whether `name` is the path of a file. Only `read` sets absolute names."""
     return name is not None and Path(name).is_absolute()
 
 
 def path_of(source_name: str | None) -> Path | None:
-    """The file that `Policy.source_name` stands for, a shipped one where those are files; None for a text."""
+    """Returns the path of the file that `Policy.source_name` refers to, or `None` for a text."""
     if source_name is None or not source_name.startswith(SHIPPED):
         return Path(source_name) if _is_file_name(source_name) else None
     found = shipped_policies().get(_stem(source_name.removeprefix(SHIPPED)))
@@ -230,7 +254,7 @@ def path_of(source_name: str | None) -> Path | None:
 
 
 def chain(origins: Sequence[Origin]) -> str:
-    """`a.cp -> b.cp -> a.cp`, for errors."""
+    """Formats a chain of `use` for error messages, as in `a.cp -> b.cp -> a.cp`."""
     return " -> ".join(each.shown for each in origins)
 
 
@@ -238,9 +262,15 @@ def chain(origins: Sequence[Origin]) -> str:
 
 
 def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagnostic:
-    """`finding` with its place in the policy's text: its own span, or else `span`.
+    """Adds the source location to a diagnostic.
 
-    The source lines are read again from the policy's file where it has one; a finding that has a source keeps it.
+    Args:
+        finding: The diagnostic. It is returned unchanged if it has a source.
+        policy: The policy that the diagnostic is about. The source lines are read again from its file.
+        span: Location that is used if the diagnostic has none.
+
+    Returns:
+        The diagnostic with its location.
     """
     if finding.source is not None:
         return finding

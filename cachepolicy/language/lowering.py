@@ -35,7 +35,7 @@ def depth(tree: Any) -> int:
 
 
 def quoted(token: str) -> str:
-    """What a string token says."""
+    """Returns the value of a string token."""
     quote = token[0]
     return str(token[1:-1]).replace(quote * 2, quote)
 
@@ -196,7 +196,7 @@ class Lowering:
     # --- selectors
 
     def selector(self, tree: Any) -> ir.Selector:
-        """The selector of a tree."""
+        """Converts a tree to a selector."""
         while tree.data in _GROUPS:
             tree = tree.children[0]
         span, children = self._span(tree), tree.children
@@ -235,7 +235,7 @@ class Lowering:
     # --- expressions
 
     def expression(self, tree: Any) -> ir.Expression:
-        """The expression of a tree."""
+        """Converts a tree to an expression."""
         while tree.data in _GROUPS:
             tree = tree.children[0]
         return _EXPRESSIONS[tree.data](self, tree)

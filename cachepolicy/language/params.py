@@ -1,4 +1,4 @@
-"""Values for a policy's parameters: from Python or from text, checked against type and domain."""
+"""Converts parameter values from Python or text, and checks them against type and domain."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def typed(param: ir.Param, given: object) -> ir.Expression:
 
 
 def python(value: ir.Expression) -> Value:
-    """The Python value of a constant: a tuple for a list, an `Interval` for a range, None for `off`."""
+    """Converts a constant to a Python value: a tuple for a list, an `Interval` for a range, `None` for `off`."""
     return constant(value)
 
 
@@ -105,7 +105,7 @@ def _shown(given: object) -> str:
 
 
 def _plain(given: object) -> object:
-    """A constant expression as its Python value; anything else as it is."""
+    """Converts a constant expression to its Python value. Other values are returned unchanged."""
     if isinstance(given, ir.Number | ir.Boolean | ir.Text):
         return given.value
     if isinstance(given, ir.Negative | ir.Arithmetic):
@@ -197,7 +197,7 @@ def _item(param: ir.Param, given: object) -> ir.Expression:
 
 
 def _within(param: ir.Param, value: ir.Expression) -> None:
-    """Hold a number or string, the items of a list, both ends of a range to the domain."""
+    """Checks a number or string, the items of a list, or both ends of a range against the domain."""
     if param.domain is None:
         return
     match value:

@@ -1,4 +1,4 @@
-"""Text to policy: the only file that knows the parser's library."""
+"""Parses policy texts into `ir.Policy`. This is the only module that imports lark."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ __all__ = ["Ahead", "check_names", "look_ahead", "parse", "parse_selector", "par
 
 
 def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
-    """The policy that `text` says; `source` names it in diagnostics.
+    """Parses a policy text.
+
+    Args:
+        text: The text; bytes are decoded as UTF-8.
+        source: Name of the text in diagnostics.
+
+    Returns:
+        The policy.
 
     Raises:
-        PolicyError: with every error of the text, in reading order.
+        PolicyError: The text has errors. The exception holds all of them, in source order.
     """
     policy, findings = recover(text, source=source)
     if any(each.severity == "error" for each in findings):
@@ -34,9 +41,16 @@ def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
 
 
 def recover(text: str | bytes, *, source: str = "<text>") -> tuple[ir.Policy, tuple[Diagnostic, ...]]:
-    """As much of a policy as `text` says, and everything that is wrong or doubtful about it; never raises.
+    """Parses a policy text and recovers from errors. This function does not raise.
 
-    A rule that does not parse keeps its selector where that did, and computes.
+    A rule that does not parse keeps its selector if the selector parses, and its action becomes `compute`.
+
+    Args:
+        text: The text; bytes are decoded as UTF-8.
+        source: Name of the text in diagnostics.
+
+    Returns:
+        The part of the policy that parses, and all errors and warnings in source order.
     """
     prepared, findings, parsable = prepare(text, source)
     reading = _Reading(prepared, list(findings))
@@ -48,9 +62,14 @@ def recover(text: str | bytes, *, source: str = "<text>") -> tuple[ir.Policy, tu
 
 
 def parse_value(text: str) -> ir.Expression:
-    """The value of a setting, as in `--set NAME=TEXT`: a number, string, `off`, list or interval.
+    """Parses the value of a setting, as in `--set NAME=TEXT`: a number, string, `off`, list or interval.
 
-    `[a, b]` is a list; who wants a range reads a list of two numbers as the closed interval.
+    Args:
+        text: The value. `[a, b]` parses as a list; a caller that needs a range converts a list of two numbers to
+            the closed interval.
+
+    Returns:
+        The expression.
 
     Raises:
         PolicyError: `text` is not a value.
@@ -59,7 +78,13 @@ def parse_value(text: str) -> ir.Expression:
 
 
 def parse_selector(text: str) -> ir.Selector:
-    """The selector that `text` says.
+    """Parses a selector.
+
+    Args:
+        text: The selector, without `match`.
+
+    Returns:
+        The selector node.
 
     Raises:
         PolicyError: `text` is not a selector.
@@ -69,7 +94,7 @@ def parse_selector(text: str) -> ir.Selector:
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """What may follow the beginning of a statement: names of terminals, and those that were read before it."""
+    """Terminals that may follow the beginning of a statement, and the terminals that the parser read before."""
 
     accepts: frozenset[str]
     words: frozenset[str]
@@ -79,7 +104,16 @@ class Ahead:
 
 
 def look_ahead(source: Source, start: int, end: int) -> Ahead | None:
-    """What may stand at `end` in a statement that starts at `start`; None where it is wrong before."""
+    """Computes which terminals may follow at `end` in a statement that starts at `start`.
+
+    Args:
+        source: The prepared text.
+        start: Offset of the first character of the statement.
+        end: Offset of the cursor.
+
+    Returns:
+        The terminals, or `None` if the statement has an error before `end`.
+    """
     # A line that is begun and empty continues nothing yet, so the parser would take it for an end.
     end = start + len(source.clean[start:end].rstrip())
     parser = _parser().parse_interactive(source.clean[start:end], start="line")
@@ -115,7 +149,7 @@ def _parser() -> Any:
 
 @functools.cache
 def _words() -> Mapping[str, str]:
-    """The keyword of each keyword terminal."""
+    """Maps the name of each keyword terminal to its keyword."""
     patterns = ((each.name, str(each.pattern.value)) for each in _parser().terminals)
     return {name: found[1] for name, pattern in patterns if (found := re.fullmatch(r"([a-z_]+)\\b", pattern))}
 
@@ -133,7 +167,7 @@ def _parse(source: Source, start: int, end: int, rule: str) -> Any:
 
 
 def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop:
-    """Where and why the parser gives this stretch up."""
+    """Determines the offset at which the parser fails, and the terminals that it expected there."""
     parser = _parser().parse_interactive(source.clean[start:end], start=rule)
     offset: Any = end
     try:
@@ -174,7 +208,7 @@ def _too_deep(source: Source, chunk: Chunk) -> Diagnostic:
 
 
 class _Reading:
-    """One attempt at one source: the statements that parsed, and what was found."""
+    """Parser state for one source: the parsed statements and the diagnostics."""
 
     def __init__(self, source: Source, findings: list[Diagnostic]) -> None:
         self.source, self.findings = source, findings
@@ -195,7 +229,7 @@ class _Reading:
         )
 
     def unknown_edition(self) -> bool:
-        """Reports an edition that this version does not know; nothing else of such a file can be judged."""
+        """Reports an unsupported edition. The rest of such a file cannot be checked."""
         if not self.source.chunks:
             return False
         chunk = self.source.chunks[0]
@@ -215,7 +249,7 @@ class _Reading:
         self._comment(len(self.statements), self.source.tail)
 
     def judge(self, policy: ir.Policy) -> None:
-        """Adds what is wrong with what the statements mean."""
+        """Adds the diagnostics of the semantic checks."""
         partial = bool(self.findings)
         for found in judge(policy, frozenset(self.broken), partial=partial):
             diagnostic = found.diagnostic
@@ -224,14 +258,14 @@ class _Reading:
             self.findings.append(self.source.locate(diagnostic))
 
     def _whole(self) -> Sequence[Any] | None:
-        """The fast path: all statements at once."""
+        """Parses all statements at once (fast path). Returns `None` if the text has a syntax error."""
         try:
             return _parser().parse(self.source.clean, start="start").children
         except lark.exceptions.UnexpectedInput:
             return None
 
     def _by_statement(self) -> Iterator[tuple[Chunk, Any]]:
-        """The error path: each statement on its own, so that an error in one does not hide the next."""
+        """Parses each statement separately (error path), so that an error in one statement does not hide the next."""
         reported = [each.span.start for each in self.findings if each.span]
         for chunk in self.source.chunks:
             within = [offset for offset in reported if chunk.start <= offset < chunk.end]
@@ -274,7 +308,10 @@ class _Reading:
         self.findings.append(self.source.finding("E009", message, chunk.start, chunk.end, help=help))
 
     def _about(self, chunk: Chunk) -> tuple[str, ...]:
-        """The comments of a statement; before the first, what a blank line parts from it is about the file."""
+        """Returns the comments of a statement.
+
+        Comments before the first statement that a blank line separates from it belong to the file.
+        """
         if chunk is not self.source.chunks[0] or chunk.word == HEADER_WORDS[0] or "" not in chunk.before:
             return chunk.before
         end = len(chunk.before) - chunk.before[::-1].index("")
@@ -287,7 +324,7 @@ class _Reading:
             self.comments.append(ir.Comment(statement=statement, place="after", text=after))
 
     def _give_up(self, chunk: Chunk, finding: Diagnostic | None, stop: int | None = None) -> None:
-        """Notes what a broken statement still tells: the name that it declares, the selector of a rule."""
+        """Records the usable parts of a broken statement: the declared name and the selector of a rule."""
         if finding is not None:
             self.findings.append(finding)
         clean = self.source.clean

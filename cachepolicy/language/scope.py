@@ -1,4 +1,4 @@
-"""What the names of a policy stand for, and what is wrong with how they are declared."""
+"""Names of a policy: their sorts, their declarations, and the positions in which each sort may be read."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SYNONYMS: Mapping[str, str] = {
     "num_steps": "steps", "num_inference_steps": "steps", "total_steps": "steps", "True": "true", "False": "false",
     "None": "off", "null": "off", "none": "off", "infinity": "inf",
 }  # fmt: skip
-"""What people who come from elsewhere write."""
+"""Names from other libraries, mapped to the words of this language."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A diagnostic, and the word that it is about where that is narrower than its span."""
+    """A diagnostic, and the word that it refers to if the word is narrower than the span."""
 
     diagnostic: Diagnostic
     word: str | None = None
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """The findings so far."""
+    """Collects the diagnostics of one check."""
 
     findings: list[Finding] = field(default_factory=list[Finding])
     told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
@@ -56,7 +56,7 @@ class Report:
         label: str = "",
         once: str | None = None,
     ) -> None:
-        """Adds a finding about `node`; with `once`, only the first of this code about that word."""
+        """Adds a diagnostic about `node`. With `once`, only the first diagnostic with this code and word is kept."""
         if once is not None:
             if (code, once) in self.told:
                 return
@@ -66,13 +66,13 @@ class Report:
         self.findings.append(Finding(found, word))
 
     def adopt(self, diagnostic: Diagnostic, node: ir.Node) -> None:
-        """Adds a finding that something else made about `node`."""
+        """Adds an existing diagnostic and locates it at `node`."""
         self.findings.append(Finding(replace(diagnostic, span=node.span)))
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The names of one policy; `broken` ones are declared by statements that did not parse."""
+    """Names of one policy. `broken` holds names that are declared by statements with syntax errors."""
 
     declared: Mapping[str, Declaration]
     broken: frozenset[str] = frozenset()
@@ -82,7 +82,7 @@ class Scope:
     """The clock words that each let and signal depends on, in an order where each comes after those it reads."""
 
     def sort(self, name: str) -> Sort | None:
-        """What `name` is, or None if nothing declares it."""
+        """Returns the sort of `name`, or `None` if the name is not declared."""
         if name in self.declared:
             return SORTS[self.declared[name].kind]
         if name in self.broken:
@@ -92,17 +92,17 @@ class Scope:
         return "function" if name in FUNCTIONS else None
 
     def param(self, name: str) -> ir.Param | None:
-        """The parameter of this name."""
+        """Returns the parameter with this name, or `None`."""
         found = self.declared.get(name)
         return found if isinstance(found, ir.Param) else None
 
     def clock_of(self, node: ir.Node) -> frozenset[str]:
-        """The clock words that `node` depends on, through lets and signals."""
+        """Returns the clock words that `node` depends on, directly or through lets and signals."""
         names = names_in(node)
         return frozenset(CLOCK.keys() & names).union(*(self.clock.get(name, frozenset()) for name in names))
 
     def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
-        """A help sentence with the known name that is most like `name`."""
+        """Returns a help sentence with the known name that is most similar to `name`."""
         known: dict[str, Sort] = {each: SORTS[found.kind] for each, found in self.declared.items()}
         known |= dict.fromkeys(CLOCK, "clock word")
         candidates = [each for each, sort in known.items() if sort in sorts]
@@ -115,7 +115,7 @@ class Scope:
 
 
 def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozenset()) -> Scope:
-    """The names of `policy`; reports those declared twice, taken from the language, or in a circle."""
+    """Builds the scope of `policy`. Reports duplicate, reserved and circular declarations."""
     declared = dict[str, Declaration]()
     for statement in policy.statements:
         if not isinstance(statement, Declaration):
@@ -194,3 +194,47 @@ def _circle(names: list[str], declared: Mapping[str, Declaration], report: Repor
     loop = " -> ".join(f"`{name}`" for name in [*shown, names[0]])
     message = f"`{names[0]}` is said in terms of itself: {loop}"
     report.add("E109", message, declared[names[0]], word=names[0], once=names[0])
+
+
+# --- positions of expressions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A kind of position in which an expression may occur.
+
+    Attributes:
+        called: Name of the position in messages.
+        knows: Sorts of names that the expression may read.
+        memory: Whether `prev` and `kept` are allowed.
+        accumulators: Whether `sum` and `product` are allowed.
+        probes: Whether probes are allowed.
+        refusal: Second half of the message when the expression reads a name that is not known there.
+    """
+
+    called: str
+    knows: frozenset[Sort]
+    memory: bool = False
+    accumulators: bool = False
+    probes: bool = False
+    refusal: str = "is decided ahead of the run"
+
+
+_PURE: frozenset[Sort] = frozenset({"clock word", "parameter", "let", "table"})
+
+_FIXED: frozenset[Sort] = frozenset({"parameter", "let"})
+_STREAMS: frozenset[Sort] = _PURE.union({"signal"})
+_WEIGHED: frozenset[Sort] = _PURE.union({"external"})
+
+WHEN = Place("`when`", _PURE)
+SCHEDULE = Place("a schedule", _PURE)
+BOUND = Place("`at most`", _PURE)
+LET = Place("`let`", _PURE, refusal="is a number of clock and parameters")
+WHILE = Place("`while`", _STREAMS, memory=True, accumulators=True)
+SIGNAL = Place("`signal`", _STREAMS, memory=True, probes=True)
+ARGUMENT = Place("an action's argument", _WEIGHED, refusal="depends on the clock and externals alone")
+CONSTANT = Place("an action's constant", _FIXED, refusal="is the same at every step")
+POSITION = Place("the position of a block", _FIXED, refusal="is fixed when the policy meets its model")
+SETTING = Place("a setting", _FIXED, refusal="is fixed before the run")
+LITERAL = Place("a default", frozenset(), refusal="is a constant")
+EXPECTED = Place("an expectation's setting", frozenset(), refusal="is a constant")

@@ -1,4 +1,4 @@
-"""Whether a policy makes sense by itself: names, types and places, before there is a model."""
+"""Checks names, types and positions of expressions in a policy, without a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import assert_never
 
 from cachepolicy.errors import Diagnostic, PolicyError, suggestion
 from cachepolicy.language import ir
+from cachepolicy.language._selector_checks import judge_selector, takes_model
 from cachepolicy.language.evaluate import walk
 from cachepolicy.language.lints import advise
 from cachepolicy.language.params import typed
-from cachepolicy.language.places import (
+from cachepolicy.language.scope import (
     ARGUMENT,
     BOUND,
     CONSTANT,
@@ -21,10 +22,13 @@ from cachepolicy.language.places import (
     SETTING,
     WHEN,
     WHILE,
+    Finding,
     Place,
+    Report,
+    Scope,
+    Sort,
+    scope_of,
 )
-from cachepolicy.language.scope import Finding, Report, Scope, Sort, scope_of
-from cachepolicy.language.selector_checks import judge_selector, takes_model
 from cachepolicy.language.typecheck import Checker
 from cachepolicy.language.validate import judge_shapes, within_bounds
 from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label
@@ -104,7 +108,7 @@ class _Judgement:
                 self.report.adopt(each, param.default)
 
     def _constant(self, node: ir.Expression, place: Place) -> None:
-        """Judges a default or setting: a list may hold strings, and a whole interval may stand."""
+        """Checks a default or a setting. Lists of strings and intervals are allowed."""
         items = node.items if isinstance(node, ir.ListOf) else (node,)
         for item in items:
             self.checker.infer(item, place)
@@ -158,7 +162,7 @@ class _Judgement:
                 pass
 
     def _number(self, node: ir.Expression, place: Place, what: str, *, least: int | None, off: bool = False) -> None:
-        """Judges a count; where `off` is allowed, it or an optional parameter may stand alone."""
+        """Checks a count. If `off` is true, the literal `off` or an optional parameter is also allowed."""
         if off and isinstance(node, ir.Off):
             return
         param = self.scope.param(node.name) if isinstance(node, ir.Name) else None
@@ -187,7 +191,7 @@ class _Judgement:
             self.report.add("E118", "a mask holds the letters 0 and 1 alone", mask, help=help)
 
     def _model(self, rule: ir.Rule) -> None:
-        """What only rules on the model may do, and what they may not."""
+        """Checks actions and clauses that are valid only, or never, in a rule on the whole model."""
         if isinstance(rule.action, ir.ApproximateUncond) and rule.selector != ir.OfKind(of="model"):
             help = "write `match model ... -> approximate uncond ...`"
             self.report.add("E123", "`approximate uncond` acts on the whole model", rule.selector, help=help)

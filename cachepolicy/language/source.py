@@ -1,4 +1,4 @@
-"""A policy's text, made ready to parse: decoded, bounded, cut into statements, its comments set aside."""
+"""Prepares a policy text for the parser: decodes it, checks limits, splits statements and extracts comments."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Source:
         return first + [found.end() for found in re.finditer("\n", self.clean) if found.end() <= len(self.text)]
 
     def span(self, start: int, end: int) -> Span:
-        """The place between two offsets, the end exclusive."""
+        """Returns the span between two offsets. The end is exclusive."""
         end = min(max(start, end), len(self.text))
         start = min(start, end)
         line, column = self._place(start)
@@ -76,13 +76,13 @@ class Source:
         return tuple(_FORBIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
 
     def locate(self, diagnostic: Diagnostic) -> Diagnostic:
-        """`diagnostic` with this source's name and lines."""
+        """Adds the name and the source lines of this source to `diagnostic`."""
         help = diagnostic.help and _shortened(diagnostic.help)
         diagnostic = replace(diagnostic, source=self.name, message=_shortened(diagnostic.message), help=help)
         return replace(diagnostic, excerpt=self.excerpt(diagnostic.span)) if diagnostic.span else diagnostic
 
     def finding(self, code: str, message: str, start: int, end: int, *, help: str | None = None) -> Diagnostic:
-        """An error between two offsets of this text."""
+        """Creates an error between two offsets of this text."""
         return self.locate(Diagnostic(code, message, span=self.span(start, end), help=help))
 
 

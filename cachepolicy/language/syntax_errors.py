@@ -1,4 +1,4 @@
-"""What to say about a statement that does not parse: the code, the sentence and the way out."""
+"""Builds diagnostics for statements with syntax errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Stop:
     offset: int
     accepts: frozenset[str]
     words: Mapping[str, str]
-    """The keyword that a terminal stands for."""
+    """Returns the keyword of a terminal."""
 
 
 def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:

@@ -1,4 +1,4 @@
-"""Expressions and clauses rewritten from the leaves up: names replaced, constants folded, sizes counted."""
+"""Rewrites nodes bottom-up, folds constants and measures node sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rewrite = Callable[[ir.Node], ir.Node]
 
 
 def transform(node: Any, rewrite: Rewrite) -> Any:
-    """`node` with `rewrite` applied to every node below it, then to itself; the original is not touched."""
+    """Applies `rewrite` to all descendants of `node`, then to the result. `node` is not modified."""
     changed = dict[str, object]()
     for name in type(node).model_fields:  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         old: object = getattr(node, name)  # pyright: ignore[reportUnknownArgumentType]
@@ -33,7 +33,10 @@ def _transform_in(value: object, rewrite: Rewrite) -> object:
 
 
 def measure(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Nodes and depth of `node` once each name of `known`, with its own nodes and depth, is written out."""
+    """Returns the node count and depth of `node` after substitution.
+
+    `known` maps each substituted name to its own node count and depth.
+    """
     if isinstance(node, ir.Name):
         return known.get(node.name, (1, 1))
     nodes, depth = 1, 0

@@ -1,4 +1,4 @@
-"""The type of an expression, and what in it does not fit its place."""
+"""Infers the types of expressions and checks that expressions fit their positions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import assert_never
 
 from cachepolicy.errors import nearest
 from cachepolicy.language import ir
-from cachepolicy.language.places import LET, SIGNAL, Place
-from cachepolicy.language.scope import Report, Scope, Sort
+from cachepolicy.language.scope import LET, SIGNAL, Place, Report, Scope, Sort
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
@@ -42,15 +41,18 @@ _NAMED: dict[Type, str] = {
 
 @dataclass
 class Checker:
-    """Judges expressions of one policy; the type `any` fits everywhere, so that one mistake is told once."""
+    """Type checker for the expressions of one policy.
+
+    An expression with an error has the type `any`, which fits everywhere, so that one mistake gives one diagnostic.
+    """
 
     scope: Scope
     report: Report
     types: dict[str, Type] = field(default_factory=dict[str, Type])
-    """The types of lets and signals that have been judged."""
+    """Types of the lets and signals that have been checked."""
 
     def declare(self) -> None:
-        """Judges the lets and signals, each after those it reads."""
+        """Checks the lets and signals in dependency order."""
         for name in self.scope.clock:
             statement = self.scope.declared[name]
             if isinstance(statement, ir.Let):
@@ -74,7 +76,7 @@ class Checker:
         self.types[signal.name] = found
 
     def expect(self, node: ir.Expression, wanted: Type, place: Place, what: str | None = None) -> None:
-        """Judges `node` where a value of type `wanted` must stand; `what` names it in the message."""
+        """Checks that `node` has the type `wanted`. `what` names the value in the message."""
         found = self.infer(node, place)
         if "any" in (found, wanted) or found == wanted:
             return
@@ -89,7 +91,7 @@ class Checker:
         self.report.add("E111", message, node, help=help)
 
     def infer(self, node: ir.Expression, place: Place) -> Type:
-        """The type of `node`, `any` where it is wrong; reports what is wrong below it."""
+        """Infers the type of `node` and reports errors in it. The type of an invalid node is `any`."""
         match node:
             case ir.Number():
                 return "number"
@@ -142,7 +144,7 @@ class Checker:
     # --- names
 
     def off(self, node: ir.Node, what: str) -> None:
-        """Reports a value that is or may be off."""
+        """Reports a value that is or may be `off`."""
         help = "off has a meaning after `every`, `on`, `mask`, `at most` and `in`, standing alone there"
         self.report.add("E120", f"{what} has no meaning here", node, help=help)
 
@@ -172,12 +174,12 @@ class Checker:
         return _PARAM_TYPES[param.type]
 
     def unknown(self, node: ir.Node, name: str, sorts: frozenset[Sort], *words: str, help: str | None = None) -> None:
-        """Reports a name that nothing declares, once."""
+        """Reports an undeclared name once."""
         help = help or self.scope.near(name, sorts, *words, "true", "false", "off", "inf")
         self.report.add("E101", f"nothing here is called `{name}`", node, help=help, word=name, once=name)
 
     def forbidden(self, node: ir.Node, name: str, sort: Sort, place: Place) -> bool:
-        """Whether a name of this sort may not be read in this place; reports it."""
+        """Returns whether a name of this sort is forbidden in this position, and reports it."""
         if sort == "function":
             return False
         if sort in place.knows:
@@ -231,7 +233,7 @@ class Checker:
             self.report.add("E112", message, node, help=help)
 
     def _alike(self, nodes: Sequence[ir.Expression], place: Place, what: str) -> Type:
-        """Judges values that must be of one type: numbers, booleans or strings."""
+        """Checks that the values have one common type: number, boolean or string."""
         if any(isinstance(each, ir.Name) and each.name == "branch" for each in nodes):
             self._branch_names(nodes)
         found: list[Type] = [self.infer(each, place) for each in nodes]
@@ -257,7 +259,7 @@ class Checker:
         return self._alike((node.then, node.otherwise), place, "`if ... else`")
 
     def interval(self, node: ir.Interval, place: Place) -> None:
-        """Judges the ends of an interval."""
+        """Checks the ends of an interval."""
         self.expect(node.low, "number", place, "an interval")
         self.expect(node.high, "number", place, "an interval")
         if isinstance(node.low, ir.Number) and isinstance(node.high, ir.Number):

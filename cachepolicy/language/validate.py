@@ -1,4 +1,4 @@
-"""What every policy is held to by its shape alone, wherever it came from: its bounds, and that a text can say it."""
+"""Checks the structure of a policy: size limits, and nodes that the text form cannot represent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Fault = tuple[str, str]
 
 
 def within_bounds(policy: ir.Policy, report: Report) -> bool:
-    """Whether the policy is small and flat enough to be judged; without recursion, as anyone may have made it."""
+    """Returns whether the policy is within the size and nesting limits.
+
+    The traversal is not recursive, because an untrusted policy may be nested deeper than the recursion limit.
+    """
     nodes, letters = 0, 0
     waiting: list[tuple[ir.Node, int, ir.Node]] = [(policy, 0, policy)]
     while waiting:
@@ -40,7 +43,7 @@ _SPLIT = "name a part with `let`"
 
 
 def judge_shapes(policy: ir.Policy, report: Report) -> None:
-    """Reports nodes that no text can say: they come from JSON or from Python."""
+    """Reports nodes that the text form cannot represent. Such nodes come from JSON or Python."""
     for comment in policy.comments:
         opened = comment.text.startswith("#") or (not comment.text and comment.place == "before")
         if not opened or not is_writable(comment.text):
@@ -54,7 +57,7 @@ def judge_shapes(policy: ir.Policy, report: Report) -> None:
 
 
 def faults(node: ir.Node) -> Iterator[Fault]:
-    """What is wrong with the shape of one node, its children aside."""
+    """Yields the structural faults of one node, without its children."""
     yield from _words(node)
     match node:
         case ir.Policy(edition=edition) if edition != ir.EDITION:
@@ -129,7 +132,7 @@ def _words(node: ir.Node) -> Iterator[Fault]:
 
 
 def _places(node: ir.Node) -> Iterator[Fault]:
-    """Intervals and sets that stand where the grammar has no room for them."""
+    """Yields intervals and sets in positions that the grammar does not allow."""
     for child in children(node):
         if isinstance(child, ir.Interval) and not isinstance(node, ir.Param | ir.Membership | ir.Setting):
             yield "E021", "an interval stands after `in`, as a default or as a setting"

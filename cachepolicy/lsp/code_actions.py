@@ -1,4 +1,4 @@
-"""How a finding can be mended, where its help says it in so many words."""
+"""Derives quick fixes from the help of diagnostics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WRITE = re.compile(r"write `((?:-> )?[^` ]+)`")
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A stretch of the text and what takes its place."""
+    """A range of the text and its replacement."""
 
     stretch: Stretch
     text: str

@@ -1,4 +1,4 @@
-"""What may stand at a place of a policy: the words that the parser would take there, and the names that make sense."""
+"""Completion: the keywords that the parser accepts at a position, and the names that are valid there."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cachepolicy._resources import shipped_policies
-from cachepolicy.language import ir, places
+from cachepolicy.language import ir, scope
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.parser import Ahead, look_ahead
-from cachepolicy.language.places import Place
 from cachepolicy.language.reference import explain
-from cachepolicy.language.scope import SORTS, Declaration
+from cachepolicy.language.scope import SORTS, Declaration, Place
 from cachepolicy.language.source import Chunk
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
@@ -45,7 +44,7 @@ class Completion:
 
 
 def completions(document: Document, offset: int) -> tuple[Completion, ...]:
-    """What may stand at `offset`, in place of the part of a word before it; the likeliest first."""
+    """Returns the completions at `offset`, most likely first. A completion replaces the part of the word before it."""
     if not document.is_code(offset):
         return ()
     word = document.word(offset)
@@ -174,24 +173,24 @@ def _completion(statement: Declaration) -> Completion:
 # --- where the cursor is ---------------------------------------------------------------------------------
 
 _STATEMENTS = {
-    "param": places.LITERAL,
-    "let": places.LET,
-    "signal": places.SIGNAL,
-    "use": places.SETTING,
-    "expect": places.EXPECTED,
+    "param": scope.LITERAL,
+    "let": scope.LET,
+    "signal": scope.SIGNAL,
+    "use": scope.SETTING,
+    "expect": scope.EXPECTED,
 }
 _CLAUSES = {
-    "_WHEN": places.WHEN,
-    "_EVERY": places.SCHEDULE,
-    "_OFFSET": places.SCHEDULE,
-    "_ON": places.SCHEDULE,
-    "_WHILE": places.WHILE,
-    "_AT": places.BOUND,
-    "_ARROW": places.ARGUMENT,
+    "_WHEN": scope.WHEN,
+    "_EVERY": scope.SCHEDULE,
+    "_OFFSET": scope.SCHEDULE,
+    "_ON": scope.SCHEDULE,
+    "_WHILE": scope.WHILE,
+    "_AT": scope.BOUND,
+    "_ARROW": scope.ARGUMENT,
 }
 
 
 def _place(chunk: Chunk, ahead: Ahead) -> Place:
     """The kind of place for an expression that the cursor is at."""
     begun = (_CLAUSES[kind] for kind, _ in reversed(ahead.read) if kind in _CLAUSES)
-    return _STATEMENTS.get(chunk.word) or next(begun, places.POSITION)
+    return _STATEMENTS.get(chunk.word) or next(begun, scope.POSITION)

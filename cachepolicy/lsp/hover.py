@@ -1,4 +1,4 @@
-"""What an editor shows of the word under the cursor, and where that word is declared."""
+"""Hover texts and definitions of the word under the cursor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Place:
 
 
 def hover(document: Document, offset: int) -> Hover | None:
-    """What to show of the word that a cursor touches; None where there is nothing to say."""
+    """Returns the hover text for the word at `offset`, or `None`."""
     found = _at(document, offset)
     if found is None:
         return None
@@ -124,7 +124,7 @@ _EXPLAINED = {*RESERVED, *CLOCK, *FUNCTIONS, *TYPES, *PREDICTORS, *APPROXIMATION
 
 
 def _phrase(document: Document, stretch: Stretch, chunk: Chunk) -> str | None:
-    """The fixed phrase that a word stands in."""
+    """Returns the fixed phrase that contains the word."""
     for phrase in PHRASES:
         words = ("[0-9]+" if word == "N" else word for word in phrase.split())
         expression = re.compile(r"\b" + r"\s+".join(words) + r"\b")
@@ -135,7 +135,7 @@ def _phrase(document: Document, stretch: Stretch, chunk: Chunk) -> str | None:
 
 
 def _shadowing(document: Document, stretch: Stretch) -> tuple[Place, ...]:
-    """The rules that come before the one that begins here."""
+    """Returns the rules that precede the rule at this position."""
     related = (
         related
         for finding in document.findings

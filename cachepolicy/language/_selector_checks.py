@@ -1,4 +1,4 @@
-"""Whether a selector makes sense by itself: its regexes, its parameters, where spans stand."""
+"""Checks selectors without a model: regexes, parameters and positions of spans."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import assert_never
 
 from cachepolicy.language import ir
 from cachepolicy.language.patterns import searcher
-from cachepolicy.language.places import POSITION
-from cachepolicy.language.scope import Report
+from cachepolicy.language.scope import POSITION, Report
 from cachepolicy.language.typecheck import Checker
 from cachepolicy.language.vocabulary import KINDS, REGEX_LIMIT
 
@@ -29,7 +28,7 @@ def judge_selector(selector: ir.Selector, checker: Checker) -> None:
 
 
 def takes_model(selector: ir.Selector) -> bool:
-    """Whether `selector` is one that takes the root of the model."""
+    """Returns whether `selector` selects the root of the model."""
     match selector:
         case ir.OfKind(of="model"):
             return True

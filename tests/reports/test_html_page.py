@@ -16,11 +16,10 @@ import cachepolicy
 from cachepolicy.planning.forecast import Work, forecast
 from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
-from cachepolicy.reports.gains import gains, size
 from cachepolicy.reports.html.markup import Markup, data, joined, tag
 from cachepolicy.reports.html.page import page
+from cachepolicy.reports.stats import curves, gains, points, size
 from cachepolicy.reports.text import draw, tally
-from cachepolicy.reports.thresholds import curves, points
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.trace import Trace, from_json
 from tests.support import report_data as reports

@@ -8,8 +8,8 @@ from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.plan import Plan
-from cachepolicy.reports.gains import Gains, percent
 from cachepolicy.reports.html.markup import Markup, tag
+from cachepolicy.reports.stats import Gains, percent
 from cachepolicy.tracing.schema import settings_of
 
 

@@ -11,11 +11,11 @@ from cachepolicy._resources import template
 from cachepolicy.language.formatter import format_node
 from cachepolicy.planning.forecast import Work, operations
 from cachepolicy.planning.plan import Plan
-from cachepolicy.reports.gains import Gains, gains, percent, size
 from cachepolicy.reports.html import ledger, timeline
 from cachepolicy.reports.html.grid import Reasons, grid
 from cachepolicy.reports.html.markup import Markup, data, joined, tag
 from cachepolicy.reports.html.svg import number
+from cachepolicy.reports.stats import Gains, gains, percent, size
 from cachepolicy.reports.text import Outcome
 from cachepolicy.tracing.trace import Trajectory
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from cachepolicy.language.formatter import format_node
 from cachepolicy.planning.schedule import Decision
-from cachepolicy.reports.gains import percent, size
 from cachepolicy.reports.html.markup import Markup, tag
 from cachepolicy.reports.html.svg import Mark, bars, curve, number, table
+from cachepolicy.reports.stats import Curve, Point, curves, percent, series, size
 from cachepolicy.reports.text import Outcome
-from cachepolicy.reports.thresholds import Curve, Point, curves, series
 from cachepolicy.tracing.trace import Call, Trajectory
 
 _MOST_CURVES = 6

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cachepolicy.language.highlighting import NEXT_STATEMENT, STATES, Colouring, Role, State
+from cachepolicy.language.highlighting import NEXT_STATEMENT, STATES, Colouring, LexerState, Role
 
 GRAMMAR = Path(__file__).parent / "vscode" / "syntaxes" / "cachepolicy.tmLanguage.json"
 SCOPE = "source.cachepolicy"
@@ -66,7 +66,7 @@ def _patterns(rules: Iterable[Colouring]) -> Iterator[dict[str, Any]]:
             yield {"match": rule.expression, "captures": _captures([rule])}
 
 
-def _end(state: State) -> dict[str, Any]:
+def _end(state: LexerState) -> dict[str, Any]:
     closing = [rule for rule in STATES[state] if rule.closes]
     return {
         "end": "|".join([*(rule.expression for rule in closing), NEXT_STATEMENT]),

@@ -185,7 +185,7 @@ LINK_TEXT = re.compile(r"\[(`[^`]*`)\]\([^)]*\)")
 
 
 @pytest.mark.parametrize("table", reference.TABLES, ids=lambda table: table.sort)
-def test_what_editors_say_is_what_the_reference_says(table: reference.Table) -> None:
+def test_what_editors_say_is_what_the_reference_says(table: reference.ReferenceTable) -> None:
     """The tables of the reference are those that editors show, form by form, in the sections that they name."""
     (rows,) = [
         rows
@@ -198,7 +198,7 @@ def test_what_editors_say_is_what_the_reference_says(table: reference.Table) -> 
 @pytest.mark.parametrize("word", sorted(WORDS))
 def test_every_word_is_explained(word: str) -> None:
     """Every word of the language, and every fixed phrase, has a form that says what it does."""
-    assert reference.explain(word)
+    assert reference.explain_word(word)
 
 
 def test_the_reference_states_the_limits() -> None:
@@ -217,7 +217,7 @@ def test_the_reference_states_the_limits() -> None:
         vocabulary.STEPS_LIMIT,
         vocabulary.ORDER_LIMIT,
         LIST_LIMIT,
-        linker.DEPTH_LIMIT,
+        linker.USE_DEPTH_LIMIT,
         linker.USE_LIMIT,
         linker.RULE_LIMIT,
     ] == stated

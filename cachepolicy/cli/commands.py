@@ -20,7 +20,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as printed
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import resolve
-from cachepolicy.language.loader import SHIPPED, load, read
+from cachepolicy.language.loader import SHIPPED, load, read_policy
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.planning.bind import bind
@@ -28,7 +28,7 @@ from cachepolicy.planning.check import Expectations, check_text, run_expectation
 from cachepolicy.planning.check import check as check_policy
 from cachepolicy.planning.plan import Plan
 from cachepolicy.reports.diff import compare
-from cachepolicy.reports.diff import draw as draw_difference
+from cachepolicy.reports.diff import draw_diff as draw_difference
 from cachepolicy.reports.explanation import Explanation, explain_run
 from cachepolicy.reports.explanation import explain as explain_place
 from cachepolicy.tools.meta_model import is_model, read_model
@@ -71,7 +71,7 @@ def _opened(name: str) -> ir.Policy:
     return parse(_standard_input(), source="<stdin>") if name == STDIN else load(name)
 
 
-def _bound(name: str, wanted: options.Trajectory) -> Plan:
+def _bound(name: str, wanted: options.SampledModel) -> Plan:
     """The policy on the model; of a text with errors also what its other rules would find there."""
     text = _standard_input() if name == STDIN else None
     try:
@@ -82,7 +82,7 @@ def _bound(name: str, wanted: options.Trajectory) -> Plan:
 
 
 def _further(
-    name: str, text: bytes | None, wanted: options.Trajectory, known: Sequence[Diagnostic]
+    name: str, text: bytes | None, wanted: options.SampledModel, known: Sequence[Diagnostic]
 ) -> list[Diagnostic]:
     """What binding finds in the sound part of a broken text; codes of other kinds would only repeat what is known."""
     if not any(each.span for each in known):
@@ -114,7 +114,7 @@ def check(*, files: Sequence[str], as_json: bool) -> None:
     if as_json:
         output.say(to_json(everything))
     else:
-        output.report(everything)
+        output.report_findings(everything)
         for name in (name for name, findings in found.items() if not findings):
             output.say(f"{name}: fine")
     raise SystemExit(max(output.exit_code(findings) for findings in found.values()))
@@ -135,7 +135,7 @@ def fmt(*, files: Sequence[str], only_check: bool) -> None:
         try:
             worst = max(worst, _formatted(name, only_check=only_check))
         except PolicyError as error:
-            output.report(error.diagnostics, error=True)
+            output.report_findings(error.diagnostics, error=True)
             worst = max(worst, output.exit_code(error.diagnostics))
     raise SystemExit(worst)
 
@@ -144,7 +144,7 @@ def _formatted(name: str, *, only_check: bool) -> int:
     if name.endswith(".json"):
         raise click.UsageError(f"`{name}` is the JSON form of a policy; `cachepolicy show {name}` prints its text")
     before = _standard_input() if name == STDIN else b""
-    policy = parse(before, source="<stdin>") if name == STDIN else read(Path(name), name)
+    policy = parse(before, source="<stdin>") if name == STDIN else read_policy(Path(name), name)
     after = printed(policy).encode()
     if name == STDIN and not only_check:
         sys.stdout.buffer.write(after)
@@ -174,7 +174,7 @@ def plan(*, names: Sequence[str], as_json: bool, shapes: str | None, **given: An
     Without one it is a generic diffusion transformer. Without FILE, all shipped policies are compared.
     """
     model, file = _model_and_policy(names, given["model"])
-    wanted = options.trajectory({**given, "model": model})
+    wanted = options.model_and_clock({**given, "model": model})
     picture = {name: given[name] for name in options.PICTURE}
     if file is None:
         show_overview(wanted, picture, shapes, as_json=as_json)
@@ -195,13 +195,13 @@ def _model_and_policy(names: Sequence[str], model: str | None) -> tuple[str | No
 @click.argument("first", metavar="FIRST")
 @click.argument("second", metavar="SECOND")
 @options.schedule
-@click.option("--set-second", type=options.Setting(), multiple=True, help="Set a parameter of SECOND alone.")
+@click.option("--set-second", type=options.ParamOption(), multiple=True, help="Set a parameter of SECOND alone.")
 @output.guarded
 def diff(
     *, first: str, second: str, set_second: Sequence[tuple[str, ir.Expression]], as_json: bool, **given: Any
 ) -> None:
     """Compare two policies on one model and clock: the calls that they decide differently."""
-    wanted = options.trajectory(given)
+    wanted = options.model_and_clock(given)
     other = replace(wanted, settings={**wanted.settings, **dict(set_second)})
     found = compare(_bound(first, wanted), _bound(second, other), **wanted.arguments)
     if as_json:
@@ -225,7 +225,7 @@ def explain(*, names: Sequence[str], trace: str | None, trajectory: int, as_json
     if len(names) != (2 if trace is None else 1):
         raise click.UsageError("name a policy and a place, or a place and --trace")
     if trace is None:
-        wanted = options.trajectory(given)
+        wanted = options.model_and_clock(given)
         explanation = explain_place(_bound(names[0], wanted), names[1], **wanted.arguments)
     else:
         explanation = explain_run(_trajectory(trace, trajectory), names[0], branch=next(iter(given["branches"]), None))
@@ -276,7 +276,7 @@ def _say_expectations(name: str, ran: Expectations) -> None:
     held = sum(each.holds for each in ran.outcomes)
     for each in ran.outcomes:
         output.say(f"{'ok    ' if each.holds else 'FAILED'}  {format_node(each.expect)}")
-    output.report(ran.findings)
+    output.report_findings(ran.findings)
     uncovered = f", {len(ran.uncovered)} rules not reached" if ran.uncovered else ""
     output.say(f"{name}: {held} of {len(ran.outcomes)} expectations hold{uncovered}")
 

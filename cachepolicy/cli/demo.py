@@ -49,10 +49,10 @@ def show_demo(
     if as_json:
         say_json({**demo.to_json(), "output": str(output)})
     else:
-        say(f"{table(demo, name)}\nThe pictures are side by side in {output}.")
+        say(f"{demo_table(demo, name)}\nThe pictures are side by side in {output}.")
 
 
-def table(demo: Demo, name: str) -> str:
+def demo_table(demo: Demo, name: str) -> str:
     """The outcome for a person."""
     sampling, rows = demo.sampling, (demo.policy, demo.fewer_steps)
     names = [f"{name}, {demo.policy.steps} steps", f"no policy, {demo.fewer_steps.steps} steps"]

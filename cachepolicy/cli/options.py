@@ -23,7 +23,7 @@ model = click.option(
 )
 
 
-class Setting(click.ParamType[Any]):
+class ParamOption(click.ParamType[Any]):
     """`NAME=VALUE`, the value as the language writes it."""
 
     name = "NAME=VALUE"
@@ -55,7 +55,7 @@ class Numbers(click.ParamType[Any]):
             self.fail(f"`{value}` is no list of numbers between commas", param, ctx)
 
 
-set_param = click.option("--set", "settings", type=Setting(), multiple=True, help="Set a parameter of the policy.")
+set_param = click.option("--set", "settings", type=ParamOption(), multiple=True, help="Set a parameter of the policy.")
 
 
 def schedule(command: Decorated) -> Decorated:
@@ -64,7 +64,7 @@ def schedule(command: Decorated) -> Decorated:
         click.option("--steps", type=click.IntRange(1, 100_000), help="Steps of the trajectory (default 50)."),
         click.option("--timesteps", type=Numbers(), help="Their timesteps, 0..1000 (default: evenly from 999 to 0)."),
         click.option("--sigmas", type=Numbers(), help="Their sigmas, for a policy that reads `sigma`."),
-        click.option("--signal", "signals", type=Setting(), multiple=True, help="A signal's number, or a list."),
+        click.option("--signal", "signals", type=ParamOption(), multiple=True, help="A signal's number, or a list."),
         click.option("--branch", "branches", multiple=True, metavar="NAME", help="A branch, such as cond; repeatable."),
         click.option("--site", "sites", multiple=True, metavar="NAME", help="A module of the model; repeatable."),
         model,
@@ -98,7 +98,7 @@ PICTURE = ("height", "width", "frames", "batch", "text")
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class SampledModel:
     """The options of `schedule`, as `simulate` takes them."""
 
     blueprint: Blueprint
@@ -111,7 +111,7 @@ class Trajectory:
         return self.blueprint.skeleton
 
 
-def trajectory(given: Mapping[str, Any]) -> Trajectory:
+def model_and_clock(given: Mapping[str, Any]) -> SampledModel:
     """The model and the clock that the options of `schedule` ask for.
 
     Raises:
@@ -132,4 +132,4 @@ def trajectory(given: Mapping[str, Any]) -> Trajectory:
         "signals": {name: constant(value) for name, value in given["signals"]},
         "branches": given["branches"] or ("",),
     }
-    return Trajectory(blueprint, dict(given["settings"]), arguments)
+    return SampledModel(blueprint, dict(given["settings"]), arguments)

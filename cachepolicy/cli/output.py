@@ -60,7 +60,7 @@ def say_json(data: object) -> None:
     say(json.dumps(data, ensure_ascii=False, indent=2))
 
 
-def report(findings: Sequence[Diagnostic], *, error: bool = False) -> None:
+def report_findings(findings: Sequence[Diagnostic], *, error: bool = False) -> None:
     """Writes diagnostics with their source locations."""
     stream = sys.stderr if error else sys.stdout
     if findings:
@@ -72,7 +72,7 @@ def fail(findings: Sequence[Diagnostic], *, as_json: bool = False) -> NoReturn:
     if as_json:
         say(to_json(findings))
     else:
-        report(findings, error=True)
+        report_findings(findings, error=True)
     raise SystemExit(exit_code(findings) or FINDINGS)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cachepolicy.cli import output
-from cachepolicy.cli.options import Trajectory
+from cachepolicy.cli.options import SampledModel
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning import forecast
 from cachepolicy.planning.forecast import Work
@@ -18,7 +18,9 @@ from cachepolicy.reports import overview
 from cachepolicy.reports import text as report_text
 
 
-def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
+def show_plan(
+    plan: Plan, wanted: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool
+) -> None:
     """Print the schedule of one policy, and what it skips where the model's FLOPs can be counted."""
     schedule = simulate(plan, **wanted.arguments)
     work = _work(wanted, picture, shapes)
@@ -26,12 +28,12 @@ def show_plan(plan: Plan, wanted: Trajectory, picture: Mapping[str, Any], shapes
     if as_json:
         flops = None if outlook is None else outlook.to_json()
         held = None if work is None else _holdings(plan, schedule, work)
-        output.say_json({**report_text.to_json(schedule), "flops": flops, "held": held})
+        output.say_json({**report_text.outcome_to_json(schedule), "flops": flops, "held": held})
         return
-    output.report(schedule.plan.warnings, error=True)
+    output.report_findings(schedule.plan.warnings, error=True)
     output.say(report_text.draw(schedule, width=output.columns(), colour=output.coloured(sys.stdout)))
     if outlook is not None and work is not None:
-        output.say(forecast.draw(outlook, schedule.plan, work, steps=schedule.steps))
+        output.say(forecast.draw_forecast(outlook, schedule.plan, work, steps=schedule.steps))
         output.say(_peak(_holdings(plan, schedule, work)))
 
 
@@ -43,21 +45,21 @@ def _holdings(plan: Plan, schedule: Schedule, work: Work) -> Sequence[int]:
 
 def _peak(held: Sequence[int]) -> str:
     most = max(held, default=0)
-    return f"{forecast.size(most)} of history at most, in float32; half of that in bfloat16"
+    return f"{forecast.format_bytes(most)} of history at most, in float32; half of that in bfloat16"
 
 
-def show_overview(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
+def show_overview(wanted: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
     """Print what the model is made of, and what each shipped policy would do with it."""
     work = _work(wanted, picture, shapes)
     clock = {name: value for name, value in wanted.arguments.items() if name != "signals"}
     found = overview.prospects(wanted.skeleton, work, **clock)
     if as_json:
-        output.say_json(overview.to_json(wanted.skeleton, work, found))
+        output.say_json(overview.overview_to_json(wanted.skeleton, work, found))
     else:
-        output.say(overview.draw(wanted.skeleton, work, found, steps=wanted.arguments["steps"]))
+        output.say(overview.draw_overview(wanted.skeleton, work, found, steps=wanted.arguments["steps"]))
 
 
-def _work(wanted: Trajectory, picture: Mapping[str, Any], shapes: str | None) -> Work | None:
+def _work(wanted: SampledModel, picture: Mapping[str, Any], shapes: str | None) -> Work | None:
     """The FLOPs of a call; None, and a word about it, where they cannot be counted."""
     if wanted.blueprint.class_name is None:
         return None

@@ -24,7 +24,7 @@ def show_trace(trace: Trace, *, html: str | None, perfetto: str | None, as_json:
     if perfetto is not None:
         _write(perfetto, perfetto_json(trace))
     if as_json:
-        output.say_json([report_text.to_json(each) for each in trace.latest])
+        output.say_json([report_text.outcome_to_json(each) for each in trace.latest])
         return
     drawn = [
         report_text.draw(each, width=output.columns(), colour=output.coloured(sys.stdout)) for each in trace.latest

@@ -14,8 +14,8 @@ from cachepolicy.cli import output
 from cachepolicy.engine.run import Run, apply
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.tools.quality import Quality, compare
-from cachepolicy.tools.sampling import Sample, checked, sample, save
+from cachepolicy.tools.quality import Quality, compare_pictures
+from cachepolicy.tools.sampling import Sample, checked, sample_pipeline, save_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SeedOutcome:
     """One seed: its seconds with the policy and without, the quality against the bare pipeline, and the files."""
 
     seed: int
@@ -83,7 +83,9 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
             output.say(line)
 
 
-def _sampled(pipe: Any, run: Run | None, task: Task, arguments: Mapping[str, Any], seed: int, place: int) -> Outcome:
+def _sampled(
+    pipe: Any, run: Run | None, task: Task, arguments: Mapping[str, Any], seed: int, place: int
+) -> SeedOutcome:
     """Both ways for one seed; every second seed runs in the other order, so that neither always goes first."""
     cached: Sample | None = None
     bare: Sample | None = None
@@ -96,15 +98,15 @@ def _sampled(pipe: Any, run: Run | None, task: Task, arguments: Mapping[str, Any
                 bare = _bar(pipe, f"seed {seed}, uncached", arguments, seed)
     files = list[Path]()
     for name, found in ((f"seed-{seed}", cached), (f"seed-{seed}-uncached", bare)):
-        files += [] if found is None else save(found, task.output, name)
-    quality = None if cached is None or bare is None else compare(bare.pictures, cached.pictures)
+        files += [] if found is None else save_pictures(found, task.output, name)
+    quality = None if cached is None or bare is None else compare_pictures(bare.pictures, cached.pictures)
     model = None if bare is None else bare.model_seconds
-    return Outcome(seed, cached and cached.seconds, bare and bare.seconds, quality, files, model)
+    return SeedOutcome(seed, cached and cached.seconds, bare and bare.seconds, quality, files, model)
 
 
 def _bar(pipe: Any, description: str, arguments: Mapping[str, Any], seed: int) -> Sample:
     pipe.set_progress_bar_config(desc=description, leave=False)
-    return sample(pipe, arguments, seed)
+    return sample_pipeline(pipe, arguments, seed)
 
 
 def _written(run: Run, output: Path, uncached: float | None) -> list[Path]:
@@ -119,16 +121,16 @@ def _written(run: Run, output: Path, uncached: float | None) -> list[Path]:
 # --- for a person ----------------------------------------------------------------------------------------
 
 
-def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _summary(outcomes: Sequence[SeedOutcome]) -> dict[str, Any]:
     ratios = _ratios(outcomes)
     return {"speed_up": statistics.median(ratios) if ratios else None}
 
 
-def _ratios(outcomes: Sequence[Outcome]) -> list[float]:
+def _ratios(outcomes: Sequence[SeedOutcome]) -> list[float]:
     return [each.uncached_seconds / each.seconds for each in outcomes if each.uncached_seconds and each.seconds]
 
 
-def _lines(outcomes: Sequence[Outcome]) -> list[str]:
+def _lines(outcomes: Sequence[SeedOutcome]) -> list[str]:
     lines = list[str]()
     for each in outcomes:
         seconds = [

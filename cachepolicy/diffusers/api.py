@@ -14,7 +14,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cachepolicy.diffusers.configs import (
-    Config,
+    CacheConfig,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -78,7 +78,7 @@ def _apply(module: Any, given: object, kind: type) -> Run:
     return _attach(module, config)
 
 
-def _attach(model: Any, config: Config) -> Run:
+def _attach(model: Any, config: CacheConfig) -> Run:
     """Attach a config, and tell of identifiers that name no attention: the shipped policies let them be optional."""
     from cachepolicy.engine.run import apply
 

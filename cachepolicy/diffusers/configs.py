@@ -107,13 +107,13 @@ def _switch(value: Any, info: ValidationInfo) -> bool:
     return value
 
 
-Interval = Annotated[int | None, PlainValidator(_interval)]
+SkipInterval = Annotated[int | None, PlainValidator(_interval)]
 Window = Annotated[tuple[float, float], PlainValidator(_window)]
 Texts = Annotated[tuple[str, ...] | list[str], PlainValidator(_texts)]
 Regexes = Annotated[tuple[str, ...] | list[str], PlainValidator(_regexes)]
 Amount = Annotated[float, PlainValidator(_amount)]
-Clock = Annotated[Callable[[], Any] | None, PlainValidator(_function)]
-Weight = Annotated[Callable[[Any], float] | None, PlainValidator(_function)]
+TimestepCallback = Annotated[Callable[[], Any] | None, PlainValidator(_function)]
+WeightCallback = Annotated[Callable[[Any], float] | None, PlainValidator(_function)]
 Format = Annotated[str, PlainValidator(_format)]
 Switch = Annotated[bool, PlainValidator(_switch)]
 
@@ -124,7 +124,7 @@ _STRICT = ConfigDict(extra="forbid", validate_assignment=True)
 
 
 @runtime_checkable
-class Config(Protocol):
+class CacheConfig(Protocol):
     """What stands for a policy together with arguments of `apply`."""
 
     def policy(self) -> ir.Policy:
@@ -148,9 +148,9 @@ class PyramidAttentionBroadcastConfig:
         PolicyError: a field holds what it cannot; the message names it.
     """
 
-    spatial_attention_block_skip_range: Interval = None
-    temporal_attention_block_skip_range: Interval = None
-    cross_attention_block_skip_range: Interval = None
+    spatial_attention_block_skip_range: SkipInterval = None
+    temporal_attention_block_skip_range: SkipInterval = None
+    cross_attention_block_skip_range: SkipInterval = None
     spatial_attention_timestep_skip_range: Window = (100, 800)
     temporal_attention_timestep_skip_range: Window = (100, 800)
     cross_attention_timestep_skip_range: Window = (100, 800)
@@ -163,7 +163,7 @@ class PyramidAttentionBroadcastConfig:
     )
     temporal_attention_block_identifiers: Regexes = ("temporal_transformer_blocks",)
     cross_attention_block_identifiers: Regexes = ("blocks", "transformer_blocks", "layers")
-    current_timestep_callback: Clock = None
+    current_timestep_callback: TimestepCallback = None
 
     def policy(self) -> ir.Policy:
         """`pab` with its parameters set."""
@@ -213,15 +213,15 @@ class FasterCacheConfig:
         PolicyError: a field holds what it cannot; the message names it.
     """
 
-    spatial_attention_block_skip_range: Interval = 2
-    temporal_attention_block_skip_range: Interval = None
+    spatial_attention_block_skip_range: SkipInterval = 2
+    temporal_attention_block_skip_range: SkipInterval = None
     spatial_attention_timestep_skip_range: Window = (-1, 681)
     temporal_attention_timestep_skip_range: Window = (-1, 681)
     low_frequency_weight_update_timestep_range: Window = (99, 901)
     high_frequency_weight_update_timestep_range: Window = (-1, 301)
     alpha_low_frequency: Amount = 1.1
     alpha_high_frequency: Amount = 1.1
-    unconditional_batch_skip_range: Interval = 5
+    unconditional_batch_skip_range: SkipInterval = 5
     unconditional_batch_timestep_skip_range: Window = (-1, 641)
     spatial_attention_block_identifiers: Regexes = (
         "^blocks.*attn",
@@ -229,12 +229,12 @@ class FasterCacheConfig:
         "^single_transformer_blocks.*attn",
     )
     temporal_attention_block_identifiers: Regexes = ("^temporal_transformer_blocks.*attn",)
-    attention_weight_callback: Weight = None
-    low_frequency_weight_callback: Weight = None
-    high_frequency_weight_callback: Weight = None
+    attention_weight_callback: WeightCallback = None
+    low_frequency_weight_callback: WeightCallback = None
+    high_frequency_weight_callback: WeightCallback = None
     tensor_format: Format = "BCFHW"
     is_guidance_distilled: Switch = False
-    current_timestep_callback: Clock = None
+    current_timestep_callback: TimestepCallback = None
     _unconditional_conditional_input_kwargs_identifiers: Texts = (
         "hidden_states",
         "encoder_hidden_states",
@@ -276,7 +276,7 @@ class FasterCacheConfig:
         asked = {name: getattr(self, f"{name}_callback") for name in _ASKED}
         return (
             _timestep(self.current_timestep_callback)
-            | {name: Asked(function) for name, function in asked.items() if function is not None}
+            | {name: WeightSupplier(function) for name, function in asked.items() if function is not None}
             | {"guidance": not self.is_guidance_distilled}
         )
 
@@ -308,7 +308,7 @@ _ASKED = {"attention_weight": "weight", "low_frequency_weight": "low", "high_fre
 _DEFAULT_INPUTS: tuple[str, ...] = next(each.default for each in fields(FasterCacheConfig) if each.name.startswith("_"))  # pyright: ignore[reportArgumentType, reportAssignmentType]
 
 
-class Asked:
+class WeightSupplier:
     """A callback that takes the module that is answered, as the supplier of an external."""
 
     takes_module = True
@@ -385,13 +385,13 @@ _CONFIGS: dict[str, Any] = {
 }
 
 
-def config_of(given: object) -> Config | None:
+def config_of(given: object) -> CacheConfig | None:
     """`given` as one of the configs here, also where it is diffusers' own; None for anything else.
 
     Raises:
         PolicyError: it is a config of diffusers for another cache, or a field of it holds what it cannot.
     """
-    if isinstance(given, Config):
+    if isinstance(given, CacheConfig):
         return given
     for cls in type(given).__mro__:
         if not cls.__module__.startswith("diffusers.hooks."):

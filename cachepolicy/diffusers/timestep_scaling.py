@@ -25,7 +25,7 @@ class Scale:
         return 1000.0 - scaled if self.reverse else scaled
 
 
-RAW = Scale()
+RAW_SCALE = Scale()
 
 _FRACTION = (
     "FluxTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel", "ChromaTransformer2DModel",

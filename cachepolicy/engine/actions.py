@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.block_chain import Chain
-from cachepolicy.engine.history_packing import compact, map_leaves, opened, packed, whole
+from cachepolicy.engine.history_packing import compact, is_whole, map_leaves, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, reach
@@ -91,7 +91,7 @@ class Kept:
 
 # --- predictors ------------------------------------------------------------------------------------------
 
-Arguments = Mapping[str, Any]
+PredictorArguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Weights:
     factors: tuple[Any, ...]
 
 
-def weights(predictor: str, steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+def weights(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
     """Return the coefficients of a prediction at `step` from values at `steps`, newest first."""
     return _PREDICTORS[predictor](steps, step, arguments)
 
@@ -121,7 +121,7 @@ def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
 
 
 def predict(
-    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: Arguments
+    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: PredictorArguments
 ) -> torch.Tensor:
     """Predict the value at `step` from a history.
 
@@ -148,19 +148,19 @@ def _differences(history: Sequence[torch.Tensor], numbers: Weights) -> list[torc
     return found
 
 
-def _linear(_steps: Sequence[int], _step: int, arguments: Arguments) -> Weights:
+def _linear(_steps: Sequence[int], _step: int, arguments: PredictorArguments) -> Weights:
     """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
     return Weights(None, (arguments["weight"],))
 
 
-def _taylor(steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+def _taylor(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
     """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
     divisors = _divisors(steps, arguments["order"])
     k = step - steps[0]
     return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
 
 
-def _hermite(steps: Sequence[int], step: int, arguments: Arguments) -> Weights:
+def _hermite(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
     """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
     divisors, scale = _divisors(steps, arguments["order"]), arguments["scale"]
     x = scale * (step - steps[0])
@@ -265,7 +265,7 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
     clone = slot.clones or code == STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
     if not clone and not torch.compiler.is_compiling():
-        slot.whole = whole(_flat(kept))
+        slot.whole = is_whole(_flat(kept))
         if not slot.whole:
             slot.output = kept = map_tensors(compact, kept)
     # Graphs have no `_version` counters. There, the graph owns its outputs.
@@ -285,7 +285,9 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
     return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)  # pyright: ignore[reportUnknownVariableType]
 
 
-def predicted(slot: Slot, action: ir.Predict, arguments: Arguments, step: int, *, halved: bool, half: int) -> Any:
+def predicted(
+    slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, *, halved: bool, half: int
+) -> Any:
     """Return the prediction for each tensor of the output."""
     # Entries of half a batch cannot serve a full batch.
     kept = [each for each in slot_history(slot, reach(action)) if halved or each.full]

@@ -55,7 +55,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ChainForm:
     """Structure of a span after a complete compute: links and endings by block position."""
 
     links: tuple[Link, ...]
@@ -64,7 +64,7 @@ class Form:
 
 
 @dataclass(slots=True)
-class Entry:
+class ChainEntry:
     """Stored result of a segment: residuals and outputs by place of the leading block's output.
 
     `full` is False if only the conditional half of a guidance batch was computed.
@@ -102,7 +102,7 @@ class Keeps:
 
 
 @dataclass(slots=True)
-class Call:
+class BlockCall:
     """One block call of a computing span. `bases` are the inputs before the call, or None if unknown."""
 
     position: int
@@ -131,7 +131,7 @@ class Continuations:
         """Return the input that an output continues, or None if unknown."""
         return self._known.get((type(module).__qualname__, place))
 
-    def of(self, call: Call, name: str) -> Shape:
+    def of(self, call: BlockCall, name: str) -> Shape:
         """Return the structure of a call's output.
 
         Args:
@@ -158,7 +158,7 @@ class Continuations:
                 )
         return Shape(tuple(inputs), tuple(constants), call.kind, call.fields)
 
-    def _input(self, call: Call, place: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
+    def _input(self, call: BlockCall, place: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
         known = call.learnt.get(place) or self._known.get((type(call.module).__qualname__, place))
         if known is not None and known in call.names and known not in taken:
             return known
@@ -199,14 +199,14 @@ class Chain:
         self.storing = storing
         self.links: dict[int, Link] = {}
         self.endings: dict[int, Ending] = {}
-        self.history: list[list[Entry]] = []
+        self.history: list[list[ChainEntry]] = []
         self.signature: tuple[Any, ...] | None = None
         self.autocast: tuple[Any, ...] | None = None
         self.clones = False
         self.splits: set[int] = set()
         self.leads: set[int] = set()
 
-    def put(self, newest: Sequence[Entry], older: Sequence[list[Entry]], depth: int) -> None:
+    def put(self, newest: Sequence[ChainEntry], older: Sequence[list[ChainEntry]], depth: int) -> None:
         """Store the newest entry of each segment and trim to `depth`. Clear the chain if memory is lacking."""
         rest = [past[: depth - 1] for past in older]
         self.history = rest
@@ -218,7 +218,7 @@ class Chain:
                 entry.pack(self.storing.packing)
         self.history = [[entry, *past] for entry, past in zip(newest, rest, strict=True)]
 
-    def push(self, segment: int, newest: Entry, older: list[Entry], depth: int) -> None:
+    def push(self, segment: int, newest: ChainEntry, older: list[ChainEntry], depth: int) -> None:
         """Store an answer as the newest entry of one segment. `put` has reserved the memory."""
         if self.storing.packing is not None:
             newest.pack(self.storing.packing)
@@ -235,13 +235,13 @@ class Chain:
             for entries in self.history
         )
 
-    def form(self, blocks: int) -> Form | None:
+    def form(self, blocks: int) -> ChainForm | None:
         """Return the structure of the span, if all of its blocks were observed."""
         if len(self.links) < blocks or not self.history:
             return None
         places = range(blocks)
         links = tuple(self.links[place] for place in places)
-        return Form(links, tuple(self.endings.get(place) for place in places), len(self.history))
+        return ChainForm(links, tuple(self.endings.get(place) for place in places), len(self.history))
 
 
 Begun = tuple[Names | None, dict[str, int | None]]
@@ -262,15 +262,15 @@ class Recorder:
         self._continuations = continuations
         self._names = names
         self._keeps = keeps
-        self._lead: Call | None = None
-        self._previous: Call | None = None
-        self._last: Call | None = None
+        self._lead: BlockCall | None = None
+        self._previous: BlockCall | None = None
+        self._last: BlockCall | None = None
         self._segment: list[tuple[int, Shape]] = []
         self._links: dict[int, Link] = {}
         self._ends: dict[int, Ending] = {}
         self._takes: dict[int, tuple[tuple[int, str], ...]] = {}
         self._seen: set[int] = set()
-        self._entries: list[Entry] = []
+        self._entries: list[ChainEntry] = []
         self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
         self._spoilt: str | None = None
         self._signature: tuple[Any, ...] | None = None
@@ -301,7 +301,7 @@ class Recorder:
         outputs, fields = parts(output)
         bases, before = begun
         written = [_version(each) for each in outputs]
-        call = Call(position, module, names, bases, outputs, type(output), written, fields)  # pyright: ignore[reportUnknownArgumentType]
+        call = BlockCall(position, module, names, bases, outputs, type(output), written, fields)  # pyright: ignore[reportUnknownArgumentType]
         if bases is names and any(_version(value) != before[key] for key, value in names.items()):
             self._spoilt = "a block wrote into its input"
             self._chain.clones = True
@@ -311,7 +311,7 @@ class Recorder:
             # Close the segment now, before the model can modify the output in place.
             self._close(call, self._settled(call))
 
-    def _follow(self, call: Call) -> None:
+    def _follow(self, call: BlockCall) -> None:
         """Append a call to the segment, or begin a new segment with it."""
         last = self._last
         if last is None:
@@ -331,13 +331,13 @@ class Recorder:
         self._segment.append((last.position, shape))
         self._previous, self._last = last, call
 
-    def _start(self, call: Call) -> None:
+    def _start(self, call: BlockCall) -> None:
         call.origin = {key: key for key in call.names}
         self._lead = self._last = call
         self._previous = None
         self._segment = []
 
-    def _look_back(self, call: Call) -> None:
+    def _look_back(self, call: BlockCall) -> None:
         """Detect outputs of earlier blocks that other code still references.
 
         Such an output is used elsewhere, for example as a skip connection. A segment has to end there, so that a reuse
@@ -359,12 +359,12 @@ class Recorder:
                 self._chain.splits.add(position)
         self._give(call)
 
-    def _give(self, call: Call) -> None:
+    def _give(self, call: BlockCall) -> None:
         inputs = {id(value) for value in call.names.values()}
         fresh = [each for each in call.outputs if isinstance(each, torch.Tensor) and id(each) not in inputs]
         self._given.append((call.position, [weakref.ref(each) for each in fresh]))
 
-    def _became(self, last: Call, call: Call) -> dict[int, str] | None:
+    def _became(self, last: BlockCall, call: BlockCall) -> dict[int, str] | None:
         """Return the input name of each output of `last` in `call`, or None unless `call` takes them all."""
         became = dict[int, str]()
         for place, output in enumerate(last.outputs):
@@ -383,7 +383,7 @@ class Recorder:
             return None
         return became or None
 
-    def _settled(self, last: Call) -> Shape:
+    def _settled(self, last: BlockCall) -> Shape:
         """Return the structure of a completed call. A call at which another stream joins leads a new segment."""
         shape = self._continuations.of(last, self._names[last.position])
         joins = any(source is not None and source not in last.origin for source in shape.inputs)
@@ -394,7 +394,7 @@ class Recorder:
             self._start(last)
         return shape
 
-    def _close(self, last: Call, shape: Shape) -> None:
+    def _close(self, last: BlockCall, shape: Shape) -> None:
         """End the segment with `last`, and build its entry."""
         lead = self._lead
         assert lead is not None
@@ -418,7 +418,7 @@ class Recorder:
             residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)
             # Clone, because the model may modify block outputs in place.
             outputs.append(output.detach().clone() if output is not None and self._keeps.outputs else None)
-        self._entries.append(Entry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
+        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
         self._lead = self._last = self._previous = None
 
     def finish(self) -> str | None:
@@ -431,14 +431,14 @@ class Recorder:
             chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
             return self._spoilt or "no block of the span ran"
         same = len(chain.history) == len(self._entries) and chain.signature == self._signature
-        old: list[list[Entry]] = chain.history if same else [[] for _ in self._entries]
+        old: list[list[ChainEntry]] = chain.history if same else [[] for _ in self._entries]
         depth = self._keeps.depth
         chain.put(self._entries, old, depth)
         chain.links, chain.endings, chain.signature = self._links, self._ends, self._signature
         return None
 
 
-def _held(call: Call | None) -> list[Any]:
+def _held(call: BlockCall | None) -> list[Any]:
     """Return all values that a recorded call keeps alive."""
     return [] if call is None else [*call.names.values(), *call.outputs]
 

@@ -177,7 +177,7 @@ class Conditioning:
         return any(self.parts[path].form != other.parts[path].form for path in both)
 
 
-class Latents:
+class SeenLatents:
     """The latents of a call, for comparison with those of later calls."""
 
     __slots__ = ("_tensor", "_version")
@@ -196,7 +196,7 @@ class Latents:
         """True if the latents are missing, or too small for a reliable distance."""
         return self._tensor is None or self._tensor.numel() < _FEW
 
-    def distance(self, other: Latents) -> float | None:
+    def distance(self, other: SeenLatents) -> float | None:
         """Return the distance of two latents in units of the spread of this one.
 
         Unrelated noise has a distance of about 1.4.
@@ -236,7 +236,7 @@ class Known:
 
     name: str | None
     conditioning: Conditioning
-    latents: Latents
+    latents: SeenLatents
     changing: frozenset[_Path] = frozenset()
     count: int = 1
     number: int = 0
@@ -303,7 +303,7 @@ class Calls:
             branch for branch, known in unnamed.items() if conditioning.equal(known.conditioning, known.changing)
         ]
 
-    def stage(self, matching: Sequence[str], latents: Latents) -> bool:
+    def stage(self, matching: Sequence[str], latents: SeenLatents) -> bool:
         """Return True if this call is another stage of the current step, as in second-order samplers.
 
         A stage repeats a call on nearby latents.
@@ -313,7 +313,9 @@ class Calls:
         distances = [latents.distance(self.known[branch].latents) for branch in matching]
         return any(distance is not None and (latents.few or distance <= FAR) for distance in distances)
 
-    def place(self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]) -> BranchMatch:
+    def place(
+        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
+    ) -> BranchMatch:
         """Assign the next call of the current step to a branch, and record it."""
         matching = [branch for branch in matching if branch in self.known]
         found = self._found(name, conditioning, latents, matching)
@@ -339,7 +341,7 @@ class Calls:
         return found
 
     def _found(
-        self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
+        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
     ) -> BranchMatch:
         if name is None:
             for branch, known in self.doubted.items():
@@ -372,7 +374,7 @@ class Calls:
         return len(self.known) == 1 and not known.lasts and conditioning.equal(known.conditioning, known.changing)
 
     def _sibling(
-        self, name: str | None, conditioning: Conditioning, latents: Latents, matching: list[str]
+        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
     ) -> BranchMatch:
         """Choose between branches with the same name or conditioning."""
         exact = [branch for branch in matching if conditioning.equal(self.known[branch].conditioning)]

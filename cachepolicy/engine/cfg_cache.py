@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.actions import cloned, versions
-from cachepolicy.engine.clock import Arguments
+from cachepolicy.engine.clock import CallArguments
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
 
@@ -336,7 +336,7 @@ class Guide:
         """Return True if the name of the branch tells which half it is."""
         return branch in COND_BRANCHES or branch in UNCOND_BRANCHES
 
-    def problem(self, tick: Tick, arguments: Arguments, *, guided: bool, calls: int) -> Problem | None:
+    def problem(self, tick: Tick, arguments: CallArguments, *, guided: bool, calls: int) -> Problem | None:
         """Return why this call cannot be approximated, or None."""
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
@@ -365,7 +365,7 @@ class Guide:
         return self._apart
 
     def halved(
-        self, arguments: Arguments, args: tuple[Any, ...], settings: Mapping[str, Any]
+        self, arguments: CallArguments, args: tuple[Any, ...], settings: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the root model with the conditional half of all batched values."""
         named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs") or None)
@@ -381,7 +381,7 @@ class Guide:
     def ended(
         self,
         tick: Tick,
-        arguments: Arguments,
+        arguments: CallArguments,
         settings: Mapping[str, Any],
         output: Any,
         channels: int | None,
@@ -436,7 +436,7 @@ class Guide:
 _SEQUENCE = 3  # dimensions of a batch of token sequences (B, S, C)
 
 
-def _batch(arguments: Arguments) -> int:
+def _batch(arguments: CallArguments) -> int:
     latents = arguments.named.get(arguments.latents or "")
     if isinstance(latents, torch.Tensor):
         return latents.shape[0] if latents.ndim > 0 else 1

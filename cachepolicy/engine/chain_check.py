@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.engine.block_chain import Chain, Entry, Keeps, Link, Names, parts, signature
+from cachepolicy.engine.block_chain import Chain, ChainEntry, Keeps, Link, Names, parts, signature
 
 
 def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
@@ -42,7 +42,7 @@ class Tracker:
         self._versions: list[int] = []
         self._bases: list[Any] = []
         self._written: list[int] = []
-        self._entries: list[Entry] = []
+        self._entries: list[ChainEntry] = []
 
     @property
     def calls(self) -> int:
@@ -90,7 +90,7 @@ class Tracker:
             else:
                 residuals.append((output - base).detach())
             outputs.append(output.detach().clone() if output is not None and keeps.outputs else None)
-        self._entries.append(Entry(tuple(residuals), tuple(outputs), keeps.step, keeps.full))
+        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), keeps.step, keeps.full))
 
     def finish(self) -> None:
         """Store the entries of the completed span, or reset the chain if a check failed."""

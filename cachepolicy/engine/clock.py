@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachepolicy.diffusers.timestep_scaling import RAW, SCALES, TIMESTEP_NAMES, Scale, listed_class
-from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, Latents
+from cachepolicy.diffusers.timestep_scaling import RAW_SCALE, SCALES, TIMESTEP_NAMES, Scale, listed_class
+from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.possible_decisions import Ahead
@@ -43,7 +43,7 @@ CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=
 
 
 @dataclass(slots=True)
-class Arguments:
+class CallArguments:
     """The arguments of a root call by name, and which of them are the latents and the timestep."""
 
     named: dict[str, Any]
@@ -78,11 +78,11 @@ def inspect_root(module: torch.nn.Module) -> Root:
     parameters = tuple(inspect.signature(module.forward).parameters)
     timestep = next((name for name in TIMESTEP_NAMES if name in parameters), None)
     listed = listed_class(type(module))
-    scale = RAW if listed is None else SCALES[listed]
+    scale = RAW_SCALE if listed is None else SCALES[listed]
     return Root(parameters, timestep, scale, type(module).__name__, listed is not None)
 
 
-def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallArguments:
     """Bind a call's arguments to names; the latents are the first that holds a tensor of more than places."""
     named: dict[str, Any] = dict(zip(root.parameters, args, strict=False))
     named.update(kwargs)
@@ -91,7 +91,7 @@ def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         if name != root.timestep and not _PLACES.search(name) and _tensors(value):
             latents = name
             break
-    return Arguments(named, latents, root.timestep if root.timestep in named else None)
+    return CallArguments(named, latents, root.timestep if root.timestep in named else None)
 
 
 _PLACES = re.compile(r"(^|_)(ids|indices|indexes|masks?)$")
@@ -161,7 +161,7 @@ class _Repeats:
 
     calls: Calls
     matching: Sequence[str]
-    latents: Latents
+    latents: SeenLatents
 
     def same(self) -> bool:
         """True where a branch of this name or conditioning has been called in this step."""
@@ -177,7 +177,7 @@ class _Repeats:
         return not self.latents.few and all(distance is not None and distance > FAR for distance in near)
 
 
-def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Arguments) -> Reading:
+def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: CallArguments) -> Reading:
     """Advance the clock by one call of the root.
 
     Raises:
@@ -185,7 +185,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ar
     """
     context = CONTEXT.get()
     named = arguments.named
-    latents = Latents(named.get(arguments.latents or ""))
+    latents = SeenLatents(named.get(arguments.latents or ""))
     besides = (arguments.latents, arguments.timestep)
     conditioning = Conditioning({name: value for name, value in named.items() if name not in besides})
     name = context.name if context is not None else None
@@ -242,7 +242,7 @@ def _by_scheduler(
     scheduler: Any,
     follower: SchedulerFollower,
     root: Root,
-    arguments: Arguments,
+    arguments: CallArguments,
     repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
     timesteps, sigmas = follower.numbers(scheduler)
@@ -304,7 +304,7 @@ def _tiled(
     return _equal(raw, calls.raw) and not repeats.stage()
 
 
-def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Arguments, stepped: int) -> int:
+def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: CallArguments, stepped: int) -> int:
     """Where in the scheduler's timesteps this trajectory starts: image-to-image runs start late."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
@@ -330,7 +330,7 @@ def _by_value(
     sources: Sources,
     context: Context | None,
     root: Root,
-    arguments: Arguments,
+    arguments: CallArguments,
     repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
     t, known = _timestep(sources, context, root, arguments)
@@ -374,7 +374,9 @@ def _turns(clock: Clock, t: float, *, known: bool) -> bool:
     return direction != clock.direction
 
 
-def _timestep(sources: Sources, context: Context | None, root: Root, arguments: Arguments) -> tuple[float | None, bool]:
+def _timestep(
+    sources: Sources, context: Context | None, root: Root, arguments: CallArguments
+) -> tuple[float | None, bool]:
     """The timestep, and whether it is in training units."""
     if sources.timestep is not None:
         value = sources.timestep()

@@ -31,9 +31,9 @@ from cachepolicy.engine.actions import (
 from cachepolicy.engine.block_chain import (
     Begun,
     Chain,
+    ChainEntry,
+    ChainForm,
     Continuations,
-    Entry,
-    Form,
     Keeps,
     Link,
     Names,
@@ -52,10 +52,10 @@ from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.history import trim
-from cachepolicy.engine.hooks import Leave, Site
+from cachepolicy.engine.hooks import Leave, SiteHandle
 from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Measuring, Remembered, probed
-from cachepolicy.engine.split_inputs import entered
+from cachepolicy.engine.split_inputs import split_arguments
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in
@@ -105,7 +105,7 @@ class Branch:
 class Forms(Protocol):
     """Known structure of the spans, as learned from calls outside graphs."""
 
-    forms: dict[int, Form]
+    forms: dict[int, ChainForm]
 
 
 class Host(Protocol):
@@ -223,7 +223,7 @@ class ForwardPass:
         return self.host.layout.keepings
 
     @property
-    def forms(self) -> Mapping[int, Form]:
+    def forms(self) -> Mapping[int, ChainForm]:
         """The known structure of the spans, by site number."""
         return self.host.graphs.forms
 
@@ -232,17 +232,19 @@ class ForwardPass:
         """The step of the call."""
         return self.tick.step
 
-    def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def gate(self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Handle a probed or waiting module that is about to run in a graph."""
-        given, named = entered(module, args, kwargs)
+        given, named = split_arguments(module, args, kwargs)
         names = bind_names(site.parameters, given, named)
         self.enter(site, names, given, named)
         self._before[site.name] = _counter(names)
         self.release()
 
-    def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def look_after(
+        self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Handle a probed module that has run in a graph."""
-        names = bind_names(site.parameters, *entered(module, args, kwargs))
+        names = bind_names(site.parameters, *split_arguments(module, args, kwargs))
         self.leave(site, module, names, output, self._before.pop(site.name, None))
 
     def release(self) -> None:
@@ -357,7 +359,7 @@ class ForwardPass:
         name = self.host.layout.program.plan.sites[site].name
         return f"`{name}`", f"{self.tick.branch} {memory.last} {memory.computes}"
 
-    def problem(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def problem(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return why a site cannot reuse, where other processes need this before the decision."""
         if not self._shared(site.index) or isinstance(self._action(site.index), ir.ApproximateUncond):
             return None
@@ -440,7 +442,7 @@ class ForwardPass:
             self.branch.partition = self.host.layout.program.fine
         self.decisions, self.after = self._decided()
 
-    def open(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+    def open(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Begin the root model as a site. Return whether it is answered, and the answer."""
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
@@ -454,7 +456,7 @@ class ForwardPass:
         return False, None
 
     def shut(
-        self, site: Site, module: Any, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, site: SiteHandle, module: Any, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Store the results of the root model as a site."""
         for span, position in site.members:
@@ -486,9 +488,11 @@ class ForwardPass:
 
     # --- one intercepted call ----------------------------------------------------------------------------
 
-    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def special(
+        self, original: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a module that is probed, belongs to a span, or waits for signals."""
-        given, named = entered(module, args, kwargs)
+        given, named = split_arguments(module, args, kwargs)
         names = named if not given else bind_names(site.parameters, given, named)
         if site.alone:
             span, position = site.members[0]
@@ -577,7 +581,7 @@ class ForwardPass:
                 if value is output and name in before and isinstance(output, torch.Tensor):
                     self.host.continuations.learn(module, place, name)
 
-    def enter(self, site: Site, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the probes read the inputs."""
         if self.measuring is None:
             return
@@ -590,7 +594,7 @@ class ForwardPass:
         if site.inputs:
             self._look()
 
-    def leave(self, site: Site, module: Any, names: Names, output: Any, before: int | None) -> None:
+    def leave(self, site: SiteHandle, module: Any, names: Names, output: Any, before: int | None) -> None:
         """Let the probes read the outputs."""
         if self.measuring is None or not site.outputs:
             return
@@ -718,7 +722,7 @@ class ForwardPass:
         tracker: Tracker,
         original: Any,
         module: Any,
-        site: Site,
+        site: SiteHandle,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         names: Names,
@@ -770,11 +774,11 @@ class ForwardPass:
             residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
             # Clone, because the caller may modify the answer in place.
             outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
-            newest = Entry(residuals, outputs, self.tick.step, not self.halved)
+            newest = ChainEntry(residuals, outputs, self.tick.step, not self.halved)
             chain.push(link.segment, newest, history, self.host.layout.keepings[span].depth)
         return answers
 
-    def _own(self, entry: Entry, place: int, *, residual: bool) -> torch.Tensor | None:
+    def _own(self, entry: ChainEntry, place: int, *, residual: bool) -> torch.Tensor | None:
         tensor = entry.at(place, residual=residual)
         return tensor.chunk(2, dim=0)[self.half] if tensor is not None and self.halved and entry.full else tensor
 
@@ -801,7 +805,7 @@ class ForwardPass:
 
     # --- single modules ----------------------------------------------------------------------------------
 
-    def _code(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _code(self, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return the code of a single-module site: `ANSWER`, or how it computes."""
         if site.index < 0:
             return COMPUTE

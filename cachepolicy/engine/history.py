@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from cachepolicy.engine.actions import Slot
-from cachepolicy.engine.block_chain import Chain, Entry
+from cachepolicy.engine.block_chain import Chain, ChainEntry
 from cachepolicy.engine.history_storage import flat
 from cachepolicy.engine.signals import Remembered, Stream
 from cachepolicy.planning.possible_decisions import Reads
@@ -40,7 +40,7 @@ def _trim_chain(chain: Chain, reads: Reads) -> None:
             _strip(entry, residuals=age < reads.residuals, outputs=age < reads.outputs)
 
 
-def _strip(entry: Entry, *, residuals: bool, outputs: bool) -> None:
+def _strip(entry: ChainEntry, *, residuals: bool, outputs: bool) -> None:
     if not residuals:
         entry.residuals = (None,) * len(entry.residuals)
     if not outputs:

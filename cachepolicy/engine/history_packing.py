@@ -129,10 +129,10 @@ _MUCH = 2  # a view is copied if its storage is larger than this multiple of its
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, or a copy if it is a view that keeps a much larger storage alive."""
-    return tensor if whole([tensor]) else tensor.clone()
+    return tensor if is_whole([tensor]) else tensor.clone()
 
 
-def whole(tensors: Sequence[torch.Tensor]) -> bool:
+def is_whole(tensors: Sequence[torch.Tensor]) -> bool:
     """Return True if the tensors together are most of what their storages hold."""
     if len(tensors) == 1:
         return tensors[0].untyped_storage().nbytes() <= _MUCH * tensors[0].nbytes

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.engine.history_packing import Packed, Packing, map_leaves, whole
+from cachepolicy.engine.history_packing import Packed, Packing, is_whole, map_leaves
 from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.planning.schedule import OVER_LIMIT
 
@@ -74,7 +74,7 @@ class Storing:
         """
         if self.packing is not None:
             return sum(map(self.packing.size, tensors))
-        if copied or not whole(tensors):
+        if copied or not is_whole(tensors):
             return sum(each.nbytes for each in tensors)
         storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
         return sum(storages.values())

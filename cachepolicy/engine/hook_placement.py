@@ -9,7 +9,7 @@ from torch import nn
 
 from cachepolicy.engine import compat
 from cachepolicy.engine.class_swap import Override, intercepts, is_swapped, restore, swap
-from cachepolicy.engine.hooks import Site, parameters_of
+from cachepolicy.engine.hooks import SiteHandle, parameters_of
 from cachepolicy.engine.profiling import timed
 from cachepolicy.errors import PolicyError
 
@@ -20,7 +20,7 @@ class Placement:
     Adapters (LoRA) replace a module by a layer of their own and restore it later. `settle` moves the hooks accordingly.
     """
 
-    def __init__(self, root: nn.Module, sites: Mapping[str, Site], *, profiled: bool = False) -> None:
+    def __init__(self, root: nn.Module, sites: Mapping[str, SiteHandle], *, profiled: bool = False) -> None:
         self._root = root
         self._profiled = profiled
         self._sites = {place: site for place, site in sites.items() if place}
@@ -36,7 +36,7 @@ class Placement:
             self.lift()
             raise
 
-    def add(self, place: str, site: Site) -> None:
+    def add(self, place: str, site: SiteHandle) -> None:
         """Hook one more module."""
         with self._lock:
             self._sites[place] = site
@@ -77,7 +77,7 @@ class Placement:
         override = compat.override_of(module)
         return timed(override) if self._profiled else override
 
-    def _move(self, place: str, site: Site, module: nn.Module) -> None:
+    def _move(self, place: str, site: SiteHandle, module: nn.Module) -> None:
         if is_swapped(module) and module not in self._modules.values():
             raise PolicyError.of(
                 "E341",
@@ -90,7 +90,7 @@ class Placement:
         self._put(place, site, module)
         site.parameters = parameters_of(module)
 
-    def _put(self, place: str, site: Site, module: nn.Module) -> None:
+    def _put(self, place: str, site: SiteHandle, module: nn.Module) -> None:
         swap(module, {"__call__": self._override(module)}, site)
         self._modules[place] = module
         compat.introduce(module)

@@ -25,7 +25,7 @@ from cachepolicy.engine.actions import (
     unfit,
 )
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method
-from cachepolicy.engine.compile.graph_ops import UNCOMPILED, Stage, exporting, traced, tracing, waits
+from cachepolicy.engine.compile.graph_ops import UNCOMPILED, Stage, call_in_graph, exporting, tracing, waits
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping
 
@@ -93,7 +93,7 @@ A `threading.local` is used because Dynamo can trace it. Dynamo cannot trace a C
 """
 
 
-class Site(Handle):
+class SiteHandle(Handle):
     """State of one intercepted module.
 
     Attributes:
@@ -114,7 +114,7 @@ class Site(Handle):
         "plain", "special", "starts", "within",
     )  # fmt: skip
 
-    def __init__(self, owner: Owner, name: str, parameters: Sequence[str]) -> None:
+    def __init__(self, owner: SiteOwner, name: str, parameters: Sequence[str]) -> None:
         self.owner = owner
         self.name = name
         self.parameters = tuple(parameters)
@@ -142,7 +142,7 @@ def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-class Owner(Protocol):
+class SiteOwner(Protocol):
     """The interface of a root model for site calls outside a root call."""
 
     keeps_graphs: bool
@@ -168,7 +168,9 @@ class SignalPass(Protocol):
     inference: bool
     store: str
 
-    def special(self, original: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def special(
+        self, original: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a call that the codes of the frame do not settle."""
         ...
 
@@ -176,11 +178,13 @@ class SignalPass(Protocol):
         """Mark a site that one forward pass calls a second time."""
         ...
 
-    def gate(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def gate(self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Handle a probed or waiting module that is about to run in a graph."""
         ...
 
-    def look_after(self, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def look_after(
+        self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Handle a probed module that has run in a graph."""
         ...
 
@@ -197,7 +201,7 @@ def site_override(original: Method) -> Method:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         frame = LOCAL.frame
-        site: Site | None = self.__dict__.get(ATTRIBUTE)
+        site: SiteHandle | None = self.__dict__.get(ATTRIBUTE)
         if frame is None or site is None or frame.owner is not site.owner:
             if site is not None and not torch.compiler.is_compiling():
                 if site.owner.keeps_graphs:
@@ -265,7 +269,9 @@ def site_override(original: Method) -> Method:
     return __call__
 
 
-def _block(original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _block(
+    original: Any, module: Any, site: SiteHandle, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Run a block that is compiled alone. Its graph reads its own stage, without a block number to guard on."""
     outer = LOCAL.stage
     LOCAL.stage = frame.blocks[site.block] if frame.blocks else None
@@ -279,7 +285,7 @@ def _block(original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any
 
 
 def _traced(
-    call: Any, original: Any, module: Any, site: Site, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: Any, original: Any, module: Any, site: SiteHandle, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run a site inside a graph. Pending decisions and unprepared sites break the graph."""
     alone = LOCAL.stage
@@ -295,7 +301,7 @@ def _traced(
         _gate(frame.forward_pass, site, module, args, kwargs)
         if waits(stage, number, members):
             return _outside(call, module, site, args, kwargs)
-    output = traced(original, module, stage, number, members, site.parameters, args, kwargs)
+    output = call_in_graph(original, module, stage, number, members, site.parameters, args, kwargs)
     if site.outputs:
         _look_after(frame.forward_pass, site, module, args, kwargs, output)
     return output
@@ -377,21 +383,23 @@ _outside_graphs = _with_reason(
 
 
 @_outside_graphs
-def _gate(forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _gate(
+    forward_pass: SignalPass, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Let probes read the inputs between two graphs, and decide what can be decided."""
     forward_pass.gate(site, module, args, kwargs)
 
 
 @_outside_graphs
 def _look_after(
-    forward_pass: SignalPass, site: Site, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    forward_pass: SignalPass, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Let probes read the outputs between two graphs."""
     forward_pass.look_after(site, module, args, kwargs, output)
 
 
 @_outside_graphs
-def _outside(call: Any, module: Any, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _outside(call: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a site call outside the graph, which breaks the graph."""
     cast("RootHandle", site.owner).surprised()
     return call(module, *args, **kwargs)

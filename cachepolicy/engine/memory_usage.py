@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cachepolicy.planning.forecast import size
+from cachepolicy.planning.forecast import format_bytes
 from cachepolicy.planning.schedule import OVER_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryUsage:
     """Bytes of history.
 
     Attributes:
@@ -25,8 +25,8 @@ class Memory:
     refused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        of = "" if self.limit is None else f" of {size(self.limit)}"
-        lines = [f"{size(self.held)}{of} held, {size(self.most)} by one session at most"]
+        of = "" if self.limit is None else f" of {format_bytes(self.limit)}"
+        lines = [f"{format_bytes(self.held)}{of} held, {format_bytes(self.most)} by one session at most"]
         if self.refused:
             first, *others = self.refused
             more = f" and {len(others)} more" if others else ""

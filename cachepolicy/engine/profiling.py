@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.class_swap import ATTRIBUTE, Method, Override
-from cachepolicy.engine.hooks import LOCAL, Site
+from cachepolicy.engine.hooks import LOCAL, SiteHandle
 from cachepolicy.tracing.trace import Slice
 
 
@@ -29,7 +29,7 @@ def timed(override: Override) -> Override:
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
             frame = LOCAL.frame
-            site: Site | None = self.__dict__.get(ATTRIBUTE)
+            site: SiteHandle | None = self.__dict__.get(ATTRIBUTE)
             if frame is None or site is None or frame.owner is not site.owner or torch.compiler.is_compiling():
                 return intercepted(self, *args, **kwargs)
             began = now()

@@ -25,7 +25,7 @@ from cachepolicy.engine.actions import (
 from cachepolicy.engine.block_chain import Continuations
 from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.class_swap import Handle
-from cachepolicy.engine.clock import CONTEXT, Arguments, Reading, Sources, arguments_of, inspect_root, read
+from cachepolicy.engine.clock import CONTEXT, CallArguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.compile.regions import Graphs
 from cachepolicy.engine.distributed.consensus import Agreement
@@ -34,7 +34,7 @@ from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.forward_pass import Branch, ForwardPass
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
-from cachepolicy.engine.hooks import Frame, Site, parameters_of
+from cachepolicy.engine.hooks import Frame, SiteHandle, parameters_of
 from cachepolicy.engine.memory_budget import Account, Budget, Lease
 from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
@@ -43,7 +43,7 @@ from cachepolicy.engine.signals import Measuring, Remembered
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment
-from cachepolicy.planning.cost_model import Reuses, Weight, operations, weights
+from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import (
@@ -58,7 +58,7 @@ from cachepolicy.planning.schedule import (
     rebuilds_uncond,
     untold,
 )
-from cachepolicy.tracing.trace import Call, Trace
+from cachepolicy.tracing.trace import CallRecord, Trace
 
 DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
 
@@ -71,7 +71,7 @@ class RootContext:
     guided: Callable[[SessionConfig, Entered | None], bool | None]
     refuted: Callable[[], None]
     settle: Callable[[RootModel], None]
-    intercept: Callable[[RootModel, str, Site], None]
+    intercept: Callable[[RootModel, str, SiteHandle], None]
     sessions: Sessions
     session_config: SessionConfig
     trace: Trace | None
@@ -116,13 +116,13 @@ class RootModel(Handle):
         self._warned = False
         self._reuses: dict[Ahead, Reuses] = {}
 
-    def _handles(self) -> dict[str, Site]:
+    def _handles(self) -> dict[str, SiteHandle]:
         """Build the `Site` of each intercepted module, by module name. The root model has the name ""."""
-        handles = dict[str, Site]()
+        handles = dict[str, SiteHandle]()
 
-        def at(name: str) -> Site:
+        def at(name: str) -> SiteHandle:
             if name not in handles:
-                handles[name] = Site(self, name or "model", parameters_of(self.module.get_submodule(name)))
+                handles[name] = SiteHandle(self, name or "model", parameters_of(self.module.get_submodule(name)))
             return handles[name]
 
         at("")
@@ -242,7 +242,7 @@ class RootModel(Handle):
             session.session_config = said or self.around.session_config
         return session.session_config
 
-    def _read(self, session: Session, state: State, sources: Sources, arguments: Arguments) -> Reading:
+    def _read(self, session: Session, state: State, sources: Sources, arguments: CallArguments) -> Reading:
         try:
             return read(session.clock, state.calls, sources, self.root, arguments)
         except BaseException:
@@ -338,7 +338,7 @@ class RootModel(Handle):
         counts = {
             name: sum(each.numel() for each in module.parameters(recurse=False)) for name, module in named.items()
         }
-        return weights(self.plan, counts)
+        return site_weights(self.plan, counts)
 
     def _hosted(self, session_config: SessionConfig) -> PassContext:
         layout, externals = session_config.layouts[self.name], session_config.told.externals
@@ -485,11 +485,11 @@ class RootModel(Handle):
         call.session.leave()
         return output
 
-    def _recorded(self, call: RootCall, number: int) -> Call:
+    def _recorded(self, call: RootCall, number: int) -> CallRecord:
         """Return the trace entry of the call."""
         forward_pass = call.forward_pass
         profiled = self.around.session_config.told.trace == "profile"
-        return Call(
+        return CallRecord(
             forward_pass.tick,
             forward_pass.branch.partition,
             forward_pass.decisions,
@@ -608,7 +608,7 @@ class RootCall:
     session: Session
     state: State
     forward_pass: ForwardPass
-    arguments: Arguments
+    arguments: CallArguments
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     frame: Frame = field(init=False)

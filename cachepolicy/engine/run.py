@@ -21,10 +21,10 @@ from cachepolicy.engine.distributed.groups import member_ranks
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.engine.hook_placement import Placement
-from cachepolicy.engine.hooks import Site, root_override
+from cachepolicy.engine.hooks import SiteHandle, root_override
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline
 from cachepolicy.engine.memory_budget import Budget
-from cachepolicy.engine.memory_usage import Memory
+from cachepolicy.engine.memory_usage import MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
 from cachepolicy.engine.root_model import DISABLED, RootContext, RootModel
@@ -234,7 +234,7 @@ class Run(Handle):
         return bool(self._attached)
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryUsage:
         """Bytes of history that the sessions hold now, and the sites that the memory limit excludes."""
         states = [(name, state) for session in self._sessions.alive() for name, state in list(session.states.items())]
         holding = [(self._attached[name], state) for name, state in states if name in self._attached]
@@ -246,7 +246,7 @@ class Run(Handle):
             if slot.storing.lacking is OVER_LIMIT
         }
         calls = [call for trajectory in self.trace or () for call in list(trajectory.calls)]
-        return Memory(
+        return MemoryUsage(
             sum(attached.held(state) for attached, state in holding),
             max((call.held for call in calls), default=0),
             self._terms.told.limit,
@@ -330,7 +330,7 @@ class Run(Handle):
         if placement is not None:  # missing when another thread's call has detached the run (E310, E311)
             placement.settle()
 
-    def _intercept(self, attached: RootModel, place: str, site: Site) -> None:
+    def _intercept(self, attached: RootModel, place: str, site: SiteHandle) -> None:
         self._placements[attached.identity].add(place, site)
 
     def _swap(self, module: torch.nn.Module, methods: dict[str, Any], handle: object) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.norms import Share, Sum, in_pieces, norm_alone, share, summed
-from cachepolicy.engine.history_packing import whole
+from cachepolicy.engine.history_packing import is_whole
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, children, evaluate, substitute, walk
 from cachepolicy.language.vocabulary import MEMORIES, NORMS
@@ -30,7 +30,7 @@ class Stream:
     def __init__(self, tensor: torch.Tensor) -> None:
         # Inference tensors have no `_version`, so in-place writes cannot be detected. Small views are copied as well,
         # because they would keep a large storage alive.
-        copies = tensor.is_inference() or not whole([tensor])
+        copies = tensor.is_inference() or not is_whole([tensor])
         self._tensor = tensor.detach().clone() if copies else tensor.detach()
         self._version = None if copies else tensor._version
         self._magnitude: torch.Tensor | None = None
@@ -66,7 +66,7 @@ class Stream:
         return self._sum
 
 
-Value = Stream | float
+SignalValue = Stream | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,11 @@ class Remembered:
     """Memory of one branch: values of the previous step, and of the computes of each site, newest first."""
 
     step: int = -1
-    previous: dict[tuple[ir.Expression, int], Value] = field(default_factory=dict[tuple[ir.Expression, int], Value])
-    kept: dict[tuple[ir.Expression, int], tuple[Value, ...]] = field(
-        default_factory=dict[tuple[ir.Expression, int], tuple[Value, ...]]
+    previous: dict[tuple[ir.Expression, int], SignalValue] = field(
+        default_factory=dict[tuple[ir.Expression, int], SignalValue]
+    )
+    kept: dict[tuple[ir.Expression, int], tuple[SignalValue, ...]] = field(
+        default_factory=dict[tuple[ir.Expression, int], tuple[SignalValue, ...]]
     )
 
 
@@ -226,9 +228,11 @@ class Measuring:
                     self.past.kept.pop(key, None)
         self.past.previous, self.past.step = previous, self._step
 
-    def _values(self, expressions: Iterable[ir.Expression], sites: list[int]) -> dict[tuple[ir.Expression, int], Value]:
+    def _values(
+        self, expressions: Iterable[ir.Expression], sites: list[int]
+    ) -> dict[tuple[ir.Expression, int], SignalValue]:
         """Return the defined values of the expressions at each site."""
-        found = dict[tuple[ir.Expression, int], Value]()
+        found = dict[tuple[ir.Expression, int], SignalValue]()
         for expression in expressions:
             for site in sites:
                 try:
@@ -237,7 +241,7 @@ class Measuring:
                     continue
         return found
 
-    def _value(self, expression: ir.Expression, site: int) -> Value:
+    def _value(self, expression: ir.Expression, site: int) -> SignalValue:
         match expression:
             case ir.Probe():
                 if expression not in self._seen:
@@ -252,7 +256,7 @@ class Measuring:
             case _:
                 return self._number(expression, site)
 
-    def _remembered(self, value: Value | None, what: str) -> Value:
+    def _remembered(self, value: SignalValue | None, what: str) -> SignalValue:
         if value is None or (what == "prev" and self.past.step != self._step - 1):
             raise Undefined(f"`{what}(...)` has no value yet")
         return value

@@ -6,7 +6,9 @@ import sys
 from typing import Any
 
 
-def entered(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_arguments(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call as the module's forward receives them.
 
     The diffusers hook runs inside the intercepted call and splits the arguments. Residuals have to be computed from the

@@ -10,7 +10,7 @@ from cachepolicy.language.evaluate import walk
 from cachepolicy.language.patterns import searcher
 
 
-def faults(rule: ir.Rule) -> Iterator[Diagnostic]:
+def clause_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
     """Yields the faults of a rule with substituted parameters and lets: E163 for constants, E164 for regexes."""
     if rule.schedule is not None:
         yield from _schedule(rule.schedule)
@@ -19,7 +19,7 @@ def faults(rule: ir.Rule) -> Iterator[Diagnostic]:
     yield from selector_faults(rule.selector)
 
 
-def _schedule(schedule: ir.Schedule) -> Iterator[Diagnostic]:
+def _schedule(schedule: ir.ScheduleClause) -> Iterator[Diagnostic]:
     match schedule:
         case ir.Every():
             yield from _whole(schedule.interval, "`every`", 1)

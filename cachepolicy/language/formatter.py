@@ -12,7 +12,7 @@ from typing import assert_never
 from cachepolicy.language import ir
 from cachepolicy.language.vocabulary import RESERVED
 
-WIDTH = 100
+LINE_WIDTH = 100
 """Columns of a line, where its parts can be broken at all."""
 
 # How tightly an operator binds: a part below what its place asks for stands in parentheses.
@@ -126,16 +126,16 @@ def _packed(pieces: Sequence[str]) -> list[str]:
     A rule that does not fit on one line has its selector on the first and its clauses below.
     """
     whole = " ".join(pieces)
-    if len(whole) <= WIDTH:
+    if len(whole) <= LINE_WIDTH:
         return [whole]
     lines = list[str]()
     full = False
     for piece in pieces:
-        if lines and not full and len(lines[-1]) + 1 + len(piece) <= WIDTH:
+        if lines and not full and len(lines[-1]) + 1 + len(piece) <= LINE_WIDTH:
             lines[-1] += f" {piece}"
             continue
         first = "  " if lines else ""
-        broken = _broken(first + piece, "    ") if len(first + piece) > WIDTH else [first + piece]
+        broken = _broken(first + piece, "    ") if len(first + piece) > LINE_WIDTH else [first + piece]
         full = len(broken) > 1 or (not lines and piece.startswith("match "))
         lines += broken
     return lines
@@ -148,9 +148,9 @@ def _broken(piece: str, indent: str) -> list[str]:
     """Breaks a piece into several lines, after an argument if possible, otherwise at a space."""
     lines = [""]
     for part in _parts(piece):
-        if len(lines[-1]) + len(part) <= WIDTH:
+        if len(lines[-1]) + len(part) <= LINE_WIDTH:
             lines[-1] += part
-        elif lines[-1].strip() and len(indent) + len(part.lstrip()) <= WIDTH:
+        elif lines[-1].strip() and len(indent) + len(part.lstrip()) <= LINE_WIDTH:
             lines.append(indent + part.lstrip())
         else:
             _add_words(lines, part, indent)
@@ -159,7 +159,7 @@ def _broken(piece: str, indent: str) -> list[str]:
 
 def _add_words(lines: list[str], part: str, indent: str) -> None:
     for word in _WORDS.findall(part):
-        if not lines[-1].strip() or len(lines[-1]) + len(word) <= WIDTH:
+        if not lines[-1].strip() or len(lines[-1]) + len(word) <= LINE_WIDTH:
             lines[-1] += word
         else:
             lines.append(indent + word.lstrip())
@@ -233,7 +233,7 @@ def _clauses(rule: ir.Rule) -> Iterator[str]:
         yield f"follow {rule.follow}"
 
 
-def _schedule(schedule: ir.Schedule) -> str:
+def _schedule(schedule: ir.ScheduleClause) -> str:
     match schedule:
         case ir.Every():
             text = f"every {_expression(schedule.interval, _SUM)}"

@@ -30,7 +30,7 @@ Role = Literal[
 ]  # fmt: skip
 """What a stretch of text is in a policy."""
 
-State = Literal["policy", "bound", "expected", "row"]
+LexerState = Literal["policy", "bound", "expected", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Colouring:
 
     expression: str
     roles: tuple[Role, ...]
-    opens: State | None = None
+    opens: LexerState | None = None
     closes: bool = False
 
 
@@ -62,7 +62,7 @@ def _words(words: Iterable[str], role: Role) -> Colouring:
     return Colouring(rf"\b(?:{_either(words)})\b", (role,))
 
 
-def _phrase(text: str, *, opens: State | None = None, closes: bool = False) -> Colouring:
+def _phrase(text: str, *, opens: LexerState | None = None, closes: bool = False) -> Colouring:
     """A fixed phrase, `N` in it a whole number."""
     words = text.split()
     parts = ["[0-9]+" if word == "N" else word for word in words]
@@ -74,7 +74,7 @@ def _phrase(text: str, *, opens: State | None = None, closes: bool = False) -> C
 
 
 _PHRASED: Mapping[str, Role] = {"N": "number", "approximate": "action", "reuse": "action"}
-_OPENING: Mapping[str, State] = {"at most": "bound", "over N steps": "expected"}
+_OPENING: Mapping[str, LexerState] = {"at most": "bound", "over N steps": "expected"}
 _CLOSING = ("in a row", "in all")
 
 _DECLARATIONS = (
@@ -123,7 +123,7 @@ _ANYWHERE = (
     *_SIGNS,
 )
 
-STATES: Mapping[State, tuple[Colouring, ...]] = {
+STATES: Mapping[LexerState, tuple[Colouring, ...]] = {
     "policy": _ANYWHERE,
     # `in all` ends a bound, and asks about a parameter `all` elsewhere.
     "bound": tuple(_phrase(each, closes=True) for each in _CLOSING),

@@ -321,7 +321,7 @@ class Mask(Node):
     mask: Annotated[Text | Name | Off, Field(discriminator="kind")]
 
 
-Schedule = Annotated[Every | OnSteps | Mask, Field(discriminator="kind")]
+ScheduleClause = Annotated[Every | OnSteps | Mask, Field(discriminator="kind")]
 
 
 class Bound(Node):
@@ -431,7 +431,7 @@ class Rule(Node):
     selector: Selector
     optional: bool = False
     when: Expression | None = None
-    schedule: Schedule | None = None
+    schedule: ScheduleClause | None = None
     condition: Expression | None = Field(default=None, description="the `while` clause")
     bounds: tuple[Bound, ...] = ()
     action: Action

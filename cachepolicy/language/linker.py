@@ -10,16 +10,16 @@ from typing import Any, TypeVar, cast
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.clauses import faults
+from cachepolicy.language.clauses import clause_faults
 from cachepolicy.language.evaluate import Value, names_in
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
 from cachepolicy.language.params import python, settled
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.traversal import folded, measure, transform
+from cachepolicy.language.traversal import fold_constants, measure_size, transform
 
-__all__ = ["Resolved", "Source", "load", "resolve"]
+__all__ = ["Resolved", "RuleSource", "load", "resolve"]
 
-DEPTH_LIMIT = 16
+USE_DEPTH_LIMIT = 16
 """Maximum nesting depth of `use`."""
 USE_LIMIT = 256
 """Maximum number of `use` statements that are inlined, with repetitions."""
@@ -32,7 +32,7 @@ NESTING_LIMIT = 160
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RuleSource:
     """The statement that a rule came from: its policy and its index among the statements of the policy."""
 
     policy: ir.Policy = field(repr=False)
@@ -50,7 +50,7 @@ class Resolved:
 
     policy: ir.Policy = field(repr=False)
     rules: tuple[ir.Rule, ...]
-    sources: tuple[Source, ...] = field(repr=False)
+    sources: tuple[RuleSource, ...] = field(repr=False)
     signals: tuple[ir.Signal, ...]
     tables: Mapping[str, tuple[int | float, ...]]
     externals: tuple[str, ...]
@@ -114,7 +114,7 @@ class _Flat:
 
     loader: Loader
     rules: list[ir.Rule] = field(default_factory=list[ir.Rule])
-    sources: list[Source] = field(default_factory=list[Source])
+    sources: list[RuleSource] = field(default_factory=list[RuleSource])
     signals: dict[str, ir.Signal] = field(default_factory=dict[str, ir.Signal])
     tables: dict[str, tuple[int | float, ...]] = field(default_factory=dict[str, tuple[int | float, ...]])
     externals: list[str] = field(default_factory=list[str])
@@ -192,7 +192,7 @@ class _Flat:
                 case ir.PatternParam():
                     return self._pattern(policy, node, names)
                 case _:
-                    return folded(node)
+                    return fold_constants(node)
 
         return transform(node, rewrite)
 
@@ -235,9 +235,9 @@ class _Flat:
         bounds = tuple(bound for bound in written.bounds if not isinstance(bound.count, ir.Off))
         if len(bounds) < len(written.bounds):
             written = written.model_copy(update={"bounds": bounds})
-        self.findings += [located(each, policy, rule.span) for each in faults(written)]
+        self.findings += [located(each, policy, rule.span) for each in clause_faults(written)]
         self.rules.append(written)
-        self.sources.append(Source(policy, number))
+        self.sources.append(RuleSource(policy, number))
         if len(self.rules) > RULE_LIMIT:
             raise PolicyError.of("E157", f"more than {RULE_LIMIT} rules, with those that are used")
 
@@ -254,8 +254,8 @@ class _Flat:
 
     def _load(self, name: str, user: ir.Policy, path: Sequence[Origin]) -> ir.Policy:
         self.uses += 1
-        if len(path) > DEPTH_LIMIT:
-            raise PolicyError.of("E157", f"`use` reaches deeper than {DEPTH_LIMIT}: {chain(path)}")
+        if len(path) > USE_DEPTH_LIMIT:
+            raise PolicyError.of("E157", f"`use` reaches deeper than {USE_DEPTH_LIMIT}: {chain(path)}")
         if self.uses > USE_LIMIT:
             raise PolicyError.of("E157", f"more than {USE_LIMIT} policies are used: {chain(path)}")
         key = (path[-1].key, name)
@@ -268,7 +268,7 @@ class _Flat:
         return used
 
     def _size(self, policy: ir.Policy, node: ir.Node, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        nodes, depth = measure(node, sizes)
+        nodes, depth = measure_size(node, sizes)
         self.nodes += nodes
         if self.nodes > NODE_LIMIT or depth > NESTING_LIMIT:
             raise PolicyError([located(_TOO_LARGE, policy, node.span)])

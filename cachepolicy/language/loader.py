@@ -17,7 +17,7 @@ from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.source import prepare
+from cachepolicy.language.source import prepare_source
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 
 SHIPPED = "<shipped>/"
@@ -48,7 +48,7 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
     if "\n" in source:
         raise PolicyError.of("E150", "a policy's text where its name or path stands", help="`parse(text)` reads a text")
     if not _bare(source):
-        return read(Path(source), source)
+        return read_policy(Path(source), source)
     return _named(source, Path())
 
 
@@ -57,7 +57,7 @@ def _from_path(source: object) -> ir.Policy:
         given = type(source).__name__
         raise PolicyError.of("E150", f"a policy is a name, a path or a `Policy`, not a `{given}`")
     name = os.fsdecode(cast("os.PathLike[str]", source))
-    return read(Path(name), name)
+    return read_policy(Path(name), name)
 
 
 def _bare(name: str) -> bool:
@@ -77,7 +77,7 @@ def _named(name: str, folder: Path) -> ir.Policy:
             )
         return _shipped(stem)
     if is_file(folder / name) or _is_there(folder / name):
-        return read(folder / name, name)
+        return read_policy(folder / name, name)
     raise PolicyError.of("E150", f"no shipped policy and no file `{name}`", help=_near(stem, folder))
 
 
@@ -122,7 +122,7 @@ def _shipped(name: str) -> ir.Policy:
     return parse(policies[stem].read_bytes(), source=f"{SHIPPED}{policies[stem].name}")
 
 
-def read(path: Path, shown: str) -> ir.Policy:
+def read_policy(path: Path, shown: str) -> ir.Policy:
     """Reads a policy file. The policy stores its absolute path, which `use` resolves names against.
 
     Args:
@@ -228,7 +228,7 @@ def load_used(name: str, user: ir.Policy) -> ir.Policy:
     target = Path(os.path.realpath(folder / name))
     if not target.is_relative_to(os.path.realpath(folder)):
         raise _outside(name, "the link leads out of the policy's folder")
-    return read(target, name)
+    return read_policy(target, name)
 
 
 def _outside(name: str, help: str) -> PolicyError:
@@ -280,7 +280,7 @@ def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagno
     if content is None or name is None:
         return replace(finding, source=name)
     shown = os.path.relpath(name) if _is_file_name(name) else name
-    return prepare(content, name if shown.startswith("..") else shown)[0].locate(finding)
+    return prepare_source(content, name if shown.startswith("..") else shown)[0].locate(finding)
 
 
 def _text(name: str) -> bytes | None:

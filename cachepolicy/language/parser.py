@@ -15,10 +15,10 @@ from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir, syntax_errors
 from cachepolicy.language.lowering import Lowering, depth, is_tree
 from cachepolicy.language.semantics import check_names, judge
-from cachepolicy.language.source import Chunk, Source, prepare
+from cachepolicy.language.source import Chunk, Source, prepare_source
 from cachepolicy.language.vocabulary import DEPTH_LIMIT, HEADER_WORDS, STATEMENT_WORDS
 
-__all__ = ["Ahead", "check_names", "look_ahead", "parse", "parse_selector", "parse_value", "recover"]
+__all__ = ["Lookahead", "check_names", "look_ahead", "parse", "parse_selector", "parse_value", "recover"]
 
 
 def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
@@ -52,7 +52,7 @@ def recover(text: str | bytes, *, source: str = "<text>") -> tuple[ir.Policy, tu
     Returns:
         The part of the policy that parses, and all errors and warnings in source order.
     """
-    prepared, findings, parsable = prepare(text, source)
+    prepared, findings, parsable = prepare_source(text, source)
     reading = _Reading(prepared, list(findings))
     if parsable and not reading.unknown_edition():
         reading.read()
@@ -93,7 +93,7 @@ def parse_selector(text: str) -> ir.Selector:
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class Lookahead:
     """Terminals that may follow the beginning of a statement, and the terminals that the parser read before."""
 
     accepts: frozenset[str]
@@ -103,7 +103,7 @@ class Ahead:
     """The terminals of the beginning, each with its text."""
 
 
-def look_ahead(source: Source, start: int, end: int) -> Ahead | None:
+def look_ahead(source: Source, start: int, end: int) -> Lookahead | None:
     """Computes which terminals may follow at `end` in a statement that starts at `start`.
 
     Args:
@@ -123,7 +123,7 @@ def look_ahead(source: Source, start: int, end: int) -> Ahead | None:
         return None
     accepts = frozenset[str](parser.accepts())
     words = frozenset(word for name, word in _words().items() if name in accepts)
-    return Ahead(accepts, words, tuple((str(each.type), str(each)) for each in read))
+    return Lookahead(accepts, words, tuple((str(each.type), str(each)) for each in read))
 
 
 def _place(finding: Diagnostic) -> tuple[int, int]:
@@ -179,14 +179,14 @@ def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop
 
 
 def _parse_part(text: str, start: str, lower: Any) -> Any:
-    prepared, findings, parsable = prepare(text.replace("\n", " "), f"<{start}>")
+    prepared, findings, parsable = prepare_source(text.replace("\n", " "), f"<{start}>")
     chunk = Chunk(0, len(prepared.clean.rstrip()), "")
     findings = [each for each in findings if each.code != "E006"]
     if parsable and not findings:
         try:
             tree = _parse(prepared, 0, chunk.end, start)
         except lark.exceptions.UnexpectedInput:
-            findings = [syntax_errors.explain(prepared, chunk, _stop(prepared, 0, chunk.end, start))]
+            findings = [syntax_errors.syntax_error(prepared, chunk, _stop(prepared, 0, chunk.end, start))]
         else:
             lowering = Lowering(prepared)
             if depth(tree) > DEPTH_LIMIT:
@@ -278,7 +278,7 @@ class _Reading:
                     yield chunk, _parse(self.source, chunk.start, chunk.end, "line")
                 except lark.exceptions.UnexpectedInput:
                     stop = _stop(self.source, chunk.start, chunk.end, "line")
-                    self._give_up(chunk, syntax_errors.explain(self.source, chunk, stop), stop.offset)
+                    self._give_up(chunk, syntax_errors.syntax_error(self.source, chunk, stop), stop.offset)
 
     def _take(self, chunk: Chunk, tree: Any) -> None:
         if depth(tree) > DEPTH_LIMIT + 8:

@@ -9,7 +9,7 @@ from functools import cache
 
 
 @dataclass(frozen=True)
-class Table:
+class ReferenceTable:
     """A table of the language's reference: the forms of one sort, each with what is to be said of it.
 
     `verb` joins the two: *t* is the timestep, *attention* takes attention modules. `section` is the heading's anchor.
@@ -22,12 +22,12 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ReferenceEntry:
     """A form of the language, with the table that it stands in."""
 
     form: str
     says: str
-    table: Table
+    table: ReferenceTable
 
     @property
     def sentence(self) -> str:
@@ -41,7 +41,7 @@ class Entry:
 
 
 TABLES = (
-    Table("statement", "is", "a-file", {
+    ReferenceTable("statement", "is", "a-file", {
         "cachepolicy 1": "the edition of the language",
         'policy NAME ["title"]': "the policy's name",
         'source "..."': "the paper or repository that the policy follows",
@@ -54,7 +54,7 @@ TABLES = (
         "use POLICY [with A = V, ...]": "another policy's rules, here",
         "expect SELECTOR over N steps [with A = V, ...]: C R ...": "a test inside the file",
     }),
-    Table("part of a rule", "says", "which-rule-decides", {
+    ReferenceTable("part of a rule", "says", "which-rule-decides", {
         "optional": "that the rule may take nothing",
         "when G": "at which steps the rule owns its sites, by the clock and the params",
         "while C": "what must hold for a reuse, of what was measured",
@@ -62,7 +62,7 @@ TABLES = (
         "at most N in all": "how often the rule may reuse at a site and branch, over the trajectory",
         "follow BRANCH": "that any other branch does what this one did",
     }),
-    Table("selector", "takes", "selectors", {
+    ReferenceTable("selector", "takes", "selectors", {
         '"regex"': "modules whose qualified name contains a match",
         "NAME": "the same, for a `string` or `list` param: any regex of the list",
         "attention": "attention modules",
@@ -77,7 +77,7 @@ TABLES = (
         'blocks of "regex"': "blocks of the lists whose name contains a match",
         "S and S, S or S, not S, ( S )": "sets of modules; `not` binds before `and`, `and` before `or`",
     }),
-    Table("clock word", "is", "when", {
+    ReferenceTable("clock word", "is", "when", {
         "t": "the scheduler's timestep in training units, 1000 to 0, whatever scale the model's argument has",
         "step": "the number of the step, from 0",
         "steps": "how many steps the trajectory has",
@@ -89,7 +89,7 @@ TABLES = (
         ),
         "age": "steps since this site last computed",
     }),
-    Table("expression", "is", "when", {
+    ReferenceTable("expression", "is", "when", {
         "a if c else b": "a where c holds, else b; only the one that is taken is read",
         "a or b": "true where one holds",
         "a and b": "true where both hold",
@@ -107,7 +107,7 @@ TABLES = (
         "clamp(x, low, high)": "x, but not below low and not above high",
         "poly([highest, ..., c0], x)": "the polynomial of x with these coefficients",
     }),
-    Table("schedule", "computes when", "schedules", {
+    ReferenceTable("schedule", "computes when", "schedules", {
         "every N": "step % N == 0",
         "every N offset K": "(step − K) % N == 0",
         "every N from end": "(steps − 1 − step) % N == 0",
@@ -115,7 +115,7 @@ TABLES = (
         "on {0, 1, 2, 7}, on NAME": "step is one of these; NAME is a `list` param",
         'mask "1101", mask NAME': "the step's letter is 1; NAME is a `string` param",
     }),
-    Table("measure", "is", "while", {
+    ReferenceTable("measure", "is", "while", {
         "input(S)": "the tensor that goes into the site",
         "output(S)": "the tensor that comes out of it",
         "residual(S)": "output minus input",
@@ -130,7 +130,7 @@ TABLES = (
         "sum(x)": "the sum of x over the steps since this site last computed, this one included",
         "product(x)": "the product of x over the same steps",
     }),
-    Table("action", "answers with", "actions", {
+    ReferenceTable("action", "answers with", "actions", {
         "compute": "nothing: the site runs",
         "skip": "its input",
         "reuse": "its last output",
@@ -139,14 +139,14 @@ TABLES = (
         "predict NAME(...) of residual": "its input plus the same of its residuals",
         "approximate uncond spectral(...)": "on `model` only: half computed, half rebuilt",
     }),
-    Table("predictor", "answers with, where k = age", "actions", {
+    ReferenceTable("predictor", "answers with, where k = age", "actions", {
         "linear(weight: E)": "newest + (newest − the one before) · weight",
         "taylor(order: m)": (
             "Σ Δ^i k^i / i! for i up to m, of recursive differences at computes, Δ^(i+1) = (Δ^i − previous Δ^i) / gap"
         ),
         "hermite(order: m, scale: E)": "the same with E^i H_i(E k) in place of k^i, of Hermite polynomials H",
     }),
-    Table("type", "is", "params", {
+    ReferenceTable("type", "is", "params", {
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
@@ -158,11 +158,11 @@ TABLES = (
 
 
 @cache
-def _entries() -> tuple[Entry, ...]:
-    return tuple(Entry(form, says, table) for table in TABLES for form, says in table.says.items())
+def _entries() -> tuple[ReferenceEntry, ...]:
+    return tuple(ReferenceEntry(form, says, table) for table in TABLES for form, says in table.says.items())
 
 
-def explain(word: str) -> tuple[Entry, ...]:
+def explain_word(word: str) -> tuple[ReferenceEntry, ...]:
     """The forms that begin with a word of the language; else the shortest that hold it, or the phrase that it is."""
     if " " in word:
         return tuple(each for each in _entries() if word in each.form)

@@ -200,7 +200,7 @@ def _circle(names: list[str], declared: Mapping[str, Declaration], report: Repor
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ExpressionPlace:
     """A kind of position in which an expression may occur.
 
     Attributes:
@@ -226,15 +226,15 @@ _FIXED: frozenset[Sort] = frozenset({"parameter", "let"})
 _STREAMS: frozenset[Sort] = _PURE.union({"signal"})
 _WEIGHED: frozenset[Sort] = _PURE.union({"external"})
 
-WHEN = Place("`when`", _PURE)
-SCHEDULE = Place("a schedule", _PURE)
-BOUND = Place("`at most`", _PURE)
-LET = Place("`let`", _PURE, refusal="is a number of clock and parameters")
-WHILE = Place("`while`", _STREAMS, memory=True, accumulators=True)
-SIGNAL = Place("`signal`", _STREAMS, memory=True, probes=True)
-ARGUMENT = Place("an action's argument", _WEIGHED, refusal="depends on the clock and externals alone")
-CONSTANT = Place("an action's constant", _FIXED, refusal="is the same at every step")
-POSITION = Place("the position of a block", _FIXED, refusal="is fixed when the policy meets its model")
-SETTING = Place("a setting", _FIXED, refusal="is fixed before the run")
-LITERAL = Place("a default", frozenset(), refusal="is a constant")
-EXPECTED = Place("an expectation's setting", frozenset(), refusal="is a constant")
+WHEN = ExpressionPlace("`when`", _PURE)
+SCHEDULE = ExpressionPlace("a schedule", _PURE)
+BOUND = ExpressionPlace("`at most`", _PURE)
+LET = ExpressionPlace("`let`", _PURE, refusal="is a number of clock and parameters")
+WHILE = ExpressionPlace("`while`", _STREAMS, memory=True, accumulators=True)
+SIGNAL = ExpressionPlace("`signal`", _STREAMS, memory=True, probes=True)
+ARGUMENT = ExpressionPlace("an action's argument", _WEIGHED, refusal="depends on the clock and externals alone")
+CONSTANT = ExpressionPlace("an action's constant", _FIXED, refusal="is the same at every step")
+POSITION = ExpressionPlace("the position of a block", _FIXED, refusal="is fixed when the policy meets its model")
+SETTING = ExpressionPlace("a setting", _FIXED, refusal="is fixed before the run")
+LITERAL = ExpressionPlace("a default", frozenset(), refusal="is a constant")
+EXPECTED = ExpressionPlace("an expectation's setting", frozenset(), refusal="is a constant")

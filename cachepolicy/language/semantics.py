@@ -22,8 +22,8 @@ from cachepolicy.language.scope import (
     SETTING,
     WHEN,
     WHILE,
+    ExpressionPlace,
     Finding,
-    Place,
     Report,
     Scope,
     Sort,
@@ -107,7 +107,7 @@ class _Judgement:
             for each in error.diagnostics:
                 self.report.adopt(each, param.default)
 
-    def _constant(self, node: ir.Expression, place: Place) -> None:
+    def _constant(self, node: ir.Expression, place: ExpressionPlace) -> None:
         """Checks a default or a setting. Lists of strings and intervals are allowed."""
         items = node.items if isinstance(node, ir.ListOf) else (node,)
         for item in items:
@@ -138,7 +138,7 @@ class _Judgement:
         self._action(rule.action)
         self._model(rule)
 
-    def _schedule(self, schedule: ir.Schedule) -> None:
+    def _schedule(self, schedule: ir.ScheduleClause) -> None:
         match schedule:
             case ir.Every():
                 self._number(schedule.interval, SCHEDULE, "`every`", least=1, off=True)
@@ -161,7 +161,9 @@ class _Judgement:
                 # What only parameters in place put there.
                 pass
 
-    def _number(self, node: ir.Expression, place: Place, what: str, *, least: int | None, off: bool = False) -> None:
+    def _number(
+        self, node: ir.Expression, place: ExpressionPlace, what: str, *, least: int | None, off: bool = False
+    ) -> None:
         """Checks a count. If `off` is true, the literal `off` or an optional parameter is also allowed."""
         if off and isinstance(node, ir.Off):
             return
@@ -259,7 +261,7 @@ class _Judgement:
 
     # --- settings
 
-    def _settings(self, settings: tuple[ir.Setting, ...], place: Place) -> None:
+    def _settings(self, settings: tuple[ir.Setting, ...], place: ExpressionPlace) -> None:
         seen = set[str]()
         for setting in settings:
             if setting.name in seen:

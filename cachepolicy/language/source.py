@@ -110,7 +110,7 @@ def is_writable(text: str) -> bool:
     return "\n" not in text and "\r" not in text and not _FORBIDDEN.search(text)
 
 
-def prepare(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnostic, ...], bool]:
+def prepare_source(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnostic, ...], bool]:
     """The text as a `Source`, what is wrong with its characters, bounds and lines, and whether to parse it at all."""
     if len(text) > TEXT_LIMIT:
         source = Source(name, "", "\n")

@@ -46,7 +46,7 @@ def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
     return source.finding("E007", message, chunk.start, chunk.start + len(word), help=help)
 
 
-def explain(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
+def syntax_error(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
     """The finding for a chunk that the parser gave up."""
     if stop.offset >= chunk.end:
         return _cut_short(source, chunk, stop)

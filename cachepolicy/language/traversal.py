@@ -32,7 +32,7 @@ def _transform_in(value: object, rewrite: Rewrite) -> object:
     return value
 
 
-def measure(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def measure_size(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
     """Returns the node count and depth of `node` after substitution.
 
     `known` maps each substituted name to its own node count and depth.
@@ -41,12 +41,12 @@ def measure(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[int, i
         return known.get(node.name, (1, 1))
     nodes, depth = 1, 0
     for child in children(node):
-        size = measure(child, known)
+        size = measure_size(child, known)
         nodes, depth = nodes + size[0], max(depth, size[1])
     return nodes, depth + 1
 
 
-def folded(node: ir.Node) -> ir.Node:
+def fold_constants(node: ir.Node) -> ir.Node:
     """A node over constants as the constant that it is worth; any other node as it is.
 
     Only whole constants are folded: `false and x` stays, since an undefined `x` makes a clause false, `not` included.

@@ -8,7 +8,7 @@ from typing import assert_never
 
 from cachepolicy.errors import nearest
 from cachepolicy.language import ir
-from cachepolicy.language.scope import LET, SIGNAL, Place, Report, Scope, Sort
+from cachepolicy.language.scope import LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
@@ -75,7 +75,7 @@ class Checker:
             found = "any"
         self.types[signal.name] = found
 
-    def expect(self, node: ir.Expression, wanted: Type, place: Place, what: str | None = None) -> None:
+    def expect(self, node: ir.Expression, wanted: Type, place: ExpressionPlace, what: str | None = None) -> None:
         """Checks that `node` has the type `wanted`. `what` names the value in the message."""
         found = self.infer(node, place)
         if "any" in (found, wanted) or found == wanted:
@@ -90,7 +90,7 @@ class Checker:
         message = f"{what or place.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
         self.report.add("E111", message, node, help=help)
 
-    def infer(self, node: ir.Expression, place: Place) -> Type:
+    def infer(self, node: ir.Expression, place: ExpressionPlace) -> Type:
         """Infers the type of `node` and reports errors in it. The type of an invalid node is `any`."""
         match node:
             case ir.Number():
@@ -148,7 +148,7 @@ class Checker:
         help = "off has a meaning after `every`, `on`, `mask`, `at most` and `in`, standing alone there"
         self.report.add("E120", f"{what} has no meaning here", node, help=help)
 
-    def _named(self, node: ir.Name, place: Place) -> Type:
+    def _named(self, node: ir.Name, place: ExpressionPlace) -> Type:
         name, sort = node.name, self.scope.sort(node.name)
         if sort is None:
             self.unknown(node, name, place.knows)
@@ -178,7 +178,7 @@ class Checker:
         help = help or self.scope.near(name, sorts, *words, "true", "false", "off", "inf")
         self.report.add("E101", f"nothing here is called `{name}`", node, help=help, word=name, once=name)
 
-    def forbidden(self, node: ir.Node, name: str, sort: Sort, place: Place) -> bool:
+    def forbidden(self, node: ir.Node, name: str, sort: Sort, place: ExpressionPlace) -> bool:
         """Returns whether a name of this sort is forbidden in this position, and reports it."""
         if sort == "function":
             return False
@@ -202,7 +202,7 @@ class Checker:
             self.report.add("E113", message, node, help=help, word=name)
         return True
 
-    def _looked_up(self, node: ir.Lookup, place: Place) -> Type:
+    def _looked_up(self, node: ir.Lookup, place: ExpressionPlace) -> Type:
         sort = self.scope.sort(node.table)
         if sort is None:
             self.unknown(node, node.table, frozenset({"table"}))
@@ -215,7 +215,7 @@ class Checker:
 
     # --- operators
 
-    def _compared(self, node: ir.Comparison, place: Place) -> Type:
+    def _compared(self, node: ir.Comparison, place: ExpressionPlace) -> Type:
         self._one_way(node)
         if "==" in node.operators or "!=" in node.operators:
             self._alike(node.operands, place, f"`{node.operators[0]}`")
@@ -232,7 +232,7 @@ class Checker:
             message = f"{shown} cannot stand in one chain" if len(operators) > 1 else f"{shown} cannot be chained"
             self.report.add("E112", message, node, help=help)
 
-    def _alike(self, nodes: Sequence[ir.Expression], place: Place, what: str) -> Type:
+    def _alike(self, nodes: Sequence[ir.Expression], place: ExpressionPlace, what: str) -> Type:
         """Checks that the values have one common type: number, boolean or string."""
         if any(isinstance(each, ir.Name) and each.name == "branch" for each in nodes):
             self._branch_names(nodes)
@@ -254,11 +254,11 @@ class Checker:
                 help = f'the name of a branch is a string: `"{node.name}"`'
                 self.unknown(node, node.name, frozenset(), help=help)
 
-    def _chosen(self, node: ir.Conditional, place: Place) -> Type:
+    def _chosen(self, node: ir.Conditional, place: ExpressionPlace) -> Type:
         self.expect(node.condition, "boolean", place, "`if`")
         return self._alike((node.then, node.otherwise), place, "`if ... else`")
 
-    def interval(self, node: ir.Interval, place: Place) -> None:
+    def interval(self, node: ir.Interval, place: ExpressionPlace) -> None:
         """Checks the ends of an interval."""
         self.expect(node.low, "number", place, "an interval")
         self.expect(node.high, "number", place, "an interval")
@@ -269,11 +269,11 @@ class Checker:
                     "E124", f"nothing lies between {low} and {high}", node, help="the lower end stands first"
                 )
 
-    def _items(self, node: ir.SetOf, place: Place) -> Type:
+    def _items(self, node: ir.SetOf, place: ExpressionPlace) -> Type:
         self._alike(node.items, place, "a set")
         return "any"
 
-    def _contained(self, node: ir.Membership, place: Place) -> Type:
+    def _contained(self, node: ir.Membership, place: ExpressionPlace) -> Type:
         container = node.container
         match container:
             case ir.Name():
@@ -292,7 +292,7 @@ class Checker:
                 assert_never(container)
         return "boolean"
 
-    def _container(self, node: ir.Name, place: Place) -> None:
+    def _container(self, node: ir.Name, place: ExpressionPlace) -> None:
         sort = self.scope.sort(node.name)
         param = self.scope.param(node.name)
         if sort is None:
@@ -306,7 +306,7 @@ class Checker:
 
     # --- calls
 
-    def _called(self, node: ir.Call, place: Place) -> Type:
+    def _called(self, node: ir.Call, place: ExpressionPlace) -> Type:
         signature = FUNCTIONS.get(node.function)
         if signature is None:
             self._no_function(node)
@@ -358,8 +358,8 @@ class Checker:
         self.report.add("E106", f"`{node.function}` takes {wanted} argument{plural}, not {count}", node)
         return False
 
-    def _remembered(self, node: ir.Call, place: Place) -> Type:
-        inner = Place("memory", place.knows, memory=True, probes=place.probes)
+    def _remembered(self, node: ir.Call, place: ExpressionPlace) -> Type:
+        inner = ExpressionPlace("memory", place.knows, memory=True, probes=place.probes)
         found: Type = self.infer(node.arguments[0], inner)
         if found not in ("number", "tensor", "any"):
             message = f"`{node.function}` takes a tensor or a number, not {_NAMED[found]}"
@@ -372,7 +372,7 @@ class Checker:
                 self.report.add("E124", message, back, help="`kept(x, 2)` is the compute before the last")
         return found
 
-    def _probed(self, node: ir.Probe, place: Place) -> Type:
+    def _probed(self, node: ir.Probe, place: ExpressionPlace) -> Type:
         if not place.probes:
             help = f"write `signal NAME = {node.stream}(...)` and read NAME after `while`"
             self.report.add("E114", f"`{node.stream}(...)` stands in `signal` only", node, help=help)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cachepolicy.errors import Diagnostic
-from cachepolicy.lsp.document import Document, Stretch
+from cachepolicy.lsp.document import PolicyDocument, Stretch
 
 _MEANT = re.compile(r"did you mean (?:the [a-z ]+ )?`([^`]+)`\?")
 _WRITE = re.compile(r"write `((?:-> )?[^` ]+)`")
@@ -29,7 +29,7 @@ class Fix:
     edits: tuple[Edit, ...]
 
 
-def fixes(document: Document, finding: Diagnostic) -> Iterator[Fix]:
+def fixes(document: PolicyDocument, finding: Diagnostic) -> Iterator[Fix]:
     """The ways out of a finding about the document; none where a person has to decide."""
     if finding.span is None or finding.help is None:
         return
@@ -48,7 +48,7 @@ def fixes(document: Document, finding: Diagnostic) -> Iterator[Fix]:
         yield from _moved(document, finding, stretch)
 
 
-def _wrong(document: Document, finding: Diagnostic, stretch: Stretch) -> Stretch | None:
+def _wrong(document: PolicyDocument, finding: Diagnostic, stretch: Stretch) -> Stretch | None:
     """The word that the message quotes and the text holds, as a word of its own."""
     for word in re.findall(r"`([^`]+)`", finding.message):
         expression = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])")
@@ -57,7 +57,7 @@ def _wrong(document: Document, finding: Diagnostic, stretch: Stretch) -> Stretch
     return None
 
 
-def _moved(document: Document, finding: Diagnostic, stretch: Stretch) -> Iterator[Fix]:
+def _moved(document: PolicyDocument, finding: Diagnostic, stretch: Stretch) -> Iterator[Fix]:
     """The rule put before those that come before it, where all stand in this text."""
     if not finding.related or any(each.source != document.name for each in finding.related):
         return
@@ -68,7 +68,7 @@ def _moved(document: Document, finding: Diagnostic, stretch: Stretch) -> Iterato
     yield Fix(f"Move the rule before line {first.line}", (insertion, Edit(rule, "")))
 
 
-def _with_comments(document: Document, stretch: Stretch) -> Stretch:
+def _with_comments(document: PolicyDocument, stretch: Stretch) -> Stretch:
     """A statement's lines, from the comments right above it."""
     text = document.text
     above = re.search(r"(?:^#[^\n]*\n)*\Z", text[: stretch.start], re.MULTILINE)

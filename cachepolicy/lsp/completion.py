@@ -9,9 +9,9 @@ from typing import Literal
 from cachepolicy._resources import shipped_policies
 from cachepolicy.language import ir, scope
 from cachepolicy.language.formatter import format_node
-from cachepolicy.language.parser import Ahead, look_ahead
-from cachepolicy.language.reference import explain
-from cachepolicy.language.scope import SORTS, Declaration, Place
+from cachepolicy.language.parser import Lookahead, look_ahead
+from cachepolicy.language.reference import explain_word
+from cachepolicy.language.scope import SORTS, Declaration, ExpressionPlace
 from cachepolicy.language.source import Chunk
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
@@ -28,9 +28,9 @@ from cachepolicy.language.vocabulary import (
     TYPES,
     Label,
 )
-from cachepolicy.lsp.document import Document
+from cachepolicy.lsp.document import PolicyDocument
 
-Sort = Literal["word", "kind", "type", "clock", "function", "name", "policy", "method", "label", "letter"]
+CompletionSort = Literal["word", "kind", "type", "clock", "function", "name", "policy", "method", "label", "letter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class Completion:
     """A text that may stand where the cursor is, what it is, and a line and a sentence about it."""
 
     text: str
-    sort: Sort
+    sort: CompletionSort
     detail: str = ""
     says: str = ""
 
 
-def completions(document: Document, offset: int) -> tuple[Completion, ...]:
+def completions(document: PolicyDocument, offset: int) -> tuple[Completion, ...]:
     """Returns the completions at `offset`, most likely first. A completion replaces the part of the word before it."""
     if not document.is_code(offset):
         return ()
@@ -72,7 +72,7 @@ _PHRASED: Mapping[str, str] = {
 """Words that never stand alone."""
 
 
-def _words(ahead: Ahead, place: Place) -> Iterator[Completion]:
+def _words(ahead: Lookahead, place: ExpressionPlace) -> Iterator[Completion]:
     words = set(ahead.words)
     if "clock word" in place.knows and _last(ahead) not in ("_EVERY", "_MOST"):
         words.discard("off")
@@ -89,14 +89,14 @@ def _words(ahead: Ahead, place: Place) -> Iterator[Completion]:
         yield from (Completion("C", "letter", says="computes"), Completion("R", "letter", says="reuses"))
 
 
-def _explained(words: Iterable[str], sort: Sort) -> Iterator[Completion]:
+def _explained(words: Iterable[str], sort: CompletionSort) -> Iterator[Completion]:
     for word in words:
-        entries = explain(word)
+        entries = explain_word(word)
         says = "\n\n".join(f"**`{each.form}`** {each.sentence}" for each in entries)
         yield Completion(word, sort, entries[0].form if entries else "", says)
 
 
-def _last(ahead: Ahead, back: int = 1) -> str:
+def _last(ahead: Lookahead, back: int = 1) -> str:
     return ahead.read[-back][0] if len(ahead.read) >= back else ""
 
 
@@ -107,7 +107,7 @@ _PARAMS: Mapping[str, tuple[ir.ParamType, ...]] = {"_ON": ("list",), "_MASK": ("
 """The types of the parameters that stand alone behind a word."""
 
 
-def _names(document: Document, chunk: Chunk, ahead: Ahead) -> Iterator[Completion]:
+def _names(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator[Completion]:
     last = _last(ahead)
     if "NAME" not in ahead.accepts:
         return
@@ -127,7 +127,7 @@ def _names(document: Document, chunk: Chunk, ahead: Ahead) -> Iterator[Completio
         yield from _values(document, _place(chunk, ahead))
 
 
-def _labels(document: Document, chunk: Chunk, ahead: Ahead) -> Iterator[Completion]:
+def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator[Completion]:
     """The settings of a `with`, or the arguments of an action; none that was given already, and none for a new name."""
     read = [text for _, text in ahead.read]
     match chunk.word:
@@ -147,7 +147,7 @@ def _labels(document: Document, chunk: Chunk, ahead: Ahead) -> Iterator[Completi
     yield from (each for name, each in found.items() if name not in read)
 
 
-def _values(document: Document, place: Place) -> Iterator[Completion]:
+def _values(document: PolicyDocument, place: ExpressionPlace) -> Iterator[Completion]:
     """What an expression may read at a place."""
     yield from _declared(document, {kind for kind, sort in SORTS.items() if sort in place.knows})
     if "clock word" not in place.knows:
@@ -159,7 +159,7 @@ def _values(document: Document, place: Place) -> Iterator[Completion]:
     yield from _explained((each for each in FUNCTIONS if each not in unknown), "function")
 
 
-def _declared(document: Document, kinds: set[str], types: tuple[str, ...] = ()) -> Iterator[Completion]:
+def _declared(document: PolicyDocument, kinds: set[str], types: tuple[str, ...] = ()) -> Iterator[Completion]:
     for each in document.declared.values():
         if each.kind in kinds and (not types or (isinstance(each, ir.Param) and each.type in types)):
             yield _completion(each)
@@ -190,7 +190,7 @@ _CLAUSES = {
 }
 
 
-def _place(chunk: Chunk, ahead: Ahead) -> Place:
+def _place(chunk: Chunk, ahead: Lookahead) -> ExpressionPlace:
     """The kind of place for an expression that the cursor is at."""
     begun = (_CLAUSES[kind] for kind, _ in reversed(ahead.read) if kind in _CLAUSES)
     return _STATEMENTS.get(chunk.word) or next(begun, scope.POSITION)

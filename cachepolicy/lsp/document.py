@@ -14,7 +14,7 @@ from cachepolicy.language.loader import is_file, load_used, path_of
 from cachepolicy.language.lowering import quoted
 from cachepolicy.language.parser import recover
 from cachepolicy.language.scope import Declaration
-from cachepolicy.language.source import Chunk, Source, prepare
+from cachepolicy.language.source import Chunk, Source, prepare_source
 from cachepolicy.planning.check import check_text
 
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
@@ -37,7 +37,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Document:
+class PolicyDocument:
     """A policy's text under a name: the absolute path of its file, or anything else for a text that has none."""
 
     text: str
@@ -46,7 +46,7 @@ class Document:
     @cached_property
     def source(self) -> Source:
         """The text, cut into statements."""
-        return prepare(self.text, self.name)[0]
+        return prepare_source(self.text, self.name)[0]
 
     @cached_property
     def policy(self) -> ir.Policy:
@@ -131,10 +131,10 @@ class Document:
             return None
 
 
-def opened(source_name: str | None) -> Document | None:
+def opened_document(source_name: str | None) -> PolicyDocument | None:
     """The file that `Policy.source_name` stands for, as a document."""
     path = path_of(source_name)
     try:
-        return None if path is None else Document(path.read_bytes().decode("utf-8"), str(path))
+        return None if path is None else PolicyDocument(path.read_bytes().decode("utf-8"), str(path))
     except (OSError, ValueError):
         return None

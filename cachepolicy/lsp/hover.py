@@ -10,10 +10,10 @@ from typing import assert_never
 from cachepolicy._resources import documentation
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
-from cachepolicy.language.reference import Entry, explain
+from cachepolicy.language.reference import ReferenceEntry, explain_word
 from cachepolicy.language.source import Chunk
 from cachepolicy.language.vocabulary import APPROXIMATIONS, CLOCK, FUNCTIONS, PHRASES, PREDICTORS, RESERVED, TYPES
-from cachepolicy.lsp.document import Document, Stretch, opened
+from cachepolicy.lsp.document import PolicyDocument, Stretch, opened_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,14 @@ class Hover:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DocumentRange:
     """A stretch of a document, this one or another."""
 
-    document: Document
+    document: PolicyDocument
     stretch: Stretch
 
 
-def hover(document: Document, offset: int) -> Hover | None:
+def hover(document: PolicyDocument, offset: int) -> Hover | None:
     """Returns the hover text for the word at `offset`, or `None`."""
     found = _at(document, offset)
     if found is None:
@@ -52,7 +52,7 @@ def hover(document: Document, offset: int) -> Hover | None:
     return Hover(text, stretch) if text else None
 
 
-def definitions(document: Document, offset: int) -> tuple[Place, ...]:
+def definitions(document: PolicyDocument, offset: int) -> tuple[DocumentRange, ...]:
     """Where the word under a cursor is declared.
 
     For a policy behind `use` that is its file, for a setting of it the parameter there, and for the `match` of a rule
@@ -66,11 +66,11 @@ def definitions(document: Document, offset: int) -> tuple[Place, ...]:
         case _Words():
             return _shadowing(document, stretch)
         case _Name():
-            return (Place(document, document.names[subject.name]),)
+            return (DocumentRange(document, document.names[subject.name]),)
         case _Used():
-            file = opened(subject.policy.source_name)
+            file = opened_document(subject.policy.source_name)
             place = Stretch(0, 0) if file is None or subject.setting is None else file.names.get(subject.setting)
-            return (Place(file, place),) if file and place else ()
+            return (DocumentRange(file, place),) if file and place else ()
         case _:
             assert_never(subject)
 
@@ -82,7 +82,7 @@ def definitions(document: Document, offset: int) -> tuple[Place, ...]:
 class _Words:
     """Words of the language."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ReferenceEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class _Used:
     setting: str | None = None
 
 
-def _at(document: Document, offset: int) -> tuple[Stretch, _Words | _Name | _Used] | None:
+def _at(document: PolicyDocument, offset: int) -> tuple[Stretch, _Words | _Name | _Used] | None:
     stretch = document.word(offset)
     chunk = document.statement(stretch.end if stretch else offset)
     if chunk is not None and chunk.word == "use":
@@ -117,13 +117,13 @@ def _at(document: Document, offset: int) -> tuple[Stretch, _Words | _Name | _Use
     # A parameter may be called `all`; no other word of a phrase can stand elsewhere in its company.
     if word in document.names and word not in RESERVED and phrase in (None, "in all"):
         return stretch, _Name(word)
-    return (stretch, _Words(explain(phrase or word))) if phrase or word in _EXPLAINED else None
+    return (stretch, _Words(explain_word(phrase or word))) if phrase or word in _EXPLAINED else None
 
 
 _EXPLAINED = {*RESERVED, *CLOCK, *FUNCTIONS, *TYPES, *PREDICTORS, *APPROXIMATIONS}
 
 
-def _phrase(document: Document, stretch: Stretch, chunk: Chunk) -> str | None:
+def _phrase(document: PolicyDocument, stretch: Stretch, chunk: Chunk) -> str | None:
     """Returns the fixed phrase that contains the word."""
     for phrase in PHRASES:
         words = ("[0-9]+" if word == "N" else word for word in phrase.split())
@@ -134,7 +134,7 @@ def _phrase(document: Document, stretch: Stretch, chunk: Chunk) -> str | None:
     return None
 
 
-def _shadowing(document: Document, stretch: Stretch) -> tuple[Place, ...]:
+def _shadowing(document: PolicyDocument, stretch: Stretch) -> tuple[DocumentRange, ...]:
     """Returns the rules that precede the rule at this position."""
     related = (
         related
@@ -142,21 +142,23 @@ def _shadowing(document: Document, stretch: Stretch) -> tuple[Place, ...]:
         if finding.span is not None and finding.span.start == stretch.start
         for related in finding.related
     )
-    places = ((document if each.source == document.name else opened(each.source), each.span) for each in related)
-    return tuple(Place(file, Stretch(span.start, span.end)) for file, span in places if file is not None)
+    places = (
+        (document if each.source == document.name else opened_document(each.source), each.span) for each in related
+    )
+    return tuple(DocumentRange(file, Stretch(span.start, span.end)) for file, span in places if file is not None)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------
 
 
-def _entries(entries: Iterable[Entry]) -> str:
+def _entries(entries: Iterable[ReferenceEntry]) -> str:
     entries = tuple(entries)
     said = [f"**`{each.form}`** {each.sentence}" for each in entries]
     address = documentation(f"language.md#{entries[0].table.section}")
     return "\n\n".join([*said, f"[The language]({address})"] if address else said)
 
 
-def _declaration(document: Document, name: str) -> str:
+def _declaration(document: PolicyDocument, name: str) -> str:
     statement = document.declared.get(name)
     match statement:
         case None:
@@ -164,7 +166,7 @@ def _declaration(document: Document, name: str) -> str:
         case ir.Param():
             return _param(statement)
         case _:
-            (entry,) = explain(statement.kind)
+            (entry,) = explain_word(statement.kind)
             return f"{_code(format_node(statement))}\n\n{entry.says}"
 
 

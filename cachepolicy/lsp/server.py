@@ -18,9 +18,9 @@ from cachepolicy.errors import Diagnostic, PolicyError, Related
 from cachepolicy.language.formatter import format as printed
 from cachepolicy.language.parser import parse
 from cachepolicy.lsp.code_actions import fixes
-from cachepolicy.lsp.completion import Sort, completions
-from cachepolicy.lsp.document import Document, Stretch, opened
-from cachepolicy.lsp.hover import Place, definitions, hover
+from cachepolicy.lsp.completion import CompletionSort, completions
+from cachepolicy.lsp.document import PolicyDocument, Stretch, opened_document
+from cachepolicy.lsp.hover import DocumentRange, definitions, hover
 from cachepolicy.lsp.positions import Positions
 
 PAUSE = 0.1
@@ -40,27 +40,27 @@ class Server(LanguageServer):
             "cachepolicy", __version__, text_document_sync_kind=types.TextDocumentSyncKind.Full
         )
         self.checker = ThreadPoolExecutor(1, thread_name_prefix="check")
-        self.held = dict[str, Document]()
+        self.held = dict[str, PolicyDocument]()
 
-    def document(self, uri: str) -> Document:
+    def document(self, uri: str) -> PolicyDocument:
         """The text that the editor holds at present."""
         text = self.workspace.get_text_document(uri).source
         held = self.held.get(uri)
         if held is None or held.text != text:
             path = to_fs_path(uri) if uri.startswith("file:") else None
-            held = self.held[uri] = Document(text, str(Path(path).absolute()) if path else "<text>")
+            held = self.held[uri] = PolicyDocument(text, str(Path(path).absolute()) if path else "<text>")
         return held
 
-    def positions(self, document: Document) -> Positions:
+    def positions(self, document: PolicyDocument) -> Positions:
         """The places of a document as this editor counts them."""
         encoding = self.workspace.position_encoding or types.PositionEncodingKind.Utf16
         return _positions(document.text, types.PositionEncodingKind(encoding))
 
-    def offset(self, document: Document, position: types.Position) -> int:
+    def offset(self, document: PolicyDocument, position: types.Position) -> int:
         """The place in a document that the editor means."""
         return self.positions(document).offset(position.line, position.character)
 
-    def range(self, document: Document, stretch: Stretch) -> types.Range:
+    def range(self, document: PolicyDocument, stretch: Stretch) -> types.Range:
         """A stretch of a document as this editor counts."""
         positions = self.positions(document)
         start, end = positions.position(stretch.start), positions.position(stretch.end)
@@ -79,7 +79,7 @@ class Server(LanguageServer):
             version = self.workspace.get_text_document(uri).version
             self.text_document_publish_diagnostics(types.PublishDiagnosticsParams(uri, told, version))
 
-    def _findings(self, uri: str, document: Document) -> Sequence[Diagnostic]:
+    def _findings(self, uri: str, document: PolicyDocument) -> Sequence[Diagnostic]:
         return document.findings if self.held.get(uri) is document else ()
 
 
@@ -114,7 +114,7 @@ async def _save(ls: Server, _params: types.DidSaveTextDocumentParams) -> None:
     """Other texts may use the one that was saved."""
     for uri in [*ls.held]:
         document = ls.document(uri)
-        ls.held[uri] = Document(document.text, document.name)
+        ls.held[uri] = PolicyDocument(document.text, document.name)
     await asyncio.gather(*(ls.check(uri) for uri in [*ls.held]))
 
 
@@ -160,7 +160,7 @@ def _complete(ls: Server, params: types.CompletionParams) -> list[types.Completi
     ]
 
 
-_SORTS: Mapping[Sort, types.CompletionItemKind] = {
+_SORTS: Mapping[CompletionSort, types.CompletionItemKind] = {
     "word": types.CompletionItemKind.Keyword,
     "kind": types.CompletionItemKind.Class,
     "type": types.CompletionItemKind.TypeParameter,
@@ -212,12 +212,12 @@ def _actions(ls: Server, params: types.CodeActionParams) -> list[types.CodeActio
 # --- as the protocol says it -----------------------------------------------------------------------------
 
 
-def _location(ls: Server, uri: str, document: Document, place: Place) -> types.Location:
+def _location(ls: Server, uri: str, document: PolicyDocument, place: DocumentRange) -> types.Location:
     address = uri if place.document is document else from_fs_path(place.document.name) or uri
     return types.Location(address, ls.range(place.document, place.stretch))
 
 
-def _diagnostic(ls: Server, uri: str, document: Document, finding: Diagnostic) -> types.Diagnostic:
+def _diagnostic(ls: Server, uri: str, document: PolicyDocument, finding: Diagnostic) -> types.Diagnostic:
     """A finding; one about a policy that is used stands at its `use`, and leads to its place there."""
     own, span = finding.source in (None, document.name), finding.span
     related = [_related(ls, uri, document, each) for each in finding.related]
@@ -241,21 +241,23 @@ def _diagnostic(ls: Server, uri: str, document: Document, finding: Diagnostic) -
     )
 
 
-def _related(ls: Server, uri: str, document: Document, related: Related) -> types.DiagnosticRelatedInformation | None:
+def _related(
+    ls: Server, uri: str, document: PolicyDocument, related: Related
+) -> types.DiagnosticRelatedInformation | None:
     file = document if related.source == document.name else _file(document, related.source or "")
     if file is None:
         return None
-    place = Place(file, Stretch(related.span.start, related.span.end))
+    place = DocumentRange(file, Stretch(related.span.start, related.span.end))
     return types.DiagnosticRelatedInformation(_location(ls, uri, document, place), related.message)
 
 
-def _file(document: Document, source: str) -> Document | None:
+def _file(document: PolicyDocument, source: str) -> PolicyDocument | None:
     """The file that a finding names: absolute, shipped, or relative to the working folder or to the document's."""
     names = (source, str(Path(source).absolute()), str(Path(document.name).parent / source))
-    return next((file for each in names if (file := opened(each)) is not None), None)
+    return next((file for each in names if (file := opened_document(each)) is not None), None)
 
 
-def _use_of(document: Document, file: Document | None) -> Stretch:
+def _use_of(document: PolicyDocument, file: PolicyDocument | None) -> Stretch:
     """The `use` that names a file; else the first, or the start of the text."""
     names = [name for chunk in document.source.chunks if chunk.word == "use" and (name := document.use(chunk))]
     stem = Path(file.name).stem if file else None

@@ -13,11 +13,11 @@ from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, Site, label
-from cachepolicy.planning.probes import Measured, measured, unmeasurable
+from cachepolicy.planning.probes import ProbePlace, measured, unmeasurable
 from cachepolicy.planning.selectors import Modules, select, why_nothing
 from cachepolicy.planning.unreachable_rules import shadowed
 
-CLOCK = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"})
+RUN_CLOCK_WORDS = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"})
 """The clock words that a run may not be able to tell."""
 
 
@@ -41,7 +41,7 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
         BoundRule(number, rule, tuple(sorted(by_modules[modules] for modules in taken[number])))
         for number, rule in enumerate(resolved.rules)
     )
-    probes = dict[ir.Probe, Measured]()
+    probes = dict[ir.Probe, ProbePlace]()
     for each in rules:
         if each.sites:
             errors = measured(each.rule, resolved.signals, skeleton, probes)
@@ -161,7 +161,7 @@ def _unmeasurable(
     resolved: Resolved,
     rules: Sequence[BoundRule],
     sites: Sequence[Site],
-    probes: Mapping[ir.Probe, Measured],
+    probes: Mapping[ir.Probe, ProbePlace],
     skeleton: Skeleton,
 ) -> Iterator[Diagnostic]:
     for bound in rules:
@@ -179,7 +179,7 @@ def needs(rules: Sequence[BoundRule], signals: Sequence[ir.Signal]) -> frozenset
     found = set[str]()
     for bound in rules:
         if bound.sites:
-            found |= _read(bound.rule, signals) & CLOCK
+            found |= _read(bound.rule, signals) & RUN_CLOCK_WORDS
     return frozenset(found)
 
 

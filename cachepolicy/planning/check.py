@@ -14,7 +14,7 @@ from cachepolicy.language.linker import Resolved, resolve
 from cachepolicy.language.loader import is_file, load, located
 from cachepolicy.language.parser import recover
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.source import prepare
+from cachepolicy.language.source import prepare_source
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Skeleton, ancestors, builtin
 from cachepolicy.planning.plan import BoundRule, Plan, label
@@ -41,7 +41,7 @@ def check_text(text: str | bytes, *, source: str = "<text>") -> tuple[Diagnostic
     policy, findings = recover(text, source=source)
     if any(each.severity == "error" for each in findings):
         return findings
-    path, held = Path(source).absolute(), prepare(text, source)[0]
+    path, held = Path(source).absolute(), prepare_source(text, source)[0]
     if is_file(path):
         policy = policy.model_copy(update={"source_name": str(path)})
     # What is said of this text shows its lines, not those that its file has at present.
@@ -96,7 +96,7 @@ def _is_possible(low: float, low_in: bool, high: float, high_in: bool) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ExpectationOutcome:
     """One `expect` and what came of it: the rows of the sites it selects, and what is wrong, if anything."""
 
     expect: ir.Expect
@@ -113,7 +113,7 @@ class Outcome:
 class Expectations:
     """The outcomes of a policy's `expect`s in order, and a warning for each of its rules that none of them reaches."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[ExpectationOutcome, ...]
     uncovered: tuple[Diagnostic, ...]
 
     @property
@@ -137,7 +137,7 @@ def run_expectations(policy: str | os.PathLike[str] | ir.Policy, skeleton: Skele
     """
     loaded = load(policy)
     model = builtin() if skeleton is None else skeleton
-    outcomes, reached = list[Outcome](), set[int]()
+    outcomes, reached = list[ExpectationOutcome](), set[int]()
     for number, expect in enumerate(each for each in loaded.statements if isinstance(each, ir.Expect)):
         outcome, covered = _run(loaded, number, expect, model)
         outcomes.append(outcome)
@@ -145,7 +145,7 @@ def run_expectations(policy: str | os.PathLike[str] | ir.Policy, skeleton: Skele
     return Expectations(tuple(outcomes), tuple(_uncovered(loaded, reached)))
 
 
-def _run(policy: ir.Policy, number: int, expect: ir.Expect, skeleton: Skeleton) -> tuple[Outcome, set[int]]:
+def _run(policy: ir.Policy, number: int, expect: ir.Expect, skeleton: Skeleton) -> tuple[ExpectationOutcome, set[int]]:
     try:
         given = _given(policy, expect)
         resolved = resolve(policy, given.params)
@@ -159,11 +159,13 @@ def _run(policy: ir.Policy, number: int, expect: ir.Expect, skeleton: Skeleton) 
             plan, steps=expect.steps, timesteps=given.timesteps, sigmas=given.sigmas, signals=given.signals
         )
     except PolicyError as error:
-        return Outcome(expect, {}, tuple(located(each, policy, expect.span) for each in error.diagnostics)), set()
+        return ExpectationOutcome(
+            expect, {}, tuple(located(each, policy, expect.span) for each in error.diagnostics)
+        ), set()
     rows = {modules[0] or "model": _row(plan, schedule, modules) for modules in taken}
     wrong = [(modules, row) for modules, row in zip(taken, rows.values(), strict=True) if row != expect.row]
     findings = (_difference(policy, expect, schedule, wrong, len(taken)),) if wrong else ()
-    return Outcome(expect, rows, findings), _reached(policy, plan, schedule, taken)
+    return ExpectationOutcome(expect, rows, findings), _reached(policy, plan, schedule, taken)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def operations(weight: Weight, shape: Sequence[int]) -> int:
     return samples * (2 * weight.parameters * tokens + 4 * weight.attentions * tokens * tokens * width)
 
 
-def weights(plan: Plan, parameters: Mapping[str, int]) -> list[Weight]:
+def site_weights(plan: Plan, parameters: Mapping[str, int]) -> list[Weight]:
     """What each site of the plan weighs; `parameters` are those of each module itself, without its children's."""
     attentions = [module.name for module in plan.skeleton.modules if "attention" in module.kinds]
     outermost = [name for name in attentions if not any(name.startswith(f"{outer}.") for outer in attentions)]

@@ -92,9 +92,9 @@ def forecast(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work:
     return Forecast(total, by_site, by_rule)
 
 
-def draw(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> str:
+def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> str:
     """What each rule's sites are of a call, what they skip over the trajectory, and the bound that follows."""
-    lines = [f"{operations(work.total)} a call, {operations(outlook.total)} in {steps} steps without the policy"]
+    lines = [f"{format_flops(work.total)} a call, {format_flops(outlook.total)} in {steps} steps without the policy"]
     for bound in plan.rules:
         if bound.sites:
             # Of a block and its attention both may be sites; the inner one is counted in the outer one.
@@ -109,7 +109,7 @@ def draw(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> str:
     return "\n".join([*lines, f"{_percent(outlook.skipped, outlook.total)} of the FLOPs are skipped: {bound}"])
 
 
-def operations(flops: float) -> str:
+def format_flops(flops: float) -> str:
     """FLOPs with the unit that fits: `74.38 TFLOP`."""
     for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
         if flops < 1000:
@@ -122,7 +122,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes with the unit that fits: `1.50 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:

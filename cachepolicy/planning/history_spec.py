@@ -39,9 +39,9 @@ def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
             case ir.Reuse():
                 outputs = max(outputs, 1)
             case ir.Predict(residual=True):
-                residuals = max(residuals, depth(rule.action))
+                residuals = max(residuals, history_depth(rule.action))
             case ir.Predict():
-                outputs = max(outputs, depth(rule.action))
+                outputs = max(outputs, history_depth(rule.action))
             case ir.Skip():
                 skips = True
             case _:
@@ -49,7 +49,7 @@ def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
     return Keeping(outputs, residuals, span or residuals > 0 or skips, halves)
 
 
-def depth(action: ir.Predict) -> int:
+def history_depth(action: ir.Predict) -> int:
     """How many computed results a predictor reads at most."""
     for argument in action.arguments:
         if argument.label == "order" and isinstance(argument.value, ir.Number):
@@ -59,7 +59,7 @@ def depth(action: ir.Predict) -> int:
 
 def reach(action: ir.Action | None) -> int:
     """How many of the newest results an answer by this action is made from."""
-    return depth(action) if isinstance(action, ir.Predict) else 1
+    return history_depth(action) if isinstance(action, ir.Predict) else 1
 
 
 def feedback(action: ir.Action | None) -> bool:

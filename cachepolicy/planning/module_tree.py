@@ -15,10 +15,10 @@ from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, Validation
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
 
-FILE_LIMIT = 64 * 2**20
+MODULE_TREE_LIMIT = 64 * 2**20
 """Bytes of a skeleton file; the largest of diffusers' models takes about 1 MiB."""
 
-Text = Annotated[str, Field(max_length=1000)]
+ShortText = Annotated[str, Field(max_length=1000)]
 Kinds = Annotated[frozenset[Kind], PlainSerializer(sorted, list[str], "json")]
 """Sorted in JSON, so that equal skeletons are equal texts."""
 
@@ -32,8 +32,8 @@ class Module:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    name: Text
-    class_name: Text
+    name: ShortText
+    class_name: ShortText
     kinds: Kinds = frozenset()
     is_list: bool = False
     callable: bool = True
@@ -54,9 +54,9 @@ class Skeleton:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    name: Text
+    name: ShortText
     modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=200_000)]
-    block_lists: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
+    block_lists: Annotated[tuple[ShortText, ...], Field(max_length=1000)] = ()
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -96,19 +96,19 @@ def ancestors(name: str) -> Iterator[str]:
 _FILE = TypeAdapter(Skeleton)
 
 
-def to_json(skeleton: Skeleton) -> str:
+def tree_to_json(skeleton: Skeleton) -> str:
     """The skeleton as JSON text, which `from_json` reads back."""
     return _FILE.dump_json(skeleton, indent=1).decode()
 
 
-def from_json(text: str | bytes) -> Skeleton:
+def tree_from_json(text: str | bytes) -> Skeleton:
     """The skeleton that a JSON text describes.
 
     Raises:
         PolicyError: E210, the text is too large, no JSON, or no skeleton.
     """
-    if len(text) > FILE_LIMIT:
-        raise PolicyError.of("E210", f"a skeleton of {len(text)} bytes; at most {FILE_LIMIT} are read")
+    if len(text) > MODULE_TREE_LIMIT:
+        raise PolicyError.of("E210", f"a skeleton of {len(text)} bytes; at most {MODULE_TREE_LIMIT} are read")
     try:
         skeleton = _FILE.validate_json(text)
     except ValidationError as error:
@@ -143,7 +143,7 @@ def fault(skeleton: Skeleton) -> str | None:
     return None
 
 
-def read(path: str | os.PathLike[str]) -> Skeleton:
+def read_tree(path: str | os.PathLike[str]) -> Skeleton:
     """The skeleton in a JSON file.
 
     Raises:
@@ -153,14 +153,14 @@ def read(path: str | os.PathLike[str]) -> Skeleton:
         if not Path(path).is_file():
             raise PolicyError.of("E210", f"no file `{os.fspath(path)}`")
         with Path(path).open("rb") as file:
-            return from_json(file.read(FILE_LIMIT + 1))
+            return tree_from_json(file.read(MODULE_TREE_LIMIT + 1))
     except (OSError, ValueError) as error:
         raise PolicyError.of("E210", f"`{os.fspath(path)}` cannot be read: {_lower(str(error))}") from error
 
 
 def write(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:
     """Write the skeleton to a JSON file, which `read` reads back."""
-    Path(path).write_text(to_json(skeleton), encoding="utf-8")
+    Path(path).write_text(tree_to_json(skeleton), encoding="utf-8")
 
 
 # --- skeletons without a model ---------------------------------------------------------------------------

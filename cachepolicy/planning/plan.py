@@ -13,7 +13,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.planning.module_tree import Skeleton
-from cachepolicy.planning.probes import Measured
+from cachepolicy.planning.probes import ProbePlace
 from cachepolicy.planning.selectors import Modules
 
 
@@ -65,7 +65,7 @@ class Plan:
     sites: tuple[Site, ...]
     rules: tuple[BoundRule, ...]
     needs: frozenset[str] = frozenset()
-    probes: Mapping[ir.Probe, Measured] = field(default_factory=dict[ir.Probe, Measured], repr=False)
+    probes: Mapping[ir.Probe, ProbePlace] = field(default_factory=dict[ir.Probe, ProbePlace], repr=False)
     warnings: tuple[Diagnostic, ...] = ()
 
     @cached_property

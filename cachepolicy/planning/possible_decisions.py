@@ -9,7 +9,7 @@ from typing import Any, Literal, assert_never
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, names_in
-from cachepolicy.planning.history_spec import depth, feedback
+from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.plan import BoundRule
 from cachepolicy.planning.possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Program, Tick
@@ -231,7 +231,7 @@ def _answers(action: ir.Action) -> Event:
         case ir.Reuse():
             return Event("read", Reads(residuals=1) if action.residual else Reads(outputs=1))
         case ir.Predict():
-            many = depth(action)
+            many = history_depth(action)
             return Event("read", Reads(residuals=many) if action.residual else Reads(outputs=many), feedback(action))
         case ir.Skip():
             return _SKIP
@@ -263,7 +263,7 @@ def _sure(value: object) -> Truth:
     return _TRUE if value else _FALSE
 
 
-def _due(schedule: ir.Schedule | None, view: View) -> Truth:
+def _due(schedule: ir.ScheduleClause | None, view: View) -> Truth:
     """Whether a schedule may say compute, and whether it may say reuse."""
     if schedule is None:
         return _FALSE

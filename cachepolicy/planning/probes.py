@@ -14,14 +14,14 @@ from cachepolicy.planning.selectors import Modules, select, why_nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ProbePlace:
     """The modules that a probe measures: its input before the first, its output after the last."""
 
     modules: Modules
 
 
 def measured(
-    rule: ir.Rule, signals: Sequence[ir.Signal], skeleton: Skeleton, found: dict[ir.Probe, Measured]
+    rule: ir.Rule, signals: Sequence[ir.Signal], skeleton: Skeleton, found: dict[ir.Probe, ProbePlace]
 ) -> list[Diagnostic]:
     """Add the place of every probe that the rule reads to `found`; gives those that take not just one site (E207)."""
     values = {signal.name: signal for signal in signals}
@@ -34,7 +34,7 @@ def measured(
             findings += error.diagnostics
             continue
         if len(taken) == 1:
-            found[probe] = Measured(taken[0])
+            found[probe] = ProbePlace(taken[0])
         else:
             names = ", ".join(f"`{modules[0]}`" for modules in taken[:3])
             several = f"it takes {names}, ...: write `^...$` around one name"
@@ -48,7 +48,7 @@ def measured(
 def unmeasurable(
     rule: ir.Rule,
     sites: Sequence[Modules],
-    probes: Mapping[ir.Probe, Measured],
+    probes: Mapping[ir.Probe, ProbePlace],
     signals: Sequence[ir.Signal],
     skeleton: Skeleton,
 ) -> Iterator[Diagnostic]:

@@ -174,7 +174,7 @@ def unfollowed(bound: BoundRule, inputs: Inputs) -> str:
     return ""
 
 
-def due(schedule: ir.Schedule, environment: Environment) -> bool:
+def due(schedule: ir.ScheduleClause, environment: Environment) -> bool:
     """True where the schedule says compute; also where a number that it reads is undefined."""
     step: int = environment.names["step"]
     try:

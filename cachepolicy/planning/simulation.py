@@ -29,7 +29,7 @@ from cachepolicy.planning.schedule import (
 
 SignalValues = float | Sequence[float] | Mapping[str, Sequence[float]]
 Facts = Mapping[tuple[str, int, str], str]
-Measured = Mapping[tuple[int, str], Mapping[int, Mapping[str, float]]]
+MeasuredNumbers = Mapping[tuple[int, str], Mapping[int, Mapping[str, float]]]
 """The numbers of signals by name, for each site number, by step and branch."""
 
 
@@ -147,7 +147,7 @@ def plan(
 
 
 def replay(
-    bound: Plan, ticks: Sequence[Tick], *, signals: Measured | None = None, facts: Facts | None = None
+    bound: Plan, ticks: Sequence[Tick], *, signals: MeasuredNumbers | None = None, facts: Facts | None = None
 ) -> Schedule:
     """The schedule of a plan over any clock, such as that of a run's trace: a branch may miss steps.
 
@@ -161,7 +161,7 @@ def _run(
     ticks: Sequence[Tick],
     values: Mapping[tuple[int, str], Mapping[str, float]],
     facts: Facts,
-    measured: Measured | None = None,
+    measured: MeasuredNumbers | None = None,
 ) -> dict[tuple[str, int], Sequence[Decision]]:
     program, followed = prepare(bound), follows(bound)
     partition = program.fine if facts else program.coarse

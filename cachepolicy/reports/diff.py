@@ -121,7 +121,7 @@ def _of_module(letters: Mapping[str, str], name: str, steps: int) -> str:
     return "".join("." if any(row[step] in "R." for row in around) else own[step] for step in range(steps))
 
 
-def draw(difference: Difference, names: tuple[str, str], *, width: int = 80, colour: bool = False) -> str:
+def draw_diff(difference: Difference, names: tuple[str, str], *, width: int = 80, colour: bool = False) -> str:
     """Both grids, one under the other where they differ, and what each skips in all."""
     lines = list[str]()
     for branch, rows in difference.rows.items():

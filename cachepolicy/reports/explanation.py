@@ -40,7 +40,7 @@ class Clause:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AskedRule:
     """One rule of the site: whether it was asked and owns the step, and its clauses."""
 
     rule: int
@@ -57,7 +57,7 @@ class Explanation:
     step: int
     branch: str
     decision: Decision
-    asked: tuple[Asked, ...]
+    asked: tuple[AskedRule, ...]
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -127,20 +127,20 @@ def explain_decision(plan: Plan, site: str, step: int, branch: str, decision: De
     if inputs is None:
         return Explanation(site, step, branch, decision, ())
     index = next(each.index for each in plan.sites if each.name == site)
-    asked = list[Asked]()
+    asked = list[AskedRule]()
     for bound in (rule for rule in plan.rules if index in rule.sites):
         asked.append(_asked(bound, inputs, decision))
     return Explanation(site, step, branch, decision, tuple(asked))
 
 
-def _asked(bound: BoundRule, inputs: Inputs, decision: Decision) -> Asked:
+def _asked(bound: BoundRule, inputs: Inputs, decision: Decision) -> AskedRule:
     text = format_node(bound.rule)
     environment = environment_of(bound, inputs)
     if decision.rule is not None and bound.index > decision.rule:
-        return Asked(bound.index, text, "was not asked: an earlier rule owns the step")
+        return AskedRule(bound.index, text, "was not asked: an earlier rule owns the step")
     if bound.index != decision.rule:
-        return Asked(bound.index, text, "does not own the step", tuple(_when(bound.rule, environment)))
-    return Asked(bound.index, text, "owns the step", tuple(_clauses(bound, inputs, environment)))
+        return AskedRule(bound.index, text, "does not own the step", tuple(_when(bound.rule, environment)))
+    return AskedRule(bound.index, text, "owns the step", tuple(_clauses(bound, inputs, environment)))
 
 
 def _when(rule: ir.Rule, environment: Environment) -> Iterator[Clause]:

@@ -13,7 +13,7 @@ from cachepolicy.language.evaluate import names_in
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load
 from cachepolicy.planning.bind import bind
-from cachepolicy.planning.forecast import Forecast, Work, forecast, operations
+from cachepolicy.planning.forecast import Forecast, Work, forecast, format_flops
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import simulate
@@ -67,12 +67,12 @@ def _numbers(plan: Plan) -> tuple[str, ...]:
 # --- for a person ----------------------------------------------------------------------------------------
 
 
-def draw(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect], *, steps: int) -> str:
+def draw_overview(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect], *, steps: int) -> str:
     """The model's parts with their share of the FLOPs, then a line for each policy."""
     lists = ", ".join(f"{name} {len(skeleton.elements[name])}" for name in skeleton.block_lists)
     lines = [f"{skeleton.name}: {len(skeleton.modules)} modules, blocks in {lists or 'no list'}"]
     if work is not None:
-        lines.append(f"{operations(work.total)} a call")
+        lines.append(f"{format_flops(work.total)} a call")
     lines += ["", *_parts(skeleton, work), ""]
     width = max(map(len, found))
     flops = "  FLOPs skipped  at most" if work is not None else ""
@@ -101,7 +101,7 @@ def _cells(each: Prospect) -> str:
     return cells
 
 
-def to_json(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect]) -> dict[str, Any]:
+def overview_to_json(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect]) -> dict[str, Any]:
     """The same as plain data."""
     return {
         "model": skeleton.name,

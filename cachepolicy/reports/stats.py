@@ -83,7 +83,7 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def size(count: float) -> str:
+def format_short_bytes(count: float) -> str:
     """Bytes with the unit that fits: `12.5 MiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:

@@ -26,7 +26,7 @@ def draw(outcome: Outcome, *, width: int = 80, colour: bool = False) -> str:
             parts.append(f"branch {' and '.join(f'`{name}`' for name in branches)}")
         parts.append(grid(rows, width=width, colour=colour))
     legend = f"C computes  R reuses{'  . hidden in a site that reuses' if tally(outcome).calls['hidden'] else ''}"
-    if not outcome.branches or not plan_of(outcome).sites:
+    if not outcome.branches or not plan_of_outcome(outcome).sites:
         parts, legend = [], "no site: every module computes at every step"
     told = [*_shares(outcome, width), summary(outcome)]
     if isinstance(outcome, Trajectory):
@@ -42,7 +42,7 @@ def _spent(trajectory: Trajectory) -> str:
 
 def summary(outcome: Outcome) -> str:
     """One line: sites, steps, the share of their calls that is skipped, and the semantic hash of the policy."""
-    plan, calls = plan_of(outcome), tally(outcome).calls
+    plan, calls = plan_of_outcome(outcome), tally(outcome).calls
     total = sum(calls.values())
     skipped = total - calls["compute"]
     hidden = f", {calls['hidden']} of them hidden" if calls["hidden"] else ""
@@ -54,9 +54,9 @@ def summary(outcome: Outcome) -> str:
     )
 
 
-def to_json(outcome: Outcome) -> dict[str, Any]:
+def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     """The same as plain data: sites, a row of letters for each by branch, the rules' shares, the counts."""
-    plan, counted = plan_of(outcome), tally(outcome)
+    plan, counted = plan_of_outcome(outcome), tally(outcome)
     rules = [
         {
             "rule": bound.index + 1,
@@ -104,7 +104,7 @@ def tally(outcome: Outcome) -> Tally:
     return counted
 
 
-def plan_of(outcome: Outcome) -> Plan:
+def plan_of_outcome(outcome: Outcome) -> Plan:
     """The plan that the decisions belong to."""
     return outcome.plan
 
@@ -137,7 +137,7 @@ def _by_branch(outcome: Outcome) -> list[tuple[list[str], dict[str, str]]]:
 
 def _shares(outcome: Outcome, width: int) -> Iterator[str]:
     counted = tally(outcome)
-    for bound in plan_of(outcome).rules:
+    for bound in plan_of_outcome(outcome).rules:
         head = f"rule {bound.index + 1}"
         if not bound.sites:
             yield f"{head}: takes nothing here   {label(bound.rule, width=max(20, width - len(head) - 24))}"

@@ -81,7 +81,7 @@ def computes_on_ticks(schedule: Decided) -> None:
             assert decision.verdict == "compute", f"{_where(site, tick)} reuses on a tick of its schedule"
 
 
-def _asks(schedule: ir.Schedule, inputs: Inputs) -> bool:
+def _asks(schedule: ir.ScheduleClause, inputs: Inputs) -> bool:
     """Whether a schedule asks for a compute, by its definition; where it reads what is undefined, it does."""
     words = clock_words(inputs.tick, inputs.memory)
     step: int = words["step"]

@@ -119,7 +119,7 @@ def _streams(output: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-class Stage(nn.Module):
+class ToyStage(nn.Module):
     """A few blocks one after another, called as one module."""
 
     def __init__(self, toy: Toy) -> None:
@@ -142,7 +142,7 @@ class ToyDiT(nn.Module):
         self.toy = toy = Toy() if toy is None else toy
         self.embed = nn.Linear(1, toy.width)
         if toy.stages:
-            self.stages = nn.ModuleList(Stage(toy) for _ in range(toy.stages))
+            self.stages = nn.ModuleList(ToyStage(toy) for _ in range(toy.stages))
         else:
             self.blocks = nn.ModuleList(Block(toy) for _ in range(toy.blocks))
         self.out = nn.Linear(toy.width, toy.width)

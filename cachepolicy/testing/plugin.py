@@ -18,7 +18,7 @@ from cachepolicy.errors import PolicyError, render
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.loader import load
-from cachepolicy.planning.check import Outcome, check, run_expectations
+from cachepolicy.planning.check import ExpectationOutcome, check, run_expectations
 
 SUFFIXES = frozenset({".cp", ".cachepolicy"})
 
@@ -42,10 +42,10 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 class PolicyFile(pytest.File):
     """A policy file: one item for its soundness, one for each of its expectations."""
 
-    _outcomes: Sequence[Outcome] | None = None
+    _outcomes: Sequence[ExpectationOutcome] | None = None
 
     @property
-    def outcomes(self) -> Sequence[Outcome]:
+    def outcomes(self) -> Sequence[ExpectationOutcome]:
         """What came of the expectations; they run once, when the first is asked for."""
         if self._outcomes is None:
             self._outcomes = run_expectations(self.path).outcomes

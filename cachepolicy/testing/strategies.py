@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
 
-Text = st.SearchStrategy[str]
+TextStrategy = st.SearchStrategy[str]
 
 SELECTORS = (
     "attention", "self_attention", "cross_attention", "feedforward", "block", "model", "each blocks[0:1]",
@@ -52,7 +52,7 @@ _interval = st.tuples(st.sampled_from("(["), _number, st.integers(1, 900), st.sa
 )
 
 
-def _when() -> Text:
+def _when() -> TextStrategy:
     simple = st.one_of(
         _interval.map(lambda interval: f"t in {interval}"),
         st.builds("{} < t <= {}".format, _number, _number),
@@ -76,7 +76,7 @@ def _when() -> Text:
     )
 
 
-def _schedule(steps: int) -> Text:
+def _schedule(steps: int) -> TextStrategy:
     return st.one_of(
         _count.map(lambda interval: f"every {interval}"),
         st.builds("every {} offset {}".format, _count, _step),
@@ -88,7 +88,7 @@ def _schedule(steps: int) -> Text:
     )
 
 
-def _while() -> Text:
+def _while() -> TextStrategy:
     simple = st.one_of(
         _count.map(lambda most: f"sum(1) <= {most}"),
         _number.map(lambda most: f"sum(t) < {most * 4}"),

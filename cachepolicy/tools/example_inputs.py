@@ -13,7 +13,7 @@ import torch
 
 from cachepolicy.errors import PolicyError
 
-Config = Mapping[str, Any]
+ModelConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,15 @@ class Size:
         return self.frames * self.height * self.width
 
 
-More = Callable[[Config, Size], dict[str, Any]]
+More = Callable[[ModelConfig, Size], dict[str, Any]]
 
 
-def _nothing(_config: Config, _size: Size) -> dict[str, Any]:
+def _nothing(_config: ModelConfig, _size: Size) -> dict[str, Any]:
     return {}
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ArgumentForm:
     """How a class is called.
 
     `layout` are the dimensions of its latents: batch, channels, frames, height and width, or all cells in one sequence
@@ -73,7 +73,7 @@ class Form:
     more: More = _nothing
 
 
-def arguments_of(class_name: str, config: Config, picture: Picture) -> dict[str, Any]:
+def example_arguments(class_name: str, config: ModelConfig, picture: Picture) -> dict[str, Any]:
     """The keyword arguments of one call: tensors with the right shapes and no data.
 
     Raises:
@@ -117,7 +117,7 @@ def _tensor(name: str, value: Any) -> Any:
     return _empty(*sizes)
 
 
-def _latents(form: Form, config: Config, size: Size) -> torch.Tensor:
+def _latents(form: ArgumentForm, config: ModelConfig, size: Size) -> torch.Tensor:
     sizes = {
         "B": size.batch,
         "C": config["in_channels"],
@@ -147,59 +147,59 @@ def _mask(*shape: int) -> torch.Tensor:
 def _places(axes: int) -> More:
     """Position ids of a packed picture and its text."""
 
-    def more(config: Config, size: Size) -> dict[str, Any]:
+    def more(config: ModelConfig, size: Size) -> dict[str, Any]:
         guidance = {"guidance": _ones(size.batch)} if config.get("guidance_embeds") else {}
         return {"img_ids": _empty(size.cells, axes), "txt_ids": _empty(size.text, axes), **guidance}
 
     return more
 
 
-def _flux(config: Config, size: Size) -> dict[str, Any]:
+def _flux(config: ModelConfig, size: Size) -> dict[str, Any]:
     return {**_places(3)(config, size), **_pooled(config, size)}
 
 
-def _chroma(config: Config, size: Size) -> dict[str, Any]:
+def _chroma(config: ModelConfig, size: Size) -> dict[str, Any]:
     return {**_places(3)(config, size), "attention_mask": _mask(size.batch, size.text + size.cells)}
 
 
-def _pooled(config: Config, size: Size) -> dict[str, Any]:
+def _pooled(config: ModelConfig, size: Size) -> dict[str, Any]:
     return {"pooled_projections": _empty(size.batch, config["pooled_projection_dim"])}
 
 
-def _qwen(_config: Config, size: Size) -> dict[str, Any]:
+def _qwen(_config: ModelConfig, size: Size) -> dict[str, Any]:
     shapes = [[(size.frames, size.height, size.width)]] * size.batch
     return {"encoder_hidden_states_mask": _mask(size.batch, size.text), "img_shapes": shapes}
 
 
-def _labels(_config: Config, size: Size) -> dict[str, Any]:
+def _labels(_config: ModelConfig, size: Size) -> dict[str, Any]:
     return {"class_labels": torch.zeros(size.batch, dtype=torch.long, device="meta")}
 
 
-def _text_mask(_config: Config, size: Size) -> dict[str, Any]:
+def _text_mask(_config: ModelConfig, size: Size) -> dict[str, Any]:
     return {"encoder_attention_mask": _ones(size.batch, size.text)}
 
 
-def _pixart(config: Config, size: Size) -> dict[str, Any]:
+def _pixart(config: ModelConfig, size: Size) -> dict[str, Any]:
     sized = config.get("use_additional_conditions") or config.get("sample_size") == 128
     resolution, ratio = (_ones(size.batch, 2), _ones(size.batch, 1)) if sized else (None, None)
     return {**_text_mask(config, size), "added_cond_kwargs": {"resolution": resolution, "aspect_ratio": ratio}}
 
 
-def _cogview(_config: Config, size: Size) -> dict[str, Any]:
+def _cogview(_config: ModelConfig, size: Size) -> dict[str, Any]:
     return {name: _ones(size.batch, 2) for name in ("original_size", "target_size", "crop_coords")}
 
 
-def _z_image(config: Config, size: Size) -> dict[str, Any]:
+def _z_image(config: ModelConfig, size: Size) -> dict[str, Any]:
     picture = [_empty(config["in_channels"], 1, size.height, size.width) for _ in range(size.batch)]
     return {"x": picture, "cap_feats": [_empty(size.text, config["cap_feat_dim"]) for _ in range(size.batch)]}
 
 
-def _wan(config: Config, size: Size) -> dict[str, Any]:
+def _wan(config: ModelConfig, size: Size) -> dict[str, Any]:
     width = config.get("image_dim")
     return {} if width is None else {"encoder_hidden_states_image": _empty(size.batch, 257, width)}
 
 
-def _cogvideox(config: Config, size: Size) -> dict[str, Any]:
+def _cogvideox(config: ModelConfig, size: Size) -> dict[str, Any]:
     more: dict[str, Any] = {} if config.get("ofs_embed_dim") is None else {"ofs": _ones(1)}
     if config.get("use_rotary_positional_embeddings"):
         patch, frames = config["patch_size"], size.frames // (config.get("patch_size_t") or 1)
@@ -208,16 +208,16 @@ def _cogvideox(config: Config, size: Size) -> dict[str, Any]:
     return more
 
 
-def _hunyuan(config: Config, size: Size) -> dict[str, Any]:
+def _hunyuan(config: ModelConfig, size: Size) -> dict[str, Any]:
     guidance = {"guidance": _ones(size.batch)} if config.get("guidance_embeds") else {}
     return {"encoder_attention_mask": _mask(size.batch, size.text), **_pooled(config, size), **guidance}
 
 
-def _ltx(config: Config, size: Size) -> dict[str, Any]:
+def _ltx(config: ModelConfig, size: Size) -> dict[str, Any]:
     return {**_text_mask(config, size), "num_frames": size.frames, "height": size.height, "width": size.width}
 
 
-def _sdxl(config: Config, size: Size) -> dict[str, Any]:
+def _sdxl(config: ModelConfig, size: Size) -> dict[str, Any]:
     if config.get("addition_embed_type") != "text_time":
         return {}
     ids = 6
@@ -225,23 +225,23 @@ def _sdxl(config: Config, size: Size) -> dict[str, Any]:
     return {"added_cond_kwargs": {"text_embeds": _empty(size.batch, pooled), "time_ids": _ones(size.batch, ids)}}
 
 
-FORMS: Mapping[str, Form] = {
-    "FluxTransformer2DModel": Form("BSC", "joint_attention_dim", pixels=16, more=_flux),
-    "Flux2Transformer2DModel": Form("BSC", "joint_attention_dim", pixels=16, more=_places(4)),
-    "ChromaTransformer2DModel": Form("BSC", "joint_attention_dim", pixels=16, more=_chroma),
-    "QwenImageTransformer2DModel": Form("BSC", "joint_attention_dim", pixels=16, more=_qwen),
-    "SD3Transformer2DModel": Form("BCHW", "joint_attention_dim", tokens=333, more=_pooled),
-    "AuraFlowTransformer2DModel": Form("BCHW", "joint_attention_dim", tokens=256),
-    "DiTTransformer2DModel": Form("BCHW", more=_labels),
-    "PixArtTransformer2DModel": Form("BCHW", "caption_channels", tokens=300, more=_pixart),
-    "SanaTransformer2DModel": Form("BCHW", "caption_channels", tokens=300, pixels=32, more=_text_mask),
-    "CogView4Transformer2DModel": Form("BCHW", "text_embed_dim", tokens=224, more=_cogview),
-    "ZImageTransformer2DModel": Form("BCHW", latents="", timestep="t", tokens=256, more=_z_image),
-    "WanTransformer3DModel": Form("BCFHW", "text_dim", frames=4, more=_wan),
-    "CogVideoXTransformer3DModel": Form("BFCHW", "text_embed_dim", tokens=226, frames=4, more=_cogvideox),
-    "HunyuanVideoTransformer3DModel": Form("BCFHW", "text_embed_dim", tokens=256, frames=4, more=_hunyuan),
-    "LTXVideoTransformer3DModel": Form("BSC", "caption_channels", tokens=128, pixels=32, frames=8, more=_ltx),
-    "LatteTransformer3DModel": Form("BCFHW", "caption_channels", tokens=120, frames=1),
-    "UNet2DConditionModel": Form("BCHW", "cross_attention_dim", tokens=77, latents="sample", more=_sdxl),
+FORMS: Mapping[str, ArgumentForm] = {
+    "FluxTransformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_flux),
+    "Flux2Transformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_places(4)),
+    "ChromaTransformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_chroma),
+    "QwenImageTransformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_qwen),
+    "SD3Transformer2DModel": ArgumentForm("BCHW", "joint_attention_dim", tokens=333, more=_pooled),
+    "AuraFlowTransformer2DModel": ArgumentForm("BCHW", "joint_attention_dim", tokens=256),
+    "DiTTransformer2DModel": ArgumentForm("BCHW", more=_labels),
+    "PixArtTransformer2DModel": ArgumentForm("BCHW", "caption_channels", tokens=300, more=_pixart),
+    "SanaTransformer2DModel": ArgumentForm("BCHW", "caption_channels", tokens=300, pixels=32, more=_text_mask),
+    "CogView4Transformer2DModel": ArgumentForm("BCHW", "text_embed_dim", tokens=224, more=_cogview),
+    "ZImageTransformer2DModel": ArgumentForm("BCHW", latents="", timestep="t", tokens=256, more=_z_image),
+    "WanTransformer3DModel": ArgumentForm("BCFHW", "text_dim", frames=4, more=_wan),
+    "CogVideoXTransformer3DModel": ArgumentForm("BFCHW", "text_embed_dim", tokens=226, frames=4, more=_cogvideox),
+    "HunyuanVideoTransformer3DModel": ArgumentForm("BCFHW", "text_embed_dim", tokens=256, frames=4, more=_hunyuan),
+    "LTXVideoTransformer3DModel": ArgumentForm("BSC", "caption_channels", tokens=128, pixels=32, frames=8, more=_ltx),
+    "LatteTransformer3DModel": ArgumentForm("BCFHW", "caption_channels", tokens=120, frames=1),
+    "UNet2DConditionModel": ArgumentForm("BCHW", "cross_attention_dim", tokens=77, latents="sample", more=_sdxl),
 }
 """The classes whose calls are known. Some others cannot run without data: their masks or routers read it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cachepolicy.diffusers.denoisers import DENOISERS
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.forecast import Work
-from cachepolicy.planning.module_tree import FILE_LIMIT, Skeleton, from_json
+from cachepolicy.planning.module_tree import MODULE_TREE_LIMIT, Skeleton, tree_from_json
 
 if TYPE_CHECKING:
     from cachepolicy.tools.example_inputs import Picture
@@ -35,12 +35,12 @@ class Blueprint:
         """
         import torch
 
-        from cachepolicy.tools.example_inputs import arguments_from, arguments_of
+        from cachepolicy.tools.example_inputs import arguments_from, example_arguments
         from cachepolicy.tools.flops import count
 
         if self.class_name is None:
             raise PolicyError.of("E212", f"`{self.skeleton.name}` is known by its modules only, so nothing is counted")
-        call = arguments_from(shapes) if shapes else arguments_of(self.class_name, self.config, picture)
+        call = arguments_from(shapes) if shapes else example_arguments(self.class_name, self.config, picture)
         try:
             with torch.device("meta"):
                 flops = count(self.model, **call)
@@ -67,7 +67,7 @@ def read_model(path: str | os.PathLike[str]) -> Blueprint:
     file = _config_file(Path(path))
     content, config = _read(file)
     if not isinstance(config, dict) or "_class_name" not in config:
-        return Blueprint(from_json(content))
+        return Blueprint(tree_from_json(content))
     return _built(config, str(file))  # pyright: ignore[reportUnknownArgumentType]
 
 
@@ -88,7 +88,7 @@ def is_model(path: str | os.PathLike[str]) -> bool:
 def _read(file: Path) -> tuple[bytes, Any]:
     try:
         with file.open("rb") as opened:
-            content = opened.read(FILE_LIMIT + 1)
+            content = opened.read(MODULE_TREE_LIMIT + 1)
         return content, json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it holds no JSON"

@@ -29,7 +29,7 @@ class Quality:
         return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
-def compare(reference: torch.Tensor, other: torch.Tensor) -> Quality:
+def compare_pictures(reference: torch.Tensor, other: torch.Tensor) -> Quality:
     """The quality of pictures against references: both n, 3 (or 1), height, width, numbers in [-1, 1].
 
     Raises:

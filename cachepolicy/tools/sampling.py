@@ -112,7 +112,7 @@ def checked(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return dict(arguments)
 
 
-def sample(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
+def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
     """One call of the pipeline, its noise drawn on the CPU from `seed`.
 
     Raises:
@@ -161,7 +161,7 @@ def _pictures(given: Any) -> torch.Tensor:
     return batch.permute(0, 3, 1, 2).float() * 2 - 1
 
 
-def save(found: Sample, folder: Path, name: str) -> list[Path]:
+def save_pictures(found: Sample, folder: Path, name: str) -> list[Path]:
     """Write the pictures as `name.png` (or `name-0.png`, ...), frames into a folder `name` and a moving `name.gif`.
 
     Raises:

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cachepolicy.tracing.trace import Call, Trace, Trajectory, session_names
+from cachepolicy.tracing.trace import CallRecord, Trace, Trajectory, session_names
 
-Event = dict[str, Any]
+TraceEvent = dict[str, Any]
 _PROCESS = 1
 
 
@@ -28,7 +28,7 @@ def to_json(trace: Trace) -> str:
     return json.dumps(events(trace), ensure_ascii=False, allow_nan=False)
 
 
-def _events(trace: Trace) -> Iterator[Event]:
+def _events(trace: Trace) -> Iterator[TraceEvent]:
     trajectories = trace.trajectories
     names = session_names(trajectories)
     start = min((call.began for each in trajectories for call in each.calls), default=0.0)
@@ -44,14 +44,14 @@ def _events(trace: Trace) -> Iterator[Event]:
             yield from _call(trajectory, call, tracks[key], session, start)
 
 
-def _track(track: int, session: str, model: str, branch: str) -> Iterator[Event]:
+def _track(track: int, session: str, model: str, branch: str) -> Iterator[TraceEvent]:
     name = f"{session}, {model}" + (f", branch {branch}" if branch else "")
     common = {"ph": "M", "pid": _PROCESS, "tid": track}
     yield {**common, "name": "thread_name", "args": {"name": name}}
     yield {**common, "name": "thread_sort_index", "args": {"sort_index": track}}
 
 
-def _call(trajectory: Trajectory, call: Call, track: int, session: str, start: float) -> Iterator[Event]:
+def _call(trajectory: Trajectory, call: CallRecord, track: int, session: str, start: float) -> Iterator[TraceEvent]:
     decisions, tick = call.decisions, call.tick
     counts = Counter(decision.verdict for decision in decisions)
     arguments = {

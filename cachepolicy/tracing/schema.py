@@ -25,7 +25,7 @@ FILE_LIMIT = 256 * 2**20
 
 Count = Annotated[int, Field(ge=0, le=NUMBER_LIMIT)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Place = Annotated[int, Field(ge=0)]
+Index = Annotated[int, Field(ge=0)]
 
 
 class Form(BaseModel):
@@ -38,7 +38,7 @@ class PolicyForm(Form):
     """A policy's canonical text; `uses` tells for each name after `use` the place in `policies` of what it means."""
 
     text: str
-    uses: dict[str, Place] = {}
+    uses: dict[str, Index] = {}
 
 
 class PlanForm(Form):
@@ -88,9 +88,9 @@ class CallForm(Form):
     began: Seconds
     seconds: Seconds
     held: Count
-    decisions: tuple[Place, ...]
-    facts: dict[Place, str] = {}
-    signals: dict[Place, dict[str, float]] = {}
+    decisions: tuple[Index, ...]
+    facts: dict[Index, str] = {}
+    signals: dict[Index, dict[str, float]] = {}
     profile: tuple[SliceForm, ...] = ()
 
 
@@ -101,7 +101,7 @@ class TrajectoryForm(Form):
     """
 
     session: str
-    plan: Place
+    plan: Index
     began: Seconds
     decisions: tuple[DecisionForm, ...]
     calls: tuple[CallForm, ...]

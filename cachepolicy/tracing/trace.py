@@ -29,7 +29,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallRecord:
     """One call of the root: the clock, a decision per group, what only the run knew by site, and its wall seconds.
 
     `held` are the bytes of history that the session held after it. `began` is `time.perf_counter` at its beginning,
@@ -58,7 +58,7 @@ class Trajectory:
 
     session: object
     plan: Plan
-    calls: list[Call] = field(default_factory=list[Call])
+    calls: list[CallRecord] = field(default_factory=list[CallRecord])
 
     def rows(self, branch: str | None = None) -> dict[str, str]:
         """One letter a call for each site, of one branch (default: the first that ran): `C`, `R`, `.` hidden."""
@@ -256,7 +256,7 @@ def _wrong(where: str, what: str) -> PolicyError:
     return PolicyError.of("E260", f"no trace: {where}: {what}")
 
 
-def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[Call]:
+def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[CallRecord]:
     """The calls of a trajectory, decided once more and held to what was saved."""
     fine = prepare(plan).fine
     order = [group.sites[0] for group in fine.groups]
@@ -278,7 +278,7 @@ def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[Call]:
             if said != made:
                 message = f"`{names[site]}` is said to {_shown(said)}, and its policy says {_shown(made)}"
                 raise _wrong(f"{where}.calls.{place}.decisions.{site}", message)
-        yield Call(
+        yield CallRecord(
             tick=ticks[place],
             partition=fine,
             decided=[decisions[site] for site in order],
@@ -376,7 +376,7 @@ def _decision_form(decision: Decision) -> DecisionForm:
     return DecisionForm(verdict=decision.verdict, rule=rule, reason=decision.reason)
 
 
-def _call_form(call: Call, decisions: tuple[int, ...], first: float) -> CallForm:
+def _call_form(call: CallRecord, decisions: tuple[int, ...], first: float) -> CallForm:
     tick = call.tick
     return CallForm(
         step=tick.step,

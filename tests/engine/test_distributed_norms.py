@@ -13,7 +13,7 @@ from hypothesis import assume, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from cachepolicy.engine import signals  # noqa: E402
-from cachepolicy.engine.distributed.norms import TERMS, WIDTH, dtype_of, norm_of, numbers_of, share, summed  # noqa: E402
+from cachepolicy.engine.distributed.norms import MESSAGE_WIDTH, TERMS, dtype_of, norm_of, numbers_of, share, summed  # noqa: E402
 
 FUNCTIONS = [*((name, 2) for name in TERMS), ("l1", 1), ("l2", 1)]
 PRECISION = {torch.float64: 1e-12, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -111,7 +111,7 @@ def test_a_known_magnitude_is_used():
 def test_numbers_hold_a_row_a_sample():
     """Two samples are two rows; tensors of no dimension and of one are one row, or one an element."""
     x, y = tensors(3, 2, 2, 5, torch.float32)
-    assert 2 * WIDTH == len(numbers_of([share("l1", x, y, by_sample=True)])[0])
+    assert 2 * MESSAGE_WIDTH == len(numbers_of([share("l1", x, y, by_sample=True)])[0])
     assert [[2.0, 0, 0, 1.0, 0, 0]] == numbers_of([share("l1", torch.tensor(-2.0), None, by_sample=True)])
     assert [[5.0, 0, 0, 2.0, 0, 0]] == numbers_of([share("l1", torch.tensor([-2.0, 3.0]), None, by_sample=False)])
     assert [[2.0, 0, 0, 1.0, 0, 0, 3.0, 0, 0, 1.0, 0, 0]] == numbers_of(

@@ -26,7 +26,7 @@ import cachepolicy
 from cachepolicy.language import ir
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes, Toy, ToyDiT
-from cachepolicy.tracing.trace import Call
+from cachepolicy.tracing.trace import CallRecord
 from tests.support.soak import (
     MODES,
     POLICIES,
@@ -394,7 +394,7 @@ def assert_same(expected: Tensor | None, got: Tensor | None) -> None:
     assert same(expected, got), f"off by {(expected - got).abs().max()}"
 
 
-def assert_executed(twin: Twin, call: Call, executed: dict[str, int]) -> None:
+def assert_executed(twin: Twin, call: CallRecord, executed: dict[str, int]) -> None:
     """What ran below the interception is what the trace tells; of a span's first block the begin may be told apart."""
     for site in twin.run.plan.sites:
         runs = int(call.decisions[site.index].verdict == "compute")

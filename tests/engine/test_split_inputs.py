@@ -14,7 +14,7 @@ from diffusers.hooks.hooks import HookRegistry  # noqa: E402
 from diffusers.models._modeling_parallel import ContextParallelInput  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy.engine.split_inputs import entered  # noqa: E402
+from cachepolicy.engine.split_inputs import split_arguments  # noqa: E402
 from cachepolicy.testing.models import Probes, Toy, ToyDiT, inputs, sample  # noqa: E402
 
 TIMESTEPS = (950.0, 850.0, 750.0, 650.0, 550.0, 450.0)
@@ -82,6 +82,6 @@ def test_modules_without_such_a_hook_are_given_what_they_are_called_with() -> No
     """Neither a module without hooks nor one with others is asked for anything."""
     model = Toy().build()
     args, kwargs = (torch.zeros(1),), {"y": 1}
-    assert (args, kwargs) == entered(model, args, kwargs)
+    assert (args, kwargs) == split_arguments(model, args, kwargs)
     HookRegistry.check_if_exists_or_initialize(model)
-    assert (args, kwargs) == entered(model, args, kwargs)
+    assert (args, kwargs) == split_arguments(model, args, kwargs)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from cachepolicy.language import ir
-from cachepolicy.language.formatter import WIDTH, format, format_node
+from cachepolicy.language.formatter import LINE_WIDTH, format, format_node
 from cachepolicy.language.parser import check_names, parse, parse_selector, parse_value, recover
 from tests.support import examples, ir_strategies
 
@@ -131,7 +131,7 @@ def test_long_rules_break_at_their_clauses() -> None:
     text = f"match {names} when {' and '.join(f'step != {n}' for n in range(20))} every 2 -> reuse  # why\n"
     formatted = format(text)
     lines = formatted.splitlines()
-    assert all(len(line) <= WIDTH + len("  # why") for line in lines)
+    assert all(len(line) <= LINE_WIDTH + len("  # why") for line in lines)
     assert lines[-1].endswith("# why")
     assert all(line.startswith("  ") for line in lines[3:])
     assert parse(text) == parse(formatted)

@@ -17,7 +17,7 @@ from cachepolicy._resources import shipped, shipped_policies
 from cachepolicy.language import parser
 from cachepolicy.language.formatter import format
 from cachepolicy.language.pygments_lexer import TOKENS, CachePolicyLexer
-from cachepolicy.language.source import prepare
+from cachepolicy.language.source import prepare_source
 from cachepolicy.language.vocabulary import PHRASES, RESERVED, TYPES
 from editors import textmate
 from tests.support import examples, ir_strategies
@@ -73,7 +73,7 @@ def lexed(text: str) -> list[tuple[int, Any, str]]:
 
 def parsed(text: str) -> list[Any]:
     """The tokens that the parser reads in a sound text."""
-    clean = prepare(text, "<text>")[0].clean
+    clean = prepare_source(text, "<text>")[0].clean
     return parser._parser().parse_interactive(clean, start="start").exhaust_lexer()
 
 

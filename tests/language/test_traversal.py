@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, substitute, walk
-from cachepolicy.language.traversal import folded, measure, transform
+from cachepolicy.language.traversal import fold_constants, measure_size, transform
 
 numbers = st.integers(-5, 5).map(lambda value: ir.Number(value=value)) | st.sampled_from([0.5, 2.0, float("inf")]).map(
     lambda value: ir.Number(value=value)
@@ -70,15 +70,15 @@ def worth(expression: ir.Expression) -> object:
 def test_folding_changes_no_value(expression: ir.Expression) -> None:
     """A folded expression is worth the same, also where it is worth nothing."""
     before = worth(expression)
-    assert before == worth(transform(expression, folded))
+    assert before == worth(transform(expression, fold_constants))
 
 
 @given(values | conditions | choices)
 def test_folding_is_done_once(expression: ir.Expression) -> None:
     """What is folded stays as it is, and the original is not touched."""
     text = expression.model_dump_json()
-    once = transform(expression, folded)
-    assert once == transform(once, folded)
+    once = transform(expression, fold_constants)
+    assert once == transform(once, fold_constants)
     assert text == expression.model_dump_json()
 
 
@@ -92,6 +92,6 @@ def test_nothing_to_rewrite_is_the_same_object(expression: ir.Expression) -> Non
 def test_sizes_are_those_of_the_whole(expression: ir.Expression, let: ir.Expression) -> None:
     """Counting a name as what it stands for gives the size of what is written out."""
     written = substitute(expression, {"step": let})
-    nodes, depth = measure(expression, {"step": measure(let, {})})
+    nodes, depth = measure_size(expression, {"step": measure_size(let, {})})
     assert sum(1 for _ in walk(written)) == nodes
-    assert measure(written, {}) == (nodes, depth)
+    assert measure_size(written, {}) == (nodes, depth)

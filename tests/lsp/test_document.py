@@ -10,7 +10,7 @@ from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import look_ahead
 from cachepolicy.lsp.code_actions import fixes
 from cachepolicy.lsp.completion import completions
-from cachepolicy.lsp.document import Document
+from cachepolicy.lsp.document import PolicyDocument
 from cachepolicy.lsp.hover import definitions, hover
 from cachepolicy.lsp.positions import Positions
 from tests.language.test_highlighting import TEXTS, texts
@@ -50,7 +50,7 @@ def test_places_beyond_a_text_are_at_its_ends(text: str, line: int, column: int)
 @example("match block at most", 19)
 def test_any_text_is_answered(text: str, offset: int) -> None:
     """Whatever a text holds, every question about any place in it has an answer."""
-    document, offset = Document(text, "<text>"), min(offset, len(text))
+    document, offset = PolicyDocument(text, "<text>"), min(offset, len(text))
     shown = hover(document, offset)
     assert shown is None or (shown.text and shown.stretch.touches(offset))
     assert all(0 <= each.stretch.start <= each.stretch.end <= len(text) for each in definitions(document, offset))
@@ -64,26 +64,26 @@ def test_any_text_is_answered(text: str, offset: int) -> None:
 def test_what_is_offered_can_stand_there(text: str, data: st.DataObject) -> None:
     """At every place of a sound policy something is offered, and the parser takes what is offered there."""
     offset = data.draw(st.integers(0, len(text)))
-    document = Document(text[:offset], "<text>")
+    document = PolicyDocument(text[:offset], "<text>")
     word, chunk = document.word(offset), document.statement(offset)
     if chunk is None or not document.is_code(offset):
         return
     start = word.start if word else offset
     for each in completions(document, offset):
-        begun = Document(f"{text[:start]} {each.text} ", "<text>")
+        begun = PolicyDocument(f"{text[:start]} {each.text} ", "<text>")
         assert look_ahead(begun.source, chunk.start, len(begun.text)) is not None, each
 
 
 @given(ir_strategies.policies().map(format), st.data())
 def test_the_word_that_stands_there_is_offered(text: str, data: st.DataObject) -> None:
     """Of a sensible policy, every word and name that is no new name is among what is offered at its place."""
-    document = Document(text, "<text>")
+    document = PolicyDocument(text, "<text>")
     places = [each for each in range(len(text)) if document.word(each) == document.word(each + 1) is not None]
     offset = data.draw(st.sampled_from(places))
     word, chunk = document.word(offset), document.statement(offset + 1)
     assert word is not None
     if word in document.names.values() or chunk is None or chunk.word in ("policy", "cachepolicy"):
         return
-    begun = Document(text[: word.end], "<text>")
+    begun = PolicyDocument(text[: word.end], "<text>")
     offered = " ".join(each.text for each in completions(begun, word.end)).split()
     assert document.said(word) in offered

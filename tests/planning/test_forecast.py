@@ -17,10 +17,10 @@ from cachepolicy.cli.commands import main
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.forecast import Work, forecast, operations
+from cachepolicy.planning.forecast import Work, forecast, format_flops
 from cachepolicy.reports import overview
 from cachepolicy.testing import zoo
-from cachepolicy.tools.example_inputs import FORMS, Picture, arguments_of
+from cachepolicy.tools.example_inputs import FORMS, Picture, example_arguments
 from cachepolicy.tools.flops import count, counting
 from cachepolicy.tools.memory_forecast import holdings
 from cachepolicy.tools.meta_model import Blueprint, is_model, read_model
@@ -113,7 +113,7 @@ def test_the_known_calls_run_without_data(name: str) -> None:
     with torch.device("meta"):
         model = getattr(diffusers, entry.class_name)(**entry.config)
         picture = Picture(height=128, width=128, frames=2 if name == "latte" else 5, text=5)
-        assert count(model, **arguments_of(entry.class_name, dict(model.config), picture)).total > 0
+        assert count(model, **example_arguments(entry.class_name, dict(model.config), picture)).total > 0
 
 
 def test_flux_counts_what_it_is_known_to_count() -> None:
@@ -125,7 +125,9 @@ def test_flux_counts_what_it_is_known_to_count() -> None:
     blueprint = Blueprint(describe(model), "FluxTransformer2DModel", dict(model.config), model)
     work = blueprint.work(Picture())
     found = overview.prospects(blueprint.skeleton, work, steps=50)
-    assert overview.draw(blueprint.skeleton, work, found, steps=50) in (DOCS / "planning.md").read_text("utf-8")
+    assert overview.draw_overview(blueprint.skeleton, work, found, steps=50) in (DOCS / "planning.md").read_text(
+        "utf-8"
+    )
 
 
 @pytest.fixture
@@ -216,9 +218,9 @@ def test_a_skeleton_counts_nothing() -> None:
 
 def test_numbers_of_flops_have_units() -> None:
     """From single operations to PFLOP."""
-    assert "12 FLOP" == operations(12)
-    assert "74.38 TFLOP" == operations(74.38e12)
-    assert "3.72 PFLOP" == operations(3.7190e15)
+    assert "12 FLOP" == format_flops(12)
+    assert "74.38 TFLOP" == format_flops(74.38e12)
+    assert "3.72 PFLOP" == format_flops(3.7190e15)
 
 
 def test_a_blueprint_of_a_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.language import ir
-from cachepolicy.planning.history_spec import depth, feedback
+from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.module_tree import builtin
 from cachepolicy.planning.plan import Plan
@@ -51,7 +51,7 @@ def read_by(decision: Decision) -> int:
         case ir.Reuse():
             return 1
         case ir.Predict() as action:
-            return depth(action)
+            return history_depth(action)
         case _:
             return 0
 

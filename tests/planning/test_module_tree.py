@@ -15,10 +15,10 @@ from cachepolicy.planning.module_tree import (
     Skeleton,
     ancestors,
     builtin,
-    from_json,
-    read,
+    read_tree,
     sites_skeleton,
-    to_json,
+    tree_from_json,
+    tree_to_json,
     write,
 )
 
@@ -42,7 +42,7 @@ def test_names_make_a_tree(given_names: list[str]) -> None:
 def test_json_gives_the_skeleton_back(given_names: list[str]) -> None:
     """A skeleton survives its file."""
     skeleton = sites_skeleton(given_names)
-    assert skeleton == from_json(to_json(skeleton))
+    assert skeleton == tree_from_json(tree_to_json(skeleton))
 
 
 @given(names)
@@ -59,7 +59,7 @@ def test_lists_hold_their_elements_by_number(given_names: list[str]) -> None:
 def test_any_text_is_a_skeleton_or_an_error(text: str | bytes) -> None:
     """Reading a skeleton fails with a `PolicyError` only."""
     with contextlib.suppress(PolicyError):
-        from_json(text)
+        tree_from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_builtin_has_every_kind() -> None:
     kinds = {kind for module in skeleton.modules for kind in module.kinds}
     assert {"attention", "self_attention", "cross_attention", "feedforward", "block", "model"} == kinds
     assert ("transformer_blocks", "temporal_transformer_blocks", "single_transformer_blocks") == skeleton.block_lists
-    assert skeleton == from_json(to_json(skeleton))
+    assert skeleton == tree_from_json(tree_to_json(skeleton))
 
 
 @pytest.mark.parametrize(
@@ -102,17 +102,17 @@ def test_builtin_has_every_kind() -> None:
 def test_faults_are_named(modules: tuple[Module, ...], lists: tuple[str, ...], fault: str) -> None:
     """A file whose modules are no tree is refused with the reason."""
     with pytest.raises(PolicyError, match=fault):
-        from_json(to_json(Skeleton("m", modules, lists)))
+        tree_from_json(tree_to_json(Skeleton("m", modules, lists)))
 
 
 def test_files(tmp_path: Path) -> None:
     """A skeleton is written and read; what is no file of one is an error."""
     path = tmp_path / "model.json"
     write(builtin(), path)
-    assert builtin() == read(path)
+    assert builtin() == read_tree(path)
     for wrong in (tmp_path, tmp_path / "none.json", "a\0b"):
         with pytest.raises(PolicyError):
-            read(wrong)
+            read_tree(wrong)
 
 
 @pytest.mark.parametrize("name", ["", "a..b", ".a", "a.", "x" * 2000])
@@ -125,5 +125,5 @@ def test_names_that_are_none(name: str) -> None:
 def test_equal_skeletons_are_equal_texts():
     """The order of a module's kinds, which a set does not keep, does not show in JSON."""
     one = Skeleton("m", (Module("", "M", frozenset({"model"})), Module("a", "A", frozenset(["attention", "block"]))))
-    assert '"attention",\n    "block"' in to_json(one)
-    assert to_json(one) == to_json(from_json(to_json(one)))
+    assert '"attention",\n    "block"' in tree_to_json(one)
+    assert tree_to_json(one) == tree_to_json(tree_from_json(tree_to_json(one)))

@@ -14,7 +14,7 @@ import cachepolicy
 from cachepolicy.cli.commands import main
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.plan import Plan
-from cachepolicy.reports.diff import PARTLY, Difference, compare, draw
+from cachepolicy.reports.diff import PARTLY, Difference, compare, draw_diff
 from cachepolicy.testing.strategies import policies
 
 ATTENTION = "transformer_blocks.0.attn1"
@@ -84,7 +84,7 @@ def test_the_same_meaning_is_said_to_be_the_same() -> None:
     """Two texts of one policy have one hash."""
     found = differ("match attention every 2 -> reuse", "match   attention every 2 -> reuse # twice")
     assert found.same_policy
-    assert "The two mean the same, on any model." in draw(found, ("a", "b"))
+    assert "The two mean the same, on any model." in draw_diff(found, ("a", "b"))
 
 
 def test_signals_go_to_whom_they_belong() -> None:

@@ -18,7 +18,7 @@ from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
 from cachepolicy.reports.html.markup import Markup, data, joined, tag
 from cachepolicy.reports.html.page import page
-from cachepolicy.reports.stats import curves, gains, points, size
+from cachepolicy.reports.stats import curves, format_short_bytes, gains, points
 from cachepolicy.reports.text import draw, tally
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.trace import Trace, from_json
@@ -305,7 +305,9 @@ def test_many_different_numbers_are_a_page_of_moderate_size():
 
 def test_bytes_have_units():
     """A number of bytes is written with the unit that fits."""
-    assert ["512 B", "1.5 KiB", "2.0 MiB", "3.0 GiB"] == [size(each) for each in (512, 1536, 2**21, 3 * 2**30)]
+    assert ["512 B", "1.5 KiB", "2.0 MiB", "3.0 GiB"] == [
+        format_short_bytes(each) for each in (512, 1536, 2**21, 3 * 2**30)
+    ]
 
 
 # --- notebooks

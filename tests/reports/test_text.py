@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import cachepolicy
 from cachepolicy.planning.grid import folded, grid
 from cachepolicy.planning.simulation import simulate
-from cachepolicy.reports.text import draw, summary, tally, to_json
+from cachepolicy.reports.text import draw, outcome_to_json, summary, tally
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -108,7 +108,7 @@ def test_nothing_to_draw_is_said():
 
 def test_the_json_form_is_plain():
     """The same numbers as data that JSON can hold."""
-    data = json.loads(json.dumps(to_json(simulate("pab", steps=10))))
+    data = json.loads(json.dumps(outcome_to_json(simulate("pab", steps=10))))
     assert "CCCRCRCRCC" == data["rows"][""]["transformer_blocks.0.attn1"]
     assert {"compute": 84, "reuse": 36, "hidden": 0} == data["calls"]
     assert [84, 36] == [data["rules"][0]["owned"], data["rules"][0]["reused"]]

@@ -10,7 +10,7 @@ from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import builtin, sites_skeleton
 from cachepolicy.planning.schedule import prepare
 from cachepolicy.planning.simulation import Schedule, simulate
-from cachepolicy.tracing.trace import Call, Trace
+from cachepolicy.tracing.trace import CallRecord, Trace
 
 FLUX = [
     *(f"transformer_blocks.{block}.{part}" for block in range(19) for part in ("attn", "ff", "ff_context")),
@@ -51,7 +51,7 @@ def as_trace(schedule: Schedule, signals: Mapping[int, Mapping[str, Sequence[flo
             site: {name: values[tick.step] for name, values in each.items()} for site, each in (signals or {}).items()
         }
         seconds = 0.5 if all(each.computes for each in decisions) else 0.125
-        call = Call(tick, fine, order, {}, seconds, measured, held=1024 * (number + 1), began=10.0 + number)
+        call = CallRecord(tick, fine, order, {}, seconds, measured, held=1024 * (number + 1), began=10.0 + number)
         trajectory.calls.append(call)
     return trace
 

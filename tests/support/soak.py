@@ -15,7 +15,7 @@ from torch import Tensor
 import cachepolicy
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
-from cachepolicy.tracing.trace import Call
+from cachepolicy.tracing.trace import CallRecord
 from tests.support.plain_engine import PlainEngine
 
 Mode = Literal["no_grad", "inference", "grad"]
@@ -116,7 +116,7 @@ class Twin:
         self.run = cachepolicy.apply(self.model, policy, steps=len(TIMESTEPS))
         self.plain = PlainEngine(built(toy, dtype), self.run.plan)
 
-    def last(self) -> Call:
+    def last(self) -> CallRecord:
         """The call that has just been."""
         assert self.run.trace is not None
         assert self.run.trace.last is not None

@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 from PIL import Image
 
 import cachepolicy
-from cachepolicy.cli.demo import table
+from cachepolicy.cli.demo import demo_table
 from cachepolicy.reports import text as report_text
 from cachepolicy.tools.demo import Sampling, measure, save
 from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline
@@ -127,7 +127,7 @@ def test_a_policy_that_computes_all_is_bitwise_the_bare_model():
     assert 5 == demo.fewer_steps.steps
     assert torch.equal(demo.uncached, demo.cached)
     assert demo.to_json()["policy"]["psnr"] is None
-    assert "bitwise equal" in table(demo, "all.cp")
+    assert "bitwise equal" in demo_table(demo, "all.cp")
 
 
 def test_the_shares_are_those_of_what_ran():
@@ -175,7 +175,7 @@ def test_a_slower_policy_is_called_slower():
     """A ratio below 1 is shown as it is."""
     demo = measure(cachepolicy.parse('match "attn1$" -> compute'), sampling=SMALL)
     row = dataclasses.replace(demo.policy, wall=dataclasses.replace(demo.policy.wall, median=0.8, least=0.7, most=0.9))
-    text = table(dataclasses.replace(demo, policy=row), "all.cp")
+    text = demo_table(dataclasses.replace(demo, policy=row), "all.cp")
     assert "0.80x (0.70..0.90)" in text
     assert "SLOWER" in text
 
@@ -204,6 +204,6 @@ def test_a_trace_is_drawn_as_the_schedule_is(pipe):
         draw(pipe, num_inference_steps=10)
     trajectory = run.trace.last
     schedule = cachepolicy.simulate(run.plan, steps=10, timesteps=pipe.scheduler.timesteps.tolist())
-    assert report_text.to_json(schedule)["rows"] == report_text.to_json(trajectory)["rows"]
+    assert report_text.outcome_to_json(schedule)["rows"] == report_text.outcome_to_json(trajectory)["rows"]
     assert report_text.summary(schedule) == report_text.summary(trajectory)
     assert "transformer_blocks.0-7.attn1" in report_text.draw(trajectory)

@@ -134,21 +134,21 @@ def test_what_is_no_pipeline_is_an_error(tmp_path: Path) -> None:
 def test_quality_of_equal_and_of_opposite_pictures() -> None:
     """Equal ones are infinitely near; noise makes both numbers worse."""
     picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    same = quality.compare(picture, picture.clone())
+    same = quality.compare_pictures(picture, picture.clone())
     assert (math.inf, math.inf) == (same.psnr, same.worst_psnr)
     assert 1.0 == pytest.approx(same.ssim)
-    little, much = (quality.compare(picture, (picture + noise).clamp(-1, 1)) for noise in (0.01, 0.3))
+    little, much = (quality.compare_pictures(picture, (picture + noise).clamp(-1, 1)) for noise in (0.01, 0.3))
     assert little.psnr > much.psnr
     assert little.ssim > much.ssim
     with pytest.raises(ValueError, match="against references"):
-        quality.compare(picture, picture[:1])
+        quality.compare_pictures(picture, picture[:1])
 
 
 def test_frames_of_a_video_are_written_one_by_one_and_moving(tmp_path: Path) -> None:
     """A folder of numbered frames and one animated file."""
-    from cachepolicy.tools.sampling import Sample, save
+    from cachepolicy.tools.sampling import Sample, save_pictures
 
     frames = torch.linspace(-1, 1, 5 * 3 * 8 * 8).reshape(5, 3, 8, 8)
-    written = save(Sample(frames, frames=True, seconds=0.0), tmp_path, "clip")
+    written = save_pictures(Sample(frames, frames=True, seconds=0.0), tmp_path, "clip")
     assert [f"{number:04}.png" for number in range(5)] + ["clip.gif"] == [path.name for path in written]
     assert all(path.is_file() for path in written)

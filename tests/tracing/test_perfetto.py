@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cachepolicy.planning.simulation import simulate
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.perfetto import events, to_json
-from cachepolicy.tracing.trace import Call, Slice, Trace
+from cachepolicy.tracing.trace import CallRecord, Slice, Trace
 from tests.support import report_data as reports
 
 
@@ -99,7 +99,7 @@ def test_modules_of_a_profiled_run_are_slices_inside():
     call = trace.last.calls[1]
     site = trace.last.plan.sites[0].name
     profile = [Slice(site, call.began + 0.01, 0.02), Slice("elsewhere", call.began + 0.04, 0.01)]
-    trace.last.calls[1] = Call(
+    trace.last.calls[1] = CallRecord(
         call.tick, call.partition, call.decided, {}, call.seconds, began=call.began, profile=profile
     )
     document = events(trace)

@@ -19,7 +19,7 @@ from cachepolicy.planning.schedule import prepare
 from cachepolicy.planning.simulation import Schedule, simulate
 from cachepolicy.testing import checks, strategies
 from cachepolicy.tracing.schema import Document, form_of, plan_of, schema
-from cachepolicy.tracing.trace import Call, Slice, Trace, from_json, load_trace
+from cachepolicy.tracing.trace import CallRecord, Slice, Trace, from_json, load_trace
 
 DRIFTING = (
     "signal drift = relative_l1(residual(blocks[0]), kept(residual(blocks[0])))\n"
@@ -37,7 +37,7 @@ def as_trace(schedule: Schedule, **series: list[float]) -> Trace:
         numbers = {name: values[tick.step] for name, values in series.items()}
         measured = {site.index: numbers for site in schedule.plan.sites if numbers}
         order = [decisions[group.sites[0]] for group in fine.groups]
-        trajectory.calls.append(Call(tick, fine, order, {}, 0.25, measured, 100 + number, 1000.0 + number))
+        trajectory.calls.append(CallRecord(tick, fine, order, {}, 0.25, measured, 100 + number, 1000.0 + number))
     return trace
 
 
@@ -103,7 +103,7 @@ def test_everything_of_a_call_comes_back(tmp_path: Path):
     assert trace.last is not None
     call = trace.last.calls[2]
     sliced = Slice("transformer_blocks.0", call.began + 0.125, 0.0625)
-    trace.last.calls[2] = Call(
+    trace.last.calls[2] = CallRecord(
         call.tick, call.partition, call.decided, call.facts, 0.5, call.signals, 7, call.began, [sliced]
     )
     trace.save(tmp_path / "trace.json")

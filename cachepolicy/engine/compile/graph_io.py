@@ -22,8 +22,8 @@ from cachepolicy.engine.actions import (
     spoil,
     weights,
 )
-from cachepolicy.engine.block_chain import Chain, Entry, Form
-from cachepolicy.engine.compile.graph_ops import Answer, Part, Place
+from cachepolicy.engine.block_chain import Chain, ChainEntry, ChainForm
+from cachepolicy.engine.compile.graph_ops import Answer, OutputPlace, Part
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
 from cachepolicy.planning.schedule import WAITING, Decision
@@ -47,7 +47,7 @@ class Staged(Protocol):
         ...
 
     @property
-    def forms(self) -> Mapping[int, Form]:
+    def forms(self) -> Mapping[int, ChainForm]:
         """The known structure of the spans, by site number."""
         ...
 
@@ -106,7 +106,7 @@ def staged(forward_pass: Staged, site: int) -> Part:
     part.residuals, part.outputs = what.residuals > 0, what.outputs > 0
     part.form = forward_pass.forms.get(site) if what.streams else None
     segments = part.form.segments if part.form is not None else 1
-    part.places, part.bases = [Place() for _ in range(segments)], [Place() for _ in range(segments)]
+    part.places, part.bases = [OutputPlace() for _ in range(segments)], [OutputPlace() for _ in range(segments)]
     fill(forward_pass, site, part, refused=False)
     return part
 
@@ -222,8 +222,8 @@ def _commit_chain(forward_pass: Staged, slot: Slot, what: Keeping, part: Part) -
     if form is None or part.unfit or any(value is None for value in left):
         return
     chain = slot.chain = slot.chain or Chain(slot.storing)
-    fresh = [Entry(residuals, outputs, forward_pass.step, not forward_pass.halved) for residuals, outputs in left]
-    old: list[list[Entry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
+    fresh = [ChainEntry(residuals, outputs, forward_pass.step, not forward_pass.halved) for residuals, outputs in left]
+    old: list[list[ChainEntry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
     chain.put(fresh, old, what.depth)
     chain.links = dict(enumerate(form.links))
     chain.endings = {place: ending for place, ending in enumerate(form.endings) if ending is not None}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.actions import ANSWER, COMPUTE, PENDING, REUSE, STORE, combine, hidden_states, map_tensors
-from cachepolicy.engine.block_chain import Form, Names, bind_names, parts, passed, rebuilt
+from cachepolicy.engine.block_chain import ChainForm, Names, bind_names, parts, passed, rebuilt
 
 
 class _Uncompiled:
@@ -49,7 +49,7 @@ class _Uncompiled:
 UNCOMPILED = _Uncompiled()
 
 
-class Place:
+class OutputPlace:
     """Destination of one result of a graph, with the shape, dtype and device of its hidden states."""
 
     __slots__ = ("states", "value")
@@ -94,9 +94,9 @@ class Part:
         self.answer = Answer()
         self.given: Any = ()
         self.weights: Any = None
-        self.form: Form | None = None
-        self.places: list[Place] = []
-        self.bases: list[Place] = []
+        self.form: ChainForm | None = None
+        self.places: list[OutputPlace] = []
+        self.bases: list[OutputPlace] = []
         self.residuals = False
         self.outputs = True
         self.clones = False
@@ -134,7 +134,7 @@ def waits(stage: Stage, number: int, members: Sequence[tuple[int, int]]) -> bool
     return number >= 0 and stage.parts[number].code is PENDING
 
 
-def traced(
+def call_in_graph(
     original: Any,
     module: Any,
     stage: Stage,

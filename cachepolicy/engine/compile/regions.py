@@ -9,21 +9,21 @@ from typing import Any, Protocol
 import torch
 import torch._dynamo
 
-from cachepolicy.engine.block_chain import Form
-from cachepolicy.engine.clock import Arguments
+from cachepolicy.engine.block_chain import ChainForm
+from cachepolicy.engine.clock import CallArguments
 from cachepolicy.engine.compile.graph_io import autocast, commit, problem, staged
 from cachepolicy.engine.compile.graph_ops import Part, Stage
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.forward_pass import ForwardPass
-from cachepolicy.engine.hooks import Frame, Owner, Site, parameters_of
+from cachepolicy.engine.hooks import Frame, SiteHandle, SiteOwner, parameters_of
 
 
-class Host(Owner, Protocol):
+class GraphHost(SiteOwner, Protocol):
     """The interface of a root model for `Graphs`."""
 
     layout: ExecutionPlan
     module: torch.nn.Module
-    handles: dict[str, Site]
+    handles: dict[str, SiteHandle]
     around: Any
 
 
@@ -33,9 +33,9 @@ class Graphs:
     Calls outside graphs show the structure. `surprised` is set if a site ran in an unexpected graph.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: GraphHost) -> None:
         self.host = host
-        self.forms: dict[int, Form] = {}
+        self.forms: dict[int, ChainForm] = {}
         self.surprised = False
         self._learnt: dict[Any, int] = {}
         self._shows = bool(host.layout.plan.probes) or any(what.streams for what in host.layout.keepings)
@@ -76,7 +76,7 @@ class Graphs:
                 site.inside = [(within[span], position) for span, position in site.members if span in within]
         handle = self.host.handles.get(name)
         if handle is None:
-            handle = self.host.handles[name] = Site(self.host, name, parameters_of(module))
+            handle = self.host.handles[name] = SiteHandle(self.host, name, parameters_of(module))
             handle.block, handle.special = len(self._blocks), True
             self.host.around.intercept(self.host, name, handle)
         handle.block, handle.special = len(self._blocks), True
@@ -88,11 +88,11 @@ class Graphs:
         """Return True if this call runs in graphs."""
         return whole or self.surprised or bool(self._blocks)
 
-    def learns(self, arguments: Arguments) -> bool:
+    def learns(self, arguments: CallArguments) -> bool:
         """Return True if the call has to run outside graphs to learn the structure of its spans."""
         return self._shows and self._learnt.get(_kind(arguments), 0) >= 0
 
-    def learnt(self, forward_pass: ForwardPass, arguments: Arguments) -> None:
+    def learnt(self, forward_pass: ForwardPass, arguments: CallArguments) -> None:
         """Record the structure of the spans after a call outside graphs."""
         known = True
         for site, what in enumerate(self.host.layout.keepings):
@@ -108,7 +108,7 @@ class Graphs:
         tries = self._learnt.get(kind, 0) + 1
         self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
 
-    def parts(self, forward_pass: ForwardPass, arguments: Arguments, *, whole: bool) -> Mapping[int, Part]:
+    def parts(self, forward_pass: ForwardPass, arguments: CallArguments, *, whole: bool) -> Mapping[int, Part]:
         """Build what the graphs read. A site whose history cannot answer computes."""
         sites = (
             range(len(forward_pass.branch.slots))
@@ -180,7 +180,7 @@ def allow_graphs(number: int) -> None:
 _LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # noqa: SLF001
 
 
-def _kind(arguments: Arguments) -> Any:
+def _kind(arguments: CallArguments) -> Any:
     """Return which arguments are tensors and their dtypes. Calls of one kind run alike."""
     return tuple((name, dtype) for name, _, dtype, _ in arguments.signature())
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cachepolicy.engine.distributed.groups import Peers
-from cachepolicy.engine.distributed.norms import WIDTH, Share, dtype_of, norm_of, numbers_of
+from cachepolicy.engine.distributed.norms import MESSAGE_WIDTH, Share, dtype_of, norm_of, numbers_of
 from cachepolicy.errors import PolicyError
 
 Wanted = tuple[str, Share | None]
@@ -26,7 +26,7 @@ _SLOTS = 32
 _NORMS = _FAILED + _SLOTS
 _DEFINED, _ROWS, _CODE, _HEAD = 0, 1, 3, 5
 LENGTH = 256
-MOST_NORMS = (LENGTH - _NORMS) // (_HEAD + WIDTH)
+MOST_NORMS = (LENGTH - _NORMS) // (_HEAD + MESSAGE_WIDTH)
 """The number of single-sample norms that fit in one message."""
 _BITS = 2**20  # sums of squares below this bound over thousands of processes are exact in float64
 
@@ -171,7 +171,7 @@ class Agreement:
         processes = head[_DEFINED]
         rows = int(head[_ROWS] / processes)
         dtype = dtype_of(head[_CODE] / processes if self._same(head, _CODE, processes) else 0)
-        return norm_of(function, rest.get(id(head)) or head[_HEAD : _HEAD + rows * WIDTH], dtype)
+        return norm_of(function, rest.get(id(head)) or head[_HEAD : _HEAD + rows * MESSAGE_WIDTH], dtype)
 
     def _over(self, code: str, message: str, help: str) -> PolicyError:
         """Return the error. All processes have read the same sums, so no report is sent."""

@@ -19,7 +19,7 @@ import torch
 
 TERMS = {"l1": 1, "l2": 1, "relative_l1": 2, "cosine": 3}
 """The number of sums per norm."""
-WIDTH = 6
+MESSAGE_WIDTH = 6
 """Numbers per sample in a message: up to three sums, and the element count of each."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,13 +138,13 @@ def numbers_of(shares: Sequence[Share]) -> list[list[float]]:
 
 def _laid_out(share: Share, columns: Sequence[Sequence[float]]) -> list[float]:
     counts = [term.count for term in share.terms]
-    rest = [0.0] * (WIDTH // 2 - len(counts))
+    rest = [0.0] * (MESSAGE_WIDTH // 2 - len(counts))
     return [number for row in zip(*columns, strict=True) for number in (*row, *rest, *counts, *rest)]
 
 
 def norm_of(function: str, numbers: Sequence[float], dtype: torch.dtype) -> float:
     """Return the norm from the summed numbers: of several samples the largest (the smallest cosine)."""
-    rows = torch.tensor(numbers, dtype=torch.float64).reshape(-1, WIDTH)
+    rows = torch.tensor(numbers, dtype=torch.float64).reshape(-1, MESSAGE_WIDTH)
     first, second, third = (rows[:, :3] / rows[:, 3:]).unbind(1)
     match function:
         case "l2":

@@ -9,12 +9,12 @@ from typing import Any
 from cachepolicy.planning.grid import folded
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import Decision, Tick
-from cachepolicy.reports.explanation import Asked, explain_decision
+from cachepolicy.reports.explanation import AskedRule, explain_decision
 from cachepolicy.reports.html.markup import Markup, tag
 from cachepolicy.reports.html.svg import number
 from cachepolicy.reports.text import Outcome
 
-Calls = Sequence[tuple[Tick, Sequence[Decision]]]
+CellCalls = Sequence[tuple[Tick, Sequence[Decision]]]
 _WORDS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}
 
 
@@ -38,7 +38,7 @@ class Reasons:
             self._known[key] = self.reasons.setdefault(reason, len(self.reasons))
         return self._known[key]
 
-    def _asked(self, asked: Asked) -> tuple[Any, ...]:
+    def _asked(self, asked: AskedRule) -> tuple[Any, ...]:
         clauses = tuple(
             (
                 int(clause.holds),
@@ -61,7 +61,7 @@ def _shown(value: object) -> str:
     return number(value) if isinstance(value, float) else "not known" if value is None else str(value)
 
 
-def grid(outcome: Outcome, branch: str, reasons: Reasons) -> Markup:
+def html_grid(outcome: Outcome, branch: str, reasons: Reasons) -> Markup:
     """The table of one branch: a row for each set of sites that are decided alike, and below it one for each site."""
     plan = outcome.plan
     calls = [(tick, decisions) for tick, decisions in outcome if tick.branch == branch]
@@ -72,7 +72,7 @@ def grid(outcome: Outcome, branch: str, reasons: Reasons) -> Markup:
     return tag("div", table, class_="scroll grid")
 
 
-def _alike(plan: Plan, calls: Calls) -> Iterator[tuple[str, list[int]]]:
+def _alike(plan: Plan, calls: CellCalls) -> Iterator[tuple[str, list[int]]]:
     """Sites with equal rows whose names differ in numbers alone, under the name that stands for all."""
     alike = dict[tuple[Any, ...], list[str]]()
     index = {site.name: site.index for site in plan.sites}
@@ -84,7 +84,7 @@ def _alike(plan: Plan, calls: Calls) -> Iterator[tuple[str, list[int]]]:
         yield from ((name, [index[each] for each in members]) for name, members in folded(names).items())
 
 
-def _body(plan: Plan, calls: Calls, name: str, members: Sequence[int], reasons: Reasons) -> Markup:
+def _body(plan: Plan, calls: CellCalls, name: str, members: Sequence[int], reasons: Reasons) -> Markup:
     numbers = {site: [reasons.of(plan, site, tick, made[site]) for tick, made in calls] for site in members}
     first = members[0]
     if len(members) == 1:
@@ -97,7 +97,7 @@ def _body(plan: Plan, calls: Calls, name: str, members: Sequence[int], reasons: 
 
 def _row(
     plan: Plan,
-    calls: Calls,
+    calls: CellCalls,
     site: int,
     numbers: Sequence[int],
     name: str,

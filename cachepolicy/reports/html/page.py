@@ -9,13 +9,13 @@ from string import Template
 
 from cachepolicy._resources import template
 from cachepolicy.language.formatter import format_node
-from cachepolicy.planning.forecast import Work, operations
+from cachepolicy.planning.forecast import Work, format_flops
 from cachepolicy.planning.plan import Plan
 from cachepolicy.reports.html import ledger, timeline
-from cachepolicy.reports.html.grid import Reasons, grid
+from cachepolicy.reports.html.grid import Reasons, html_grid
 from cachepolicy.reports.html.markup import Markup, data, joined, tag
 from cachepolicy.reports.html.svg import number
-from cachepolicy.reports.stats import Gains, gains, percent, size
+from cachepolicy.reports.stats import Gains, format_short_bytes, gains, percent
 from cachepolicy.reports.text import Outcome
 from cachepolicy.tracing.trace import Trajectory
 
@@ -102,7 +102,7 @@ def _numbers(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
         yield (
             "FLOPs skipped",
             percent(flops.skipped, flops.total),
-            f"{operations(flops.skipped)} of {operations(flops.total)}",
+            f"{format_flops(flops.skipped)} of {format_flops(flops.total)}",
         )
         bound = f"{flops.speed_up:.2f}×" if flops.share < 1 else "all"
         yield "Speed-up, predicted", bound, "at most, by the FLOPs"
@@ -118,7 +118,7 @@ def _numbers(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
             f"{gained.seconds / max(1, gained.calls) * 1e3:.1f} ms a call",
         )
     if gained.held:
-        yield "Memory held", size(gained.held), "of histories, at most"
+        yield "Memory held", format_short_bytes(gained.held), "of histories, at most"
 
 
 # --- decisions -------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def _numbers(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
 
 def _decisions(outcome: Outcome, place: int, reasons: Reasons) -> Markup:
     grids = [
-        tag("div", timeline.branch_name(outcome, branch), grid(outcome, branch, reasons), data_branch=branch)
+        tag("div", timeline.branch_name(outcome, branch), html_grid(outcome, branch, reasons), data_branch=branch)
         for branch in outcome.branches
     ]
     legend = tag(

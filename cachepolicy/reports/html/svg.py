@@ -25,7 +25,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class AxisScale:
     """From numbers to places: `last` is the last step, `top` the number at the upper edge."""
 
     last: int
@@ -53,7 +53,7 @@ def curve(lines: Sequence[Sequence[Mark]], limits: Sequence[tuple[int, float | N
     values = [mark.value for mark in marks if mark.value is not None]
     bounds = [limit for _, limit in limits if limit is not None]
     last = max((mark.step for mark in marks), default=0)
-    scale = Scale(last, *_range(values, bounds))
+    scale = AxisScale(last, *_range(values, bounds))
     parts = [*_axes(scale, number)]
     parts += [_stairs(scale, limits)]
     for line in lines:
@@ -66,7 +66,7 @@ def curve(lines: Sequence[Sequence[Mark]], limits: Sequence[tuple[int, float | N
 
 def bars(values: Sequence[tuple[float, str]], told: Sequence[str], *, label: str, unit: str) -> Markup:
     """A bar for each call, of a height and a class."""
-    scale = Scale(len(values) - 1, 0, _nice(max((value for value, _ in values), default=0)))
+    scale = AxisScale(len(values) - 1, 0, _nice(max((value for value, _ in values), default=0)))
     parts = [*_axes(scale, lambda value: f"{number(value)} {unit}")]
     floor = scale.y(0)
     for index, ((value, kind), text) in enumerate(zip(values, told, strict=True)):
@@ -78,7 +78,7 @@ def bars(values: Sequence[tuple[float, str]], told: Sequence[str], *, label: str
     return _drawing(scale, parts, label)
 
 
-def _drawing(scale: Scale, parts: Iterable[Markup], label: str) -> Markup:
+def _drawing(scale: AxisScale, parts: Iterable[Markup], label: str) -> Markup:
     view = f"0 0 {scale.width} {HEIGHT}"
     return tag("svg", *parts, viewBox=view, width=scale.width, height=HEIGHT, role="img", aria_label=label)
 
@@ -109,7 +109,7 @@ def number(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def _axes(scale: Scale, form: Callable[[float], str]) -> Iterator[Markup]:
+def _axes(scale: AxisScale, form: Callable[[float], str]) -> Iterator[Markup]:
     right, floor = scale.x(scale.last) + STEP / 2, HEIGHT - BOTTOM
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         value = scale.bottom + share * (scale.top - scale.bottom)
@@ -122,7 +122,7 @@ def _axes(scale: Scale, form: Callable[[float], str]) -> Iterator[Markup]:
         yield tag("text", step, x=scale.x(step), y=floor + 16, text_anchor="middle")
 
 
-def _stairs(scale: Scale, limits: Sequence[tuple[int, float | None]]) -> Markup:
+def _stairs(scale: AxisScale, limits: Sequence[tuple[int, float | None]]) -> Markup:
     path, pen = "", False
     for step, limit in limits:
         if limit is None:
@@ -134,7 +134,7 @@ def _stairs(scale: Scale, limits: Sequence[tuple[int, float | None]]) -> Markup:
     return tag("path", class_="limit", d=path)
 
 
-def _mark(scale: Scale, mark: Mark) -> Markup:
+def _mark(scale: AxisScale, mark: Mark) -> Markup:
     """A square where it computed, a circle where it reused, a triangle at the edge where it lies beyond."""
     x, title = scale.x(mark.step), tag("title", mark.told)
     kind = "computes" if mark.computes else "reuses"

@@ -8,9 +8,9 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.planning.schedule import Decision
 from cachepolicy.reports.html.markup import Markup, tag
 from cachepolicy.reports.html.svg import Mark, bars, curve, number, table
-from cachepolicy.reports.stats import Curve, Point, curves, percent, series, size
+from cachepolicy.reports.stats import Curve, Point, curves, format_short_bytes, percent, series
 from cachepolicy.reports.text import Outcome
-from cachepolicy.tracing.trace import Call, Trajectory
+from cachepolicy.tracing.trace import CallRecord, Trajectory
 
 _MOST_CURVES = 6
 """Lines in one drawing: more cannot be told apart, and stand in the table."""
@@ -83,7 +83,7 @@ def calls(trajectory: Trajectory) -> Iterator[Markup]:
             call.tick.branch or "first",
             _milliseconds(call),
             _share(call),
-            size(call.held),
+            format_short_bytes(call.held),
         )
         for index, call in enumerate(calls)
     ]
@@ -113,22 +113,23 @@ def _in_one_unit(counts: Sequence[int]) -> tuple[str, list[float]]:
     return unit, [count / 1024**power for count in counts]
 
 
-def _kind(call: Call) -> str:
+def _kind(call: CallRecord) -> str:
     reused = any(decision.verdict == "reuse" for decision in call.decided)
     return "reuses" if reused else "computes"
 
 
-def _share(call: Call) -> str:
+def _share(call: CallRecord) -> str:
     decisions = call.decisions
     return percent(sum(not decision.computes for decision in decisions), len(decisions))
 
 
-def _told(call: Call) -> str:
+def _told(call: CallRecord) -> str:
     branch = f", branch {call.tick.branch}" if call.tick.branch else ""
-    return f"step {call.tick.step}{branch}: {_milliseconds(call)} ms, {_share(call)} skipped, {size(call.held)} held"
+    held = format_short_bytes(call.held)
+    return f"step {call.tick.step}{branch}: {_milliseconds(call)} ms, {_share(call)} skipped, {held} held"
 
 
-def _milliseconds(call: Call) -> str:
+def _milliseconds(call: CallRecord) -> str:
     return number(1e3 * call.seconds)
 
 

@@ -26,6 +26,7 @@ html_title = "cachepolicy"
 html_copy_source = False
 
 autodoc_typehints = "signature"
+napoleon_use_ivar = True  # an `Attributes:` section does not describe anew what autodoc finds in the class
 autodoc_member_order = "bysource"
 
 

@@ -1,6 +1,6 @@
 """From the parser's trees to the nodes of a policy.
 
-The trees are read by shape (`data`, `children`, `meta`), so that the parser's library stays behind `syntax`.
+The trees are read by shape (`data`, `children`, `meta`), so that the parser's library stays behind `parser`.
 """
 
 from __future__ import annotations

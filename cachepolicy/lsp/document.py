@@ -19,7 +19,7 @@ from cachepolicy.planning.check import check_text
 
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
 _STRING = r"""(?:"(?:[^"\n]|"")*"|'(?:[^'\n]|'')*')"""
-_TOKENS = re.compile(rf"""(?P<word>{_NAME}) | (?P<closed>{_STRING}) | \#[^\n]* | ["'][^\n]*""", re.VERBOSE)
+_TOKENS = re.compile(rf"""(?<![\d.])(?P<word>{_NAME}) | (?P<closed>{_STRING}) | \#[^\n]* | ["'][^\n]*""", re.VERBOSE)
 _DECLARED = re.compile(rf"(?:param|let|table|signal|external)\s+({_NAME})")
 _USED = re.compile(rf"use\s+({_NAME}|{_STRING})")
 

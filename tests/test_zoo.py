@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 from diffusers.models import ModelMixin, transformers, unets  # noqa: E402
 
-from cachepolicy.diffusers.timestep_scaling import RAW_SCALE, SCALES, TIMESTEP_NAMES  # noqa: E402
+from cachepolicy.diffusers.argument_names import TIMESTEP_NAMES  # noqa: E402
+from cachepolicy.diffusers.timestep_scaling import scale_of  # noqa: E402
 from cachepolicy.engine.introspection import describe  # noqa: E402
 from cachepolicy.testing import zoo  # noqa: E402
 
@@ -58,7 +59,7 @@ def test_cross_attention_is_told_from_the_live_model(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.names())
 def test_timesteps_are_read_in_training_units(name: str) -> None:
     """The engine's table of scales undoes what a pipeline does to the timestep of each class."""
-    feed, scale = zoo.entry(name).feed, SCALES.get(zoo.entry(name).class_name, RAW_SCALE)
+    feed, scale = zoo.entry(name).feed, scale_of(zoo.entry(name).model_class)
     if scale is None:
         pytest.skip("this class is called with what is no timestep")
     assert feed.argument in TIMESTEP_NAMES

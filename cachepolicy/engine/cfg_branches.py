@@ -11,7 +11,6 @@ clearly the nearest.
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +18,10 @@ from typing import Any
 
 import torch
 
+from cachepolicy.diffusers.argument_names import NEW_AT_EACH_STEP
+
 _Path = tuple[Any, ...]
 _KEPT_BYTES = 64 * 2**20  # larger tensors are compared by identity only
-
-_OF_THE_STEP = re.compile(
-    r"^(audio|video)_hidden_states$|residuals?$|block_samples$|^sigmas?$|timestep|^step(_index)?$"
-)
-"""Arguments that are created anew at each step on every branch, and so do not identify a branch."""
 
 
 class _Part:
@@ -133,7 +129,7 @@ class Conditioning:
     def __init__(self, named: Mapping[str, Any]) -> None:
         self.parts: dict[_Path, _Part] = {}
         for name, value in named.items():
-            if not _OF_THE_STEP.search(name):
+            if not NEW_AT_EACH_STEP.search(name):
                 self._note((name,), value)
 
     def _note(self, path: _Path, value: Any) -> None:

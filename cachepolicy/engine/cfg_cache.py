@@ -10,13 +10,13 @@ slowly in a low and a high frequency band. On a skipped step it is added to the 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, GRID_SIZES, POSITIONS
 from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.errors import PolicyError
@@ -125,16 +125,15 @@ def _without(tensor: torch.Tensor, place: int) -> tuple[int, ...]:
 
 def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """Return the latent grid of a token sequence from the call's arguments, or None."""
-    height, width = named.get("height"), named.get("width")
+    frames, height, width = (named.get(name) for name in GRID_SIZES)
     if isinstance(height, int) and isinstance(width, int):
-        frames = named.get("num_frames")
         return (frames if isinstance(frames, int) else 1, height, width)
-    ids = named.get("img_ids")
+    ids = named.get(GRID_IDS)
     if isinstance(ids, torch.Tensor) and ids.shape[-1] == 3:
         last = ids.reshape(-1, 3)
         frames, height, width = (int(column) + 1 for column in last.max(dim=0).values - last.min(dim=0).values)
         return (frames, height, width)
-    shapes = named.get("img_shapes")
+    shapes = named.get(GRID_SHAPES)
     while isinstance(shapes, list) and shapes:
         shapes = shapes[0]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(shapes, tuple) and len(shapes) == 3:  # pyright: ignore[reportUnknownArgumentType]
@@ -218,13 +217,10 @@ def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequenc
     }
 
 
-_POSITIONS = re.compile(r"(^|_)(indices|index|ids|positions?)(_|$)")
-
-
 def _speaks_of_positions(name: str, value: Any) -> bool:
     """Return True for a 1-d integer tensor of positions, whose length may equal the batch size by chance."""
     row = isinstance(value, torch.Tensor) and value.ndim == 1 and not value.is_floating_point()
-    return row and _POSITIONS.search(name) is not None
+    return row and POSITIONS.search(name) is not None
 
 
 def _half(value: Any, batch: int | None, layout: str) -> Any:

@@ -1,12 +1,13 @@
-"""The clock of a run: steps, branches and trajectories, from a scheduler, a caller's function or the root's argument.
+"""The clock of a run: steps, trajectories and branches of the calls of a root model.
 
-A step is a step of the scheduler, not a call of the model. Nothing is required of the caller; what is there is used.
+A step is a step of the scheduler, not a call of the model. The clock reads the first of these sources that is present:
+the scheduler, the caller's `timestep=` function, the `cache_context`, the timestep argument of the root model. Without
+any of them, a repeated call counts as the next step.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,19 +16,28 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachepolicy.diffusers.timestep_scaling import RAW_SCALE, SCALES, TIMESTEP_NAMES, Scale, listed_class
+from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NAMES
+from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import Tick
 
-# --- what the caller says --------------------------------------------------------------------------------
+# --- the caller's context --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What `cache_context(name, ...)` says about the calls inside it; None where it says nothing."""
+    """The arguments of `cache_context(name, ...)`, which apply to the calls inside. None means not given.
+
+    Attributes:
+        name: The guidance branch, such as `"cond"`.
+        step_index: The step of the trajectory, from 0.
+        num_inference_steps: The number of steps of the trajectory.
+        timestep: The timestep in training units (0..1000), a number or a tensor.
+        sigma: The noise level of the step.
+    """
 
     name: str
     step_index: int | None = None
@@ -44,14 +54,20 @@ CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=
 
 @dataclass(slots=True)
 class CallArguments:
-    """The arguments of a root call by name, and which of them are the latents and the timestep."""
+    """The arguments of a root call.
+
+    Attributes:
+        named: The arguments by name.
+        latents: The name of the latents argument, or None.
+        timestep: The name of the timestep argument, or None if the call has none.
+    """
 
     named: dict[str, Any]
     latents: str | None
     timestep: str | None
 
     def signature(self) -> tuple[Any, ...]:
-        """Shapes, dtypes and devices of everything that goes in: histories fit only calls with the same."""
+        """Return shapes, dtypes and devices of all tensors. Histories apply only to calls with the same signature."""
         return tuple(
             [
                 (name, tensor.shape, tensor.dtype, tensor.device)
@@ -64,7 +80,15 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """What is known of a root's forward before it runs: parameter names and the scale of its timestep."""
+    """Static information about the forward of a root model.
+
+    Attributes:
+        parameters: The parameter names of its forward.
+        timestep: The name of the timestep parameter, or None.
+        scale: The scale of the timestep, or None if it cannot be converted.
+        class_name: The name of the class, for messages.
+        listed: Whether the scale comes from the table of diffusers' classes.
+    """
 
     parameters: tuple[str, ...]
     timestep: str | None
@@ -74,27 +98,26 @@ class Root:
 
 
 def inspect_root(module: torch.nn.Module) -> Root:
-    """Read the forward's parameters once."""
+    """Return the parameter names and the timestep scale of a root model."""
     parameters = tuple(inspect.signature(module.forward).parameters)
     timestep = next((name for name in TIMESTEP_NAMES if name in parameters), None)
-    listed = listed_class(type(module))
-    scale = RAW_SCALE if listed is None else SCALES[listed]
-    return Root(parameters, timestep, scale, type(module).__name__, listed is not None)
+    kind = type(module)
+    return Root(parameters, timestep, scale_of(kind), kind.__name__, listed_class(kind) is not None)
 
 
 def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallArguments:
-    """Bind a call's arguments to names; the latents are the first that holds a tensor of more than places."""
+    """Bind the arguments of a call to names.
+
+    The latents are the first argument with a tensor, except the timestep, positions and masks.
+    """
     named: dict[str, Any] = dict(zip(root.parameters, args, strict=False))
     named.update(kwargs)
     latents = None
     for name, value in named.items():
-        if name != root.timestep and not _PLACES.search(name) and _tensors(value):
+        if name != root.timestep and not POSITIONS_OR_MASKS.search(name) and _tensors(value):
             latents = name
             break
     return CallArguments(named, latents, root.timestep if root.timestep in named else None)
-
-
-_PLACES = re.compile(r"(^|_)(ids|indices|indexes|masks?)$")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -112,9 +135,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 @dataclass(slots=True)
 class Clock:
-    """The steps of one session: one trajectory, whichever of its roots is called.
+    """State of the clock of one session, which all root models of a pipeline share.
 
-    `number` counts the steps over all trajectories, `trajectories` those begun.
+    Attributes:
+        step: The step of the trajectory, or -1 before the first call.
+        t: The timestep of the last call.
+        direction: -1 if the timestep falls, 1 if it rises, 0 if unknown. Used if its unit is unknown.
+        generation: The generation of the scheduler's follower at the last call.
+        begin: The index in the scheduler's timesteps at which the trajectory began.
+        extra: Steps of the loop that the scheduler did not take (or -1 for each that it took too often).
+        number: The number of steps of all trajectories.
+        trajectories: The number of trajectories that have begun.
+        ahead: What is known of the remaining steps.
+        numbers: The timesteps list that `ahead` was made from.
     """
 
     step: int = -1
@@ -131,7 +164,15 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the clock reads from, best first: the scheduler with its follower, the caller's function, the argument."""
+    """The sources that the clock reads.
+
+    Attributes:
+        scheduler: The scheduler, or None.
+        follower: The follower of the scheduler, or None.
+        timestep: The caller's `timestep=` function, or None.
+        steps: The number of steps of a trajectory, or None if unknown.
+        reads_t: Whether the policy uses the timestep, so that its unit matters.
+    """
 
     scheduler: Any = None
     follower: SchedulerFollower | None = None
@@ -142,9 +183,15 @@ class Sources:
 
 @dataclass(slots=True)
 class Reading:
-    """One reading of the clock: the tick, whether a trajectory starts or histories no longer fit, what lies ahead.
+    """One reading of the clock.
 
-    `doubtful` and `revives` are those of `BranchMatch`.
+    Attributes:
+        tick: Step, timestep and branch of the call.
+        starts: Whether a trajectory starts with this call.
+        stale: Whether the signature of the arguments changed, so that histories do not apply.
+        ahead: What is known of the remaining steps.
+        doubtful: See `BranchMatch`.
+        revives: See `BranchMatch`.
     """
 
     tick: Tick
@@ -157,31 +204,42 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Repeats:
-    """How a call is like those of the present step: whether it is one again, and on latents near to it."""
+    """Compares a call with the earlier calls of the same step."""
 
     calls: Calls
     matching: Sequence[str]
     latents: SeenLatents
 
     def same(self) -> bool:
-        """True where a branch of this name or conditioning has been called in this step."""
+        """Return True if a branch with this name or conditioning was called in this step."""
         return any(branch in self.calls.present for branch in self.matching)
 
     def stage(self) -> bool:
-        """True where it is that on near latents, as the second stage of a step is; tiles are far from one another."""
+        """Return True if it repeats a call on nearby latents, as the second stage of a step does.
+
+        The latents of different tiles are far apart.
+        """
         return self.calls.stage(self.matching, self.latents)
 
     def elsewhere(self) -> bool:
-        """True where it is that on latents that have nothing to do with those, as another picture's noise."""
+        """Return True if it repeats a call on unrelated latents, such as the noise of another picture."""
         near = [self.latents.distance(self.calls.known[branch].latents) for branch in self.matching]
         return not self.latents.few and all(distance is not None and distance > FAR for distance in near)
 
 
 def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: CallArguments) -> Reading:
-    """Advance the clock by one call of the root.
+    """Advance the clock by one call of a root model.
+
+    Args:
+        clock: The clock of the session. It is changed.
+        calls: The calls of this root model in the session. They are changed.
+        sources: Where to read the step and the timestep.
+        root: The root model.
+        arguments: The arguments of the call.
 
     Raises:
-        PolicyError: the timestep argument fits no known unit and the policy reads `t`.
+        PolicyError: The policy reads `t` and the timestep argument fits no known unit (E321), or the `timestep=`
+            function returned None (E320).
     """
     context = CONTEXT.get()
     named = arguments.named
@@ -220,13 +278,14 @@ _IN_ONE_DIRECTION = {-1: Ahead(direction=-1), 0: _UNKNOWN, 1: Ahead(direction=1)
 
 
 def _ahead(clock: Clock, context: Context | None) -> Ahead:
-    """What is known of the steps to come; where the caller says each step by itself, nothing is."""
+    """Return what is known of the remaining steps: nothing if the caller describes each step separately."""
     if context is None or (context.sigma is None and context.num_inference_steps is None):
         return clock.ahead
     return _UNKNOWN
 
 
 def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
+    """Return the tick with its branch, and the values of the context in place of those of the source."""
     if context is None and not branch:
         return tick
     sigma, steps = tick.sigma, tick.steps
@@ -245,10 +304,15 @@ def _by_scheduler(
     arguments: CallArguments,
     repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
+    """Advance the clock by the steps that the scheduler has taken.
+
+    Returns:
+        Whether a trajectory starts, whether the step changed, and the tick.
+    """
     timesteps, sigmas = follower.numbers(scheduler)
     raw = arguments.named.get(arguments.timestep or "")
     if clock.generation == follower.generation and _tiled(clock, follower, calls, timesteps, raw, repeats):
-        # The loop steps the scheduler for each tile of a timestep.
+        # The loop steps the scheduler once per tile of a timestep.
         clock.extra = clock.step - follower.step
     elif follower.begin is not None and follower.begin + follower.step + min(clock.extra, 0) >= len(timesteps):
         follower.restart()
@@ -256,12 +320,12 @@ def _by_scheduler(
     if starts:
         clock.generation, clock.extra = follower.generation, 0
         if follower.begin is None:
-            # Found at the present step: what the scheduler has stepped so far lies between it and the beginning.
+            # The timestep argument gives the index of this step; the steps taken so far lead back to the first one.
             follower.begin = max(0, _begin(scheduler, timesteps, root, arguments, follower.step))
         clock.begin = follower.begin
     step = follower.step + clock.extra
     if not starts and raw is not None and step == clock.step and repeats.same() and not _equal(raw, calls.raw):
-        # The loop goes on to another timestep without stepping this scheduler: count the steps ourselves.
+        # The loop continues with another timestep without stepping this scheduler, so steps are counted here.
         starts = _turned(timesteps, root, raw, calls.raw)
         step = 0 if starts else step + 1
         clock.extra = step - follower.step
@@ -277,14 +341,14 @@ def _by_scheduler(
 
 
 def _equal(raw: Any, other: Any) -> bool:
-    """True where two timestep arguments are equal, also where each frame or sample has its own."""
+    """Return True if two timestep arguments are equal, with one value or one per frame or sample."""
     if isinstance(raw, torch.Tensor) and isinstance(other, torch.Tensor) and max(raw.numel(), other.numel()) > 1:
         return raw.shape == other.shape and torch.equal(raw, other)
     return other is not None and _number(raw) == _number(other)
 
 
 def _turned(timesteps: Sequence[float], root: Root, raw: Any, other: Any) -> bool:
-    """True where the timestep runs against the scheduler's direction: a chunk is done, the next one begins."""
+    """Return True if the timestep changed against the scheduler's direction: the next chunk of a video begins."""
     now, before = _number(raw), _number(other)
     if root.scale is not None:
         now, before = root.scale.to_training(now), root.scale.to_training(before)
@@ -294,7 +358,7 @@ def _turned(timesteps: Sequence[float], root: Root, raw: Any, other: Any) -> boo
 def _tiled(
     clock: Clock, follower: SchedulerFollower, calls: Calls, timesteps: Sequence[float], raw: Any, repeats: _Repeats
 ) -> bool:
-    """True where the scheduler has gone on, but the call is of the same timestep on latents of another place."""
+    """Return True if the scheduler was stepped, but the call has the same timestep on other latents (a tile)."""
     step, last = follower.step + clock.extra, len(timesteps) - 1
     if step <= clock.step or raw is None or calls.raw is None:
         return False
@@ -305,7 +369,7 @@ def _tiled(
 
 
 def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: CallArguments, stepped: int) -> int:
-    """Where in the scheduler's timesteps this trajectory starts: image-to-image runs start late."""
+    """Return the index in the scheduler's timesteps at which a trajectory starts (image-to-image starts late)."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return int(begin)
@@ -316,12 +380,12 @@ def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: Ca
         return 0
     value = root.scale.to_training(_number(raw, lowest=root.scale.lowest))
     if not root.listed and value <= 1.0:
-        return 0  # as likely a fraction as the last timestep
+        return 0  # may be a fraction or the last timestep
     nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
     return nearest - stepped if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else 0
 
 
-_NEAR = 5e-3  # a timestep that went through bfloat16 is off by up to 1 in 256
+_NEAR = 5e-3  # relative; a timestep that was converted to bfloat16 is off by up to 1 in 256
 
 
 def _by_value(
@@ -333,6 +397,11 @@ def _by_value(
     arguments: CallArguments,
     repeats: _Repeats,
 ) -> tuple[bool, bool, Tick]:
+    """Advance the clock by the timestep, the context's step index, or repeated calls.
+
+    Returns:
+        Whether a trajectory starts, whether the step changed, and the tick.
+    """
     t, known = _timestep(sources, context, root, arguments)
     index = context.step_index if context is not None else None
     if clock.step < 0:
@@ -342,7 +411,7 @@ def _by_value(
     elif t is not None and clock.t is not None and t != clock.t:
         starts, moved = _turns(clock, t, known=known), True
     elif t is not None and clock.step == 0 and repeats.stage():
-        # Second-order samplers repeat every timestep but the first: this is a run again, after one that was given up.
+        # Second-order samplers repeat every timestep except the first, so a run that was aborted starts again.
         starts, moved = True, True
     else:
         moved = repeats.same() if t is None else repeats.stage()
@@ -360,11 +429,11 @@ def _by_value(
     return starts, moved, Tick(clock.step, t, sources.steps)
 
 
-_MOST_BRANCHES = 16  # a run without a clock looks like ever more branches of one step
+_MOST_BRANCHES = 16  # without a clock, calls with new conditioning look like an ever growing number of branches
 
 
 def _turns(clock: Clock, t: float, *, known: bool) -> bool:
-    """True where the timestep runs against its direction: a new trajectory. In training units it falls."""
+    """Return True if the timestep changed against its direction: a trajectory starts. In training units it falls."""
     assert clock.t is not None
     direction = 1 if t > clock.t else -1
     if known:
@@ -377,7 +446,7 @@ def _turns(clock: Clock, t: float, *, known: bool) -> bool:
 def _timestep(
     sources: Sources, context: Context | None, root: Root, arguments: CallArguments
 ) -> tuple[float | None, bool]:
-    """The timestep, and whether it is in training units."""
+    """Return the timestep or None, and whether it is in training units."""
     if sources.timestep is not None:
         value = sources.timestep()
         if value is None:
@@ -386,7 +455,7 @@ def _timestep(
                 "the `timestep=` function returned None",
                 help="it must return the current timestep, a number or a tensor",
             )
-        # Whatever the caller counts in: a pipeline's own timestep may even rise.
+        # In the caller's own unit, which may even rise.
         return _number(value), False
     if context is not None and context.timestep is not None:
         return _number(context.timestep), True
@@ -400,6 +469,7 @@ def _timestep(
 
 
 def _training(root: Root, value: float) -> float:
+    """Convert a timestep argument to training units."""
     if root.scale is None:
         raise PolicyError.of(
             "E321",
@@ -420,7 +490,7 @@ _SLACK, _TOP = 1.0, 1000.0
 
 
 def _number(value: Any, *, lowest: bool = False) -> float:
-    """A timestep as a number: the largest (or lowest) where each sample, frame or token has its own."""
+    """Return a timestep as a number: the largest (or lowest) one of several samples, frames or tokens."""
     if not isinstance(value, torch.Tensor):
         return float(value)
     if value.ndim == 0:
@@ -431,7 +501,10 @@ def _number(value: Any, *, lowest: bool = False) -> float:
 
 
 def _element(value: torch.Tensor) -> float:
-    """A scalar tensor's number; for an element of `timesteps` the whole tensor is read once, not once a step."""
+    """Return the value of a scalar tensor.
+
+    An element of a scheduler's `timesteps` is a view. The whole tensor is read from the device once, not once a step.
+    """
     base = value._base
     if base is None or base.ndim != 1 or value.device.type == "cpu":
         return float(value)

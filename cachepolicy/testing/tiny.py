@@ -109,14 +109,20 @@ class Entry:
     batches: bool = True
     notes: str = ""
 
+    @property
+    def model_class(self) -> type[nn.Module]:
+        """The class in diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.class_name)
+
     def build(self, seed: int = 0) -> nn.Module:
         """The model in eval mode, without gradients, every parameter drawn from `seed`."""
-        import diffusers
         import torch
 
         with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
-            model: nn.Module = getattr(diffusers, self.class_name)(**self.config)
+            model = self.model_class(**self.config)
         redraw(model, seed)
         return model.eval().requires_grad_(False)
 

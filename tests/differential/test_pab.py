@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cachepolicy
-from cachepolicy.diffusers.timestep_scaling import RAW_SCALE, SCALES
+from cachepolicy.diffusers.timestep_scaling import scale_of
 from cachepolicy.testing import zoo
 
 pytestmark = [
@@ -186,7 +186,7 @@ def test_the_other_architectures_agree(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_models_own_timestep_serves_as_well_as_the_callback(name: str) -> None:
     """Without a callback the clock reads the argument of the call in the model's scale; decisions are the same."""
-    if SCALES.get(zoo.entry(name).class_name, RAW_SCALE) is None:
+    if scale_of(zoo.entry(name).model_class) is None:
         pytest.skip("this class is called with what is no timestep")
     model, chosen = zoo.build(name), _knobs(name)
     expected = run_diffusers_pab(name, model, chosen, TIMESTEPS)

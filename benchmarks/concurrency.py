@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from benchmarks._measure import one_thread, over, rounds, table, timed
-from cachepolicy.testing.models import Toy, inputs
-from cachepolicy.testing.tiny import redraw
+from cachepolicy.testing.models import Toy, inputs, redraw
 
 STEPS = (5, 8, 11, 14)
 EVERY, WINDOW = 2, (100, 800)

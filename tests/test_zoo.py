@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from diffusers.models import ModelMixin, transformers, unets  # noqa: E402
 from cachepolicy.diffusers.argument_names import TIMESTEP_NAMES  # noqa: E402
 from cachepolicy.diffusers.timestep_scaling import scale_of  # noqa: E402
 from cachepolicy.engine.introspection import describe  # noqa: E402
-from cachepolicy.testing import zoo  # noqa: E402
+from tests.support import zoo  # noqa: E402
 
 
 def _flat(prediction: Any) -> Any:
@@ -101,6 +102,6 @@ def test_batched_and_sequential_guidance_cost_the_same_samples(name: str) -> Non
 
 
 def test_importing_the_zoo_imports_no_torch() -> None:
-    """The tools for testing can be imported where torch is slow to load or missing."""
-    code = "import sys, cachepolicy.testing.zoo; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    """The list of models can be read without the time that importing torch takes."""
+    code = "import sys, tests.support.zoo; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0

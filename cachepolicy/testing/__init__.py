@@ -1,7 +1,6 @@
-"""Tools for testing policies: generated policies and clocks, reference checks, and a zoo of tiny models.
+"""Tools for testing policies: hypothesis strategies, checks of schedules and runs, toy models and a pytest plugin.
 
-Nothing is imported until it is asked for: `strategies` and `checks` need hypothesis, `models` and a built model of the
-`zoo` need torch, the zoo diffusers too.
+Each module is imported on first access. `strategies` needs hypothesis, `models` needs torch, `plugin` needs pytest.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from cachepolicy.testing import checks, models, strategies, zoo
+    from cachepolicy.testing import checks, models, strategies
 
-__all__ = ["checks", "models", "strategies", "zoo"]
+__all__ = ["checks", "models", "strategies"]
 
 
 def __getattr__(name: str) -> ModuleType:

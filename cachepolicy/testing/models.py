@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cachepolicy.testing.tiny import redraw
-
 Returns = Literal["tensor", "tuple", "list", "dict"]
 
 TOKENS, CONTEXT = 4, 3
@@ -214,6 +212,28 @@ def sample(
         yield from predictions
         if not still:
             x = x - 0.1 * torch.stack(predictions).mean(0)
+
+
+def redraw(model: nn.Module, seed: int) -> None:
+    """Draw every parameter of a model from a seed.
+
+    Many models initialise gates and modulations to zero, and some leave parameters uninitialised. Such a model would
+    ignore its timestep, or differ from run to run.
+
+    Args:
+        model: The model. Its parameters are overwritten in place.
+        seed: The seed of the random generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * (parameter.numel() / max(1, len(parameter)) + 1e-9) ** -0.5)
+            elif name.endswith("weight"):
+                parameter.copy_(1 + 0.05 * noise)
+            else:
+                parameter.copy_(0.1 * noise)
 
 
 class Probes:

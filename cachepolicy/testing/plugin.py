@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
+from cachepolicy._resources import SUFFIXES
 from cachepolicy.errors import PolicyError, render
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.loader import load
 from cachepolicy.planning.check import ExpectationOutcome, check, run_expectations
-
-SUFFIXES = frozenset({".cp", ".cachepolicy"})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

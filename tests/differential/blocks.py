@@ -18,7 +18,7 @@ from harness import Clock, Run, Watch, flat
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 TIMESTEPS = (950.0, 880.0, 780.0, 720.0, 650.0, 520.0, 400.0, 300.0)
 

@@ -24,7 +24,7 @@ from diffusers.hooks import apply_faster_cache
 from torch import nn
 
 import cachepolicy
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "data" / "coverage.json"

@@ -16,7 +16,7 @@ from harness import Clock, Run, Watch, attentions, flat
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 TIMESTEPS = (999.0, 900.0, 780.0, 650.0, 600.0, 520.0, 400.0, 300.0, 180.0, 90.0, 20.0, 10.0)
 

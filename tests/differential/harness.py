@@ -22,7 +22,7 @@ from diffusers.hooks._common import (
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 Window = tuple[float, float]
 

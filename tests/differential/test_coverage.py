@@ -8,7 +8,7 @@ pytest.importorskip("diffusers")
 
 from coverage_table import RANKS, TABLE, recorded, row, table, worse
 
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

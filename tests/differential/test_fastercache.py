@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cachepolicy
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

@@ -26,7 +26,8 @@ from torch import nn
 import cachepolicy
 from cachepolicy.engine.introspection import describe
 from cachepolicy.engine.run import run_of
-from cachepolicy.testing import models, zoo
+from cachepolicy.testing import models
+from tests.support import zoo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

@@ -26,7 +26,7 @@ from torch import nn
 
 import cachepolicy
 from cachepolicy.diffusers.timestep_scaling import scale_of
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

@@ -26,7 +26,7 @@ import cachepolicy.diffusers as ours
 from cachepolicy import PolicyError
 from cachepolicy.diffusers.configs import config_of
 from cachepolicy.language.linker import resolve
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy import FasterCacheConfig, FirstBlockCacheConfig, PolicyError, PyramidAttentionBroadcastConfig
-from cachepolicy.testing import models, zoo
+from cachepolicy.testing import models
+from tests.support import zoo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

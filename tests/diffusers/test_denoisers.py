@@ -17,8 +17,8 @@ from click.testing import CliRunner  # noqa: E402
 from cachepolicy.cli.commands import main  # noqa: E402
 from cachepolicy.diffusers.denoisers import DENOISERS  # noqa: E402
 from cachepolicy.engine.introspection import denoisers  # noqa: E402
-from cachepolicy.testing import zoo  # noqa: E402
 from cachepolicy.tools.meta_model import read_model  # noqa: E402
+from tests.support import zoo  # noqa: E402
 
 
 @pytest.mark.parametrize("name", DENOISERS)

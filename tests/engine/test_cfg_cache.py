@@ -28,7 +28,7 @@ from cachepolicy.engine.cfg_cache import (  # noqa: E402
     whole,
     with_predictions,
 )
-from cachepolicy.testing import zoo  # noqa: E402
+from tests.support import zoo  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

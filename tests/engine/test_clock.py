@@ -571,7 +571,7 @@ BARE = ("flux", "sd3", "cogvideox", "wan", "z_image", "lumina2", "mochi", "ltx",
 def test_a_tiny_model_of_diffusers_is_read_in_training_units(name: str) -> None:
     """Called as its pipeline calls it, without scheduler or function, `t` is the training timestep."""
     pytest.importorskip("diffusers")
-    from cachepolicy.testing import zoo
+    from tests.support import zoo
 
     model, timesteps = zoo.build(name), (950.0, 600.0, 250.0)
     with torch.no_grad(), cachepolicy.apply(model, parse('match "." when t < -5 -> reuse')) as run:
@@ -584,7 +584,7 @@ def test_a_tiny_model_of_diffusers_is_read_in_training_units(name: str) -> None:
 def test_every_tiny_model_of_diffusers_is_read_in_training_units() -> None:
     """The same for the whole zoo; the classes that are called in no unit of timesteps ask for another clock."""
     pytest.importorskip("diffusers")
-    from cachepolicy.testing import zoo
+    from tests.support import zoo
 
     wrong = dict[str, str]()
     for name in zoo.names():

@@ -160,7 +160,7 @@ def test_neighbours_come_and_go_in_any_order(name: str, first: str, text: str) -
 def test_group_offloading_of_diffusers_models_gives_the_same() -> None:
     """Block-level offloading with one block a group, on a real model: the same predictions."""
     hooks = pytest.importorskip("diffusers.hooks")
-    from cachepolicy.testing import zoo
+    from tests.support import zoo
 
     def latents(*, offloaded: bool, text: str) -> list[Tensor]:
         model = zoo.build("cogvideox")
@@ -471,7 +471,7 @@ def test_removing_from_a_compiled_model_gives_the_bare_numbers() -> None:
 def test_real_models_compile_whole(name: str) -> None:
     """Tiny models of diffusers under fullgraph: two graphs for two signatures, no break, numbers near eager ones."""
     pytest.importorskip("diffusers")
-    from cachepolicy.testing import zoo
+    from tests.support import zoo
 
     with fresh_compiler(), torch.no_grad():
         model, backend = zoo.build(name), Counting()

@@ -22,8 +22,8 @@ from torch.nn.utils import parametrizations, parametrize
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes, Toy, inputs, sample
+from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

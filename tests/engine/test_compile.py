@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.engine.compile import regions
 from cachepolicy.language.parser import parse
-from cachepolicy.testing.models import Block, Returns, Shared, Toy, inputs, sample
-from cachepolicy.testing.tiny import redraw
+from cachepolicy.testing.models import Block, Returns, Shared, Toy, inputs, redraw, sample
 
 dynamo = pytest.importorskip("torch._dynamo")
 
@@ -502,7 +501,7 @@ def _blocks_of(model: nn.Module) -> set[str]:
 def test_repeated_blocks_of_diffusers_models(name: str, policy: str) -> None:
     """`compile_repeated_blocks(fullgraph=True)`: a graph for each kind of block and set of decisions inside it."""
     pytest.importorskip("diffusers")
-    from cachepolicy.testing import zoo
+    from tests.support import zoo
 
     options = {"spatial_range": (0, 1000)} if policy == "pab" else {"threshold": 10.0}
 
@@ -533,7 +532,7 @@ def test_repeated_blocks_of_diffusers_models(name: str, policy: str) -> None:
 def test_whole_diffusers_models(name: str) -> None:
     """`model.compile(fullgraph=True)` under PAB: a graph for each set of decisions, to the bit."""
     pytest.importorskip("diffusers")
-    from cachepolicy.testing import zoo
+    from tests.support import zoo
 
     def trajectory(model: nn.Module) -> list[Tensor]:
         with torch.no_grad():

@@ -16,9 +16,8 @@ import cachepolicy
 from cachepolicy.engine import clock
 from cachepolicy.engine.clock import Context
 from cachepolicy.language.parser import parse
-from cachepolicy.testing import zoo
-from cachepolicy.testing.models import Probes
-from cachepolicy.testing.tiny import redraw
+from cachepolicy.testing.models import Probes, redraw
+from tests.support import zoo
 from tests.support.tiny_pipelines import STEPS, Tiny, flux, flux_true_cfg, normal, unet_sd, vae_of, wan, wan22
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")

@@ -563,7 +563,7 @@ REAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["wan", "pixart", "flux", "unet2d_condition"])
 def test_models_hold_what_the_trace_tells(name: str, policy: str) -> None:
     """The storage that is alive after each call, counted from outside, on models of diffusers."""
-    zoo = pytest.importorskip("cachepolicy.testing.zoo")
+    zoo = pytest.importorskip("tests.support.zoo")
     if (name, policy) in {("flux", "fastercache"), ("unet2d_condition", "fbc")}:
         pytest.skip("its prediction's layout is not told, or it has no chain of blocks")
     model, entry, scheduler, batch = zoo.build(name), zoo.entry(name), Scheduler(), 1 + (policy == "fastercache")

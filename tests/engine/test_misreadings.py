@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.testing import zoo
+from tests.support import zoo
 
 diffusers = pytest.importorskip("diffusers")
 

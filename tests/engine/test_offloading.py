@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.language.parser import parse
-from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Toy, inputs, sample
+from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

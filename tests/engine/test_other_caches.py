@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.testing import zoo
-from tests.support import tiny_pipelines
+from tests.support import tiny_pipelines, zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 

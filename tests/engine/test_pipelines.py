@@ -18,8 +18,9 @@ import cachepolicy
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.testing import checks, zoo
+from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes
+from tests.support import zoo
 from tests.support.tiny_pipelines import PIPELINES, STEPS, Tiny, flux, ltx, normal, sd3, unet_sd, wan, wan22
 
 pytestmark = pytest.mark.filterwarnings(

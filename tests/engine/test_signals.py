@@ -18,7 +18,8 @@ from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy.testing import checks, models, zoo  # noqa: E402
+from cachepolicy.testing import checks, models  # noqa: E402
+from tests.support import zoo  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

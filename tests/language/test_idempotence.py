@@ -18,7 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
 from cachepolicy.engine.introspection import describe  # noqa: E402
-from cachepolicy.testing import zoo  # noqa: E402
+from tests.support import zoo  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),

@@ -19,11 +19,11 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.forecast import Work, forecast, format_flops
 from cachepolicy.reports import overview
-from cachepolicy.testing import zoo
 from cachepolicy.tools.example_inputs import FORMS, Picture, example_arguments
 from cachepolicy.tools.flops import count, counting
 from cachepolicy.tools.memory_forecast import holdings
 from cachepolicy.tools.meta_model import Blueprint, is_model, read_model
+from tests.support import zoo
 
 DOCS = Path(__file__).parents[2] / "docs"
 TIMESTEPS = (990.0, 780.0, 650.0, 520.0, 400.0, 280.0, 150.0, 20.0)

@@ -15,8 +15,8 @@ from torch import nn
 import cachepolicy
 from cachepolicy.engine.distributed import groups
 from cachepolicy.engine.distributed.groups import peers_of
-from cachepolicy.testing import zoo
 from cachepolicy.testing.models import Probes
+from tests.support import zoo
 from tests.support.ranks import gathered
 
 diffusers.utils.logging.set_verbosity_error()

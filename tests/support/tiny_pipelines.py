@@ -10,8 +10,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from cachepolicy.testing import zoo
-from cachepolicy.testing.tiny import redraw
+from cachepolicy.testing.models import redraw
+from tests.support import zoo
 
 STEPS = 6
 

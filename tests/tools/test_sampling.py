@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from cachepolicy.cli.commands import main
-from cachepolicy.testing import zoo
-from cachepolicy.testing.tiny import redraw
+from cachepolicy.testing.models import redraw
 from cachepolicy.tools import quality
+from tests.support import zoo
 from tests.support.tiny_pipelines import normal, vae_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachepolicy.testing.tiny import UNIT, Arguments, Draw, Entry, Feed, embedding
+from tests.support.zoo.entry import UNIT, Arguments, Draw, Entry, Feed, embedding
 
 
 def _stable_audio(draw: Draw) -> Arguments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cachepolicy.testing.tiny import REVERSED_UNIT, UNIT, Arguments, Draw, Entry, Feed, embedding
+from tests.support.zoo.entry import REVERSED_UNIT, UNIT, Arguments, Draw, Entry, Feed, embedding
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a tiny model of the zoo is: a diffusers class, a small config, and the arguments of one call."""
+"""The description of a model of the zoo: a diffusers class, a small config, and the arguments of one call."""
 
 from __future__ import annotations
 
@@ -120,6 +120,8 @@ class Entry:
         """The model in eval mode, without gradients, every parameter drawn from `seed`."""
         import torch
 
+        from cachepolicy.testing.models import redraw
+
         with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             model = self.model_class(**self.config)
@@ -148,23 +150,3 @@ class Entry:
                 return torch.full((batch, latent.shape[1]), value)
             case "rows":
                 return torch.tensor([value] * self.feed.rows + list(self.feed.tail))
-
-
-def redraw(model: nn.Module, seed: int) -> None:
-    """Give every parameter a seeded value.
-
-    Models start with zeros in gates and modulations, and some with uninitialised memory: a fresh one would ignore
-    its step or differ from run to run.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise * (parameter.numel() / max(1, len(parameter)) + 1e-9) ** -0.5)
-            elif name.endswith("weight"):
-                parameter.copy_(1 + 0.05 * noise)
-            else:
-                parameter.copy_(0.1 * noise)

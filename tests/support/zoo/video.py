@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachepolicy.testing.tiny import Arguments, Draw, Entry, Feed, embedding
+from tests.support.zoo.entry import Arguments, Draw, Entry, Feed, embedding
 
 _LATENT = (4, 2, 8, 8)
 

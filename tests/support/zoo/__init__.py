@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from cachepolicy.testing import zoo_audio, zoo_image, zoo_joint, zoo_unet, zoo_video, zoo_wan
-from cachepolicy.testing.tiny import Draw, Entry, Feed
+from tests.support.zoo import audio, image, joint, unet, video, wan
+from tests.support.zoo.entry import Draw, Entry, Feed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,12 +58,12 @@ NOT_BUILT = {
 _ENTRIES = {
     item.name: item
     for item in (
-        *zoo_image.ENTRIES,
-        *zoo_joint.ENTRIES,
-        *zoo_video.ENTRIES,
-        *zoo_wan.ENTRIES,
-        *zoo_audio.ENTRIES,
-        *zoo_unet.ENTRIES,
+        *image.ENTRIES,
+        *joint.ENTRIES,
+        *video.ENTRIES,
+        *wan.ENTRIES,
+        *audio.ENTRIES,
+        *unet.ENTRIES,
     )
 }
 

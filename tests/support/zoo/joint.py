@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachepolicy.testing.tiny import RAW, UNIT, Arguments, Draw, Entry, Feed
+from tests.support.zoo.entry import RAW, UNIT, Arguments, Draw, Entry, Feed
 
 _STREAMS = {
     "patch_size": 1,

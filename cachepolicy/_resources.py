@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 SUFFIXES = (".cp", ".cachepolicy")
 
@@ -36,3 +41,29 @@ def shipped_policies() -> dict[str, Traversable]:
 def template(name: str) -> str:
     """The text of a file that reports are made of."""
     return (files("cachepolicy.reports.html") / "templates" / name).read_text(encoding="utf-8")
+
+
+def render(name: str, /, **values: object) -> str:
+    """Fills in a template of a report.
+
+    Args:
+        name: The file name of the template.
+        values: What the template shows. All text is escaped.
+    """
+    return _environment().get_template(name).render(values)
+
+
+@cache
+def _environment() -> Environment:
+    # Imported on first use: `import cachepolicy` and most commands do not need jinja2.
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(template),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment

@@ -170,7 +170,7 @@ import cachepolicy
 from cachepolicy.planning.check import run_expectations
 from cachepolicy._resources import documentation, shipped, shipped_policies, template
 assert cachepolicy.__version__
-assert all(template(f"report.{suffix}") for suffix in ("html", "css", "js"))
+assert all(map(template, ("report.html", "macros.html", "notebook.html", "report.css", "report.js")))
 assert shipped("data").joinpath("emoji-dit", "config.json").is_file()
 assert shipped("data").joinpath("emoji-dit", "diffusion_pytorch_model.safetensors").is_file()
 assert documentation("language.md#when") and documentation("diagnostics/E001.md")

@@ -36,7 +36,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.forecast import Work
-from cachepolicy.planning.notebook import notebook_html
+from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT
 from cachepolicy.reports.html.page import page

@@ -1,11 +1,15 @@
-"""Rows of letters under a ruler of steps, for a terminal; names that differ in a number, written as one."""
+"""Grids of a schedule for a terminal and for notebooks; module names that differ in a number, written as one name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from cachepolicy._resources import render
+
 _COLOURS = {"C": "\x1b[33;1m", "R": "\x1b[32m", ".": "\x1b[2m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
+_STYLES = {"C": "background:#f7dcae;color:#5a3800", "R": "background:#bfe5d5;color:#0a4634", ".": "opacity:.55"}
+_MOST_ROWS = 40
 
 
 def grid(rows: Mapping[str, str], *, width: int = 80, colour: bool = False) -> str:
@@ -27,6 +31,20 @@ def grid(rows: Mapping[str, str], *, width: int = 80, colour: bool = False) -> s
             letters = row[start : start + room]
             panels.append(f"{_cut(name, names):<{names}}  {_painted(letters) if colour else letters}".rstrip())
     return "\n".join(panels)
+
+
+def notebook_html(rows: Mapping[str, Mapping[str, str]], summary: str) -> str:
+    """Returns the rows of each branch as HTML tables below a summary line, without a script.
+
+    Args:
+        rows: For each branch name, one string of `C`, `R` and `.` letters per site. Sites with equal rows share a line.
+        summary: One line of text above the tables. All text is escaped.
+    """
+    tables = [
+        (branch, [(name, row) for row, names in alike(sites).items() for name in folded(names)])
+        for branch, sites in rows.items()
+    ]
+    return render("notebook.html", summary=summary, tables=tables, colours=_STYLES, max_rows=_MOST_ROWS)
 
 
 def _ruler(start: int, count: int) -> str:

@@ -12,8 +12,8 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in, substitute, walk
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.bind import bind
+from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
-from cachepolicy.planning.notebook import notebook_html
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import (
     COND_BRANCHES,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning.notebook import notebook_html
+from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT, Decision, Partition, Tick, prepare
 from cachepolicy.planning.simulation import replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from collections import Counter
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.planning.forecast import Work, forecast
+from cachepolicy.planning.module_tree import sites_skeleton
 from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
-from cachepolicy.reports.html.markup import Markup, data, joined, tag
 from cachepolicy.reports.html.page import page
 from cachepolicy.reports.stats import curves, format_short_bytes, gains, points
 from cachepolicy.reports.text import draw, tally
@@ -35,6 +36,7 @@ class Page(HTMLParser):
         self.figures: dict[str, str] = {}
         self.rows: list[tuple[str, str]] = []
         self.data: dict = {}
+        self.texts: list[tuple[list[str], str]] = []
         self._path: list[str] = []
         self._head = ""
         self.feed(text)
@@ -52,6 +54,7 @@ class Page(HTMLParser):
 
     def handle_data(self, text):
         inside = self._path[-1:] or [""]
+        self.texts.append((list(self._path), text))
         if inside == ["dt"]:
             self._head = text
         elif self._path[-2:] == ["dd", "b"]:
@@ -63,6 +66,12 @@ class Page(HTMLParser):
             self.rows[-1] = kind, letters + text.replace("·", ".")
         elif inside == ["script"] and text.startswith("{"):
             self.data = json.loads(text)
+
+    def text_of(self, name: str) -> str:
+        """The text of the first element of that name."""
+        start = next(index for index, (path, _) in enumerate(self.texts) if name in path)
+        inside = itertools.takewhile(lambda piece: name in piece[0], self.texts[start:])
+        return "".join(text for _, text in inside)
 
 
 def letters(read: Page) -> list[str]:
@@ -251,33 +260,25 @@ def test_a_page_loads_nothing():
     assert "default-src 'none'" in content
 
 
-@given(st.text(), st.text())
-def test_text_cannot_end_what_it_stands_in(inside, name):
-    """Any string in an element or an attribute is read back as it was."""
-
-    class Reader(HTMLParser):
-        found = ""
-
-        def handle_starttag(self, tag, attributes):
-            self.title = dict(attributes)["title"]
-
-        def handle_data(self, text):
-            self.found += text
-
-    inside, name = (each.replace("\r", "") for each in (inside, name))
-    reader = Reader()
-    reader.feed(tag("p", inside, title=name))
-    reader.close()
-    assert (inside, name) == (reader.found, reader.title)
-    assert "<" not in data([inside, {name: inside}])
-    assert [inside, {name: inside}] == json.loads(data([inside, {name: inside}]))
+STRINGS = st.text(st.characters(categories=("L", "N", "P", "S"), exclude_characters='"'))
+"""What a policy can say in a string."""
 
 
-def test_markup_is_put_together():
-    """Markup stands as it is, texts are escaped, nothing is nothing, switches are bare."""
-    assert "<p><b>&lt;</b>1</p>" == tag("p", tag("b", "<"), 1, None, [])
-    assert '<input type="radio" checked/>' == tag("input", type="radio", checked=True, disabled=False)
-    assert Markup("<i>") == joined([Markup("<i>")])
+@given(title=STRINGS, source=STRINGS, name=st.text(st.characters(exclude_characters="."), min_size=1))
+def test_text_cannot_end_what_it_stands_in(title, source, name):
+    """Any title, source and site name is read back from elements, attributes and the script's data as it was."""
+    policy = cachepolicy.parse("match attention every 2 -> reuse")
+    policy = policy.model_copy(update={"title": title, "source": source})
+    schedule = simulate(policy, steps=2, skeleton=sites_skeleton([f"blocks.0.attn{name}"]))
+    read = Page(page([schedule]))
+    plain = Page(page([simulate(policy, steps=2, skeleton=sites_skeleton(["blocks.0.attn"]))]))
+    assert plain.elements == read.elements
+    titles = [value for _, key, value in read.attributes if key == "title"]
+    assert [f"blocks.0.attn{name}"] == titles
+    assert f"blocks.0.attn{name}" == read.data["rows"][0]["site"]
+    assert f"{title or 'a policy'} on names" == read.text_of("h1")
+    lead = f"The policy is from {source}. " if source else ""
+    assert f"What a run will do. {lead}Its hash is {schedule.plan.resolved.digest}." == read.text_of("p")
 
 
 # --- size

@@ -1,160 +1,256 @@
-"""The report of a run or of a schedule as one HTML file: it loads nothing, and what a policy or model says is text."""
+"""Renders runs and schedules as one HTML file that loads nothing. Text of policies and models is always escaped."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 from collections.abc import Iterator, Sequence
-from string import Template
+from typing import Any
 
-from cachepolicy._resources import template
-from cachepolicy.language.formatter import format_node
+from cachepolicy._resources import render, template
+from cachepolicy.language import ir
+from cachepolicy.language.formatter import format, format_node
+from cachepolicy.language.parser import parse
 from cachepolicy.planning.forecast import Work, format_flops
 from cachepolicy.planning.plan import Plan
-from cachepolicy.reports.html import ledger, timeline
-from cachepolicy.reports.html.grid import Reasons, html_grid
-from cachepolicy.reports.html.markup import Markup, data, joined, tag
-from cachepolicy.reports.html.svg import number
-from cachepolicy.reports.stats import Gains, format_short_bytes, gains, percent
+from cachepolicy.reports.html._cells import CellReasons, decision_grid
+from cachepolicy.reports.html._charts import Chart, Mark, bar_chart, curve_chart, number
+from cachepolicy.reports.stats import Curve, Gains, Point, curves, format_short_bytes, gains, percent, series
 from cachepolicy.reports.text import Outcome
-from cachepolicy.tracing.trace import Trajectory
+from cachepolicy.tracing.schema import settings_of
+from cachepolicy.tracing.trace import CallRecord, Trajectory
+
+_MOST_CURVES = 6
+"""Curves in one chart. More cannot be told apart; the table has all of them."""
+
+Rows = list[tuple[str, ...]]
 
 
 def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: float | None = None) -> str:
-    """The HTML of one or more trajectories or schedules: of several, as where a pipeline has two denoisers, in turn.
+    """Renders trajectories or schedules as one HTML page.
 
-    `work` are the FLOPs of one call of the model, `uncached` the seconds that it takes without the policy.
+    Args:
+        outcomes: What ran, or what would run. A pipeline with two denoisers has one outcome for each.
+        work: The FLOPs of one call of the model.
+        uncached: Seconds that the model takes without the policy.
+
+    Returns:
+        The text of the page.
     """
-    script, reasons = template("report.js"), Reasons()
-    body = [
-        _part(outcome, place, reasons, gains(outcome, work=work, uncached=uncached))
-        for place, outcome in enumerate(outcomes)
-    ]
-    title = _title(outcomes[0].plan) if outcomes else "nothing has run yet"
+    reasons = CellReasons()
+    parts = [_part(outcome, reasons, gains(outcome, work=work, uncached=uncached)) for outcome in outcomes]
+    script = template("report.js")
     rules = [[format_node(bound.rule) for bound in outcome.plan.rules] for outcome in outcomes]
-    return Template(template("report.html")).substitute(
-        title=joined(title),
+    return render(
+        "report.html",
+        title=parts[0]["title"] if parts else "nothing has run yet",
+        parts=parts,
         style=template("report.css"),
         script=script,
-        hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        body=joined(body or tag("p", "Nothing has run yet.")),
-        data=data({**reasons.to_json(), "rules": rules}),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data={**reasons.to_json(), "rules": rules},
     )
 
 
-def _title(plan: Plan) -> str:
+def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, Any]:
+    """Returns what the template shows of one outcome."""
+    plan = outcome.plan
     policy = plan.policy
-    return f"{policy.title or policy.name or 'a policy'} on {plan.skeleton.name}"
+    recorded = isinstance(outcome, Trajectory)
+    branches = outcome.branches if plan.sites else ()
+    settings = [f"{name} = {value}" for name, value in settings_of(plan.resolved).items()]
+    return {
+        "title": f"{policy.title or policy.name or 'a policy'} on {plan.skeleton.name}",
+        "recorded": recorded,
+        "source": policy.source,
+        "digest": plan.resolved.digest,
+        "figures": list(_figures(outcome, gained)),
+        "grids": [decision_grid(outcome, branch, reasons) for branch in branches],
+        "signals": [(branch, charts) for branch in branches if (charts := _signal_charts(outcome, branch))],
+        "settings": ", ".join(settings),
+        "own_rules": list(_own_rules(plan, gained)),
+        "used_rules": [
+            (format_node(plan.rules[rule].rule), _share(plan, rule, gained))
+            for rule, source in enumerate(plan.resolved.sources)
+            if source.policy is not policy
+        ],
+        **(_calls(outcome) if recorded and outcome.calls else {"calls": None, "profile": None}),
+    }
 
 
-def _part(outcome: Outcome, place: int, reasons: Reasons, gained: Gains) -> Markup:
-    plan = outcome.plan
-    heading = tag("h1", _title(plan), id=f"part-{place}")
-    sections = [tag("header", heading, _lead(outcome), _figures(outcome, gained))]
-    if not plan.sites or not outcome.branches:
-        sections.append(tag("p", "No site: every module computes at every step."))
-    else:
-        sections.append(_decisions(outcome, place, reasons))
-        sections += timeline.signals(outcome)
-    if isinstance(outcome, Trajectory) and outcome.calls:
-        sections += timeline.calls(outcome)
-    sections.append(ledger.policy(plan, gained))
-    return tag("article", *sections, data_part=place, aria_labelledby=f"part-{place}")
+def _table(caption: str, heads: Sequence[str], rows: Rows) -> dict[str, Any]:
+    return {"caption": caption, "heads": heads, "rows": rows}
 
 
-def _lead(outcome: Outcome) -> Markup:
-    source = outcome.plan.policy.source
-    digest = outcome.plan.resolved.digest
-    return tag(
-        "p",
-        "What a run did. " if isinstance(outcome, Trajectory) else "What a run will do. ",
-        f"The policy is from {source}. " if source else None,
-        "Its hash is ",
-        tag("code", digest, class_="hash"),
-        ".",
-        class_="lead",
-    )
-
-
-# --- figures ---------------------------------------------------------------------------------------------
-
-
-def _figures(outcome: Outcome, gained: Gains) -> Markup:
-    items = [
-        tag("div", tag("dt", name), tag("dd", tag("b", value), tag("small", note)))
-        for name, value, note in _numbers(outcome, gained)
-    ]
-    return tag("dl", *items, class_="figures")
-
-
-def _numbers(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
-    plan = outcome.plan
+def _figures(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
+    """Yields the name, the value and a note of each figure at the head of the report."""
     hidden = gained.tally.calls["hidden"]
     steps = len({tick.step for tick, _ in outcome})
-    yield (
-        "Site calls skipped",
-        percent(gained.skipped, gained.site_calls),
-        f"{gained.skipped} of {gained.site_calls}" + (f", {hidden} of them hidden" if hidden else ""),
-    )
-    yield "Steps", str(steps), f"{gained.calls} calls of the model, {len(plan.sites)} sites"
+    skipped = f"{gained.skipped} of {gained.site_calls}" + (f", {hidden} of them hidden" if hidden else "")
+    yield "Site calls skipped", percent(gained.skipped, gained.site_calls), skipped
+    yield "Steps", str(steps), f"{gained.calls} calls of the model, {len(outcome.plan.sites)} sites"
     if gained.flops is not None:
         flops = gained.flops
+        of_total = f"{format_flops(flops.skipped)} of {format_flops(flops.total)}"
+        yield "FLOPs skipped", percent(flops.skipped, flops.total), of_total
         yield (
-            "FLOPs skipped",
-            percent(flops.skipped, flops.total),
-            f"{format_flops(flops.skipped)} of {format_flops(flops.total)}",
+            "Speed-up, predicted",
+            f"{flops.speed_up:.2f}×" if flops.share < 1 else "all",
+            "at most, by the FLOPs",
         )
-        bound = f"{flops.speed_up:.2f}×" if flops.share < 1 else "all"
-        yield "Speed-up, predicted", bound, "at most, by the FLOPs"
     if gained.seconds is not None:
         if gained.speed_up is not None:
             against = (
                 "estimated from calls that computed everything" if gained.estimated else "against the uncached run"
             )
             yield "Speed-up, measured", f"{gained.speed_up:.2f}×", against
-        yield (
-            "Time in the model",
-            f"{number(gained.seconds)} s",
-            f"{gained.seconds / max(1, gained.calls) * 1e3:.1f} ms a call",
-        )
+        each_call = f"{gained.seconds / max(1, gained.calls) * 1e3:.1f} ms a call"
+        yield "Time in the model", f"{number(gained.seconds)} s", each_call
     if gained.held:
         yield "Memory held", format_short_bytes(gained.held), "of histories, at most"
 
 
-# --- decisions -------------------------------------------------------------------------------------------
+# --- signals ---------------------------------------------------------------------------------------------
 
 
-def _decisions(outcome: Outcome, place: int, reasons: Reasons) -> Markup:
-    grids = [
-        tag("div", timeline.branch_name(outcome, branch), html_grid(outcome, branch, reasons), data_branch=branch)
-        for branch in outcome.branches
+def _signal_charts(outcome: Outcome, branch: str) -> list[tuple[Chart, int, str, str, dict[str, Any]]]:
+    """Returns for each curve its chart, the number and the text of its comparison, a note and a table."""
+    charts = list[tuple[Chart, int, str, str, dict[str, Any]]]()
+    for curve in curves(outcome.plan):
+        runs = list(series(outcome.plan, curve, list(outcome), branch).values())
+        if not runs:
+            continue
+        label = f"Rule {curve.rule + 1}: {curve.text}" + (f", branch {branch}" if branch else "")
+        lines = [[_mark(point, curve) for point in points] for _, points in runs[:_MOST_CURVES]]
+        limits = [(point.tick.step, point.limit) for point in runs[0][1]]
+        note = f"{_MOST_CURVES} of {len(runs)} different curves are drawn; the table has all."
+        heads = ("step", "site", format_node(curve.value), "limit", "decision")
+        table = _table(label, heads, [_signal_row(sites, point) for sites, points in runs for point in points])
+        chart = curve_chart(lines, limits, label=label)
+        charts.append((chart, curve.rule + 1, curve.text, note if len(runs) > _MOST_CURVES else "", table))
+    return charts
+
+
+def _signal_row(sites: Sequence[str], point: Point) -> tuple[str, ...]:
+    more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    value, limit = _number(point.value), _number(point.limit)
+    return str(point.tick.step), sites[0] + more, value, limit, point.decision.verdict
+
+
+def _mark(point: Point, curve: Curve) -> Mark:
+    decision = point.decision
+    asked = f"step {point.tick.step}: {_number(point.value)} {curve.operator} {_number(point.limit)}?"
+    title = f"{asked} {'computes' if decision.computes else 'reuses'}: {decision.reason}"
+    return Mark(point.tick.step, point.value, decision.computes, title)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else number(value)
+
+
+# --- time and memory -------------------------------------------------------------------------------------
+
+
+def _calls(trajectory: Trajectory) -> dict[str, Any]:
+    """Returns charts and tables of the time and memory of each call, and of each module of a profiled run."""
+    calls = trajectory.calls
+    rows: Rows = [
+        (
+            str(index),
+            str(call.tick.step),
+            call.tick.branch or "first",
+            _milliseconds(call),
+            _skipped(call),
+            format_short_bytes(call.held),
+        )
+        for index, call in enumerate(calls)
     ]
-    legend = tag(
-        "p",
-        tag("span", "C", class_="key C"), " computes ",
-        tag("span", "R", class_="key R"), " reuses ",
-        tag("span", "·", class_="key H"), " is hidden in a site that reuses",
-        class_="legend",
-    )  # fmt: skip
-    help = "Point at a cell, or walk with the arrow keys, to see which rule decided and why."
-    inspector = tag("div", tag("p", help), class_="inspector", id=f"why-{place}")
-    controls = tag("div", _chooser(outcome, place), _modes(place), legend, class_="controls")
-    return tag("section", tag("h2", "Decisions"), controls, *grids, inspector)
+    titles = [
+        f"step {step}{f', branch {call.tick.branch}' if call.tick.branch else ''}: "
+        f"{milliseconds} ms, {skipped} skipped, {held} held"
+        for call, (_, step, _, milliseconds, skipped, held) in zip(calls, rows, strict=True)
+    ]
+    seconds = [(1e3 * call.seconds, _kind(call)) for call in calls]
+    caption = "Milliseconds of each call of the model, one after the other"
+    charts = [(bar_chart(seconds, titles, label="Milliseconds of each call", unit="ms"), caption)]
+    most = max(call.held for call in calls)
+    if most:
+        power = max(power for power in range(4) if most >= 1024**power)
+        held = [(call.held / 1024**power, "held") for call in calls]
+        chart = bar_chart(held, titles, label="Memory held after each call", unit=("B", "KiB", "MiB", "GiB")[power])
+        charts.append((chart, "Memory that the session held after each call"))
+    heads = ("call", "step", "branch", "milliseconds", "skipped", "held")
+    table = _table("Every call of the model", heads, rows)
+    return {"call_charts": charts, "calls": table, "profile": _profile(trajectory)}
 
 
-def _chooser(outcome: Outcome, place: int) -> Markup | None:
-    if len(outcome.branches) < 2:
+def _kind(call: CallRecord) -> str:
+    return "reuses" if any(decision.verdict == "reuse" for decision in call.decided) else "computes"
+
+
+def _skipped(call: CallRecord) -> str:
+    decisions = call.decisions
+    return percent(sum(not decision.computes for decision in decisions), len(decisions))
+
+
+def _milliseconds(call: CallRecord) -> str:
+    return number(1e3 * call.seconds)
+
+
+def _profile(trajectory: Trajectory) -> dict[str, Any] | None:
+    """Returns the time of each profiled module, of calls that computed and of calls that reused."""
+    spent: dict[str, tuple[list[float], list[float]]] = {}
+    sites = {name: site.index for site in trajectory.plan.sites for name in site.modules}
+    for call in trajectory.calls:
+        decisions = call.decisions
+        for module_call in call.profile:
+            if module_call.module in sites:
+                computed, reused = spent.setdefault(module_call.module, ([], []))
+                (computed if decisions[sites[module_call.module]].computes else reused).append(module_call.seconds)
+    if not any(call.profile for call in trajectory.calls):
         return None
-    return _radios("Branch", f"branch-{place}", [(branch, branch or "first") for branch in outcome.branches])
+    longest = sorted(spent.items(), key=lambda item: -sum(map(sum, item[1])))
+    rows: Rows = [(name, *map(_mean, times), number(sum(map(sum, times)))) for name, times in longest]
+    return _table(
+        "Mean time of each call of a module", ("module", "ms computing", "ms reusing", "seconds in all"), rows
+    )
 
 
-def _modes(place: int) -> Markup:
-    return _radios("Cells show", f"mode-{place}", [("letters", "the decision"), ("rules", "the rule")])
+def _mean(seconds: Sequence[float]) -> str:
+    return f"{number(1e3 * sum(seconds) / len(seconds))} ({len(seconds)} calls)" if seconds else "never"
 
 
-def _radios(legend: str, name: str, options: Sequence[tuple[str, str]]) -> Markup:
-    labels = [
-        tag("label", tag("input", type="radio", name=name, value=value, checked=not index), " ", text)
-        for index, (value, text) in enumerate(options)
-    ]
-    return tag("fieldset", tag("legend", legend), *labels, class_="choice")
+# --- the policy's text -----------------------------------------------------------------------------------
+
+
+def _own_rules(plan: Plan, gained: Gains) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yields the policy's text in pieces, each rule with its share of the decisions."""
+    text = format(plan.policy)
+    lines, done = text.splitlines(), 0
+    sources = plan.resolved.sources
+    rules = {source.statement: rule for rule, source in enumerate(sources) if source.policy is plan.policy}
+    for index, statement in enumerate(parse(text).statements):
+        if isinstance(statement, ir.Rule) and statement.span is not None:
+            yield from _lines(lines[done : statement.span.line - 1])
+            done = statement.span.end_line
+            yield "\n".join(lines[statement.span.line - 1 : done]), _share(plan, rules.get(index), gained)
+    yield from _lines(lines[done:])
+
+
+def _lines(lines: Sequence[str]) -> Iterator[tuple[str, None]]:
+    if any(lines):
+        yield "\n".join(lines).strip("\n"), None
+
+
+def _share(plan: Plan, rule: int | None, gained: Gains) -> dict[str, Any]:
+    """Returns what is shown beside a rule: the share of the decisions that it makes."""
+    if rule is None:
+        return {"rule": None, "text": "off"}
+    if not plan.rules[rule].sites:
+        return {"rule": None, "text": f"Rule {rule + 1} takes nothing here"}
+    owned, reused = gained.tally.owned[rule], gained.tally.reused[rule]
+    text = f"decides {percent(owned, gained.site_calls)}, reuses {reused} of {owned}"
+    if gained.flops is not None:
+        text += f", skips {percent(gained.flops.skipped_by_rule.get(rule, 0), gained.flops.total)} of the FLOPs"
+    of_all = 100 / max(1, gained.site_calls)
+    return {"rule": rule + 1, "text": text, "owned": f"{of_all * owned:.2f}", "reused": f"{of_all * reused:.2f}"}

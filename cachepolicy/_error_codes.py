@@ -29,7 +29,7 @@ CODES: dict[str, str] = {
     "E101": "a name that nothing declares",
     "E102": "a name that is declared twice",
     "E103": "a name that belongs to the language",
-    "E104": "a parameter called like an argument of `apply`",
+    "E104": "a parameter or external called like an argument of `apply`",
     "E105": "a function that does not exist",
     "E106": "a call with too few or too many arguments",
     "E107": "a predictor or approximation that does not exist",

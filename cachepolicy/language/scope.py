@@ -9,7 +9,7 @@ from typing import Literal
 from cachepolicy.errors import Diagnostic, nearest
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import names_in
-from cachepolicy.language.vocabulary import APPLY_KEYWORDS, CLOCK, FUNCTIONS, PLANNING_KEYWORDS
+from cachepolicy.language.vocabulary import CLOCK, FUNCTIONS, KEYWORDS
 
 Declaration = ir.Param | ir.Let | ir.Table | ir.Signal | ir.External
 Sort = Literal["clock word", "parameter", "let", "table", "signal", "external", "function", "unknown"]
@@ -137,10 +137,12 @@ def _judge_name(statement: Declaration, report: Report) -> None:
         report.add(
             "E103", f"`{name}` is {what} and cannot be declared", statement, word=name, help="choose another name"
         )
-    elif isinstance(statement, ir.Param) and name in APPLY_KEYWORDS | PLANNING_KEYWORDS:
-        function = "apply" if name in APPLY_KEYWORDS else "simulate"
-        message = f"`{name}` is an argument of `{function}`, so that no parameter can have this name"
-        report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
+    elif isinstance(statement, ir.Param | ir.External):
+        function = next((each for each, arguments in KEYWORDS.items() if name in arguments), None)
+        if function is not None:
+            kind = "parameter" if isinstance(statement, ir.Param) else "external"
+            message = f"`{name}` is an argument of `{function}`, so that no {kind} can have this name"
+            report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
 
 
 def propagated(direct: Mapping[str, Iterable[str]], facts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:

@@ -44,19 +44,22 @@ PHRASES = (
     "approximate uncond",
 )  # fmt: skip
 """Fixed phrases: their words are words of the language together, also those that are names elsewhere."""
-APPLY_KEYWORDS = frozenset(
-    {
+KEYWORDS: Mapping[str, tuple[str, ...]] = {
+    "apply": (
         "target", "policy", "timestep", "scheduler", "steps", "guidance", "samples", "process_group", "trace",
         "max_sessions", "history_dtype", "history_device", "memory_limit",
-    }
-)  # fmt: skip
-"""The arguments of `apply`."""
-PLANNING_KEYWORDS = frozenset(
-    {
-        "policy", "steps", "timesteps", "sigmas", "sites", "skeleton", "signals", "branches", "branch", "facts",
-    }
-)  # fmt: skip
-"""The arguments of `simulate`, `plan` and `explain`, without `where` of `explain`, which is given by position."""
+    ),
+    "simulate": (
+        "policy", "steps", "timesteps", "sigmas", "sites", "skeleton", "signals", "branches", "facts",
+    ),
+    "plan": ("policy", "skeleton", "sites"),
+    "explain": ("policy", "where", "steps", "branch"),
+    "session": ("self", "key", "timestep", "scheduler", "steps", "guidance"),
+}  # fmt: skip
+"""The arguments of the functions that take params as keyword arguments; `session` is a method of a run.
+
+No param and no external can have one of these names. A test compares them with the signatures.
+"""
 
 # --- types -----------------------------------------------------------------------------------------------
 

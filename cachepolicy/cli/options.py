@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,57 +16,73 @@ from cachepolicy.language.parser import parse_value
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 from cachepolicy.tools.meta_model import Blueprint, read_model
 
-Decorated = Callable[..., Any]
+Command = Callable[..., Any]
+
+
+class _Assignment(click.ParamType[Any]):
+    """`NAME=VALUE`, where VALUE is a literal of the policy language."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Returns the name and the parsed value; other text is a usage error."""
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.strip():
+            self.fail(f"`{value}` is not NAME=VALUE", param, ctx)
+        try:
+            return name.strip(), self.parse(text)
+        except PolicyError as error:
+            hint = " (write a string in quotes, and the quotes in quotes for the shell)" if text.isidentifier() else ""
+            self.fail(f"`{name}`: {error.diagnostics[0].message}{hint}", param, ctx)
+
+    def parse(self, text: str) -> Any:
+        """Returns the expression that the text holds."""
+        return parse_value(text)
+
+
+class _JsonAssignment(_Assignment):
+    """`NAME=VALUE`, where VALUE is JSON, or else a plain string."""
+
+    def parse(self, text: str) -> Any:
+        """Returns the value of the JSON text, or the text itself if it is not JSON."""
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+
+class _Numbers(click.ParamType[Any]):
+    """Numbers separated by commas."""
+
+    name = "A,B,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Returns the numbers; other text is a usage error."""
+        try:
+            return tuple(float(number) for number in str(value).strip("[] ").split(","))
+        except ValueError:
+            self.fail(f"`{value}` is not a list of numbers separated by commas", param, ctx)
+
 
 json_form = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 model = click.option(
     "--model", metavar="PATH", help="A diffusers config.json or folder (no weights are read), or a skeleton file."
 )
+param_type = _Assignment()
+set_param = click.option("--set", "settings", type=param_type, multiple=True, help="Set a parameter of the policy.")
+call_argument = click.option(
+    "--argument", "more", type=_JsonAssignment(), multiple=True, help="Another argument of the pipeline; repeatable."
+)
 
 
-class ParamOption(click.ParamType[Any]):
-    """`NAME=VALUE`, the value as the language writes it."""
-
-    name = "NAME=VALUE"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ir.Expression]:
-        """The name and the value's expression; anything else is a usage error."""
-        name, equals, text = str(value).partition("=")
-        if not equals or not name.strip():
-            self.fail(f"`{value}` is not NAME=VALUE", param, ctx)
-        try:
-            return name.strip(), parse_value(text)
-        except PolicyError as error:
-            hint = " (a string stands in quotes of its own)" if text.isidentifier() else ""
-            self.fail(f"`{name}`: {error.diagnostics[0].message}{hint}", param, ctx)
-
-
-class Numbers(click.ParamType[Any]):
-    """Numbers between commas."""
-
-    name = "A,B,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The numbers; anything else is a usage error."""
-        try:
-            return tuple(float(each) for each in str(value).strip("[] ").split(","))
-        except ValueError:
-            self.fail(f"`{value}` is no list of numbers between commas", param, ctx)
-
-
-set_param = click.option("--set", "settings", type=ParamOption(), multiple=True, help="Set a parameter of the policy.")
-
-
-def schedule(command: Decorated) -> Decorated:
-    """The options that say which trajectory, on which model."""
+def schedule(command: Command) -> Command:
+    """Adds the options that describe the trajectory and the model."""
     options = (
-        click.option("--steps", type=click.IntRange(1, 100_000), help="Steps of the trajectory (default 50)."),
-        click.option("--timesteps", type=Numbers(), help="Their timesteps, 0..1000 (default: evenly from 999 to 0)."),
-        click.option("--sigmas", type=Numbers(), help="Their sigmas, for a policy that reads `sigma`."),
-        click.option("--signal", "signals", type=ParamOption(), multiple=True, help="A signal's number, or a list."),
-        click.option("--branch", "branches", multiple=True, metavar="NAME", help="A branch, such as cond; repeatable."),
+        click.option("--steps", type=click.IntRange(1, 100_000), help="Number of sampling steps (default 50)."),
+        click.option("--timesteps", type=_Numbers(), help="The timesteps, 0..1000 (default: evenly from 999 to 0)."),
+        click.option("--sigmas", type=_Numbers(), help="The sigmas of the steps, for a policy that reads `sigma`."),
+        click.option("--signal", "signals", type=param_type, multiple=True, help="The value of a signal, or a list."),
+        click.option("--branch", "branches", multiple=True, metavar="NAME", help="A branch, e.g. cond; repeatable."),
         click.option("--site", "sites", multiple=True, metavar="NAME", help="A module of the model; repeatable."),
         model,
         set_param,
@@ -76,18 +93,16 @@ def schedule(command: Decorated) -> Decorated:
     return command
 
 
-def picture(command: Decorated) -> Decorated:
-    """The options that say what a call of the model is counted for."""
+def picture(command: Command) -> Command:
+    """Adds the options that describe the inputs for which FLOPs are counted."""
     size = click.IntRange(1, 1_000_000)
     options = (
-        click.option("--height", type=size, default=1024, show_default=True, help="Pixels."),
-        click.option("--width", type=size, default=1024, show_default=True, help="Pixels."),
-        click.option("--frames", type=size, default=81, show_default=True, help="Of a video."),
-        click.option(
-            "--batch", type=size, default=1, show_default=True, help="Samples a call, both halves of guidance."
-        ),
-        click.option("--text-tokens", "text", type=size, help="Text tokens (default: as the pipeline has them)."),
-        click.option("--arguments", "shapes", type=click.Path(dir_okay=False), help="JSON with the arguments' shapes."),
+        click.option("--height", type=size, default=1024, show_default=True, help="Height in pixels."),
+        click.option("--width", type=size, default=1024, show_default=True, help="Width in pixels."),
+        click.option("--frames", type=size, default=81, show_default=True, help="Frames of a video."),
+        click.option("--batch", type=size, default=1, show_default=True, help="Rows of a call, guidance included."),
+        click.option("--text-tokens", "text", type=size, help="Text tokens (default: the pipeline's number)."),
+        click.option("--arguments", "shapes", type=click.Path(dir_okay=False), help="JSON file of argument shapes."),
     )
     for option in reversed(options):
         command = option(command)
@@ -99,7 +114,13 @@ PICTURE = ("height", "width", "frames", "batch", "text")
 
 @dataclass(frozen=True, slots=True)
 class SampledModel:
-    """The options of `schedule`, as `simulate` takes them."""
+    """The values of the `schedule` options.
+
+    Attributes:
+        blueprint: The model.
+        settings: Values of policy parameters by name.
+        arguments: Keyword arguments of `simulate`.
+    """
 
     blueprint: Blueprint
     settings: Mapping[str, ir.Expression]
@@ -111,25 +132,25 @@ class SampledModel:
         return self.blueprint.skeleton
 
 
-def model_and_clock(given: Mapping[str, Any]) -> SampledModel:
-    """The model and the clock that the options of `schedule` ask for.
+def model_and_clock(values: Mapping[str, Any]) -> SampledModel:
+    """Builds the model and the clock from the values of the `schedule` options.
 
     Raises:
-        PolicyError: the model cannot be read, or a site is no module name.
-        click.UsageError: two options exclude each other.
+        PolicyError: The model cannot be read, or a site is not a module name.
+        click.UsageError: Two options exclude each other.
     """
-    if given["model"] and given["sites"]:
+    if values["model"] and values["sites"]:
         raise click.UsageError("--model and --site exclude each other")
-    if given["model"]:
-        blueprint = read_model(given["model"])
+    if values["model"]:
+        blueprint = read_model(values["model"])
     else:
-        blueprint = Blueprint(sites_skeleton(given["sites"]) if given["sites"] else builtin())
-    series = next((len(given[name]) for name in ("timesteps", "sigmas") if given[name]), 50)
+        blueprint = Blueprint(sites_skeleton(values["sites"]) if values["sites"] else builtin())
+    series = next((len(values[name]) for name in ("timesteps", "sigmas") if values[name]), 50)
     arguments = {
-        "steps": given["steps"] or series,
-        "timesteps": given["timesteps"],
-        "sigmas": given["sigmas"],
-        "signals": {name: constant(value) for name, value in given["signals"]},
-        "branches": given["branches"] or ("",),
+        "steps": values["steps"] or series,
+        "timesteps": values["timesteps"],
+        "sigmas": values["sigmas"],
+        "signals": {name: constant(value) for name, value in values["signals"]},
+        "branches": values["branches"] or ("",),
     }
-    return SampledModel(blueprint, dict(given["settings"]), arguments)
+    return SampledModel(blueprint, dict(values["settings"]), arguments)

@@ -8,19 +8,20 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import IO, Any, NoReturn, ParamSpec
+from pathlib import Path
+from typing import IO, Any, ParamSpec
 
 import click
 
 from cachepolicy.errors import Diagnostic, PolicyError, render, to_json
 
 FINE, FINDINGS, UNUSABLE = 0, 1, 2
-"""Exit codes: nothing wrong; the policy is wrong or an expectation fails; the command or a file cannot be used."""
+"""Exit codes: no error; an error in a policy or a failed expectation; an unusable command line or file."""
 
-_ABOUT_THE_COMMAND = frozenset(
-    "E150 E151 E152 E153 E160 E161 E162 E210 E211 E250 E252 E253 E254 E255 E256 E257 E258 E260".split()  # noqa: SIM905
+_COMMAND_CODES = frozenset(
+    "E150 E151 E152 E153 E160 E161 E162 E210 E211 E212 E213 E250 E252 E253 E254 E255 E256 E257 E258 E260".split()  # noqa: SIM905
 )
-"""Codes that are the caller's mistake and not the policy's, where they have no place in its text."""
+"""Codes of mistakes in the command line, not in a policy, if the diagnostic has no source location."""
 
 _EXTRAS = {
     **dict.fromkeys(("diffusers", "torch", "tqdm", "PIL", "safetensors"), "diffusers"),
@@ -28,30 +29,30 @@ _EXTRAS = {
 }
 """The extra of the package that installs a library."""
 
-P = ParamSpec("P")
+_Parameters = ParamSpec("_Parameters")
 
 
 def exit_code(findings: Sequence[Diagnostic]) -> int:
     """Returns the exit code for the diagnostics of a command."""
-    errors = [each for each in findings if each.severity == "error"]
+    errors = [finding for finding in findings if finding.severity == "error"]
     if not errors:
         return FINE
-    usage = all(each.span is None and each.code in _ABOUT_THE_COMMAND for each in errors)
+    usage = all(error.span is None and error.code in _COMMAND_CODES for error in errors)
     return UNUSABLE if usage else FINDINGS
 
 
 def coloured(stream: IO[Any]) -> bool:
-    """True where colour can be seen and is not refused by `NO_COLOR`."""
+    """Returns True for a terminal that shows colours, unless `NO_COLOR` is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def columns() -> int:
-    """The width of the terminal, or 120 where the output is no terminal."""
+    """Returns the width of the terminal, or 120 if the output is not a terminal."""
     return shutil.get_terminal_size((120, 24)).columns
 
 
 def say(text: str = "", *, error: bool = False) -> None:
-    """Write a line to standard output, or error, as it is."""
+    """Writes a line, including its escape sequences, to standard output or standard error."""
     click.echo(text, err=error, color=True)
 
 
@@ -67,24 +68,28 @@ def report_findings(findings: Sequence[Diagnostic], *, error: bool = False) -> N
         say(render(findings, colour=coloured(stream)), error=error)
 
 
-def fail(findings: Sequence[Diagnostic], *, as_json: bool = False) -> NoReturn:
-    """End the command for what was found: text on standard error, or JSON on standard output."""
-    if as_json:
-        say(to_json(findings))
-    else:
-        report_findings(findings, error=True)
-    raise SystemExit(exit_code(findings) or FINDINGS)
+def unwritable(path: str | Path, error: Exception) -> PolicyError:
+    """Returns the error (E152) for a file or folder that cannot be written."""
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return PolicyError.of("E152", f"`{path}` cannot be written: {reason.lower()}")
 
 
-def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose policy errors, and what is not installed, are told instead of traced."""
+def guarded(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
+    """Wraps a command so that expected failures end it with a message and an exit code.
+
+    Expected failures are policy errors, a missing optional library, and output that cannot be written.
+    """
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> None:
         try:
             command(*args, **kwargs)
         except PolicyError as error:
-            fail(error.diagnostics, as_json=bool(kwargs.get("as_json")))
+            if kwargs.get("as_json"):
+                say(to_json(error.diagnostics))
+            else:
+                report_findings(error.diagnostics, error=True)
+            raise SystemExit(exit_code(error.diagnostics) or FINDINGS) from error
         except ModuleNotFoundError as error:
             extra = _EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
@@ -92,7 +97,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             say(f'error: `{error.name}` is not installed: pip install "cachepolicy[{extra}]"', error=True)
             raise SystemExit(UNUSABLE) from error
         except BrokenPipeError:
-            raise  # click ends quietly when the reader has gone
+            raise  # click exits silently when the reader closed the pipe
         except OSError as error:
             say(f"error: the output cannot be written: {(error.strerror or str(error)).lower()}", error=True)
             raise SystemExit(UNUSABLE) from error

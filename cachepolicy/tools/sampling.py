@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,21 +185,3 @@ def save_pictures(found: Sample, folder: Path, name: str) -> list[Path]:
     for path, picture in zip(paths, pictures, strict=True):
         picture.save(path)
     return [*paths, *([moving] if moving is not None else [])]
-
-
-def values(given: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` arguments of a pipeline's call: the value as JSON, else as the text that it is.
-
-    Raises:
-        PolicyError: E213, one has no `=`.
-    """
-    found = dict[str, Any]()
-    for each in given:
-        name, equals, text = each.partition("=")
-        if not equals or not name:
-            raise PolicyError.of("E213", f"`{each}` is not NAME=VALUE")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found

@@ -286,7 +286,7 @@ def test_plan_answers_syntax_and_selectors_at_once(run):
         (("--set", "spatial_every"), "is not NAME=VALUE"),
         (("--set", "spatial_every=((("), "spatial_every"),
         (("--set", "spatial_every=0"), "spatial_every"),
-        (("--timesteps", "1,x"), "numbers between commas"),
+        (("--timesteps", "1,x"), "numbers separated by commas"),
         (("--timesteps", "1,2", "--steps", "3"), "2 timesteps for 3 steps"),
         (("--site", "a..b"), "no module name"),
         (("--site", "a", "--model", "b"), "exclude each other"),
@@ -441,7 +441,7 @@ def test_without_diffusers_the_extra_is_named(run, tmp_path, monkeypatch, comman
     for name in [
         each
         for each in sys.modules
-        if each in {"cachepolicy.cli.demo", "cachepolicy.tools.demo", "cachepolicy.tools.emoji"}
+        if each in {"cachepolicy.cli._demo", "cachepolicy.tools.demo", "cachepolicy.tools.emoji"}
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "diffusers", None)

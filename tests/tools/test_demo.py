@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 from PIL import Image
 
 import cachepolicy
-from cachepolicy.cli.demo import demo_table
+from cachepolicy.cli._demo import demo_table
 from cachepolicy.reports import text as report_text
 from cachepolicy.tools.demo import Sampling, measure, save
 from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline

@@ -1,4 +1,4 @@
-"""What the `demo` command shows: a progress bar, the table of ratios, the picture."""
+"""Output of the `demo` command: a progress bar, a table of measurements, and a PNG file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cachepolicy.cli.output import say, say_json
+from cachepolicy.cli.output import say, say_json, unwritable
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.tools.demo import Demo, Row, Sampling, Spread, measure, save
@@ -24,20 +24,22 @@ def show_demo(
     *,
     as_json: bool,
 ) -> None:
-    """Measure, write the pictures to `output`, and print the outcome; the bar goes to standard error.
+    """Measures the policy, writes the pictures to `output` and prints the result. Progress goes to standard error.
 
     Raises:
-        PolicyError: the policy does not fit the model, or the file cannot be written (E152).
+        PolicyError: The policy does not fit the model, or the file cannot be written (E152).
     """
     if not output.parent.is_dir():
         raise PolicyError.of("E152", f"`{output}` cannot be written: there is no folder `{output.parent}`")
-    # A log file needs no line every tenth of a second.
-    pause = 0.1 if sys.stderr.isatty() else 5
-    with tqdm(total=0, unit="step", file=sys.stderr, desc="loading the model", leave=False, mininterval=pause) as bar:
+    # A log file does not need a progress line every 0.1 seconds.
+    interval = 0.1 if sys.stderr.isatty() else 5
+    with tqdm(
+        total=0, unit="step", file=sys.stderr, desc="loading the model", leave=False, mininterval=interval
+    ) as bar:
 
-        def progress(done: int, total: int, what: str) -> None:
+        def progress(done: int, total: int, phase: str) -> None:
             bar.total = total
-            bar.set_description(what, refresh=False)
+            bar.set_description(phase, refresh=False)
             bar.update(done - bar.n)
 
         demo = measure(policy, settings, sampling, progress=progress)
@@ -45,7 +47,7 @@ def show_demo(
     try:
         save(demo, output, headings)
     except (OSError, ValueError) as error:
-        raise PolicyError.of("E152", f"`{output}` cannot be written: {str(error).lower()}") from error
+        raise unwritable(output, error) from error
     if as_json:
         say_json({**demo.to_json(), "output": str(output)})
     else:
@@ -53,10 +55,11 @@ def show_demo(
 
 
 def demo_table(demo: Demo, name: str) -> str:
-    """The outcome for a person."""
+    """Returns the measurements as text. `name` is the name of the policy."""
     sampling, rows = demo.sampling, (demo.policy, demo.fewer_steps)
     names = [f"{name}, {demo.policy.steps} steps", f"no policy, {demo.fewer_steps.steps} steps"]
     width = max(map(len, names))
+    bound = f"FLOPs alone would give {1 / demo.policy.flops:.2f}x." if demo.policy.flops else "No FLOPs are left."
     return "\n".join(
         [
             f"{sampling.pictures} pictures, {sampling.steps} steps uncached: {demo.seconds:.2f} s on one thread",
@@ -64,8 +67,8 @@ def demo_table(demo: Demo, name: str) -> str:
             f"{'':<{width}}  {'speed-up, wall':<19}  {'speed-up, CPU':<19}  FLOPs skipped  calls skipped  PSNR",
             *(f"{label:<{width}}  {_cells(row)}" for label, row in zip(names, rows, strict=True)),
             "",
-            _verdict(demo.policy),
-            f"Speed-ups are medians of {sampling.pairs} interleaved pairs (least..most). {_expected(demo.policy)}",
+            _verdict(demo.policy.wall),
+            f"Speed-ups are medians of {sampling.pairs} interleaved pairs (least..most). {bound}",
             f"The policy's hash is {demo.digest[:12]}.",
         ]
     )
@@ -89,17 +92,10 @@ def _decibels(value: float) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "infinite"
 
 
-def _expected(row: Row) -> str:
-    if row.flops == 0:
-        return "No FLOPs are left."
-    return f"FLOPs alone would give {1 / row.flops:.2f}x."
-
-
-def _verdict(row: Row) -> str:
-    """Whether the wall clock agrees; a spread across 1 is said to tell nothing."""
-    wall = row.wall
+def _verdict(wall: Spread) -> str:
+    """States whether the wall-clock times show a difference. A spread that includes 1 shows none."""
     if wall.least <= 1 <= wall.most:
-        return "Here the wall clock does not tell the policy from the uncached run: the spread reaches across 1."
+        return "The wall-clock times show no difference from the uncached run: their spread includes 1."
     if wall.median < 1:
-        return f"Here the policy is SLOWER than the uncached run: {wall.median:.2f}x."
-    return f"Here the policy is faster than the uncached run: {wall.median:.2f}x."
+        return f"By wall clock, the policy is SLOWER than the uncached run: {wall.median:.2f}x."
+    return f"By wall clock, the policy is faster than the uncached run: {wall.median:.2f}x."

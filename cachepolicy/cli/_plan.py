@@ -1,0 +1,86 @@
+"""Output of the `plan` command: the schedule of one policy with its FLOPs, or a comparison of all shipped policies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from cachepolicy.cli import output
+from cachepolicy.cli.options import SampledModel
+from cachepolicy.errors import PolicyError
+from cachepolicy.planning import forecast
+from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.simulation import simulate
+from cachepolicy.reports import overview
+from cachepolicy.reports import text as report_text
+
+
+def show_plan(
+    plan: Plan, sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool
+) -> None:
+    """Prints the schedule of one policy, and the FLOPs that it skips if they can be counted.
+
+    Args:
+        plan: The policy, bound to the model.
+        sampled: The model and the clock.
+        picture: Sizes of the inputs, by the names of `Picture`.
+        shapes: A JSON file with shapes of the call's arguments, which replace `picture`.
+        as_json: Print JSON.
+    """
+    simulated = simulate(plan, **sampled.arguments)
+    work = _work(sampled, picture, shapes)
+    outlook = held = None
+    if work is not None:
+        from cachepolicy.tools.memory_forecast import holdings  # imports the engine, and with it torch
+
+        outlook, held = forecast.forecast(simulated.plan, simulated, work), holdings(plan, simulated, work)
+    if as_json:
+        flops = None if outlook is None else outlook.to_json()
+        output.say_json({**report_text.outcome_to_json(simulated), "flops": flops, "held": held})
+        return
+    output.report_findings(simulated.plan.warnings, error=True)
+    output.say(report_text.draw(simulated, width=output.columns(), colour=output.coloured(sys.stdout)))
+    if outlook is not None and work is not None:
+        output.say(forecast.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps))
+        peak = forecast.format_bytes(max(held or (), default=0))
+        output.say(f"{peak} of history at most, in float32; half of that in bfloat16")
+
+
+def show_overview(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:
+    """Prints the parts of the model, and the outcome of each shipped policy on it."""
+    work = _work(sampled, picture, shapes)
+    clock = {name: value for name, value in sampled.arguments.items() if name != "signals"}
+    prospects = overview.prospects(sampled.skeleton, work, **clock)
+    if as_json:
+        output.say_json(overview.overview_to_json(sampled.skeleton, work, prospects))
+    else:
+        output.say(overview.draw_overview(sampled.skeleton, work, prospects, steps=sampled.arguments["steps"]))
+
+
+def _work(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None) -> Work | None:
+    """Returns the FLOPs of a call. If they cannot be counted, prints a note and returns None."""
+    if sampled.blueprint.class_name is None:
+        return None
+    from cachepolicy.tools.example_inputs import Picture
+
+    try:
+        return sampled.blueprint.work(Picture(**picture), None if shapes is None else _shapes(shapes))
+    except PolicyError as error:
+        if shapes is not None:
+            raise
+        output.say(f"note: {error.diagnostics[0].message}", error=True)
+        return None
+
+
+def _shapes(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            shapes = json.load(file)
+    except (OSError, ValueError) as error:
+        raise PolicyError.of("E212", f"`{path}` cannot be read: {error}") from error
+    if not isinstance(shapes, dict):
+        raise PolicyError.of("E212", f"`{path}` is not a JSON object of argument names and shapes")
+    return shapes  # pyright: ignore[reportUnknownVariableType]

@@ -1,10 +1,10 @@
-"""Caching policies for diffusion models: a small language, a schedule that can be asked, an engine that runs it.
+"""Caching policies for diffusion models: a policy language, a simulator, and an engine that runs policies on modules.
 
     with cachepolicy.apply(pipe, "pab.cp", spatial_every=3) as run:
         image = pipe("a lighthouse at dusk").images[0]
     print(run.trace)
 
-Nothing heavy is imported here: `apply` and `remove` bring torch, everything else works without it.
+Names are imported on first use. Only `apply`, `remove` and the cache API of diffusers import torch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ __all__ = [
     "simulate",
 ]
 
-_HOMES = {
+_MODULES = {
     "CacheMixin": "diffusers.api",
     "FasterCacheConfig": "diffusers.configs",
     "FirstBlockCacheConfig": "diffusers.configs",
@@ -97,7 +97,7 @@ logging.getLogger("cachepolicy").addHandler(logging.NullHandler())
 
 
 def _version() -> str:
-    """The installed version; in a checkout that was never installed, the one that pyproject.toml states."""
+    """Returns the installed version, or in a checkout that is not installed the version in pyproject.toml."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -113,8 +113,8 @@ def _version() -> str:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"cachepolicy.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"cachepolicy.{_MODULES[name]}"), name)
     else:
         raise AttributeError(f"module `cachepolicy` has no attribute `{name}`")
     globals()[name] = value

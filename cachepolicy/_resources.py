@@ -1,4 +1,4 @@
-"""Where the grammar, the shipped policies and the data are."""
+"""Locates the grammar, the shipped policies, the data files and the documentation."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-SUFFIXES = (".cp", ".cachepolicy")
+POLICY_SUFFIXES = (".cp", ".cachepolicy")
 
 
 def shipped(folder: str) -> Traversable:
-    """The folder `grammars`, `policies` or `examples`: inside an installed package, beside it in a checkout."""
+    """Returns a folder such as `grammars` or `policies`: in the installed package, or beside it in a checkout."""
     packaged = files("cachepolicy") / folder
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / folder
 
 
 def documentation(page: str) -> str | None:
-    """The address of a page such as `language.md#when`, where the documents are installed as files."""
+    """Returns the URI of a page such as `language.md#when`, or None if the page is not installed as a file."""
     name, mark, anchor = page.partition("#")
     path = shipped("docs").joinpath(*name.split("/"))
     return path.as_uri() + mark + anchor if isinstance(path, Path) and path.is_file() else None
 
 
 def shipped_policies() -> dict[str, Traversable]:
-    """The shipped policies by name, in alphabetical order: `{"pab": .../policies/pab.cp, ...}`."""
-    found = {
-        each.name.removesuffix(suffix): each
-        for each in shipped("policies").iterdir()
-        for suffix in SUFFIXES
-        if each.name.endswith(suffix)
+    """Returns the files of the shipped policies by name, in alphabetical order: `{"pab": .../policies/pab.cp, ...}`."""
+    policies = {
+        file.name.removesuffix(suffix): file
+        for file in shipped("policies").iterdir()
+        for suffix in POLICY_SUFFIXES
+        if file.name.endswith(suffix)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(policies.items()))
 
 
 def template(name: str) -> str:
-    """The text of a file that reports are made of."""
+    """Returns the text of a template file for HTML reports."""
     return (files("cachepolicy.reports.html") / "templates" / name).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The TextMate grammar, made of the table that the Pygments lexer is made of.
+"""Builds the TextMate grammar from the table of the Pygments lexer.
 
 `python -m editors.textmate` writes it to `editors/vscode/syntaxes`.
 """
@@ -43,7 +43,7 @@ SCOPES: Mapping[Role, str | None] = {
 
 
 def grammar() -> dict[str, Any]:
-    """The grammar, as the JSON form of TextMate's property lists."""
+    """Returns the grammar, in the JSON form of TextMate's property lists."""
     return {
         "name": "cachepolicy",
         "scopeName": SCOPE,
@@ -75,7 +75,7 @@ def _end(state: LexerState) -> dict[str, Any]:
 
 
 def _captures(rules: Sequence[Colouring]) -> dict[str, Any]:
-    """The scopes of the groups of alternatives, counted through; a rule of one role has no groups."""
+    """Returns the scopes of the groups of all rules, numbered from 1. A single rule with one role has no groups."""
     if len(rules) == 1 and len(rules[0].roles) == 1:
         return {"0": {"name": _scope(rules[0].roles[0])}}
     roles: list[Role] = [*chain.from_iterable(rule.roles for rule in rules)]
@@ -87,7 +87,7 @@ def _scope(role: Role) -> str:
 
 
 def text() -> str:
-    """The text of the grammar's file."""
+    """Returns the text of the grammar's file."""
     return json.dumps(grammar(), indent=2) + "\n"
 
 

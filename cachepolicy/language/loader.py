@@ -12,7 +12,7 @@ from typing import TypeGuard, cast
 
 from pydantic import ValidationError
 
-from cachepolicy._resources import SUFFIXES, shipped_policies
+from cachepolicy._resources import POLICY_SUFFIXES, shipped_policies
 from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
@@ -67,7 +67,9 @@ def _bare(name: str) -> bool:
 def _named(name: str, folder: Path) -> ir.Policy:
     """Loads a shipped policy or a file of `folder` by its bare name."""
     stem = _stem(name)
-    beside = next((each for each in (name, *(stem + suffix for suffix in SUFFIXES)) if is_file(folder / each)), None)
+    beside = next(
+        (each for each in (name, *(stem + suffix for suffix in POLICY_SUFFIXES)) if is_file(folder / each)), None
+    )
     if stem in shipped_policies():
         if beside is not None and not _same(folder / beside, shipped_policies()[stem]):
             raise PolicyError.of(
@@ -82,14 +84,14 @@ def _named(name: str, folder: Path) -> ir.Policy:
 
 
 def _stem(name: str) -> str:
-    for suffix in SUFFIXES:
+    for suffix in POLICY_SUFFIXES:
         if name.endswith(suffix):
             return name.removesuffix(suffix)
     return name
 
 
 def _near(stem: str, folder: Path) -> str | None:
-    for suffix in (*SUFFIXES, ".json"):
+    for suffix in (*POLICY_SUFFIXES, ".json"):
         if is_file(folder / (stem + suffix)):
             return f"there is a file `./{stem}{suffix}`"
     return suggestion(stem, list(shipped_policies()))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cachepolicy.errors import Diagnostic
-from cachepolicy.lsp.document import PolicyDocument, Stretch
+from cachepolicy.lsp.document import PolicyDocument, TextRange
 
 _MEANT = re.compile(r"did you mean (?:the [a-z ]+ )?`([^`]+)`\?")
 _WRITE = re.compile(r"write `((?:-> )?[^` ]+)`")
@@ -17,60 +17,60 @@ _WRITE = re.compile(r"write `((?:-> )?[^` ]+)`")
 class Edit:
     """A range of the text and its replacement."""
 
-    stretch: Stretch
+    range: TextRange
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A way out of a finding: what it is called, and its edits, which do not overlap."""
+    """A quick fix: its title and its edits, which do not overlap."""
 
     title: str
     edits: tuple[Edit, ...]
 
 
 def fixes(document: PolicyDocument, finding: Diagnostic) -> Iterator[Fix]:
-    """The ways out of a finding about the document; none where a person has to decide."""
+    """Yields the quick fixes for a finding about the document."""
     if finding.span is None or finding.help is None:
         return
-    stretch = Stretch(finding.span.start, finding.span.end)
+    found = TextRange(finding.span.start, finding.span.end)
     if meant := _MEANT.fullmatch(finding.help):
-        wrong = _wrong(document, finding, stretch)
+        wrong = _wrong_word(document, finding, found)
         if wrong is not None:
             yield Fix(f"Change to `{meant[1]}`", (Edit(wrong, meant[1]),))
     elif (sign := _WRITE.fullmatch(finding.help)) and finding.code in ("E001", "E002"):
-        yield Fix(f"Change to `{sign[1]}`", (Edit(stretch, sign[1]),))
+        yield Fix(f"Change to `{sign[1]}`", (Edit(found, sign[1]),))
     elif finding.code == "E012":
-        yield Fix("Delete the character", (Edit(stretch, ""),))
+        yield Fix("Delete the character", (Edit(found, ""),))
     elif finding.code == "E006" and "must be indented" in finding.message:
-        yield Fix("Indent the line", (Edit(Stretch(stretch.start, stretch.start), "  "),))
+        yield Fix("Indent the line", (Edit(TextRange(found.start, found.start), "  "),))
     elif finding.code == "W510":
-        yield from _moved(document, finding, stretch)
+        yield from _moved(document, finding, found)
 
 
-def _wrong(document: PolicyDocument, finding: Diagnostic, stretch: Stretch) -> Stretch | None:
-    """The word that the message quotes and the text holds, as a word of its own."""
+def _wrong_word(document: PolicyDocument, finding: Diagnostic, searched: TextRange) -> TextRange | None:
+    """Returns the range of a word that the message quotes and the searched text contains."""
     for word in re.findall(r"`([^`]+)`", finding.message):
         expression = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])")
-        if found := expression.search(document.text, stretch.start, stretch.end):
-            return Stretch(*found.span())
+        if match := expression.search(document.text, searched.start, searched.end):
+            return TextRange(*match.span())
     return None
 
 
-def _moved(document: PolicyDocument, finding: Diagnostic, stretch: Stretch) -> Iterator[Fix]:
-    """The rule put before those that come before it, where all stand in this text."""
-    if not finding.related or any(each.source != document.name for each in finding.related):
+def _moved(document: PolicyDocument, finding: Diagnostic, found: TextRange) -> Iterator[Fix]:
+    """Yields a fix that moves the rule before the rules that precede it, if all are in this document."""
+    if not finding.related or any(related.source != document.name for related in finding.related):
         return
-    first = min(finding.related, key=lambda each: each.span.start).span
-    rule, place = _with_comments(document, stretch), _with_comments(document, Stretch(first.start, first.end)).start
-    text = document.said(rule)
-    insertion = Edit(Stretch(place, place), text if text.endswith("\n") else f"{text}\n")
+    first = min((related.span for related in finding.related), key=lambda span: span.start)
+    rule, target = _with_comments(document, found), _with_comments(document, TextRange(first.start, first.end)).start
+    text = document.text_of(rule)
+    insertion = Edit(TextRange(target, target), text if text.endswith("\n") else f"{text}\n")
     yield Fix(f"Move the rule before line {first.line}", (insertion, Edit(rule, "")))
 
 
-def _with_comments(document: PolicyDocument, stretch: Stretch) -> Stretch:
-    """A statement's lines, from the comments right above it."""
+def _with_comments(document: PolicyDocument, statement: TextRange) -> TextRange:
+    """Returns the lines of a statement and of the comments directly above it."""
     text = document.text
-    above = re.search(r"(?:^#[^\n]*\n)*\Z", text[: stretch.start], re.MULTILINE)
-    end = text.find("\n", stretch.end)
-    return Stretch(above.start() if above else stretch.start, len(text) if end < 0 else end + 1)
+    above = re.search(r"(?:^#[^\n]*\n)*\Z", text[: statement.start], re.MULTILINE)
+    end = text.find("\n", statement.end)
+    return TextRange(above.start() if above else statement.start, len(text) if end < 0 else end + 1)

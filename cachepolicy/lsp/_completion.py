@@ -1,4 +1,4 @@
-"""Completion: the keywords that the parser accepts at a position, and the names that are valid there."""
+"""Completions: the keywords that the parser accepts at a position, and the names that are valid there."""
 
 from __future__ import annotations
 
@@ -35,12 +35,19 @@ CompletionSort = Literal["word", "kind", "type", "clock", "function", "name", "p
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A text that may stand where the cursor is, what it is, and a line and a sentence about it."""
+    """A text that may be inserted at the cursor.
+
+    Attributes:
+        text: The text.
+        sort: What the text is, which decides its icon.
+        detail: One line about it.
+        documentation: Markdown about it.
+    """
 
     text: str
     sort: CompletionSort
     detail: str = ""
-    says: str = ""
+    documentation: str = ""
 
 
 def completions(document: PolicyDocument, offset: int) -> tuple[Completion, ...]:
@@ -56,8 +63,8 @@ def completions(document: PolicyDocument, offset: int) -> tuple[Completion, ...]
     ahead = look_ahead(document.source, chunk.start, start)
     if ahead is None:
         return ()
-    found = {each.text: each for each in (*_names(document, chunk, ahead), *_words(ahead, _place(chunk, ahead)))}
-    return tuple(found.values())
+    found = (*_names(document, chunk, ahead), *_words(ahead, _expression_place(chunk, ahead)))
+    return tuple({completion.text: completion for completion in found}.values())
 
 
 # --- words of the language -------------------------------------------------------------------------------
@@ -69,31 +76,31 @@ _PHRASED: Mapping[str, str] = {
     "approximate": "approximate uncond",
     "a": "a row",
 }
-"""Words that never stand alone."""
+"""The phrases that replace words which are never used alone."""
 
 
-def _words(ahead: Lookahead, place: ExpressionPlace) -> Iterator[Completion]:
+def _words(ahead: Lookahead, context: ExpressionPlace) -> Iterator[Completion]:
     words = set(ahead.words)
-    if "clock word" in place.knows and _last(ahead) not in ("_EVERY", "_MOST"):
+    if "clock word" in context.knows and _last(ahead) not in ("_EVERY", "_MOST"):
         words.discard("off")
-    yield from _explained((_PHRASED.get(each, each) for each in sorted(words)), "word")
+    yield from _explained((_PHRASED.get(word, word) for word in sorted(words)), "word")
     if "_ARROW" in ahead.accepts:
         yield Completion("->", "word", "-> ACTION")
     if "KIND" in ahead.accepts:
         yield from _explained(KINDS, "kind")
     if "TYPE" in ahead.accepts:
         yield from _explained(("float",) if _last(ahead, 3) == "_EXTERNAL" else TYPES, "type")
-    if "PROBE" in ahead.accepts and place.probes:
+    if "PROBE" in ahead.accepts and context.probes:
         yield from _explained(PROBES, "function")
     if "LETTERS" in ahead.accepts:
-        yield from (Completion("C", "letter", says="computes"), Completion("R", "letter", says="reuses"))
+        yield from (Completion("C", "letter", "", "computes"), Completion("R", "letter", "", "reuses"))
 
 
 def _explained(words: Iterable[str], sort: CompletionSort) -> Iterator[Completion]:
     for word in words:
         entries = explain_word(word)
-        says = "\n\n".join(f"**`{each.form}`** {each.sentence}" for each in entries)
-        yield Completion(word, sort, entries[0].form if entries else "", says)
+        text = "\n\n".join(f"**`{entry.form}`** {entry.sentence}" for entry in entries)
+        yield Completion(word, sort, entries[0].form if entries else "", text)
 
 
 def _last(ahead: Lookahead, back: int = 1) -> str:
@@ -104,7 +111,7 @@ def _last(ahead: Lookahead, back: int = 1) -> str:
 
 _METHODS = {"_PREDICT": PREDICTORS, "_UNCOND": APPROXIMATIONS}
 _PARAMS: Mapping[str, tuple[ir.ParamType, ...]] = {"_ON": ("list",), "_MASK": ("string",), "_IN": ("range", "list")}
-"""The types of the parameters that stand alone behind a word."""
+"""The parameter types that a clause accepts in place of a literal."""
 
 
 def _names(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator[Completion]:
@@ -124,45 +131,45 @@ def _names(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator
     elif "KIND" in ahead.accepts:
         yield from _declared(document, {"param"}, ("string", "list"))
     else:
-        yield from _values(document, _place(chunk, ahead))
+        yield from _values(document, _expression_place(chunk, ahead))
 
 
 def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator[Completion]:
-    """The settings of a `with`, or the arguments of an action; none that was given already, and none for a new name."""
+    """Yields the settings of a `with`, or the arguments of an action, that the statement does not set yet."""
     read = [text for _, text in ahead.read]
     match chunk.word:
         case "use" if "with" in read:
             used = document.used(chunk)
-            params = [each for each in used.statements if isinstance(each, ir.Param)] if used else []
-            found = {each.name: _completion(each) for each in params}
+            statements = used.statements if used else ()
+            found = {param.name: _completion(param) for param in statements if isinstance(param, ir.Param)}
         case "expect" if "with" in read:
-            found = {each.text: each for each in _declared(document, {"param", "signal", "external"})}
-            found |= {each.text: each for each in _explained(("t", "sigma"), "clock")}
+            settable = (*_declared(document, {"param", "signal", "external"}), *_explained(("t", "sigma"), "clock"))
+            found = {completion.text: completion for completion in settable}
         case "match" if "->" in read:
             methods = {**PREDICTORS, **APPROXIMATIONS}
             labels = next((methods[text] for text in reversed(read) if text in methods), dict[str, Label]())
             found = {name: Completion(name, "label", f"{name}: {label.type}") for name, label in labels.items()}
         case _:
             return
-    yield from (each for name, each in found.items() if name not in read)
+    yield from (completion for name, completion in found.items() if name not in read)
 
 
-def _values(document: PolicyDocument, place: ExpressionPlace) -> Iterator[Completion]:
-    """What an expression may read at a place."""
-    yield from _declared(document, {kind for kind, sort in SORTS.items() if sort in place.knows})
-    if "clock word" not in place.knows:
+def _values(document: PolicyDocument, context: ExpressionPlace) -> Iterator[Completion]:
+    """Yields the names that an expression may read at this place."""
+    yield from _declared(document, {kind for kind, sort in SORTS.items() if sort in context.knows})
+    if "clock word" not in context.knows:
         return
     yield from _explained(CLOCK, "clock")
-    unknown = NORMS if "signal" not in place.knows else frozenset[str]()
-    unknown |= MEMORIES if not place.memory else frozenset[str]()
-    unknown |= ACCUMULATORS if not place.accumulators else frozenset[str]()
-    yield from _explained((each for each in FUNCTIONS if each not in unknown), "function")
+    unknown = NORMS if "signal" not in context.knows else frozenset[str]()
+    unknown |= MEMORIES if not context.memory else frozenset[str]()
+    unknown |= ACCUMULATORS if not context.accumulators else frozenset[str]()
+    yield from _explained((function for function in FUNCTIONS if function not in unknown), "function")
 
 
 def _declared(document: PolicyDocument, kinds: set[str], types: tuple[str, ...] = ()) -> Iterator[Completion]:
-    for each in document.declared.values():
-        if each.kind in kinds and (not types or (isinstance(each, ir.Param) and each.type in types)):
-            yield _completion(each)
+    for statement in document.declared.values():
+        if statement.kind in kinds and (not types or (isinstance(statement, ir.Param) and statement.type in types)):
+            yield _completion(statement)
 
 
 def _completion(statement: Declaration) -> Completion:
@@ -170,7 +177,7 @@ def _completion(statement: Declaration) -> Completion:
     return Completion(statement.name, "name", format_node(statement)[:120], doc or "")
 
 
-# --- where the cursor is ---------------------------------------------------------------------------------
+# --- the place of the cursor -----------------------------------------------------------------------------
 
 _STATEMENTS = {
     "param": scope.LITERAL,
@@ -190,7 +197,7 @@ _CLAUSES = {
 }
 
 
-def _place(chunk: Chunk, ahead: Lookahead) -> ExpressionPlace:
-    """The kind of place for an expression that the cursor is at."""
+def _expression_place(chunk: Chunk, ahead: Lookahead) -> ExpressionPlace:
+    """Returns the kind of place that an expression at the cursor has."""
     begun = (_CLAUSES[kind] for kind, _ in reversed(ahead.read) if kind in _CLAUSES)
     return _STATEMENTS.get(chunk.word) or next(begun, scope.POSITION)

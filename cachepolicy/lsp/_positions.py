@@ -23,25 +23,25 @@ class Positions:
     def __init__(self, text: str, encoding: PositionEncodingKind = PositionEncodingKind.Utf16) -> None:
         self._text, self._codec = text, PositionCodec(encoding)
         self._starts = [0, *(end.end() for end in re.finditer("\r\n|\n|\r", text))]
-        ends = [*self._starts[1:], len(text)]
-        self._lines = [text[start:end].rstrip("\r\n") for start, end in zip(self._starts, ends, strict=True)]
 
-    def position(self, offset: int) -> tuple[int, int]:
-        """Returns line and column, both from 0, of the character at `offset`. Offsets beyond the text are its end."""
+    def position(self, offset: int) -> Position:
+        """Returns the position of the character at `offset`. Offsets beyond the text are its end."""
         offset = min(max(0, offset), len(self._text))
         line = bisect_right(self._starts, offset) - 1
-        return line, self._codec.client_num_units(self._text[self._starts[line] : offset])
+        return Position(line, self._codec.client_num_units(self._text[self._starts[line] : offset]))
 
-    def offset(self, line: int, column: int) -> int:
-        """Returns the offset of a position. A column beyond its line is the line's end, a line beyond the text its end.
+    def offset(self, position: Position) -> int:
+        """Returns the offset of a position.
 
-        A column inside a character is the position before that character.
+        A column beyond its line is the line's end, a line beyond the text is the end of the text. A column inside a
+        character is the position before that character.
         """
-        if line < 0 or line >= len(self._starts):
-            return 0 if line < 0 else len(self._text)
-        text = self._lines[line]
-        column = min(max(0, column), self._codec.client_num_units(text))
+        if position.line < 0 or position.line >= len(self._starts):
+            return 0 if position.line < 0 else len(self._text)
+        start, end = [*self._starts, len(self._text)][position.line : position.line + 2]
+        text = self._text[start:end].rstrip("\r\n")
+        column = min(max(0, position.character), self._codec.client_num_units(text))
         found = self._codec.position_from_client_units([text], Position(0, column)).character
         if self._codec.client_num_units(text[:found]) > column:
-            found -= 1  # pygls takes a column inside a character for its end
-        return self._starts[line] + found
+            found -= 1  # pygls rounds a column inside a character up
+        return start + found

@@ -1,4 +1,4 @@
-"""A text in an editor: its statements and words, what is wrong with it, and where its names are declared."""
+"""A policy text in an editor: its statements and words, its diagnostics, and the positions of its declarations."""
 
 from __future__ import annotations
 
@@ -25,106 +25,115 @@ _USED = re.compile(rf"use\s+({_NAME}|{_STRING})")
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """A part of a text: offsets of its characters, the end exclusive."""
+class TextRange:
+    """A range of a text: character offsets, with an exclusive end."""
 
     start: int
     end: int
 
     def touches(self, offset: int) -> bool:
-        """Whether a cursor at `offset` stands in it or at one of its ends."""
+        """Returns whether a cursor at `offset` is inside the range or at one of its ends."""
         return self.start <= offset <= self.end
 
 
 @dataclass(frozen=True)
 class PolicyDocument:
-    """A policy's text under a name: the absolute path of its file, or anything else for a text that has none."""
+    """The text of a policy.
+
+    Attributes:
+        text: The text.
+        name: The absolute path of the file, or any other string for a text without a file.
+    """
 
     text: str
     name: str
 
     @cached_property
     def source(self) -> Source:
-        """The text, cut into statements."""
+        """The text, split into statements."""
         return prepare_source(self.text, self.name)[0]
 
     @cached_property
     def policy(self) -> ir.Policy:
-        """As much of a policy as the text says."""
+        """The policy that consists of the valid statements."""
         policy, _ = recover(self.text, source=self.name)
         return policy.model_copy(update={"source_name": self.name}) if is_file(Path(self.name)) else policy
 
     @cached_property
     def findings(self) -> tuple[Diagnostic, ...]:
-        """Everything that is wrong or doubtful about the text."""
+        """All errors and warnings."""
         return check_text(self.text, source=self.name)
 
-    def said(self, stretch: Stretch) -> str:
-        """The text of a stretch."""
-        return self.text[stretch.start : stretch.end]
+    def text_of(self, text_range: TextRange) -> str:
+        """Returns the text in a range."""
+        return self.text[text_range.start : text_range.end]
 
-    # --- what stands at a place
+    # --- statements and words
 
     def statement(self, offset: int) -> Chunk | None:
-        """The statement that a cursor stands in or behind; none in column 0, where a new one begins."""
+        """Returns the statement that contains or precedes the cursor.
+
+        In column 0 a new statement begins, so the result is None.
+        """
         if offset == self._line(offset).start:
             return None
-        return next((each for each in reversed(self.source.chunks) if each.start < offset), None)
+        return next((chunk for chunk in reversed(self.source.chunks) if chunk.start < offset), None)
 
-    def word(self, offset: int) -> Stretch | None:
-        """The word that a cursor touches, outside strings and comments."""
-        words = (Stretch(*each.span()) for each in self._tokens(offset) if each["word"])
-        return next((each for each in words if each.touches(offset)), None)
+    def word(self, offset: int) -> TextRange | None:
+        """Returns the word that the cursor touches, outside strings and comments."""
+        words = (TextRange(*token.span()) for token in self._tokens(offset) if token["word"])
+        return next((word for word in words if word.touches(offset)), None)
 
     def is_code(self, offset: int) -> bool:
-        """False for a cursor inside a string or a comment."""
-        quiet = (each for each in self._tokens(offset) if each.start() < offset <= each.end() and not each["word"])
-        inside = next(quiet, None)
-        return inside is None or (inside["closed"] is not None and offset == inside.end())
+        """Returns False for a cursor inside a string or a comment."""
+        for token in self._tokens(offset):
+            if token.start() < offset <= token.end() and not token["word"]:
+                return token["closed"] is not None and offset == token.end()
+        return True
 
     def _tokens(self, offset: int) -> Iterator[re.Match[str]]:
         line = self._line(offset)
         return _TOKENS.finditer(self.source.clean, line.start, line.end)
 
-    def _line(self, offset: int) -> Stretch:
+    def _line(self, offset: int) -> TextRange:
         clean = self.source.clean
         end = clean.find("\n", offset)
-        return Stretch(clean.rfind("\n", 0, offset) + 1, len(clean) if end < 0 else end)
+        return TextRange(clean.rfind("\n", 0, offset) + 1, len(clean) if end < 0 else end)
 
     # --- names
 
     @cached_property
-    def names(self) -> Mapping[str, Stretch]:
-        """Where each name is declared, also by statements that are broken."""
-        found = dict[str, Stretch]()
+    def names(self) -> Mapping[str, TextRange]:
+        """The range of each declared name, including declarations in broken statements."""
+        ranges = dict[str, TextRange]()
         for chunk in self.source.chunks:
             if declared := _DECLARED.match(self.source.clean, chunk.start, chunk.end):
-                found.setdefault(declared[1], Stretch(*declared.span(1)))
-        return found
+                ranges.setdefault(declared[1], TextRange(*declared.span(1)))
+        return ranges
 
     @cached_property
     def declared(self) -> Mapping[str, Declaration]:
-        """What each name is declared as, by statements that are not broken."""
-        return {each.name: each for each in self.policy.statements if isinstance(each, Declaration)}
+        """The declarations in valid statements, by name."""
+        return {statement.name: statement for statement in self.policy.statements if isinstance(statement, Declaration)}
 
-    def is_setting(self, word: Stretch, chunk: Chunk) -> bool:
-        """Whether the word is a name that a `with` of this statement sets."""
+    def is_setting(self, word: TextRange, chunk: Chunk) -> bool:
+        """Returns whether the word is a name that a `with` clause of the statement sets."""
         before, after = self.source.clean[chunk.start : word.start], self.source.clean[word.end : chunk.end]
         return re.search(r"\bwith\b", before) is not None and re.match(r"\s*=(?!=)", after) is not None
 
     # --- other policies
 
-    def use(self, chunk: Chunk) -> Stretch | None:
-        """Where a `use` names its policy."""
-        found = _USED.match(self.source.clean, chunk.start, chunk.end)
-        return Stretch(*found.span(1)) if found else None
+    def use(self, chunk: Chunk) -> TextRange | None:
+        """Returns the range of the policy's name in a `use` statement."""
+        name = _USED.match(self.source.clean, chunk.start, chunk.end)
+        return TextRange(*name.span(1)) if name else None
 
     def used(self, chunk: Chunk) -> ir.Policy | None:
-        """The policy that a `use` names, where that can be had."""
-        stretch = self.use(chunk)
-        if stretch is None:
+        """Returns the policy that a `use` statement names, or None if it cannot be loaded."""
+        text_range = self.use(chunk)
+        if text_range is None:
             return None
-        name = self.said(stretch)
+        name = self.text_of(text_range)
         try:
             return load_used(quoted(name) if name[0] in "\"'" else name, self.policy)
         except PolicyError:
@@ -132,7 +141,7 @@ class PolicyDocument:
 
 
 def opened_document(source_name: str | None) -> PolicyDocument | None:
-    """The file that `Policy.source_name` stands for, as a document."""
+    """Returns the file of `Policy.source_name` as a document, or None if it cannot be read."""
     path = path_of(source_name)
     try:
         return None if path is None else PolicyDocument(path.read_bytes().decode("utf-8"), str(path))

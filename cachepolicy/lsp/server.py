@@ -1,4 +1,4 @@
-"""The language server: findings as one types, hover, completion, definitions, fixes and formatting, for any editor."""
+"""The language server: diagnostics, hover, completion, definitions, quick fixes and formatting, for any editor."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pygls.uris import from_fs_path, to_fs_path
 from cachepolicy import __version__
 from cachepolicy._resources import documentation
 from cachepolicy.errors import Diagnostic, PolicyError, Related
-from cachepolicy.language.formatter import format as printed
+from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.parser import parse
-from cachepolicy.lsp.code_actions import fixes
-from cachepolicy.lsp.completion import CompletionSort, completions
-from cachepolicy.lsp.document import PolicyDocument, Stretch, opened_document
-from cachepolicy.lsp.hover import DocumentRange, definitions, hover
-from cachepolicy.lsp.positions import Positions
+from cachepolicy.lsp._code_actions import fixes
+from cachepolicy.lsp._completion import CompletionSort, completions
+from cachepolicy.lsp._hover import DocumentRange, definitions, hover
+from cachepolicy.lsp._positions import Positions
+from cachepolicy.lsp.document import PolicyDocument, TextRange, opened_document
 
 PAUSE = 0.1
-"""Seconds without a change, after which a text is checked."""
-MOST_FINDINGS = 200
-"""How many findings of one text are told."""
+"""Seconds without a change after which a text is checked."""
+FINDINGS_LIMIT = 200
+"""The largest number of published diagnostics per text."""
 UNNECESSARY = frozenset({"W503", "W504", "W510"})
-"""Warnings of what could be left out, which editors fade."""
+"""Warnings about text that could be deleted, which editors fade."""
 
 
 class Server(LanguageServer):
-    """The texts of one editor. They are checked one after the other, beside the answers to the editor's requests."""
+    """The texts of one editor. One thread checks them, while the server answers requests."""
 
     def __init__(self) -> None:
-        # Whole texts: a policy is small, and about a whole text nobody can disagree.
+        # The editor sends whole texts: a policy is small, and incremental changes can get out of step.
         super().__init__(  # pyright: ignore[reportUnknownMemberType]
             "cachepolicy", __version__, text_document_sync_kind=types.TextDocumentSyncKind.Full
         )
@@ -43,7 +43,7 @@ class Server(LanguageServer):
         self.held = dict[str, PolicyDocument]()
 
     def document(self, uri: str) -> PolicyDocument:
-        """The text that the editor holds at present."""
+        """Returns the current text in the editor."""
         text = self.workspace.get_text_document(uri).source
         held = self.held.get(uri)
         if held is None or held.text != text:
@@ -52,32 +52,31 @@ class Server(LanguageServer):
         return held
 
     def positions(self, document: PolicyDocument) -> Positions:
-        """The places of a document as this editor counts them."""
+        """Returns the positions of a document in the encoding of this editor."""
         encoding = self.workspace.position_encoding or types.PositionEncodingKind.Utf16
         return _positions(document.text, types.PositionEncodingKind(encoding))
 
     def offset(self, document: PolicyDocument, position: types.Position) -> int:
-        """The place in a document that the editor means."""
-        return self.positions(document).offset(position.line, position.character)
+        """Returns the offset of an editor's position in a document."""
+        return self.positions(document).offset(position)
 
-    def range(self, document: PolicyDocument, stretch: Stretch) -> types.Range:
-        """A stretch of a document as this editor counts."""
+    def range(self, document: PolicyDocument, text_range: TextRange) -> types.Range:
+        """Returns a range of a document in the encoding of this editor."""
         positions = self.positions(document)
-        start, end = positions.position(stretch.start), positions.position(stretch.end)
-        return types.Range(types.Position(*start), types.Position(*end))
+        return types.Range(positions.position(text_range.start), positions.position(text_range.end))
 
     async def check(self, uri: str) -> None:
-        """Tell what is wrong with a text, unless it changes before that is known."""
+        """Publishes the diagnostics of a text, unless it changes in the meantime."""
         document = self.document(uri)
         await asyncio.sleep(PAUSE)
         if self.held.get(uri) is not document:
             return
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self.checker, lambda: self._findings(uri, document))
+        findings = await loop.run_in_executor(self.checker, lambda: self._findings(uri, document))
         if self.held.get(uri) is document:
-            told = [_diagnostic(self, uri, document, each) for each in found[:MOST_FINDINGS]]
+            diagnostics = [_diagnostic(self, uri, document, finding) for finding in findings[:FINDINGS_LIMIT]]
             version = self.workspace.get_text_document(uri).version
-            self.text_document_publish_diagnostics(types.PublishDiagnosticsParams(uri, told, version))
+            self.text_document_publish_diagnostics(types.PublishDiagnosticsParams(uri, diagnostics, version))
 
     def _findings(self, uri: str, document: PolicyDocument) -> Sequence[Diagnostic]:
         return document.findings if self.held.get(uri) is document else ()
@@ -92,7 +91,7 @@ SERVER = Server()
 
 
 def serve() -> None:
-    """Answer an editor over standard input and output, until it says goodbye or hangs up."""
+    """Serves an editor over standard input and output until it exits or closes the stream."""
     SERVER.start_io()
 
 
@@ -111,7 +110,7 @@ async def _change(ls: Server, params: types.DidChangeTextDocumentParams) -> None
 
 @SERVER.feature(types.TEXT_DOCUMENT_DID_SAVE)
 async def _save(ls: Server, _params: types.DidSaveTextDocumentParams) -> None:
-    """Other texts may use the one that was saved."""
+    """Checks all texts again, because others may use the saved one."""
     for uri in [*ls.held]:
         document = ls.document(uri)
         ls.held[uri] = PolicyDocument(document.text, document.name)
@@ -133,31 +132,33 @@ def _hover(ls: Server, params: types.HoverParams) -> types.Hover | None:
     found = hover(document, ls.offset(document, params.position))
     if found is None:
         return None
-    text = types.MarkupContent(types.MarkupKind.Markdown, found.text)
-    return types.Hover(text, ls.range(document, found.stretch))
+    return types.Hover(_markdown(found.text), ls.range(document, found.range))
 
 
 @SERVER.feature(types.TEXT_DOCUMENT_DEFINITION)
 def _definition(ls: Server, params: types.DefinitionParams) -> list[types.Location]:
     document = ls.document(params.text_document.uri)
-    places = definitions(document, ls.offset(document, params.position))
-    return [_location(ls, params.text_document.uri, document, each) for each in places]
+    declared = definitions(document, ls.offset(document, params.position))
+    return [_location(ls, params.text_document.uri, document, declaration) for declaration in declared]
 
 
 @SERVER.feature(types.TEXT_DOCUMENT_COMPLETION)
 def _complete(ls: Server, params: types.CompletionParams) -> list[types.CompletionItem]:
     document = ls.document(params.text_document.uri)
-    found = completions(document, ls.offset(document, params.position))
     return [
         types.CompletionItem(
-            each.text,
-            kind=_SORTS[each.sort],
-            detail=each.detail or None,
-            documentation=types.MarkupContent(types.MarkupKind.Markdown, each.says) if each.says else None,
+            completion.text,
+            kind=_SORTS[completion.sort],
+            detail=completion.detail or None,
+            documentation=_markdown(completion.documentation) if completion.documentation else None,
             sort_text=f"{number:04}",
         )
-        for number, each in enumerate(found)
+        for number, completion in enumerate(completions(document, ls.offset(document, params.position)))
     ]
+
+
+def _markdown(text: str) -> types.MarkupContent:
+    return types.MarkupContent(types.MarkupKind.Markdown, text)
 
 
 _SORTS: Mapping[CompletionSort, types.CompletionItemKind] = {
@@ -176,13 +177,13 @@ _SORTS: Mapping[CompletionSort, types.CompletionItemKind] = {
 
 @SERVER.feature(types.TEXT_DOCUMENT_FORMATTING)
 def _format(ls: Server, params: types.DocumentFormattingParams) -> list[types.TextEdit] | None:
-    """The canonical style; a text with errors is left alone, as nobody knows what it means."""
+    """Formats the text in the canonical style. A text with syntax errors is not changed."""
     document = ls.document(params.text_document.uri)
     try:
-        text = printed(parse(document.text))
+        text = format_policy(parse(document.text))
     except PolicyError:
         return None
-    whole = Stretch(0, len(document.text))
+    whole = TextRange(0, len(document.text))
     return [] if text == document.text else [types.TextEdit(ls.range(document, whole), text)]
 
 
@@ -200,7 +201,7 @@ def _actions(ls: Server, params: types.CodeActionParams) -> list[types.CodeActio
             diagnostics=[_diagnostic(ls, uri, document, finding)],
             is_preferred=True,
             edit=types.WorkspaceEdit(
-                {uri: [types.TextEdit(ls.range(document, each.stretch), each.text) for each in fix.edits]}
+                {uri: [types.TextEdit(ls.range(document, edit.range), edit.text) for edit in fix.edits]}
             ),
         )
         for finding in document.findings
@@ -209,35 +210,35 @@ def _actions(ls: Server, params: types.CodeActionParams) -> list[types.CodeActio
     ]
 
 
-# --- as the protocol says it -----------------------------------------------------------------------------
+# --- types of the protocol -------------------------------------------------------------------------------
 
 
-def _location(ls: Server, uri: str, document: PolicyDocument, place: DocumentRange) -> types.Location:
-    address = uri if place.document is document else from_fs_path(place.document.name) or uri
-    return types.Location(address, ls.range(place.document, place.stretch))
+def _location(ls: Server, uri: str, document: PolicyDocument, target: DocumentRange) -> types.Location:
+    address = uri if target.document is document else from_fs_path(target.document.name) or uri
+    return types.Location(address, ls.range(target.document, target.range))
 
 
 def _diagnostic(ls: Server, uri: str, document: PolicyDocument, finding: Diagnostic) -> types.Diagnostic:
-    """A finding; one about a policy that is used stands at its `use`, and leads to its place there."""
+    """Converts a finding. A finding in a used policy is shown at the `use`, with a link to its position there."""
     own, span = finding.source in (None, document.name), finding.span
-    related = [_related(ls, uri, document, each) for each in finding.related]
+    related = [_related(ls, uri, document, other) for other in finding.related]
     message = finding.message
-    stretch = Stretch(span.start, span.end) if own and span else Stretch(0, 0)
+    text_range = TextRange(span.start, span.end) if own and span else TextRange(0, 0)
     if not own:
         file = _file(document, finding.source or "")
         message = f"in `{file.name if file else finding.source}`: {message}"
-        stretch = _use_of(document, file)
+        text_range = _use_of(document, file)
         related += [_related(ls, uri, document, Related("here", span, file.name))] if file and span else []
     address = documentation(f"diagnostics/{finding.code}.md")
     return types.Diagnostic(
-        ls.range(document, stretch),
+        ls.range(document, text_range),
         f"{message}\nhelp: {finding.help}" if finding.help else message,
         severity=types.DiagnosticSeverity.Error if finding.severity == "error" else types.DiagnosticSeverity.Warning,
         code=finding.code,
         code_description=types.CodeDescription(address) if address else None,
         source="cachepolicy",
         tags=[types.DiagnosticTag.Unnecessary] if own and finding.code in UNNECESSARY else None,
-        related_information=[each for each in related if each],
+        related_information=[information for information in related if information],
     )
 
 
@@ -247,19 +248,19 @@ def _related(
     file = document if related.source == document.name else _file(document, related.source or "")
     if file is None:
         return None
-    place = DocumentRange(file, Stretch(related.span.start, related.span.end))
-    return types.DiagnosticRelatedInformation(_location(ls, uri, document, place), related.message)
+    target = DocumentRange(file, TextRange(related.span.start, related.span.end))
+    return types.DiagnosticRelatedInformation(_location(ls, uri, document, target), related.message)
 
 
 def _file(document: PolicyDocument, source: str) -> PolicyDocument | None:
-    """The file that a finding names: absolute, shipped, or relative to the working folder or to the document's."""
+    """Returns the file of a finding: absolute, shipped, or relative to the working folder or the document's folder."""
     names = (source, str(Path(source).absolute()), str(Path(document.name).parent / source))
-    return next((file for each in names if (file := opened_document(each)) is not None), None)
+    return next((file for name in names if (file := opened_document(name)) is not None), None)
 
 
-def _use_of(document: PolicyDocument, file: PolicyDocument | None) -> Stretch:
-    """The `use` that names a file; else the first, or the start of the text."""
+def _use_of(document: PolicyDocument, file: PolicyDocument | None) -> TextRange:
+    """Returns the range of the `use` that names a file, else of the first `use`, else the start of the text."""
     names = [name for chunk in document.source.chunks if chunk.word == "use" and (name := document.use(chunk))]
     stem = Path(file.name).stem if file else None
-    named = (name for name in names if Path(document.said(name).strip("\"'")).stem == stem)
-    return next(named, names[0] if names else Stretch(0, 0))
+    named = (name for name in names if Path(document.text_of(name).strip("\"'")).stem == stem)
+    return next(named, names[0] if names else TextRange(0, 0))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from lsprotocol.types import PositionEncodingKind
+from lsprotocol.types import Position, PositionEncodingKind
 
 from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import look_ahead
-from cachepolicy.lsp.code_actions import fixes
-from cachepolicy.lsp.completion import completions
+from cachepolicy.lsp._code_actions import fixes
+from cachepolicy.lsp._completion import completions
+from cachepolicy.lsp._hover import definitions, hover
+from cachepolicy.lsp._positions import Positions
 from cachepolicy.lsp.document import PolicyDocument
-from cachepolicy.lsp.hover import definitions, hover
-from cachepolicy.lsp.positions import Positions
 from tests.language.test_highlighting import TEXTS, texts
 from tests.support import ir_strategies
 
@@ -31,15 +31,15 @@ def test_places_and_offsets(text: str, encoding: str) -> None:
             continue  # inside a line end
         before = text[:offset].replace("\r\n", "\n").replace("\r", "\n")
         units = len(before.rpartition("\n")[2].encode(ENCODINGS[encoding])) // UNITS[encoding]
-        assert (before.count("\n"), units) == positions.position(offset)
-        assert offset == positions.offset(*positions.position(offset))
+        assert Position(before.count("\n"), units) == positions.position(offset)
+        assert offset == positions.offset(positions.position(offset))
 
 
 @given(st.text(), st.integers(-3, 99), st.integers(-3, 99))
 def test_places_beyond_a_text_are_at_its_ends(text: str, line: int, column: int) -> None:
     """Whatever place is asked for, the offset is one of the text."""
-    assert 0 <= Positions(text).offset(line, column) <= len(text)
-    assert Positions("\U0001f600").offset(0, 1) == 0
+    assert 0 <= Positions(text).offset(Position(line, column)) <= len(text)
+    assert Positions("\U0001f600").offset(Position(0, 1)) == 0
 
 
 @given(texts, offsets)
@@ -52,12 +52,12 @@ def test_any_text_is_answered(text: str, offset: int) -> None:
     """Whatever a text holds, every question about any place in it has an answer."""
     document, offset = PolicyDocument(text, "<text>"), min(offset, len(text))
     shown = hover(document, offset)
-    assert shown is None or (shown.text and shown.stretch.touches(offset))
-    assert all(0 <= each.stretch.start <= each.stretch.end <= len(text) for each in definitions(document, offset))
+    assert shown is None or (shown.text and shown.range.touches(offset))
+    assert all(0 <= each.range.start <= each.range.end <= len(text) for each in definitions(document, offset))
     assert all(each.text for each in completions(document, offset))
     for finding in document.findings:
         for fix in fixes(document, finding):
-            assert all(0 <= each.stretch.start <= each.stretch.end <= len(text) for each in fix.edits)
+            assert all(0 <= each.range.start <= each.range.end <= len(text) for each in fix.edits)
 
 
 @given(st.sampled_from([*TEXTS.values()]) | ir_strategies.policies().map(format), st.data())
@@ -86,4 +86,4 @@ def test_the_word_that_stands_there_is_offered(text: str, data: st.DataObject) -
         return
     begun = PolicyDocument(text[: word.end], "<text>")
     offered = " ".join(each.text for each in completions(begun, word.end)).split()
-    assert document.said(word) in offered
+    assert document.text_of(word) in offered

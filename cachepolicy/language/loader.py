@@ -67,9 +67,8 @@ def _bare(name: str) -> bool:
 def _named(name: str, folder: Path) -> ir.Policy:
     """Loads a shipped policy or a file of `folder` by its bare name."""
     stem = _stem(name)
-    beside = next(
-        (each for each in (name, *(stem + suffix for suffix in POLICY_SUFFIXES)) if is_file(folder / each)), None
-    )
+    names = (name, *(stem + suffix for suffix in POLICY_SUFFIXES))
+    beside = next((file for file in names if is_file(folder / file)), None)
     if stem in shipped_policies():
         if beside is not None and not _same(folder / beside, shipped_policies()[stem]):
             raise PolicyError.of(

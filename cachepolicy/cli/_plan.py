@@ -10,8 +10,8 @@ from typing import Any
 from cachepolicy.cli import output
 from cachepolicy.cli.options import SampledModel
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning import forecast
-from cachepolicy.planning.forecast import Work
+from cachepolicy.planning import cost_model
+from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import simulate
 from cachepolicy.reports import overview
@@ -36,7 +36,7 @@ def show_plan(
     if work is not None:
         from cachepolicy.tools.memory_forecast import holdings  # imports the engine, and with it torch
 
-        outlook, held = forecast.forecast(simulated.plan, simulated, work), holdings(plan, simulated, work)
+        outlook, held = cost_model.forecast(simulated.plan, simulated, work), holdings(plan, simulated, work)
     if as_json:
         flops = None if outlook is None else outlook.to_json()
         output.say_json({**report_text.outcome_to_json(simulated), "flops": flops, "held": held})
@@ -44,8 +44,8 @@ def show_plan(
     output.report_findings(simulated.plan.warnings, error=True)
     output.say(report_text.draw(simulated, width=output.columns(), colour=output.coloured(sys.stdout)))
     if outlook is not None and work is not None:
-        output.say(forecast.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps))
-        peak = forecast.format_bytes(max(held or (), default=0))
+        output.say(cost_model.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps))
+        peak = cost_model.format_bytes(max(held or (), default=0))
         output.say(f"{peak} of history at most, in float32; half of that in bfloat16")
 
 

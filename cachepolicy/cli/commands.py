@@ -30,7 +30,7 @@ from cachepolicy.reports.diff import compare, draw_diff
 from cachepolicy.reports.explanation import Explanation, explain, explain_run
 from cachepolicy.reports.html.page import page
 from cachepolicy.tools.meta_model import is_model, read_model
-from cachepolicy.tracing.perfetto import to_json as perfetto_json
+from cachepolicy.tracing.perfetto import perfetto_json
 from cachepolicy.tracing.schema import schema as trace_schema
 from cachepolicy.tracing.trace import Trajectory, load_trace
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cachepolicy.planning.forecast import format_bytes
+from cachepolicy.planning.cost_model import format_bytes
 from cachepolicy.planning.schedule import OVER_LIMIT
 
 

@@ -35,7 +35,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.bind import bind
-from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT

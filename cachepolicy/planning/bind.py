@@ -11,9 +11,9 @@ from cachepolicy.language.evaluate import names_in, walk
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
+from cachepolicy.planning._probes import measured, unmeasurable
 from cachepolicy.planning.module_tree import Skeleton, ancestors
-from cachepolicy.planning.plan import BoundRule, Plan, Site, label
-from cachepolicy.planning.probes import ProbePlace, measured, unmeasurable
+from cachepolicy.planning.plan import BoundRule, Plan, ProbePlace, Site, label
 from cachepolicy.planning.selectors import Modules, select, why_nothing
 from cachepolicy.planning.unreachable_rules import shadowed
 

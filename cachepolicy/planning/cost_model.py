@@ -1,36 +1,177 @@
-"""What a site's history saves: operations that need not be done, told from the model and the schedule alone.
-
-It decides which sites keep theirs under a memory limit, so it must be the same in every run and on every process: it is
-counted in whole numbers, from parameters, shapes and the rules, never measured.
-"""
+"""What a schedule saves and what a site's history is worth, in FLOPs, computed before anything runs."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from cachepolicy.language import ir
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
-from cachepolicy.planning.schedule import Program, Tick
+from cachepolicy.planning.schedule import UNCOND_BRANCHES, Decision, Program, Tick
 from cachepolicy.planning.simulation import evenly, replay
 
-STEPS = 50  # of a trajectory whose length nobody tells
+STEPS = 50
+"""Steps of a trajectory whose length is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The work of one call of a model.
+
+    Attributes:
+        total: FLOPs of the call.
+        modules: FLOPs by module name, those of the modules inside included.
+        outputs: Bytes of each output tensor by module name, where they were measured.
+    """
+
+    total: int
+    modules: Mapping[str, int] = field(repr=False)
+    outputs: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]], repr=False)
+
+    def of(self, modules: Iterable[str]) -> int:
+        """Returns the FLOPs of modules, none of which is inside another."""
+        return sum(self.total if name == "" else self.modules.get(name, 0) for name in modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The FLOPs of a trajectory and those that the policy skips.
+
+    Element-wise operations and memory traffic count no FLOPs, so the measured speed-up may be lower, and is never much
+    higher.
+
+    Attributes:
+        total: FLOPs without the policy.
+        skipped_by_site: Skipped FLOPs by site name.
+        skipped_by_rule: Skipped FLOPs by rule number.
+    """
+
+    total: int
+    skipped_by_site: Mapping[str, int]
+    skipped_by_rule: Mapping[int, int]
+
+    @property
+    def skipped(self) -> int:
+        """All skipped FLOPs."""
+        return sum(self.skipped_by_site.values())
+
+    @property
+    def share(self) -> float:
+        """The skipped share, 0 to 1."""
+        return self.skipped / self.total if self.total else 0.0
+
+    @property
+    def speed_up(self) -> float:
+        """Upper bound of the speed-up of the model's calls. Infinite where everything is skipped."""
+        left = self.total - self.skipped
+        return self.total / left if left else float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data. Rules are numbered from 1."""
+        return {
+            "flops": self.total,
+            "skipped": self.skipped,
+            "share": self.share,
+            "speed_up": self.speed_up if self.share < 1 else None,
+            "sites": dict(self.skipped_by_site),
+            "rules": {str(rule + 1): flops for rule, flops in self.skipped_by_rule.items()},
+        }
+
+
+def forecast(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work: Work) -> Forecast:
+    """Returns the FLOPs that a simulated or recorded trajectory skips.
+
+    A guidance batch whose unconditional half is approximated runs half of everything. An unconditional call that is
+    answered runs nothing.
+
+    Args:
+        plan: The plan of the decisions.
+        calls: The calls with their decisions by site number.
+        work: The work of one call.
+    """
+    by_site, by_rule, total = Counter[str](), Counter[int](), 0
+    for tick, decisions in calls:
+        total += work.total
+        share = 1.0
+        for site, decision in zip(plan.sites, decisions, strict=True):
+            if decision.verdict != "reuse":
+                continue
+            whole = work.of(site.modules)
+            if isinstance(decision.action, ir.ApproximateUncond):
+                left = 0.0 if tick.branch in UNCOND_BRANCHES else 0.5
+                saved, share = round(whole * (1 - left)), left
+            else:
+                saved = round(whole * share)
+            by_site[site.name] += saved
+            if decision.rule is not None:
+                by_rule[decision.rule] += saved
+    return Forecast(total, by_site, by_rule)
+
+
+def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> str:
+    """Returns text: the share of each rule's sites in a call, what the rules skip, and the bound of the speed-up."""
+    lines = [f"{format_flops(work.total)} a call, {format_flops(outlook.total)} in {steps} steps without the policy"]
+    for bound in plan.rules:
+        if bound.sites:
+            # A block and its attention may both be sites. The FLOPs of the block include those of the attention.
+            outer = [index for index in bound.sites if not set(plan.sites[index].parents) & set(bound.sites)]
+            held = work.of(name for index in outer for name in plan.sites[index].modules)
+            skips = outlook.skipped_by_rule.get(bound.index, 0)
+            lines.append(
+                f"rule {bound.index + 1}: its sites are {percent(held, work.total)} of a call, "
+                f"it skips {percent(skips, outlook.total)} of the trajectory"
+            )
+    limit = f"at most {outlook.speed_up:.2f}x faster" if outlook.share < 1 else "nothing is left to compute"
+    return "\n".join([*lines, f"{percent(outlook.skipped, outlook.total)} of the FLOPs are skipped: {limit}"])
+
+
+def percent(part: float, whole: float) -> str:
+    """Returns a share as text: `30.0 %`."""
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def format_flops(flops: float) -> str:
+    """Returns FLOPs with a unit: `74.38 TFLOP`."""
+    return _with_unit(flops, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"), 2)
+
+
+def format_bytes(count: float, *, digits: int = 2) -> str:
+    """Returns bytes with a unit: `1.50 GiB`."""
+    return _with_unit(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), digits)
+
+
+def _with_unit(value: float, factor: int, units: Sequence[str], digits: int) -> str:
+    power = 0
+    while value >= factor and power + 1 < len(units):
+        value, power = value / factor, power + 1
+    return f"{value:.{digits if power else 0}f} {units[power]}"
+
+
+# --- the worth of a history ------------------------------------------------------------------------------
+# It decides which sites keep a history under a memory limit, so it must be equal in every run and in every process:
+# whole numbers computed from parameters, shapes and rules, and no measurements.
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """The parameters of a site, and how many attention modules it holds."""
+    """The number of parameters of a site, and the number of attention modules inside it."""
 
     parameters: int
     attentions: int
 
 
 def operations(weight: Weight, shape: Sequence[int]) -> int:
-    """Floating-point operations of a site with an output of that shape, roughly.
+    """Returns the approximate FLOPs of a site.
 
-    Two a parameter and token, and for each attention inside four a pair of tokens and channel. Outputs are (batch,
-    tokens, channels), or (batch, channels, and the sizes of a picture or video).
+    Two for each parameter and token, and for each attention four for each pair of tokens and channel.
+
+    Args:
+        weight: The weight of the site.
+        shape: Shape of its output: `(B, S, C)`, or `(B, C, ...)` with two or three sizes of a picture or video.
     """
     samples = shape[0] if shape else 1
     tokens, width = (math.prod(shape[2:]), shape[1]) if len(shape) > 3 else (math.prod(shape[1:-1]), (shape or [1])[-1])
@@ -38,7 +179,12 @@ def operations(weight: Weight, shape: Sequence[int]) -> int:
 
 
 def site_weights(plan: Plan, parameters: Mapping[str, int]) -> list[Weight]:
-    """What each site of the plan weighs; `parameters` are those of each module itself, without its children's."""
+    """Returns the weight of each site of a plan.
+
+    Args:
+        plan: The plan.
+        parameters: Number of parameters of each module, without those of its children.
+    """
     attentions = [module.name for module in plan.skeleton.modules if "attention" in module.kinds]
     outermost = [name for name in attentions if not any(name.startswith(f"{outer}.") for outer in attentions)]
     return [
@@ -56,18 +202,18 @@ def _inside(name: str, modules: Iterable[str]) -> bool:
 
 @dataclass(slots=True)
 class Reuses:
-    """How often each group of a program reuses on one clock: as planned, or as often as it may where a run decides."""
+    """Counts the reuses of each group of a program on one clock. Decisions that need a run count as reuses."""
 
     program: Program
     ahead: Ahead
-    _found: dict[tuple[str, int | None], list[int]] = field(default_factory=dict[tuple[str, int | None], list[int]])
+    _counts: dict[tuple[str, int | None], list[int]] = field(default_factory=dict[tuple[str, int | None], list[int]])
 
     def of(self, group: int, tick: Tick) -> int:
-        """The reuses of a group of `program.alike` on the branch of `tick`."""
+        """Returns the number of reuses of a group of `program.alike` on the branch of `tick`."""
         key = (tick.branch, tick.steps)
-        if key not in self._found:
-            self._found[key] = self._counted(tick)
-        return self._found[key][group]
+        if key not in self._counts:
+            self._counts[key] = self._counted(tick)
+        return self._counts[key][group]
 
     def _counted(self, tick: Tick) -> list[int]:
         timesteps = self.ahead.timesteps
@@ -79,8 +225,10 @@ class Reuses:
         counts = list[int]()
         for number, group in enumerate(self.program.alike.groups):
             if any(bound.rule.condition is not None or bound.rule.follow is not None for bound in group.rules):
-                moments = [Moment(each, each.step, each.branch) for each in ticks]
-                counts.append(sum(any(each.reads for each in outlooks.of(number, one, None)) for one in moments))
+                moments = [Moment(now, now.step, now.branch) for now in ticks]
+                counts.append(
+                    sum(any(event.reads for event in outlooks.of(number, moment, None)) for moment in moments)
+                )
             else:
-                counts.append(sum(decided[group.sites[0]].verdict == "reuse" for _, decided in schedule))
+                counts.append(sum(decisions[group.sites[0]].verdict == "reuse" for _, decisions in schedule))
         return counts

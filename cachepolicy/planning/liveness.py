@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from cachepolicy.planning._possible_values import Range
 from cachepolicy.planning.history_spec import keeping
 from cachepolicy.planning.possible_decisions import NOTHING, Ahead, Moment, Outlook, Outlooks, Reads, reads_age
-from cachepolicy.planning.possible_values import Range
 from cachepolicy.planning.schedule import Program, Tick
 
 _FAR = 64  # steps that are looked at one by one where nobody tells how many there are

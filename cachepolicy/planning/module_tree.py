@@ -97,7 +97,7 @@ _FILE = TypeAdapter(Skeleton)
 
 
 def tree_to_json(skeleton: Skeleton) -> str:
-    """The skeleton as JSON text, which `from_json` reads back."""
+    """The skeleton as JSON text, which `tree_from_json` reads back."""
     return _FILE.dump_json(skeleton, indent=1).decode()
 
 
@@ -158,8 +158,8 @@ def read_tree(path: str | os.PathLike[str]) -> Skeleton:
         raise PolicyError.of("E210", f"`{os.fspath(path)}` cannot be read: {_lower(str(error))}") from error
 
 
-def write(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:
-    """Write the skeleton to a JSON file, which `read` reads back."""
+def write_tree(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:
+    """Write the skeleton to a JSON file, which `read_tree` reads back."""
     Path(path).write_text(tree_to_json(skeleton), encoding="utf-8")
 
 

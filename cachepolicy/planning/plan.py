@@ -13,7 +13,6 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.planning.module_tree import Skeleton
-from cachepolicy.planning.probes import ProbePlace
 from cachepolicy.planning.selectors import Modules
 
 
@@ -49,6 +48,13 @@ class BoundRule:
         for name, functions in (("memories", MEMORIES), ("accumulators", ACCUMULATORS)):
             calls = () if condition is None else stateful_calls(condition, functions)
             object.__setattr__(self, name, calls)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePlace:
+    """The modules that a probe measures: its input before the first, its output after the last."""
+
+    modules: Modules
 
 
 @dataclass(frozen=True)

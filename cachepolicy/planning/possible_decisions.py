@@ -9,9 +9,9 @@ from typing import Any, Literal, assert_never
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, names_in
+from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.plan import BoundRule
-from cachepolicy.planning.possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Program, Tick
 
 

@@ -13,7 +13,7 @@ from cachepolicy.language.evaluate import names_in
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load
 from cachepolicy.planning.bind import bind
-from cachepolicy.planning.forecast import Forecast, Work, forecast, format_flops
+from cachepolicy.planning.cost_model import Forecast, Work, forecast, format_flops
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import simulate

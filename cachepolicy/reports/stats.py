@@ -10,7 +10,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
-from cachepolicy.planning.forecast import Forecast, Work, forecast
+from cachepolicy.planning.cost_model import Forecast, Work, forecast
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import Decision, Tick, accumulate, environment_of
 from cachepolicy.reports.text import Outcome, Tally, tally
@@ -73,23 +73,6 @@ def _estimated(trajectory: Trajectory) -> float | None:
     """
     full = [call.seconds for call in trajectory.calls[1:] if all(decision.computes for decision in call.decided)]
     return statistics.median(full) * len(trajectory.calls) if full else None
-
-
-# --- for a person ----------------------------------------------------------------------------------------
-
-
-def percent(part: float, whole: float) -> str:
-    """A share: `30.0 %`."""
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
-
-
-def format_short_bytes(count: float) -> str:
-    """Bytes with the unit that fits: `12.5 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 # --- curves and their limits ---

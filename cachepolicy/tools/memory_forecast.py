@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cachepolicy.engine.execution_plan import ExecutionPlan, lay_out
 from cachepolicy.language import ir
-from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.plan import Plan

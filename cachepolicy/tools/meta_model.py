@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachepolicy.diffusers.denoisers import DENOISERS
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning.forecast import Work
+from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.module_tree import MODULE_TREE_LIMIT, Skeleton, tree_from_json
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ def events(trace: Trace) -> dict[str, Any]:
     return {"traceEvents": list(_events(trace)), "displayTimeUnit": "ms"}
 
 
-def to_json(trace: Trace) -> str:
+def perfetto_json(trace: Trace) -> str:
     """The document as JSON text."""
     return json.dumps(events(trace), ensure_ascii=False, allow_nan=False)
 

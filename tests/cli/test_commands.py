@@ -234,7 +234,7 @@ def test_plan_of_a_config_builds_no_weights(run):
 
 def test_plan_of_a_skeleton_file(run, tmp_path):
     """A skeleton that was written to a file is a model."""
-    module_tree.write(module_tree.sites_skeleton([ATTENTION]), tmp_path / "model.json")
+    module_tree.write_tree(module_tree.sites_skeleton([ATTENTION]), tmp_path / "model.json")
     result = run("plan", "pab", "--model", "model.json", "--steps", "3")
     assert f"{ATTENTION}  C" in result.stdout
 
@@ -357,7 +357,7 @@ def test_a_rule_that_is_not_reached(run):
 
 def test_expectations_on_a_model(run, tmp_path):
     """`--model` says on what the expectations run."""
-    module_tree.write(module_tree.sites_skeleton(["layers.0.mlp"]), tmp_path / "model.json")
+    module_tree.write_tree(module_tree.sites_skeleton(["layers.0.mlp"]), tmp_path / "model.json")
     assert 1 == run("test", "good.cp", "--model", "model.json", good=GOOD).exit_code
 
 

@@ -19,7 +19,7 @@ from cachepolicy.planning.module_tree import (
     sites_skeleton,
     tree_from_json,
     tree_to_json,
-    write,
+    write_tree,
 )
 
 parts = st.sampled_from(["blocks", "attn1", "attn2", "cross_attn", "ff", "mlp", "norm1", "0", "1", "12", "to_q"])
@@ -108,7 +108,7 @@ def test_faults_are_named(modules: tuple[Module, ...], lists: tuple[str, ...], f
 def test_files(tmp_path: Path) -> None:
     """A skeleton is written and read; what is no file of one is an error."""
     path = tmp_path / "model.json"
-    write(builtin(), path)
+    write_tree(builtin(), path)
     assert builtin() == read_tree(path)
     for wrong in (tmp_path, tmp_path / "none.json", "a\0b"):
         with pytest.raises(PolicyError):

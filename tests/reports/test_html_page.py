@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
-from cachepolicy.planning.forecast import Work, forecast
+from cachepolicy.planning.cost_model import Work, forecast, format_bytes
 from cachepolicy.planning.module_tree import sites_skeleton
 from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
 from cachepolicy.reports.html.page import page
-from cachepolicy.reports.stats import curves, format_short_bytes, gains, points
+from cachepolicy.reports.stats import curves, gains, points
 from cachepolicy.reports.text import draw, tally
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.trace import Trace, from_json
@@ -307,7 +307,7 @@ def test_many_different_numbers_are_a_page_of_moderate_size():
 def test_bytes_have_units():
     """A number of bytes is written with the unit that fits."""
     assert ["512 B", "1.5 KiB", "2.0 MiB", "3.0 GiB"] == [
-        format_short_bytes(each) for each in (512, 1536, 2**21, 3 * 2**30)
+        format_bytes(each, digits=1) for each in (512, 1536, 2**21, 3 * 2**30)
     ]
 
 

@@ -66,8 +66,8 @@ def test_the_flops_that_a_report_names_are_those_that_did_not_run():
     once = count(model, *arguments())
     with cachepolicy.apply(model, POLICY) as run, counting(model) as ran:
         sampled(model)
-    work = cachepolicy.planning.forecast.Work(once.total, once.modules)
-    outlook = cachepolicy.planning.forecast.forecast(run.plan, run.trace.last, work)
+    work = cachepolicy.planning.cost_model.Work(once.total, once.modules)
+    outlook = cachepolicy.planning.cost_model.forecast(run.plan, run.trace.last, work)
     assert ran.total == outlook.total - outlook.skipped
     assert f"{100 * outlook.share:.1f} %" in run.report(flops=Flops(once.total, once.modules))
 
@@ -151,6 +151,6 @@ from cachepolicy import load_trace
 from cachepolicy.tracing import perfetto
 from cachepolicy.reports.html.page import page
 trace = load_trace({str(saved)!r})
-assert perfetto.to_json(trace) and page(trace.latest)
+assert perfetto.perfetto_json(trace) and page(trace.latest)
 """
     assert "" == run_python(code, environment={"PYTHONPATH": str(ROOT)})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cachepolicy.planning.simulation import simulate
 from cachepolicy.testing import strategies
-from cachepolicy.tracing.perfetto import events, to_json
+from cachepolicy.tracing.perfetto import events, perfetto_json
 from cachepolicy.tracing.trace import CallRecord, Slice, Trace
 from tests.support import report_data as reports
 
@@ -61,7 +61,7 @@ def test_any_run_is_a_valid_document(policy, branches, value):
     """Whatever was decided and measured, JSON can say it and the rules hold."""
     schedule = simulate(policy, steps=5, branches=branches)
     trace = reports.as_trace(schedule, {site.index: {"drift": [value] * 5} for site in schedule.plan.sites[:1]})
-    hold(json.loads(to_json(trace)))
+    hold(json.loads(perfetto_json(trace)))
 
 
 def test_a_call_is_a_slice_with_its_counts():

@@ -11,11 +11,11 @@ from cachepolicy._resources import render, template
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.forecast import Work, format_flops
+from cachepolicy.planning.cost_model import Work, format_bytes, format_flops, percent
 from cachepolicy.planning.plan import Plan
 from cachepolicy.reports.html._cells import CellReasons, decision_grid
 from cachepolicy.reports.html._charts import Chart, Mark, bar_chart, curve_chart, number
-from cachepolicy.reports.stats import Curve, Gains, Point, curves, format_short_bytes, gains, percent, series
+from cachepolicy.reports.stats import Curve, Gains, Point, curves, gains, series
 from cachepolicy.reports.text import Outcome
 from cachepolicy.tracing.schema import settings_of
 from cachepolicy.tracing.trace import CallRecord, Trajectory
@@ -107,7 +107,7 @@ def _figures(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
         each_call = f"{gained.seconds / max(1, gained.calls) * 1e3:.1f} ms a call"
         yield "Time in the model", f"{number(gained.seconds)} s", each_call
     if gained.held:
-        yield "Memory held", format_short_bytes(gained.held), "of histories, at most"
+        yield "Memory held", format_bytes(gained.held, digits=1), "of histories, at most"
 
 
 # --- signals ---------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _calls(trajectory: Trajectory) -> dict[str, Any]:
             call.tick.branch or "first",
             _milliseconds(call),
             _skipped(call),
-            format_short_bytes(call.held),
+            format_bytes(call.held, digits=1),
         )
         for index, call in enumerate(calls)
     ]

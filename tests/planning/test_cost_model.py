@@ -17,7 +17,7 @@ from cachepolicy.cli.commands import main
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.forecast import Work, forecast, format_flops
+from cachepolicy.planning.cost_model import Work, forecast, format_flops
 from cachepolicy.reports import overview
 from cachepolicy.tools.example_inputs import FORMS, Picture, example_arguments
 from cachepolicy.tools.flops import count, counting

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import children
 from cachepolicy.language.formatter import format_node
 from cachepolicy.planning.module_tree import Skeleton, ancestors
+from cachepolicy.planning.plan import ProbePlace
 from cachepolicy.planning.selectors import Modules, select, why_nothing
-
-
-@dataclass(frozen=True, slots=True)
-class ProbePlace:
-    """The modules that a probe measures: its input before the first, its output after the last."""
-
-    modules: Modules
 
 
 def measured(

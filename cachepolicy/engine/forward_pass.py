@@ -58,7 +58,8 @@ from cachepolicy.engine.signals import Measuring, Remembered, probed
 from cachepolicy.engine.split_inputs import split_arguments
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import Reads

@@ -17,7 +17,8 @@ from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.norms import Share, Sum, in_pieces, norm_alone, share, summed
 from cachepolicy.engine.history_packing import is_whole
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, children, evaluate, substitute, walk
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.traversal import children, substitute, walk
 from cachepolicy.language.vocabulary import MEMORIES, NORMS
 from cachepolicy.planning.plan import Plan
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from cachepolicy.errors import Diagnostic
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import walk
 from cachepolicy.language.patterns import searcher
+from cachepolicy.language.traversal import walk
 
 
 def clause_faults(rule: ir.Rule) -> Iterator[Diagnostic]:

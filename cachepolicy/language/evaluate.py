@@ -1,12 +1,12 @@
-"""Evaluates expressions, traverses them and substitutes names. Evaluation is pure and does not use `eval`."""
+"""Evaluates expressions. Evaluation is pure and does not use `eval`."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, assert_never
+from typing import Any, assert_never
 
 from cachepolicy.language import ir
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
@@ -30,8 +30,6 @@ class Environment:
     tables: Mapping[str, Sequence[int | float]] = field(default_factory=dict[str, Sequence[int | float]])
     stateful: Mapping[ir.Call, float] = field(default_factory=dict[ir.Call, float])
 
-
-N = TypeVar("N", bound=ir.Node)
 
 EMPTY = Environment()
 
@@ -212,76 +210,3 @@ _FUNCTIONS: Mapping[str, Any] = {
     "clamp": _clamp,
     "poly": _poly,
 }
-
-
-# --- walking and rewriting -------------------------------------------------------------------------------
-
-
-def walk(node: ir.Node) -> Iterator[ir.Node]:
-    """Yields `node` and all its descendants, parents before children."""
-    yield node
-    for child in children(node):
-        yield from walk(child)
-
-
-def children(node: ir.Node) -> Iterator[ir.Node]:
-    """Yields the direct children of `node`, in field order."""
-    for name in type(node).model_fields:
-        value = getattr(node, name)
-        if isinstance(value, ir.Node):
-            yield value
-        elif isinstance(value, tuple):
-            for item in value:  # pyright: ignore[reportUnknownVariableType]
-                if isinstance(item, ir.Node):
-                    yield item
-
-
-def substitute(node: N, names: Mapping[str, ir.Expression]) -> N:
-    """Replaces names by expressions.
-
-    Args:
-        node: The node. It is not modified.
-        names: Maps each name to its replacement.
-
-    Returns:
-        The node with the names replaced.
-    """
-    if isinstance(node, ir.Name):
-        return names.get(node.name, node)  # pyright: ignore[reportReturnType]
-    changed = dict[str, object]()
-    for name in type(node).model_fields:
-        old: object = getattr(node, name)
-        new = _substitute_in(old, names)
-        if new is not old:
-            changed[name] = new
-    return node.model_copy(update=changed) if changed else node
-
-
-def _substitute_in(value: object, names: Mapping[str, ir.Expression]) -> object:
-    if isinstance(value, ir.Node):
-        return substitute(value, names)
-    if isinstance(value, tuple):
-        old: tuple[object, ...] = value  # pyright: ignore[reportUnknownVariableType]
-        new = tuple(_substitute_in(item, names) for item in old)
-        return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
-    return value
-
-
-def names_in(node: ir.Node) -> set[str]:
-    """Returns the names of clock words, parameters, lets, signals, externals and tables that `node` reads."""
-    found = {each.name for each in walk(node) if isinstance(each, ir.Name)}
-    return found | {each.table for each in walk(node) if isinstance(each, ir.Lookup)}
-
-
-def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
-    """Returns the distinct calls of `functions` in `expression`, inner calls before the calls that contain them."""
-    found = dict[ir.Call, None]()
-
-    def visit(node: ir.Node) -> None:
-        for child in children(node):
-            visit(child)
-        if isinstance(node, ir.Call) and node.function in functions:
-            found[node] = None
-
-    visit(expression)
-    return tuple(found)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError
 from typing import Any, TypeVar, cast
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.clauses import clause_faults
-from cachepolicy.language.evaluate import Value, names_in
+from cachepolicy.language.evaluate import Value
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
 from cachepolicy.language.params import python, settled
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.traversal import fold_constants, measure_size, transform
+from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform
 
 __all__ = ["Resolved", "RuleSource", "load", "resolve"]
 
@@ -41,11 +42,20 @@ class RuleSource:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A policy with everything that names stood for in place: only the clock, signals and externals are still names.
+    """A policy after substitution. Only clock words, signals and externals are still names.
 
-    `rules` are those of the policy and of what it uses, in reading order, without those that are off; `sources` tells
-    where each came from. `signals` and `tables` of used policies keep their names unless those are taken, else they are
-    called `policy.name`. `settings` holds the parameters' Python values, `digest` the sha256 of what the rules mean.
+    Attributes:
+        policy: The policy as it was loaded.
+        rules: The rules of the policy and of the policies that it uses, in reading order, without rules that are off.
+        sources: The statement that each rule came from.
+        signals: The signals in dependency order. A signal of a used policy is called `policy.name` if its name is
+            taken.
+        tables: The tables by name, renamed in the same way.
+        externals: Names of the externals.
+        expects: The expectations of the policy itself.
+        settings: The Python value of each parameter.
+        digest: The sha256 of what the rules mean, in hexadecimal.
+        used: The used policies, by the key of the user's origin and the name in its `use` statement.
     """
 
     policy: ir.Policy = field(repr=False)
@@ -58,23 +68,29 @@ class Resolved:
     settings: Mapping[str, Value]
     digest: str
     used: Used = field(default_factory=dict[tuple[str, str], ir.Policy], repr=False, compare=False)
-    """The policies that were used, by the key of the user's origin and the name in its `use`."""
 
 
 Used = Mapping[tuple[str, str], ir.Policy]
 Loader = Callable[[str, ir.Policy], ir.Policy]
-"""Finds the policy that `use NAME` in a policy means."""
+"""Loads the policy that `use NAME` refers to, given the name and the policy that contains the statement."""
 
 
 def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, loader: Loader = load_used) -> Resolved:
-    """Set the parameters, write out what the policy uses, and put constants for parameters and lets.
+    """Sets the parameters of a policy, inlines the policies that it uses and substitutes parameters and lets.
 
-    `settings` values are Python's (None for `off`, a tuple `(low, high)` for an open range) or expressions. `loader`
-    finds what the policy uses. The policy itself is not changed.
+    Args:
+        policy: The policy. It is not modified.
+        settings: Values of parameters by name: Python values (`None` for `off`, a tuple `(low, high)` for an open
+            range) or expressions.
+        loader: Loads the policy that a `use` statement refers to.
+
+    Returns:
+        The resolved policy.
 
     Raises:
-        PolicyError: a setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
-            grows too large (E165), a used policy cannot be had (E150 to E155), uses itself (E156) or too many (E157).
+        PolicyError: A setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
+            grows too large (E165), or a used policy cannot be loaded (E150 to E155), uses itself (E156) or uses too
+            many others (E157).
     """
     if policy.source_name is None:
         # Built by hand or read from JSON: a text was held to the rules when it was parsed.
@@ -85,6 +101,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
     names = flat.add(policy, settings or {}, (origin(policy),))
     if flat.findings:
         raise PolicyError(flat.findings)
+    flat.signals = {name: flat.signals[name] for name in _ordered(flat.signals, policy)}
     rules, signals = tuple(flat.rules), tuple(flat.signals.values())
     flat.hold_to_size(policy)
     return Resolved(
@@ -139,9 +156,10 @@ class _Flat:
         renamed = self._declare(policy, prefix)
         names |= {old: ir.Name(name=new) for old, new in renamed.items()}
         sizes = dict[str, tuple[int, int]]()
-        for let in _in_order(policy):
-            sizes[let.name] = self._size(policy, let, sizes)
-            names[let.name] = self._write(policy, let.value, names, renamed)
+        lets = {let.name: let for let in _of(policy, ir.Let)}
+        for name in _ordered(lets, policy):
+            sizes[name] = self._size(policy, lets[name], sizes)
+            names[name] = self._write(policy, lets[name].value, names, renamed)
         for number, statement in enumerate(policy.statements):
             match statement:
                 case ir.Rule():
@@ -277,8 +295,8 @@ class _Flat:
     def hold_to_size(self, policy: ir.Policy) -> None:
         """Checks the size limits after substitution of signals in one another."""
         sizes = dict[str, tuple[int, int]]()
-        for name in _signal_order(self.signals):
-            sizes[name] = self._size(policy, self.signals[name].value, sizes)
+        for name, signal in self.signals.items():
+            sizes[name] = self._size(policy, signal.value, sizes)
         for rule in self.rules:
             self._size(policy, rule, sizes)
 
@@ -297,45 +315,18 @@ def _is_absent(rule: ir.Rule) -> bool:
             return False
 
 
-def _in_order(policy: ir.Policy) -> Iterator[ir.Let]:
-    """Yields the lets in dependency order."""
-    lets = {let.name: let for let in _of(policy, ir.Let)}
-    for name in _ordered({name: names_in(let.value) for name, let in lets.items()}, policy):
-        yield lets[name]
-
-
-def _signal_order(signals: Mapping[str, ir.Signal]) -> list[str]:
-    return _ordered({name: names_in(signal.value) for name, signal in signals.items()}, None)
-
-
-def _ordered(reads: Mapping[str, set[str]], policy: ir.Policy | None) -> list[str]:
-    """Sorts names in dependency order. The sort is iterative, because a long chain would exceed the recursion limit.
+def _ordered(declared: Mapping[str, ir.Let | ir.Signal], policy: ir.Policy) -> list[str]:
+    """Sorts lets or signals in dependency order.
 
     Raises:
-        PolicyError: E158, a name reads itself.
+        PolicyError: E158, a name depends on itself.
     """
-    done = dict[str, None]()
-    for first in reads:
-        waiting, open_names = [first], dict[str, None]()
-        while waiting:
-            name = waiting[-1]
-            if name in done:
-                waiting.pop()
-                continue
-            open_names[name] = None
-            missing = sorted(each for each in reads[name] if each in reads and each not in done)
-            circle = [each for each in missing if each in open_names]
-            if circle:
-                loop = " -> ".join([*list(open_names)[list(open_names).index(circle[0]) :], circle[0]])
-                finding = Diagnostic("E158", f"`{circle[0]}` is said in terms of itself: {loop}")
-                raise PolicyError([replace(finding, source=policy.source_name if policy else None)])
-            if missing:
-                waiting += missing
-                continue
-            done[name] = None
-            del open_names[name]
-            waiting.pop()
-    return list(done)
+    try:
+        return dependency_order({name: names_in(statement) for name, statement in declared.items()})
+    except CycleError as error:
+        cycle = error.args[1][::-1]
+        message = f"`{cycle[0]}` is defined by itself: {' -> '.join(cycle)}"
+        raise PolicyError([Diagnostic("E158", message, source=policy.source_name)]) from error
 
 
 # --- normal form and digest --------------------------------------------------------------------------------
@@ -344,23 +335,15 @@ Tables = Mapping[str, Sequence[int | float]]
 
 
 def digest(edition: int, rules: Sequence[ir.Rule], signals: Sequence[ir.Signal], tables: Tables) -> str:
-    """The sha256 of what the rules mean, in hexadecimal.
+    """Computes the sha256 of what the rules mean, in hexadecimal. `signals` are in dependency order.
 
     Equal for policies that differ in the names of parameters, lets, signals and tables, in comments, titles and layout,
     in the order of declarations, in what no rule reads, or in whether rules are written out or come by `use`. Externals
     count by their names, since the caller gives them so.
     """
     values = {name: _hash(["table", *(_number(value) for value in table)]) for name, table in tables.items()}
-    reads = {signal.name: signal.value for signal in signals}
-    waiting = list(reads)
-    while waiting:
-        name = waiting[-1]
-        missing = [each for each in sorted(names_in(reads[name])) if each in reads and each not in values]
-        if missing:
-            waiting += missing
-            continue
-        values[name] = _hash(["signal", _normal(reads[name], values)])
-        waiting.pop()
+    for signal in signals:
+        values[signal.name] = _hash(["signal", _normal(signal.value, values)])
     return _hash([edition, *(_normal(rule, values) for rule in rules)])
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import children, names_in, walk
 from cachepolicy.language.scope import Report, Scope, propagated
+from cachepolicy.language.traversal import children, names_in, walk
 from cachepolicy.language.vocabulary import ACCUMULATORS, NORMS
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from graphlib import CycleError
 from typing import Literal
 
 from cachepolicy.errors import Diagnostic, nearest
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import names_in
+from cachepolicy.language.traversal import dependency_order, names_in
 from cachepolicy.language.vocabulary import CLOCK, FUNCTIONS, KEYWORDS
 
 Declaration = ir.Param | ir.Let | ir.Table | ir.Signal | ir.External
@@ -77,9 +78,9 @@ class Scope:
     declared: Mapping[str, Declaration]
     broken: frozenset[str] = frozenset()
     reads: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
-    """The names that each let and signal reads, without circles."""
+    """The names that each let and signal reads, in dependency order."""
     clock: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
-    """The clock words that each let and signal depends on, in an order where each comes after those it reads."""
+    """The clock words that each let and signal depends on, in dependency order."""
 
     def sort(self, name: str) -> Sort | None:
         """Returns the sort of `name`, or `None` if the name is not declared."""
@@ -125,7 +126,7 @@ def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozens
         if first is not statement:
             label = f"first in line {first.span.line}" if first.span else ""
             report.add("E102", f"`{statement.name}` is declared twice", statement, word=statement.name, label=label)
-    reads = _without_circles(declared, report)
+    reads = _acyclic(declared, report)
     clock = {name: frozenset(CLOCK.keys() & set(names)) for name, names in reads.items()}
     return Scope(declared, broken, reads, propagated(reads, clock))
 
@@ -145,56 +146,52 @@ def _judge_name(statement: Declaration, report: Report) -> None:
             report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
 
 
-def propagated(direct: Mapping[str, Iterable[str]], facts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Each name's own facts with those of the names it reads, directly or not, in an order where those come first.
+def propagated(reads: Mapping[str, Iterable[str]], facts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """Adds to the facts of each name the facts of all names that it depends on.
 
-    `direct` must have no circle.
+    Args:
+        reads: The names that each name reads, in dependency order.
+        facts: The facts of each name itself.
+
+    Returns:
+        The facts of each name, in dependency order.
     """
-    done = dict[str, frozenset[str]]()
-    for first in direct:
-        waiting = [first]
-        while waiting:
-            name = waiting[-1]
-            missing = [other for other in direct[name] if other in direct and other not in done]
-            waiting += missing
-            if not missing:
-                waiting.pop()
-                if name not in done:
-                    done[name] = facts[name].union(*(done[other] for other in direct[name] if other in direct))
-    return done
+    known = dict[str, frozenset[str]]()
+    for name, read in reads.items():
+        known[name] = facts[name].union(*(known[other] for other in read if other in known))
+    return known
 
 
-def _without_circles(declared: Mapping[str, Declaration], report: Report) -> dict[str, list[str]]:
-    """What each let and signal reads; a name that closes a circle is reported and left out.
+_CYCLES_REPORTED = 20
+"""Number of cycles that are reported one by one. Each needs another sort of all names."""
 
-    Depth first with a list for the stack: a chain of names may be as long as the file.
+
+def _acyclic(declared: Mapping[str, Declaration], report: Report) -> dict[str, list[str]]:
+    """Returns the names that each let and signal reads, in dependency order.
+
+    A cycle is reported (E109), and one of its references is left out.
     """
     reads = {
         name: sorted(names_in(statement.value))
         for name, statement in declared.items()
         if isinstance(statement, ir.Let | ir.Signal)
     }
-    finished = set[str]()
-    for first, names in reads.items():
-        path = {first: iter([*names])} if first not in finished else {}
-        while path:
-            name = next(reversed(path))
-            other = next(path[name], None)
-            if other is None:
-                del path[name]
-                finished.add(name)
-            elif other in path:
-                _circle([*path][[*path].index(other) :], declared, report)
-                reads[name].remove(other)
-            elif other in reads and other not in finished:
-                path[other] = iter([*reads[other]])
-    return reads
+    for _ in range(_CYCLES_REPORTED):
+        try:
+            return {name: reads[name] for name in dependency_order(reads)}
+        except CycleError as error:
+            *cycle, _ = error.args[1][::-1]
+            members = set(cycle)
+            start = cycle.index(next(name for name in reads if name in members))
+            _report_cycle([*cycle[start:], *cycle[:start]], declared, report)
+            reads[cycle[-1]].remove(cycle[0])
+    return {name: [] for name in reads}
 
 
-def _circle(names: list[str], declared: Mapping[str, Declaration], report: Report) -> None:
+def _report_cycle(names: list[str], declared: Mapping[str, Declaration], report: Report) -> None:
     shown = names if len(names) < 8 else [*names[:6], "..."]
-    loop = " -> ".join(f"`{name}`" for name in [*shown, names[0]])
-    message = f"`{names[0]}` is said in terms of itself: {loop}"
+    path = " -> ".join(f"`{name}`" for name in [*shown, names[0]])
+    message = f"`{names[0]}` is defined by itself: {path}"
     report.add("E109", message, declared[names[0]], word=names[0], once=names[0])
 
 

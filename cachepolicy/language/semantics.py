@@ -9,7 +9,6 @@ from typing import assert_never
 from cachepolicy.errors import Diagnostic, PolicyError, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language._selector_checks import judge_selector, takes_model
-from cachepolicy.language.evaluate import walk
 from cachepolicy.language.lints import advise
 from cachepolicy.language.params import typed
 from cachepolicy.language.scope import (
@@ -29,6 +28,7 @@ from cachepolicy.language.scope import (
     Sort,
     scope_of,
 )
+from cachepolicy.language.traversal import walk
 from cachepolicy.language.typecheck import Checker
 from cachepolicy.language.validate import judge_shapes, within_bounds
 from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label

@@ -1,35 +1,106 @@
-"""Rewrites nodes bottom-up, folds constants and measures node sizes."""
+"""Visits, rewrites, folds and orders the nodes of a policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from graphlib import TopologicalSorter
+from typing import Any, TypeVar, cast
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Undefined, children, constant
+from cachepolicy.language.evaluate import Undefined, constant
 
-Rewrite = Callable[[ir.Node], ir.Node]
+N = TypeVar("N", bound=ir.Node)
 
 
-def transform(node: Any, rewrite: Rewrite) -> Any:
-    """Applies `rewrite` to all descendants of `node`, then to the result. `node` is not modified."""
+def walk(node: ir.Node) -> Iterator[ir.Node]:
+    """Yields `node` and all its descendants, parents before children."""
+    yield node
+    for child in children(node):
+        yield from walk(child)
+
+
+def children(node: ir.Node) -> Iterator[ir.Node]:
+    """Yields the direct children of `node`, in field order."""
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        for part in cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,):
+            if isinstance(part, ir.Node):
+                yield part
+
+
+def transform(node: ir.Node, rewrite: Callable[[ir.Node], Any]) -> Any:
+    """Rewrites a tree from the leaves up.
+
+    Args:
+        node: The root of the tree. It is not modified.
+        rewrite: Maps a node, whose descendants are rewritten already, to its replacement.
+
+    Returns:
+        The replacement of `node`. Subtrees that do not change are shared with the argument.
+    """
     changed = dict[str, object]()
-    for name in type(node).model_fields:  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        old: object = getattr(node, name)  # pyright: ignore[reportUnknownArgumentType]
-        new = _transform_in(old, rewrite)
+    for name in type(node).model_fields:
+        old: object = getattr(node, name)
+        new = _transformed(old, rewrite)
         if new is not old:
             changed[name] = new
     return rewrite(node.model_copy(update=changed) if changed else node)
 
 
-def _transform_in(value: object, rewrite: Rewrite) -> object:
+def _transformed(value: object, rewrite: Callable[[ir.Node], Any]) -> object:
+    """Rewrites the value of a field. Other values than nodes and tuples are returned unchanged."""
     if isinstance(value, ir.Node):
         return transform(value, rewrite)
     if isinstance(value, tuple):
         old = cast("tuple[object, ...]", value)
-        new = tuple([_transform_in(item, rewrite) for item in old])
+        new = tuple([_transformed(item, rewrite) for item in old])
         return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
     return value
+
+
+def substitute(node: N, names: Mapping[str, ir.Expression]) -> N:
+    """Replaces names in `node` by the expressions that `names` maps them to. `node` is not modified."""
+    return transform(node, lambda part: names.get(part.name, part) if isinstance(part, ir.Name) else part)
+
+
+def names_in(node: ir.Node) -> set[str]:
+    """Returns the names of clock words, parameters, lets, signals, externals and tables that `node` reads."""
+    return {
+        part.name if isinstance(part, ir.Name) else part.table
+        for part in walk(node)
+        if isinstance(part, ir.Name | ir.Lookup)
+    }
+
+
+def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
+    """Returns the distinct calls of `functions` in `expression`, inner calls before the calls that contain them."""
+    found = dict[ir.Call, None]()
+
+    def visit(node: ir.Node) -> None:
+        for child in children(node):
+            visit(child)
+        if isinstance(node, ir.Call) and node.function in functions:
+            found[node] = None
+
+    visit(expression)
+    return tuple(found)
+
+
+def dependency_order(reads: Mapping[str, Iterable[str]]) -> list[str]:
+    """Sorts declared names so that each name stands after the names that it reads.
+
+    Args:
+        reads: The names that each declared name reads. Names that are no keys are ignored.
+
+    Returns:
+        The keys of `reads`, sorted.
+
+    Raises:
+        graphlib.CycleError: A name depends on itself. `args[1]` is the cycle. Each name in it is read by the next.
+    """
+    # Sorted, because the order of a set of strings differs between processes.
+    known = {name: sorted(reads.keys() & read) for name, read in reads.items()}
+    return list(TopologicalSorter(known).static_order())
 
 
 def measure_size(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

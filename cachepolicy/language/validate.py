@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import children
 from cachepolicy.language.scope import Report
 from cachepolicy.language.source import is_writable
+from cachepolicy.language.traversal import children
 from cachepolicy.language.vocabulary import DEPTH_LIMIT, NUMBER_LIMIT, RESERVED, TEXT_LIMIT, TOKEN_LIMIT
 
 Fault = tuple[str, str]

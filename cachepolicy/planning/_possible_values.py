@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate, walk
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.traversal import walk
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES, NORMS
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import children
 from cachepolicy.language.formatter import format_node
+from cachepolicy.language.traversal import children
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import ProbePlace
 from cachepolicy.planning.selectors import Modules, select, why_nothing

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import names_in, walk
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
+from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning._probes import measured, unmeasurable
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, ProbePlace, Site, label
@@ -185,15 +185,15 @@ def needs(rules: Sequence[BoundRule], signals: Sequence[ir.Signal]) -> frozenset
 
 def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
     """The names that a rule reads, through its signals too, with what its clauses imply."""
-    values = {signal.name: signal.value for signal in signals}
-    found, waiting = set[str](), list[ir.Node]([rule])
-    while waiting:
-        node = waiting.pop()
-        names = names_in(node)
-        waiting += [values[name] for name in names if name in values and name not in found]
-        found |= names
-        if any(isinstance(each, ir.Lookup) for each in walk(node)):
-            found.add("steps")
+    found = names_in(rule)
+    nodes: list[ir.Node] = [rule]
+    # Signals are in dependency order, so that those that read a signal come before it here.
+    for signal in reversed(signals):
+        if signal.name in found:
+            found |= names_in(signal.value)
+            nodes.append(signal.value)
+    if any(isinstance(part, ir.Lookup) for node in nodes for part in walk(node)):
+        found.add("steps")
     if isinstance(rule.schedule, ir.Every) and rule.schedule.anchor == "end":
         found.add("steps")
     if rule.follow is not None:

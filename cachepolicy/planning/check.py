@@ -9,12 +9,13 @@ from pathlib import Path
 
 from cachepolicy.errors import Diagnostic, PolicyError, Related, Span
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Undefined, constant, walk
+from cachepolicy.language.evaluate import Undefined, constant
 from cachepolicy.language.linker import Resolved, resolve
 from cachepolicy.language.loader import is_file, load, located
 from cachepolicy.language.parser import recover
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.source import prepare_source
+from cachepolicy.language.traversal import walk
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Skeleton, ancestors, builtin
 from cachepolicy.planning.plan import BoundRule, Plan, label

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from cachepolicy.errors import Diagnostic
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import stateful_calls
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
+from cachepolicy.language.traversal import stateful_calls
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.planning.selectors import Modules

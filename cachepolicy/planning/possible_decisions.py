@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Undefined, names_in
+from cachepolicy.language.evaluate import Undefined
+from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.plan import BoundRule

@@ -8,12 +8,8 @@ from typing import Any, Literal, assert_never
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import (
-    Environment,
-    Undefined,
-    evaluate,
-    names_in,
-)
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.traversal import names_in
 from cachepolicy.language.vocabulary import KEPT_LIMIT
 from cachepolicy.planning.plan import BoundRule, Plan
 

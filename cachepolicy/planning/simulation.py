@@ -9,8 +9,8 @@ from typing import Any
 
 from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import names_in, substitute, walk
 from cachepolicy.language.linker import load, resolve
+from cachepolicy.language.traversal import names_in, substitute, walk
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton

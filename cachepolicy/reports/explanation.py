@@ -9,8 +9,9 @@ from typing import Any
 
 from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.formatter import format_node
+from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import (
     Decision,

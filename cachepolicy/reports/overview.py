@@ -9,9 +9,9 @@ from typing import Any
 from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import names_in
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load
+from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.cost_model import Forecast, Work, forecast, format_flops
 from cachepolicy.planning.module_tree import Skeleton

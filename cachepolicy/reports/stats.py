@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate, names_in, walk
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.formatter import format_node
+from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.planning.cost_model import Forecast, Work, forecast
 from cachepolicy.planning.plan import BoundRule, Plan

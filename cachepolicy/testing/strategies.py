@@ -109,6 +109,34 @@ def _while() -> TextStrategy:
     )
 
 
+_drift = st.sampled_from([
+    "l1(x, prev(x))", "relative_l1(x, kept(x))", "l2(prev(y), kept(y))", "kept(step) / (1 + l1(prev(y)))",
+    "1 - cosine(x, kept(x, 2))",
+])  # fmt: skip
+_SIGNAL_NAMES = ("drift", "change", "rate")
+_combined = st.sampled_from(["{0} + prev({0})", "abs({0} - kept({0}))", "max({0}, {1})", "{0} * {1}"])
+
+
+@st.composite
+def signals(draw: st.DrawFn) -> list[str]:
+    """Declarations of the signals `drift`, `change` and `rate`, which read one another, in any order."""
+    lines = ["signal x = input(model)", "signal y = output(model)"]
+    for number, name in enumerate(_SIGNAL_NAMES):
+        if number and draw(st.booleans()):
+            known = st.sampled_from(_SIGNAL_NAMES[:number])
+            lines.append(f"signal {name} = {draw(_combined).format(draw(known), draw(known))}")
+        else:
+            lines.append(f"signal {name} = {draw(_drift)}")
+    return draw(st.permutations(lines))
+
+
+def _measured() -> TextStrategy:
+    """Conditions on the signals of `signals`."""
+    limit = st.sampled_from(["0.01", "0.1", "0.5", "2", "100"])
+    read = st.sampled_from(_SIGNAL_NAMES).flatmap(lambda name: st.sampled_from([name, f"sum({name})"]))
+    return st.builds("{} <= {}".format, read, limit)
+
+
 _bounds = st.sampled_from(["", "", "at most {} in a row", "at most {} in all", "at most {} in all at most {} in a row"])
 
 
@@ -121,15 +149,26 @@ def rules(
     actions: Sequence[str] = ACTIONS,
     stateful: bool = True,
     follow: str | None = None,
+    measured: bool = False,
 ) -> str:
-    """One `match` line for a run of `steps` steps; `stateful` allows `while` clauses, `follow` names a branch."""
+    """Draws one `match` line for a run of `steps` steps.
+
+    Args:
+        draw: Draws from a strategy.
+        steps: Number of steps of the run.
+        selectors: The selectors to choose from.
+        actions: The actions to choose from.
+        stateful: Whether the rule may have a `while` clause.
+        follow: The branch of a `follow` clause, or `None` for rules without one.
+        measured: Whether the `while` clause may read the signals of `signals`.
+    """
     parts = ["match optional", draw(st.sampled_from(list(selectors)))]
     if draw(st.booleans()):
         parts.append(f"when {draw(_when())}")
     if draw(st.booleans()):
         parts.append(draw(_schedule(steps)))
     if stateful and draw(st.booleans()):
-        parts.append(f"while {draw(_while())}")
+        parts.append(f"while {draw(_measured() | _while() if measured else _while())}")
     parts.append(draw(_bounds).format(draw(_count), draw(_count)))
     action = draw(st.sampled_from(list(actions)))
     parts.append(f"-> {action}")
@@ -149,9 +188,19 @@ def policies(
     actions: Sequence[str] = ACTIONS,
     stateful: bool = True,
     follow: str | None = None,
+    measured: bool = False,
 ) -> ir.Policy:
-    """A policy of `least` to `most` rules for a run of `steps` steps; all are optional, so that it fits any model."""
-    options: dict[str, Any] = {"steps": steps, "actions": actions, "stateful": stateful, "follow": follow}
+    """Draws a policy of `least` to `most` rules for a run of `steps` steps. All rules are optional, as models differ.
+
+    With `measured`, the rules may read signals, which only a run can measure. The signals are declared in any order,
+    above or below the rules. The other arguments are those of `rules`.
+    """
+    options: dict[str, Any] = {
+        "steps": steps, "actions": actions, "stateful": stateful, "follow": follow, "measured": measured,
+    }  # fmt: skip
     first = draw(rules(selectors=[each for each in selectors if each in EVERYWHERE] or selectors, **options))
     others = draw(st.lists(rules(selectors=selectors, **options), min_size=least - 1, max_size=most - 1))
-    return parse("\n".join(["policy drawn", first, *others, ""]))
+    lines = [first, *others]
+    declared = draw(signals()) if measured else []
+    lines = [*declared, *lines] if draw(st.booleans()) else [*lines, *declared]
+    return parse("\n".join(["policy drawn", *lines, ""]))

@@ -72,7 +72,7 @@ def assert_untouched(model: nn.Module, before: list[tuple[str, type, dict[str, A
 def test_the_trace_is_the_schedule_and_the_executions(data: st.DataObject) -> None:
     """On any toy, policy and clock the simulator agrees, and hooks below us count what the trace tells."""
     toy, timesteps = data.draw(plain_toys), data.draw(strategies.timesteps())
-    policy = data.draw(strategies.policies(steps=len(timesteps)))
+    policy = data.draw(strategies.policies(steps=len(timesteps), measured=data.draw(st.booleans())))
     pair = data.draw(st.booleans())
     trajectories = checks.engine_agrees(
         toy.build(), policy, lambda model: run(model, toy, timesteps, pair=pair), steps=len(timesteps)

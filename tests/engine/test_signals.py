@@ -5,6 +5,7 @@ Published methods are run on tiny models, and beside each a few lines of plain t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -341,6 +342,39 @@ match blocks[1:] while number > -1000 at most 2 in a row -> reuse residual
             continue
         past = step - 1 if memory == "prev" else row[:step].rindex("C")
         assert measured == pytest.approx(NORMS[norm](outputs[step], outputs[past]), rel=1e-5, abs=1e-6)
+
+
+DECLARATIONS = [
+    "signal head = residual(blocks[0])",
+    "signal drift = relative_l1(head, kept(head))",
+    "signal change = drift + 0.5 * prev(drift)",
+    "signal rate = max(drift, change)",
+]
+RULES = [
+    "match blocks[1:] when step % 2 == 0 while rate < 0.6 -> reuse residual",
+    "match blocks[1:] while sum(change) < 2 at most 3 in a row -> reuse residual",
+]
+
+
+@given(st.permutations(range(len(DECLARATIONS))), st.booleans())
+def test_the_order_of_declarations_changes_nothing(order: list[int], below: bool) -> None:
+    """A signal that is read above its declaration is measured, decides and is simulated like one read below it."""
+    shuffled = [DECLARATIONS[number] for number in order]
+    runs = list[Any]()
+    for lines in ([*DECLARATIONS, *RULES], [*RULES, *shuffled] if below else [*shuffled, *RULES]):
+        model = TOY.build()
+        with _apply(model, "\n".join(lines)) as run:
+            _sampled(model)
+            runs.append(run)
+    expected, got = (next(iter(run.trace)) for run in runs)
+    assert "R" in "".join(expected.rows().values())
+    assert expected.rows() == got.rows()
+    assert repr([call.signals for call in expected.calls]) == repr([call.signals for call in got.calls])
+    assert runs[0].plan.resolved.digest == runs[1].plan.resolved.digest
+    read = {name: _measured(got, name) for name in ("change", "rate")}
+    measured = {name: [math.nan if each is None else each for each in numbers] for name, numbers in read.items()}
+    simulated = cachepolicy.simulate(runs[1].plan, steps=STEPS, timesteps=TIMESTEPS, signals=measured)
+    assert expected.rows() == simulated.rows
 
 
 def test_a_measure_at_an_argument_and_at_the_way_in() -> None:

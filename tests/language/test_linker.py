@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import walk
 from cachepolicy.language.formatter import format as printed
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.language.params import python, typed
 from cachepolicy.language.parser import parse, parse_value
+from cachepolicy.language.traversal import walk
 
 FORA = """
 param interval: int = 3 in [1, 50]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from cachepolicy._resources import shipped
 from cachepolicy.errors import CODES, Diagnostic, PolicyError, render, to_json
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import children
 from cachepolicy.language.formatter import format
 from cachepolicy.language.parser import check_names, parse, parse_selector, parse_value, recover
+from cachepolicy.language.traversal import children
 from cachepolicy.language.vocabulary import RESERVED, TEXT_LIMIT
 from tests.support import examples, goldens, ir_strategies
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate, substitute, walk
-from cachepolicy.language.traversal import fold_constants, measure_size, transform
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.traversal import fold_constants, measure_size, substitute, transform, walk
 
 numbers = st.integers(-5, 5).map(lambda value: ir.Number(value=value)) | st.sampled_from([0.5, 2.0, float("inf")]).map(
     lambda value: ir.Number(value=value)

@@ -1,6 +1,7 @@
-"""What holds of every schedule and every run: checks that raise AssertionError and say where.
+"""Checks of schedules and runs. Each raises AssertionError with the site and the step that break it.
 
-Each takes a `Schedule` of `simulate` or a `Trajectory` of a run's trace: both give their calls with their decisions.
+The checks of schedules take a `Schedule` of `simulate` or a `Trajectory` of a trace. Both iterate over their calls and
+the decisions of each call.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "first_match_wins",
     "nesting_hides",
     "never_reuses_before_compute",
+    "saved_alike",
     "staleness_bounded",
     "trace_agrees",
     "well_formed",
@@ -35,17 +37,17 @@ __all__ = [
 
 
 class Decided(Protocol):
-    """Calls in the order they run, each with its decisions by site number."""
+    """The calls of a schedule or trajectory in the order in which they run, each with one decision for each site."""
 
     @property
     def plan(self) -> Plan:
-        """The sites and rules that were decided for."""
+        """The plan whose sites and rules the decisions are about."""
         ...
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]: ...
 
 
-def _each(schedule: Decided) -> Iterator[tuple[Site, Tick, Decision]]:
+def _decisions(schedule: Decided) -> Iterator[tuple[Site, Tick, Decision]]:
     for tick, decisions in schedule:
         for site in schedule.plan.sites:
             yield site, tick, decisions[site.index]
@@ -61,9 +63,16 @@ def _owner(schedule: Decided, decision: Decision) -> ir.Rule | None:
 
 
 def never_reuses_before_compute(schedule: Decided) -> None:
-    """No site is answered from a history before it has computed on that branch; `skip` needs none."""
+    """Check that no site reuses before it has computed on the same branch. `skip` needs no history and is exempt.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+
+    Raises:
+        AssertionError: A site reuses and has never computed on that branch.
+    """
     computed = set[tuple[int, str]]()
-    for site, tick, decision in _each(schedule):
+    for site, tick, decision in _decisions(schedule):
         if decision.verdict == "compute":
             computed.add((site.index, tick.branch))
         elif decision.verdict == "reuse" and not isinstance(decision.action, ir.Skip):
@@ -71,18 +80,27 @@ def never_reuses_before_compute(schedule: Decided) -> None:
 
 
 def computes_on_ticks(schedule: Decided) -> None:
-    """A site computes wherever its owner's schedule asks for it; a rule that follows leaves that to its leader."""
-    for site, tick, decision in _each(schedule):
+    """Check that a site computes on every step on which the schedule clause of its owning rule asks for it.
+
+    A rule with `follow` decides on the branch that it follows only, so it is checked on that branch only.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+
+    Raises:
+        AssertionError: A site reuses where its rule's schedule clause asks for a compute.
+    """
+    for site, tick, decision in _decisions(schedule):
         rule = _owner(schedule, decision)
         if rule is None or rule.schedule is None or (rule.follow is not None and rule.follow != tick.branch):
             continue
         assert decision.inputs is not None
-        if _asks(rule.schedule, decision.inputs):
+        if _asks_for_compute(rule.schedule, decision.inputs):
             assert decision.verdict == "compute", f"{_where(site, tick)} reuses on a tick of its schedule"
 
 
-def _asks(schedule: ir.ScheduleClause, inputs: Inputs) -> bool:
-    """Whether a schedule asks for a compute, by its definition; where it reads what is undefined, it does."""
+def _asks_for_compute(schedule: ir.ScheduleClause, inputs: Inputs) -> bool:
+    """Return True if a schedule clause asks for a compute by its definition, or reads an undefined value."""
     words = clock_words(inputs.tick, inputs.memory)
     step: int = words["step"]
 
@@ -108,9 +126,17 @@ def _asks(schedule: ir.ScheduleClause, inputs: Inputs) -> bool:
 
 
 def staleness_bounded(schedule: Decided, n: int) -> None:
-    """No site answers with results that are older than `n` steps; hidden sites are not asked."""
+    """Check that no site answers with results that are older than `n` steps. Hidden sites are not checked.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+        n: The greatest allowed age of a reused result, in steps. 1 allows a reuse on the step after a compute.
+
+    Raises:
+        AssertionError: A site reuses a result that is older than `n` steps.
+    """
     last = dict[tuple[int, str], int]()
-    for site, tick, decision in _each(schedule):
+    for site, tick, decision in _decisions(schedule):
         key = (site.index, tick.branch)
         if decision.verdict == "compute":
             last[key] = tick.step
@@ -120,19 +146,26 @@ def staleness_bounded(schedule: Decided, n: int) -> None:
 
 
 def first_match_wins(schedule: Decided) -> None:
-    """The owner of a site is the first rule that takes it and whose `when` holds; without one it computes."""
-    for site, tick, decision in _each(schedule):
+    """Check that the first rule that selects a site and whose `when` holds owns it, and that sites without one compute.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+
+    Raises:
+        AssertionError: Another rule owns a site, or a site without an owner reuses.
+    """
+    for site, tick, decision in _decisions(schedule):
         if decision.verdict == "hidden":
             continue
         assert decision.inputs is not None
         environment = Environment(clock_words(tick, decision.inputs.memory), decision.inputs.tables)
-        mine = [bound for bound in schedule.plan.rules if site.index in bound.sites]
-        first = next((bound.index for bound in mine if _true(bound.rule.when, environment)), None)
+        rules = [bound for bound in schedule.plan.rules if site.index in bound.sites]
+        first = next((bound.index for bound in rules if _holds(bound.rule.when, environment)), None)
         assert decision.rule == first, f"{_where(site, tick)} is owned by rule {decision.rule}, not by {first}"
         assert first is not None or decision.verdict == "compute", f"{_where(site, tick)} reuses without a rule"
 
 
-def _true(clause: ir.Expression | None, environment: Environment) -> bool:
+def _holds(clause: ir.Expression | None, environment: Environment) -> bool:
     try:
         return clause is None or bool(evaluate(clause, environment))
     except Undefined:
@@ -140,12 +173,21 @@ def _true(clause: ir.Expression | None, environment: Environment) -> bool:
 
 
 def nesting_hides(schedule: Decided) -> None:
-    """A site is hidden exactly where a site around it is answered from its history or skipped."""
+    """Check that a site is hidden exactly where a site that contains it reuses.
+
+    `approximate uncond` hides nothing: the modules of the model still run, on half of the batch.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+
+    Raises:
+        AssertionError: A site is hidden and no site around it reuses, or the other way round.
+    """
     for tick, decisions in schedule:
         for site in schedule.plan.sites:
-            around = [decisions[parent] for parent in site.parents]
             hidden = any(
-                each.verdict == "reuse" and not isinstance(each.action, ir.ApproximateUncond) for each in around
+                decisions[parent].verdict == "reuse" and not isinstance(decisions[parent].action, ir.ApproximateUncond)
+                for parent in site.parents
             )
             assert hidden == (decisions[site.index].verdict == "hidden"), (
                 f"{_where(site, tick)} is {'not ' if hidden else ''}hidden"
@@ -153,10 +195,19 @@ def nesting_hides(schedule: Decided) -> None:
 
 
 def bounds_hold(schedule: Decided) -> None:
-    """`at most N in a row` and `at most N in all` hold for every rule, site and branch that decides for itself."""
+    """Check the bounds `at most N in a row` and `at most N in all` of every rule, for each site and branch.
+
+    A branch on which a rule follows another branch is not checked: the rule's bounds count on the followed branch.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+
+    Raises:
+        AssertionError: A site reuses more often than its rule allows.
+    """
     last = dict[tuple[int, str], int]()
     reuses = Counter[tuple[int, int, str]]()
-    for site, tick, decision in _each(schedule):
+    for site, tick, decision in _decisions(schedule):
         key = (site.index, tick.branch)
         if decision.verdict == "compute":
             last[key] = tick.step
@@ -174,7 +225,16 @@ def bounds_hold(schedule: Decided) -> None:
 
 
 def well_formed(schedule: Decided) -> None:
-    """Everything above that holds of any schedule whatever its policy."""
+    """Run all checks that hold for any schedule, whatever its policy.
+
+    These are `never_reuses_before_compute`, `computes_on_ticks`, `first_match_wins`, `nesting_hides` and `bounds_hold`.
+
+    Args:
+        schedule: A simulated schedule or a traced trajectory.
+
+    Raises:
+        AssertionError: One of the checks fails.
+    """
     for check in (never_reuses_before_compute, computes_on_ticks, first_match_wins, nesting_hides, bounds_hold):
         check(schedule)
 
@@ -183,53 +243,86 @@ def well_formed(schedule: Decided) -> None:
 
 
 def trace_agrees(trajectory: Trajectory) -> None:
-    """The simulator, given the trajectory's clock, signals and facts, decides the same for the same reasons."""
+    """Check that the simulator makes the decisions of a traced trajectory, with the same rules and reasons.
+
+    The simulator gets the clock, the signals and the facts that the trajectory recorded.
+
+    Args:
+        trajectory: One trajectory of `run.trace`.
+
+    Raises:
+        AssertionError: Simulation and trace differ at a site and step.
+    """
     ticks = [call.tick for call in trajectory.calls]
     expected = replay(trajectory.plan, ticks, signals=trajectory.signals, facts=trajectory.facts)
-    for (tick, wanted), call in zip(expected, trajectory.calls, strict=True):
+    for (tick, decisions), call in zip(expected, trajectory.calls, strict=True):
         for site in trajectory.plan.sites:
-            ours, theirs = wanted[site.index], call.decisions[site.index]
-            assert (ours.verdict, ours.rule, ours.reason) == (theirs.verdict, theirs.rule, theirs.reason), (
-                f"{_where(site, tick)}: simulated {ours.verdict} ({ours.reason}), "
-                f"run {theirs.verdict} ({theirs.reason})"
+            simulated, traced = decisions[site.index], call.decisions[site.index]
+            assert (simulated.verdict, simulated.rule, simulated.reason) == (
+                traced.verdict,
+                traced.rule,
+                traced.reason,
+            ), (
+                f"{_where(site, tick)}: simulated {simulated.verdict} ({simulated.reason}), "
+                f"run {traced.verdict} ({traced.reason})"
             )
 
 
 def saved_alike(trace: Trace) -> None:
-    """A trace that is saved and read back tells the same: its decisions are made once more and held to the saved."""
+    """Check that a trace keeps its content when it is written to JSON and read back.
+
+    Reading replays the decisions of each trajectory and compares them with the saved ones.
+
+    Args:
+        trace: The trace of a run.
+
+    Raises:
+        AssertionError: The trace that was read back differs.
+        PolicyError: The written trace cannot be read.
+    """
     from cachepolicy.tracing.trace import from_json
 
-    again = from_json(trace.to_json())
-    assert trace.to_json() == again.to_json()
-    for ours, theirs in zip(trace, again, strict=True):
-        assert ours.counts() == theirs.counts()
-        assert [call.tick for call in ours.calls] == [call.tick for call in theirs.calls]
-        assert {branch: ours.rows(branch) for branch in ours.branches} == {
-            branch: theirs.rows(branch) for branch in theirs.branches
+    restored = from_json(trace.to_json())
+    assert trace.to_json() == restored.to_json()
+    for original, copy in zip(trace, restored, strict=True):
+        assert original.counts() == copy.counts()
+        assert [call.tick for call in original.calls] == [call.tick for call in copy.calls]
+        assert {branch: original.rows(branch) for branch in original.branches} == {
+            branch: copy.rows(branch) for branch in copy.branches
         }
 
 
 def engine_agrees(
     model: nn.Module, policy: PolicyLike, run: Callable[[nn.Module], object], **options: Any
 ) -> tuple[Trajectory, ...]:
-    """Run a policy on a live model and hold its trace against the simulator and against what was executed.
+    """Run a policy on a live model and compare its trace with the simulator and with the modules that really ran.
 
-    `run` calls the model as a sampling loop does; `options` are those of `apply`. The executions of every site that
-    is one
-    module are counted below the interception. The policy is taken off again; the trajectories are given for a closer
-    look.
-    Not for sites that one forward calls several times: the trace counts such a call of the root as one.
+    The executions of every site that is a single module are counted on the original forward. Sites that one forward
+    pass of the root calls several times are not supported: the trace records them once for each call of the root.
+
+    Args:
+        model: The model. The policy is removed again before this function returns.
+        policy: What `cachepolicy.apply` takes as a policy.
+        run: A function that calls the model as a sampling loop does.
+        options: Keyword arguments of `cachepolicy.apply`, such as params of the policy.
+
+    Returns:
+        The recorded trajectories, in the order in which they began.
+
+    Raises:
+        AssertionError: The trace, the simulator and the executed modules disagree.
+        PolicyError: The policy cannot be applied to the model.
     """
     import cachepolicy
     from cachepolicy.testing.models import Probes
 
     probes = Probes(model)
     try:
-        with cachepolicy.apply(model, policy, **options) as attached:
+        with cachepolicy.apply(model, policy, **options) as applied:
             run(model)
-            assert attached.trace is not None, "engine_agrees needs the trace"
-            trajectories = attached.trace.trajectories
-            saved_alike(attached.trace)
+            assert applied.trace is not None, "engine_agrees needs the trace"
+            trajectories = applied.trace.trajectories
+            saved_alike(applied.trace)
     finally:
         executed = probes.take()
         probes.remove()
@@ -241,13 +334,13 @@ def engine_agrees(
 
 
 def _executions_agree(trajectories: Iterable[Trajectory], executed: dict[str, int]) -> None:
-    told, sites = Counter[str](), dict[str, Site]()
+    traced, sites = Counter[str](), dict[str, Site]()
     for trajectory in trajectories:
-        for site, _, decision in _each(trajectory):
+        for site, _, decision in _decisions(trajectory):
             if len(site.modules) == 1:
                 sites[site.modules[0]] = site
-                told[site.modules[0]] += decision.verdict == "compute"
+                traced[site.modules[0]] += decision.verdict == "compute"
     for name, site in sites.items():
-        assert executed[name] == told[name], (
-            f"`{site.name}` was executed {executed[name]} times, and the trace tells of {told[name]}"
+        assert executed[name] == traced[name], (
+            f"`{site.name}` was executed {executed[name]} times, the trace records {traced[name]} computes"
         )

@@ -1,7 +1,11 @@
-"""Toy denoisers of plain torch, each trait of which has broken some cache: what to test policies and engines with."""
+"""Toy denoisers of plain torch for tests of policies.
+
+The options of `Toy` are traits of real models that have broken caches: blocks that return tuples or dicts, in-place
+writes, a model that ignores its timestep, nested stages.
+"""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything and return anything: what comes out of it has no type to know.
+# Blocks return several forms on purpose, so their results have no static type.
 
 from __future__ import annotations
 
@@ -19,10 +23,16 @@ TOKENS, CONTEXT = 4, 3
 
 @dataclass(frozen=True, slots=True)
 class Toy:
-    """What a toy is like.
+    """The configuration of a toy denoiser.
 
-    `returns`: the form in which blocks hand on their two streams. `in_place`: a block writes into what its attention
-    returned. `blind`: the step changes nothing. `stages`: blocks stand in so many stages, 0 for one plain list.
+    Attributes:
+        blocks: The number of blocks, or of blocks in each stage.
+        width: The number of channels of both streams.
+        returns: The form in which a block returns its two streams; `"tensor"` returns the first stream only.
+        in_place: If True, a block writes into the tensor that its attention returned.
+        blind: If True, the timestep does not change the output.
+        cross: If True, each block has a cross-attention too.
+        stages: The number of stages that hold the blocks; 0 puts the blocks in one `nn.ModuleList` at the root.
     """
 
     blocks: int = 2
@@ -34,14 +44,14 @@ class Toy:
     stages: int = 0
 
     def build(self, seed: int = 0) -> ToyDiT:
-        """The model in eval mode, every parameter drawn from `seed`."""
+        """Build the model in eval mode, with every parameter drawn from `seed`."""
         model = ToyDiT(self)
         redraw(model, seed)
         return model.eval()
 
 
 class Attention(nn.Module):
-    """One head; keys and values from `context` where there is one."""
+    """Attention with one head. Keys and values come from `context` if it is given, else from `x`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,18 +60,18 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The attended values of `x`."""
+        """Attend from `x`, of shape `(B, S, C)`, to `context`, of shape `(B, T, C)`."""
         source = x if context is None else context
         weights = self.to_q(x) @ self.to_k(source).transpose(-1, -2)
         return weights.softmax(-1) @ self.to_v(source)
 
 
 class CrossAttention(Attention):
-    """An attention that is told from self-attention by its class name."""
+    """An attention whose class name marks it as cross-attention."""
 
 
 class FeedForward(nn.Module):
-    """Two linear maps."""
+    """A feed-forward network of two linear layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -69,12 +79,15 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The transformed tokens."""
+        """Transform each token of `x`, of shape `(B, S, C)`."""
         return self.down(torch.tanh(self.up(x)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, modulated by the step; `context` is a second stream that it hands on changed."""
+    """A transformer block with two streams: attention and feed-forward on `x`, modulated by the timestep.
+
+    The second stream, `context`, changes in each block and is returned with the first.
+    """
 
     def __init__(self, toy: Toy) -> None:
         super().__init__()
@@ -86,7 +99,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(toy.width, 2 * toy.width)
 
     def forward(self, x: Tensor, context: Tensor, step: Tensor) -> Any:
-        """The streams in the form that the toy returns; of one tensor, the first stream alone."""
+        """Return both streams in the form `toy.returns`; the form `"tensor"` holds the first stream only."""
         scale, gate = self.modulation(step)[:, None].chunk(2, dim=-1)
         attended = self.attn(self.norm(x) * (1 + scale))
         x = x + (attended.mul_(gate) if self.toy.in_place else attended * gate)
@@ -118,7 +131,7 @@ def _streams(output: Any, context: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ToyStage(nn.Module):
-    """A few blocks one after another, called as one module."""
+    """Consecutive blocks in one module."""
 
     def __init__(self, toy: Toy) -> None:
         super().__init__()
@@ -126,14 +139,14 @@ class ToyStage(nn.Module):
         self.blocks = nn.ModuleList(Block(toy) for _ in range(toy.blocks))
 
     def forward(self, x: Tensor, context: Tensor, step: Tensor) -> Any:
-        """The streams after the last block."""
+        """Return the streams after the last block, in the form `toy.returns`."""
         for block in self.blocks:
             x, context = _streams(block(x, context, step), context)
         return _form(self.toy.returns, x, context)
 
 
 class ToyDiT(nn.Module):
-    """A denoiser that is called with plain positional arguments, `model(x, t, y)`, as facebookresearch/DiT is."""
+    """A denoiser with positional arguments, `model(x, t, y)`, like the one of facebookresearch/DiT."""
 
     def __init__(self, toy: Toy | None = None) -> None:
         super().__init__()
@@ -146,9 +159,18 @@ class ToyDiT(nn.Module):
         self.out = nn.Linear(toy.width, toy.width)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The prediction at training timestep `t`, one number or one a sample; `y` is the conditioning."""
-        moment = (t.to(x.dtype) / 1000).reshape(-1, 1).expand(len(x), 1)
-        step = self.embed(torch.zeros_like(moment) if self.toy.blind else moment)
+        """Predict at one timestep.
+
+        Args:
+            x: The latents, `(B, S, C)`.
+            t: The training timestep, 0 to 1000, one number or one for each sample.
+            y: The conditioning, `(B, T, C)`.
+
+        Returns:
+            The prediction, `(B, S, C)`.
+        """
+        time = (t.to(x.dtype) / 1000).reshape(-1, 1).expand(len(x), 1)
+        step = self.embed(torch.zeros_like(time) if self.toy.blind else time)
         context = y
         for block in self.stages if self.toy.stages else self.blocks:
             x, context = _streams(block(x, context, step), context)
@@ -156,7 +178,7 @@ class ToyDiT(nn.Module):
 
 
 class Shared(nn.Module):
-    """One feed-forward that a forward calls twice."""
+    """A model whose forward calls the same feed-forward module twice."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -164,12 +186,12 @@ class Shared(nn.Module):
         redraw(self, 0)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
-        """Both calls show in the output; neither step nor conditioning changes anything."""
+        """Combine two calls of `ff`. Timestep and conditioning change nothing."""
         return self.ff(x) + 2 * self.ff(x + 1)
 
 
 class Failing(nn.Module):
-    """Raises `error` at the calls whose numbers (from 0) are in `at`, else gives what it was given."""
+    """A module that raises `error` at the calls whose numbers (from 0) are in `at` and else returns its input."""
 
     def __init__(self, at: Sequence[int] = (), error: BaseException | None = None) -> None:
         super().__init__()
@@ -178,7 +200,7 @@ class Failing(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input."""
+        """Return `x`, or raise the error."""
         self.calls += 1
         if self.calls - 1 in self.at:
             raise self.error
@@ -186,13 +208,31 @@ class Failing(nn.Module):
 
 
 def failing(model: ToyDiT, at: Sequence[int], error: BaseException | None = None) -> ToyDiT:
-    """The toy, the call numbers `at` of which raise after its blocks have run."""
+    """Make a toy raise after its last block.
+
+    Args:
+        model: The toy. It is changed in place.
+        at: The numbers of the calls that raise, from 0.
+        error: The exception to raise; a RuntimeError by default.
+
+    Returns:
+        The same model.
+    """
     model.out = nn.Sequential(Failing(at, error), model.out)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
 def inputs(toy: Toy, *, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Seeded latents and conditioning for one call."""
+    """Draw the tensors of one call.
+
+    Args:
+        toy: The configuration of the toy.
+        batch: The number of samples B.
+        seed: The seed of the random generator.
+
+    Returns:
+        The latents `(B, 4, C)` and the conditioning `(B, 3, C)`.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, TOKENS, toy.width, generator=generator)
     return x, torch.randn(batch, CONTEXT, toy.width, generator=generator)
@@ -201,14 +241,23 @@ def inputs(toy: Toy, *, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
 def sample(
     model: nn.Module, timesteps: Sequence[float], x: Tensor, y: Tensor | Sequence[Tensor], *, still: bool = False
 ) -> Iterator[Tensor]:
-    """The predictions of a sampling loop, one call a step and conditioning; `still` never moves the latents.
+    """Sample without a scheduler: each step subtracts a tenth of the mean prediction from the latents.
 
-    Several conditionings are the branches of sequential guidance; their predictions come one after another.
+    Args:
+        model: A model that is called as `model(x, t, y)`.
+        timesteps: The training timesteps, in the order of the calls.
+        x: The initial latents, `(B, S, C)`.
+        y: The conditioning, `(B, T, C)`. Several conditionings are the branches of sequential guidance: the model is
+            called once for each of them on every step.
+        still: If True, the latents stay as they are.
+
+    Yields:
+        The predictions, `(B, S, C)`, in the order of the calls.
     """
-    branches = [y] if isinstance(y, Tensor) else list(y)
+    conditionings = [y] if isinstance(y, Tensor) else list(y)
     for t in timesteps:
-        moment = torch.tensor(float(t))
-        predictions = [model(x, moment, each) for each in branches]
+        timestep = torch.tensor(float(t))
+        predictions = [model(x, timestep, conditioning) for conditioning in conditionings]
         yield from predictions
         if not still:
             x = x - 0.1 * torch.stack(predictions).mean(0)
@@ -237,25 +286,30 @@ def redraw(model: nn.Module, seed: int) -> None:
 
 
 class Probes:
-    """Counts the executions of modules by forward hooks, below any interception of the call."""
+    """Counts the executions of every module of a model by forward pre-hooks.
+
+    A policy replaces the call of a module, so a module that a policy answers is not counted.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.counts: dict[str, int] = {name: 0 for name, _ in model.named_modules()}
-        self._handles = [module.register_forward_pre_hook(self._note(name)) for name, module in model.named_modules()]
+        self._handles = [
+            module.register_forward_pre_hook(self._counter(name)) for name, module in model.named_modules()
+        ]
 
-    def _note(self, name: str) -> Any:
-        def note(*_: Any) -> None:
+    def _counter(self, name: str) -> Any:
+        def count(*_: Any) -> None:
             self.counts[name] += 1
 
-        return note
+        return count
 
     def take(self) -> dict[str, int]:
-        """The executions by module name since the last call."""
+        """Return the executions by module name since the last call of `take`, and start again from 0."""
         taken = dict(self.counts)
         self.counts = dict.fromkeys(taken, 0)
         return taken
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()

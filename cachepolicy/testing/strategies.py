@@ -1,6 +1,6 @@
-"""Hypothesis strategies: clocks, policies that engine and simulator can run, and toys to run them on.
+"""Hypothesis strategies for clocks, guidance branches and policies that engine and simulator can run.
 
-Policies are drawn as texts and parsed, so that a failing example prints as something that can be saved and run.
+Policies are drawn as text and then parsed, so a failing example is printed as a policy that can be saved and run.
 """
 
 from __future__ import annotations
@@ -20,23 +20,31 @@ SELECTORS = (
     '"attn"', r'"\.0\.(attn|ff)"', '"ff$"', '"blocks.*(attn|ff)"', '"^stages.0$"', "attention or feedforward",
     'attention and not "0"', 'block and "1$"', '"to_q$"',
 )  # fmt: skip
-"""Selectors that take something in most of the toys, only of what gives back the streams that it is given."""
+"""Selectors that match in most of the toys of `testing.models`, and only modules that return what they are given."""
 
 EVERYWHERE = ("attention", "self_attention", "feedforward", "block", "model", '"attn"', '"ff$"')
-"""Those that take something in all of them: the first rule's, since a policy that takes nothing is refused."""
+"""Selectors that match in all toys. `policies` draws the first rule from them: a policy without a match is an error."""
 
 ACTIONS = ("reuse", "reuse", "reuse residual", "skip", "compute")
 
 
 def timesteps(least: int = 1, most: int = 12) -> st.SearchStrategy[list[float]]:
-    """The clock of one trajectory: distinct timesteps in training units, 0 to 1000, that fall."""
+    """Draw the clock of one trajectory.
+
+    Args:
+        least: The smallest number of steps.
+        most: The largest number of steps.
+
+    Returns:
+        A strategy of lists of distinct decreasing timesteps in training units, 0 to 1000.
+    """
     numbers = st.integers(0, 1000).map(float) | st.floats(0, 1000, width=32)
     drawn = st.lists(numbers, min_size=least, max_size=most, unique=True)
     return drawn.map(lambda values: sorted(values, reverse=True))
 
 
 def branches() -> st.SearchStrategy[tuple[str, ...]]:
-    """The branches of a run: none, or sequential guidance in either order."""
+    """Draw the guidance branches of a run: one unnamed branch, or `cond` and `uncond` in either order."""
     return st.sampled_from([("",), ("cond", "uncond"), ("uncond", "cond")])
 
 
@@ -119,7 +127,14 @@ _combined = st.sampled_from(["{0} + prev({0})", "abs({0} - kept({0}))", "max({0}
 
 @st.composite
 def signals(draw: st.DrawFn) -> list[str]:
-    """Declarations of the signals `drift`, `change` and `rate`, which read one another, in any order."""
+    """Draw declarations of the signals `drift`, `change` and `rate`, which read one another, in any order.
+
+    Args:
+        draw: Given by hypothesis.
+
+    Returns:
+        The lines of the declarations.
+    """
     lines = ["signal x = input(model)", "signal y = output(model)"]
     for number, name in enumerate(_SIGNAL_NAMES):
         if number and draw(st.booleans()):
@@ -151,16 +166,19 @@ def rules(
     follow: str | None = None,
     measured: bool = False,
 ) -> str:
-    """Draws one `match` line for a run of `steps` steps.
+    """Draw the text of one rule, with `match optional`.
 
     Args:
-        draw: Draws from a strategy.
-        steps: Number of steps of the run.
-        selectors: The selectors to choose from.
-        actions: The actions to choose from.
-        stateful: Whether the rule may have a `while` clause.
-        follow: The branch of a `follow` clause, or `None` for rules without one.
-        measured: Whether the `while` clause may read the signals of `signals`.
+        draw: Given by hypothesis.
+        steps: The number of steps of the run; masks have this length.
+        selectors: The selectors to draw from.
+        actions: The actions to draw from.
+        stateful: If True, the rule may have a `while` clause.
+        follow: The branch that the rule may follow; None draws no `follow`.
+        measured: If True, the `while` clause may read the signals of `signals`.
+
+    Returns:
+        One line of a policy.
     """
     parts = ["match optional", draw(st.sampled_from(list(selectors)))]
     if draw(st.booleans()):
@@ -190,15 +208,28 @@ def policies(
     follow: str | None = None,
     measured: bool = False,
 ) -> ir.Policy:
-    """Draws a policy of `least` to `most` rules for a run of `steps` steps. All rules are optional, as models differ.
+    """Draw a policy. All rules are optional, so the policy can be bound to any model that the first rule matches.
 
-    With `measured`, the rules may read signals, which only a run can measure. The signals are declared in any order,
-    above or below the rules. The other arguments are those of `rules`.
+    Args:
+        draw: Given by hypothesis.
+        steps: The number of steps of the run.
+        least: The smallest number of rules.
+        most: The largest number of rules.
+        selectors: The selectors to draw from; the first rule takes one of `EVERYWHERE` if any of them is there.
+        actions: The actions to draw from.
+        stateful: If True, rules may have `while` clauses.
+        follow: The branch that rules may follow; None draws no `follow`.
+        measured: If True, rules may read signals. The policy declares the signals above or below its rules.
+
+    Returns:
+        The parsed policy.
     """
     options: dict[str, Any] = {
         "steps": steps, "actions": actions, "stateful": stateful, "follow": follow, "measured": measured,
     }  # fmt: skip
-    first = draw(rules(selectors=[each for each in selectors if each in EVERYWHERE] or selectors, **options))
+    first = draw(
+        rules(selectors=[selector for selector in selectors if selector in EVERYWHERE] or selectors, **options)
+    )
     others = draw(st.lists(rules(selectors=selectors, **options), min_size=least - 1, max_size=most - 1))
     lines = [first, *others]
     declared = draw(signals()) if measured else []

@@ -1,1 +1,1 @@
-"""Models without weights, FLOPs, sampling, quality metrics and the demonstration."""
+"""Models on the meta device, FLOPs and bytes of a call, sampling, quality metrics and the demonstration."""

@@ -1,6 +1,6 @@
-"""What a policy does to a real model: time, FLOPs and pictures against the uncached run and against fewer steps.
+"""Measure a policy on the emoji model: time, FLOPs and pictures, against the uncached run and against fewer steps.
 
-The three are sampled in turn, many times over, so that what else the machine does falls on all of them alike.
+The three runs alternate over several rounds, so that other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,11 +23,19 @@ from cachepolicy.tools.flops import Flops, counting
 from cachepolicy.tools.quality import psnr
 
 Progress = Callable[[int, int, str], None]
+"""Called after each step with the steps done, the steps in all, and a description of the present run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What is sampled: denoising steps, the seed of the noise, pictures at a time, and how often each way is timed."""
+    """The sampling of each run.
+
+    Attributes:
+        steps: The number of denoising steps.
+        seed: The seed of the initial noise.
+        pictures: The batch size.
+        pairs: The number of timed rounds.
+    """
 
     steps: int = 50
     seed: int = 0
@@ -37,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of a ratio over all rounds, and its least and largest value."""
+    """The median, the smallest and the largest value of a ratio over all rounds."""
 
     median: float
     least: float
@@ -46,11 +54,17 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to sample, against the uncached run.
+    """The measurements of one run, compared with the uncached run.
 
-    `wall` and `cpu` are the uncached run's seconds over its own (above 1 is faster); `flops` and `calls` are the shares
-    of the uncached run's FLOPs and site calls that really ran; `psnr` is in dB, infinite where every picture is bitwise
-    equal.
+    Attributes:
+        name: The name of the run for people.
+        steps: The number of denoising steps.
+        wall: The speed-up in wall-clock time: the seconds of the uncached run divided by those of this run.
+        cpu: The speed-up in CPU time of the process.
+        flops: The FLOPs that ran, as a share of the uncached run's, 0 to 1.
+        calls: The calls of the policy's sites that ran, as a share of the uncached run's, 0 to 1.
+        psnr: The mean peak signal-to-noise ratio in dB over the pictures that differ, infinite if none differs.
+        worst_psnr: The smallest ratio of a picture.
     """
 
     name: str
@@ -65,7 +79,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """The outcome: a row for the policy, one for fewer steps at nearly its cost, and the pictures."""
+    """The result of a demonstration.
+
+    Attributes:
+        policy: The run with the policy.
+        fewer_steps: The uncached run with as many steps as the policy's FLOPs pay for.
+        digest: The semantic hash of the policy with its params.
+        sampling: The sampling of the runs.
+        seconds: The median wall-clock seconds of the uncached run.
+        uncached: The pictures of the uncached run, `(N, 3, H, W)` in [-1, 1].
+        cached: The pictures of the run with the policy, likewise.
+    """
 
     policy: Row
     fewer_steps: Row
@@ -76,14 +100,16 @@ class Demo:
     cached: torch.Tensor = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as plain data; infinity becomes None."""
-        rows = {"policy": self.policy, "fewer_steps": self.fewer_steps}
-        numbers = {name: {key: _finite(value) for key, value in asdict(row).items()} for name, row in rows.items()}
+        """Return the numbers as plain data. Infinite numbers become None."""
+        rows = {"policy": asdict(self.policy), "fewer_steps": asdict(self.fewer_steps)}
+        numbers = {
+            name: {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
+            for name, row in rows.items()
+        }
         return {**numbers, "digest": self.digest, "uncached_seconds": self.seconds, **asdict(self.sampling)}
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure(
@@ -93,15 +119,23 @@ def measure(
     *,
     progress: Progress | None = None,
 ) -> Demo:
-    """Sample the emoji model uncached, with the policy and with fewer steps, all in turn.
+    """Sample the emoji model uncached, with the policy and with fewer steps, in turn.
 
-    A first pass of each, untimed, counts the FLOPs of what really ran and warms up. `progress` hears of every step:
-    steps done, steps in all, what is sampled.
+    A first untimed pass of each run counts its FLOPs and warms up.
+
+    Args:
+        policy: What `cachepolicy.apply` takes as a policy.
+        settings: Params of the policy.
+        sampling: The sampling of the runs; `Sampling()` if None.
+        progress: Called after each step.
+
+    Returns:
+        The measurements and the pictures.
 
     Raises:
-        PolicyError: the policy or a setting is wrong, or nothing in the model fits it.
+        PolicyError: The policy or a param is wrong, or no module of the model matches the policy.
     """
-    # One thread: threads that wait for each other in a model this small would be most of what is timed.
+    # One thread: in a model this small, threads that wait for each other would take most of the measured time.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,25 +153,28 @@ def _measured(
     steps, pairs = sampling.steps, sampling.pairs
     bench = _Bench(load_pipeline(), policy, settings, sampling, progress)
     bench.total = (3 + 3 * pairs) * steps
-    sites, digest = bench.check()
+    modules, digest = bench.check()
     plain, cached = bench.counted(steps, cached=False), bench.counted(steps, cached=True)
     fewer = min(steps, max(1, round(steps * cached.total / plain.total)))
     bench.total -= (1 + pairs) * (steps - fewer)
     short = bench.counted(fewer, cached=False)
-    ways = {"uncached": (steps, False), "policy": (steps, True), "fewer steps": (fewer, False)}
-    rounds = [bench.round(ways, backwards=number % 2 == 1) for number in range(pairs)]
+    runs = {"uncached": (steps, False), "policy": (steps, True), "fewer steps": (fewer, False)}
+    rounds = [bench.round(runs, backwards=number % 2 == 1) for number in range(pairs)]
     last = rounds[-1]
 
-    def row(way: str, name: str, flops: Flops) -> Row:
-        each, worst = psnr(last["uncached"].images, last[way].images)
+    uncached_calls = sum(plain.calls[name] for name in modules)
+
+    def row(run: str, name: str, flops: Flops) -> Row:
+        mean, worst = psnr(last["uncached"].images, last[run].images)
         return Row(
             name=name,
-            steps=ways[way][0],
-            wall=_spread([one["uncached"].wall / one[way].wall for one in rounds]),
-            cpu=_spread([one["uncached"].cpu / one[way].cpu for one in rounds]),
+            steps=runs[run][0],
+            wall=_spread([timed["uncached"].wall / timed[run].wall for timed in rounds]),
+            cpu=_spread([timed["uncached"].cpu / timed[run].cpu for timed in rounds]),
             flops=flops.total / plain.total,
-            calls=_share(sum(flops.calls[site] for site in sites), sum(plain.calls[site] for site in sites)),
-            psnr=each,
+            # A policy without sites leaves all calls as they were.
+            calls=sum(flops.calls[name] for name in modules) / uncached_calls if uncached_calls else 1.0,
+            psnr=mean,
             worst_psnr=worst,
         )
 
@@ -146,15 +183,10 @@ def _measured(
         fewer_steps=row("fewer steps", f"{fewer} steps", short),
         digest=digest,
         sampling=sampling,
-        seconds=statistics.median(one["uncached"].wall for one in rounds),
+        seconds=statistics.median(timed["uncached"].wall for timed in rounds),
         uncached=last["uncached"].images,
         cached=last["policy"].images,
     )
-
-
-def _share(part: int, whole: int) -> float:
-    """A policy without sites leaves every call as it was."""
-    return part / whole if whole else 1.0
 
 
 def _spread(ratios: Sequence[float]) -> Spread:
@@ -170,7 +202,7 @@ class _Sampled:
 
 @dataclass(slots=True)
 class _Bench:
-    """The model, what to draw with it, and how far the work is."""
+    """The pipeline, the policy and the sampling, and how many of all steps are done."""
 
     pipe: EmojiPipeline
     policy: str | os.PathLike[str] | ir.Policy
@@ -181,38 +213,39 @@ class _Bench:
     total: int = 0
 
     def check(self) -> tuple[list[str], str]:
-        """The names of the modules that the policy decides on, and the policy's semantic hash."""
+        """Return the names of the modules that the policy decides on, and the policy's semantic hash."""
         self.pipe.set_progress_bar_config(disable=True)  # pyright: ignore[reportUnknownMemberType]
         with apply(self.pipe, self.policy, **self.settings) as run:
             return [name for site in run.plan.sites for name in site.modules], run.plan.resolved.digest
 
     def counted(self, steps: int, *, cached: bool) -> Flops:
-        with self._attached(cached), counting(self.pipe.transformer) as flops:
+        """Sample once and count the FLOPs that ran."""
+        with self._with_policy(cached), counting(self.pipe.transformer) as flops:
             self._sample(steps, "counting FLOPs")
         return flops
 
-    def round(self, ways: Mapping[str, tuple[int, bool]], *, backwards: bool) -> dict[str, _Sampled]:
-        """One timed sampling of each; every second round runs in the other order."""
-        order = reversed(list(ways)) if backwards else iter(ways)
-        return {way: self._timed(way, *ways[way]) for way in order}
+    def round(self, runs: Mapping[str, tuple[int, bool]], *, backwards: bool) -> dict[str, _Sampled]:
+        """Sample and time each run once. `runs` has the number of steps, and True for the policy, by name."""
+        order = reversed(list(runs)) if backwards else iter(runs)
+        return {name: self._timed(name, *runs[name]) for name in order}
 
-    def _timed(self, way: str, steps: int, cached: bool) -> _Sampled:
-        with self._attached(cached):
+    def _timed(self, name: str, steps: int, cached: bool) -> _Sampled:
+        # The policy is applied before the clocks start.
+        with self._with_policy(cached):
             wall, cpu = time.perf_counter(), time.process_time()
-            images = self._sample(steps, way)
+            images = self._sample(steps, name)
             return _Sampled(time.perf_counter() - wall, time.process_time() - cpu, images)
 
-    def _attached(self, cached: bool) -> contextlib.AbstractContextManager[object]:
-        """The policy put on before the clock starts; without it the model is bare."""
+    def _with_policy(self, cached: bool) -> contextlib.AbstractContextManager[object]:
         return apply(self.pipe, self.policy, **self.settings) if cached else contextlib.nullcontext()
 
-    def _sample(self, steps: int, what: str) -> torch.Tensor:
+    def _sample(self, steps: int, description: str) -> torch.Tensor:
         labels = [(7 * number) % len(NAMES) for number in range(self.sampling.pictures)]
 
         def advance(_pipe: object, _step: int, _t: object, _tensors: object) -> None:
             self.done += 1
             if self.progress is not None:
-                self.progress(self.done, self.total, what)
+                self.progress(self.done, self.total, description)
 
         images = self.pipe(
             labels, steps, seed=self.sampling.seed, output_type="pt", callback_on_step_end=advance, return_dict=False
@@ -227,7 +260,17 @@ _COLUMNS, _SCALE, _GAP, _HEAD = 4, 3, 3, 26
 
 
 def save(demo: Demo, path: str | os.PathLike[str], headings: tuple[str, str]) -> None:
-    """Write both grids of pictures side by side, each under its heading; the file's suffix tells the format."""
+    """Write the uncached and the cached pictures side by side, as two grids.
+
+    Args:
+        demo: The result of `measure`.
+        path: The file. Its suffix chooses the format.
+        headings: The texts above the uncached and the cached pictures.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: Pillow knows no format with this suffix.
+    """
     from PIL import Image
 
     grids = [_grid(heading, pictures) for heading, pictures in zip(headings, (demo.uncached, demo.cached), strict=True)]
@@ -246,12 +289,7 @@ def _grid(heading: str, pictures: torch.Tensor) -> Any:
     pitch = tiles[0].width + _GAP
     grid = Image.new("RGB", (_COLUMNS * pitch + _GAP, _HEAD + math.ceil(len(tiles) / _COLUMNS) * pitch + _GAP), "white")
     ImageDraw.Draw(grid).text((_GAP, _GAP), heading, fill="black", font=ImageFont.load_default(16))
-    for tile, (x, y) in zip(tiles, _corners(len(tiles), pitch), strict=True):
-        grid.paste(tile, (x, y))
-    return grid
-
-
-def _corners(count: int, pitch: int) -> Iterator[tuple[int, int]]:
-    for number in range(count):
+    for number, tile in enumerate(tiles):
         row, column = divmod(number, _COLUMNS)
-        yield _GAP + column * pitch, _HEAD + _GAP + row * pitch
+        grid.paste(tile, (_GAP + column * pitch, _HEAD + _GAP + row * pitch))
+    return grid

@@ -1,6 +1,6 @@
-# diffusers comes without complete types: what it returns is not known in the strict sense.
+# diffusers has no complete type annotations.
 # pyright: basic, reportPrivateImportUsage=false
-"""The pipeline of the shipped emoji model: a small real `DiffusionPipeline`, for the demo, examples and tests."""
+"""The pipeline of the shipped emoji model: a small `DiffusionPipeline` for the demonstration, examples and tests."""
 
 from __future__ import annotations
 
@@ -22,14 +22,25 @@ NAMES = (
     "watermelon", "grapes", "strawberry", "pineapple", "mushroom", "burger", "donut", "soccer", "red_heart",
     "star", "rainbow", "earth", "tree",
 )  # fmt: skip
+"""The names of the classes, by class number."""
+
 UNCONDITIONAL = len(NAMES)
+"""The class number of the unconditional half."""
 
 Images = torch.Tensor | list[Any]
+"""Pictures as a tensor `(N, 3, H, W)` in [-1, 1], or as Pillow images."""
+
 StepEnd = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+"""The callback of diffusers after each step: `callback(pipe, step, timestep, {"latents": x})`."""
 
 
 class EmojiPipeline(DiffusionPipeline):
-    """Draws emoji by class, with classifier-free guidance, by rectified flow on pixels."""
+    """Draws emoji by class, with rectified flow on pixels and classifier-free guidance.
+
+    Args:
+        transformer: The denoiser.
+        scheduler: The scheduler.
+    """
 
     model_cpu_offload_seq = "transformer"
 
@@ -42,22 +53,22 @@ class EmojiPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the present or last call."""
+        """The number of steps of the present or last call."""
         return self._num_timesteps
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance of the present or last call."""
+        """The guidance scale of the present or last call."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """True where the present or last call runs an unconditional half too."""
+        """True if the present or last call also predicts without the class."""
         return self._guidance_scale > 1
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """The timestep that is being denoised, None outside a call."""
+        """The timestep of the present step, None outside a call."""
         return self._current_timestep
 
     @torch.no_grad()
@@ -75,17 +86,35 @@ class EmojiPipeline(DiffusionPipeline):
         sequential_guidance: bool = False,
         callback_on_step_end: StepEnd | None = None,
     ) -> ImagePipelineOutput | tuple[Images]:
-        """Draw one picture a label, a class number or a name of `NAMES`.
+        """Draw one picture for each label.
 
-        `guidance_scale` of at most 1 runs the conditional half alone. `sequential_guidance` calls the model twice a
-        step instead of once on a batch `[uncond; cond]`. `seed` starts each picture from noise of its own, the same
-        whatever the number of pictures. `output_type` is `"pil"`, or `"pt"` for a tensor of n, 3, 32, 32 numbers in
-        [-1, 1].
+        Args:
+            class_labels: Class numbers, or names of `NAMES`.
+            num_inference_steps: The number of denoising steps.
+            guidance_scale: The scale of classifier-free guidance; at most 1 runs the conditional half only.
+            generator: The random generators of the initial noise.
+            seed: Instead of `generator`: a seed from which each picture gets its own noise, which does not depend on
+                the number of pictures.
+            latents: Instead of drawn noise: the initial noise, `(N, 3, 32, 32)`.
+            output_type: `"pil"` for Pillow images, `"pt"` for a tensor `(N, 3, 32, 32)` in [-1, 1].
+            return_dict: If False, return a tuple.
+            sequential_guidance: If True, call the model twice for each step, instead of once on `[uncond; cond]`.
+            callback_on_step_end: Called after each step; it may return other latents.
+
+        Returns:
+            The pictures, as `ImagePipelineOutput` or in a tuple.
+
+        Raises:
+            ValueError: A name is not in `NAMES`.
         """
-        classes = [NAMES.index(each) if isinstance(each, str) else each for each in class_labels]
+        classes = [NAMES.index(label) if isinstance(label, str) else label for label in class_labels]
         labels = torch.tensor(classes, device=self._execution_device)
         if latents is None:
-            latents = self._noise(len(classes), generator if seed is None else _generators(seed, len(classes)))
+            if seed is not None:
+                generator = [torch.Generator().manual_seed(seed * 100_003 + number) for number in range(len(classes))]
+            config = self.transformer.config
+            shape = (len(classes), config.in_channels, config.sample_size, config.sample_size)
+            latents = randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self._num_timesteps = len(self.scheduler.timesteps)
         self._guidance_scale = guidance_scale
@@ -101,11 +130,6 @@ class EmojiPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         images: Any = x.clamp(-1, 1) if output_type == "pt" else to_pil(x.clamp(-1, 1))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-        config = self.transformer.config
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
-        return randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
 
     def _velocity(
         self, latents: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, *, sequential: bool
@@ -125,17 +149,20 @@ class EmojiPipeline(DiffusionPipeline):
         )[0]
 
 
-def _generators(seed: int, count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed * 100_003 + number) for number in range(count)]
-
-
 def load_pipeline(folder: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> EmojiPipeline:
-    """The pipeline with the shipped weights, or those of another folder, on the CPU.
+    """Load the pipeline on the CPU.
+
+    Args:
+        folder: A folder with a saved transformer; the shipped weights if None.
+        dtype: The dtype of the weights.
+
+    Returns:
+        The pipeline, in eval mode and without gradients.
 
     Raises:
-        OSError: the folder holds no such model.
+        OSError: The folder holds no such model.
     """
-    # A Traversable of an unpacked package is a path; diffusers reads nothing else.
+    # diffusers reads paths only, and the Traversable of an unpacked package is one.
     path = Path(str(shipped("data"))) / "emoji-dit" if folder is None else Path(folder)
     transformer = DiTTransformer2DModel.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
     transformer.eval().requires_grad_(False)
@@ -143,8 +170,8 @@ def load_pipeline(folder: str | os.PathLike[str] | None = None, dtype: torch.dty
 
 
 def to_pil(pictures: torch.Tensor) -> list[Any]:
-    """Pillow images of a tensor of n, 3, height, width numbers in [-1, 1]."""
+    """Convert a tensor `(N, 3, H, W)` in [-1, 1] to Pillow images."""
     from PIL import Image
 
     levels = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]

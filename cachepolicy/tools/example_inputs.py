@@ -1,6 +1,6 @@
-"""The arguments of one denoiser call for a picture of a size, on the meta device: what FLOPs and bytes are counted on.
+"""Arguments of one denoiser call on the meta device, for a picture of a given size, to count FLOPs and bytes on.
 
-Which arguments a class of diffusers takes, and how it lays out its latents, was read from its pipelines (0.42).
+The arguments of each class of diffusers and the layout of its latents are those of its pipelines (0.42).
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ import torch
 from cachepolicy.errors import PolicyError
 
 ModelConfig = Mapping[str, Any]
+"""The configuration of a model, as in its `config.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What is sampled: its size in pixels, the frames of a video, and the samples in a batch.
+    """The size of what is sampled.
 
-    `text` is the number of text tokens; None stands for what the class's own pipeline gives it.
+    Attributes:
+        height: The height in pixels.
+        width: The width in pixels.
+        frames: The frames of a video; models of pictures ignore it.
+        batch: The number of samples.
+        text: The number of text tokens; None is the number that the pipeline of the class passes.
     """
 
     height: int = 1024
@@ -32,7 +38,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A picture in latent cells."""
+    """The size of the latents: samples, latent frames, height and width in cells, and text tokens."""
 
     batch: int
     frames: int
@@ -42,25 +48,28 @@ class Size:
 
     @property
     def cells(self) -> int:
-        """How many tokens a packed picture has."""
+        """The number of tokens of a packed picture or video."""
         return self.frames * self.height * self.width
 
 
-More = Callable[[ModelConfig, Size], dict[str, Any]]
-
-
-def _nothing(_config: ModelConfig, _size: Size) -> dict[str, Any]:
-    return {}
+Arguments = Callable[[ModelConfig, Size], dict[str, Any]]
+"""Makes keyword arguments of a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArgumentForm:
-    """How a class is called.
+    """The arguments of a class.
 
-    `layout` are the dimensions of its latents: batch, channels, frames, height and width, or all cells in one sequence
-    (S). `pixels` and `frames` are how many pixels and frames one cell covers, a video's where `video` says so. `text`
-    is the config field with the width of a text token, `tokens` how many the pipeline gives; `more` is what else goes
-    in.
+    Attributes:
+        layout: The dimensions of the latents: batch B, channels C, frames F, height H and width W, or the sequence S of
+            all cells.
+        text: The config field with the width of a text token; None for a class without text.
+        tokens: The number of text tokens that the pipeline passes.
+        pixels: The height and width of a cell in pixels.
+        frames: The frames that one cell covers; None for pictures.
+        latents: The argument that takes the latents; empty if `more` makes them.
+        timestep: The argument that takes the timestep.
+        more: Makes the other arguments; None if there are none.
     """
 
     layout: str
@@ -70,14 +79,22 @@ class ArgumentForm:
     frames: int | None = None
     latents: str = "hidden_states"
     timestep: str = "timestep"
-    more: More = _nothing
+    more: Arguments | None = None
 
 
 def example_arguments(class_name: str, config: ModelConfig, picture: Picture) -> dict[str, Any]:
-    """The keyword arguments of one call: tensors with the right shapes and no data.
+    """Make the keyword arguments of one call.
+
+    Args:
+        class_name: The class of diffusers.
+        config: Its configuration.
+        picture: The size of the picture or video.
+
+    Returns:
+        The arguments by name, with tensors on the meta device.
 
     Raises:
-        PolicyError: E212, how the class is called is not known.
+        PolicyError: E212, the call of the class is not known.
     """
     form = FORMS.get(class_name)
     if form is None:
@@ -89,16 +106,22 @@ def example_arguments(class_name: str, config: ModelConfig, picture: Picture) ->
     frames = 1 if form.frames is None else (picture.frames - 1) // form.frames + 1
     text = form.tokens if picture.text is None else picture.text
     size = Size(picture.batch, frames, picture.height // form.pixels, picture.width // form.pixels, text)
-    call: dict[str, Any] = {form.timestep: _ones(size.batch)}
+    arguments: dict[str, Any] = {form.timestep: _ones(size.batch)}
     if form.latents:
-        call[form.latents] = _latents(form, config, size)
+        arguments[form.latents] = _latents(form, config, size)
     if form.text is not None:
-        call["encoder_hidden_states"] = _empty(size.batch, size.text, config[form.text])
-    return {**call, **form.more(config, size)}
+        arguments["encoder_hidden_states"] = _empty(size.batch, size.text, config[form.text])
+    return arguments if form.more is None else {**arguments, **form.more(config, size)}
 
 
 def arguments_from(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments whose shapes were given: a list of sizes is a tensor, anything else stands for itself.
+    """Make the keyword arguments of one call from shapes.
+
+    Args:
+        shapes: The arguments by name. A list of integers is the shape of a tensor; any other value is passed as it is.
+
+    Returns:
+        The arguments by name, with tensors on the meta device.
 
     Raises:
         PolicyError: E212, a size is negative.
@@ -126,7 +149,7 @@ def _latents(form: ArgumentForm, config: ModelConfig, size: Size) -> torch.Tenso
         "W": size.width,
         "S": size.cells,
     }
-    return _empty(*(sizes[each] for each in form.layout))
+    return _empty(*(sizes[dimension] for dimension in form.layout))
 
 
 def _empty(*shape: int) -> torch.Tensor:
@@ -141,11 +164,11 @@ def _mask(*shape: int) -> torch.Tensor:
     return torch.ones(*shape, dtype=torch.bool, device="meta")
 
 
-# --- what classes take besides latents, timestep and text --------------------------------------------------
+# --- arguments besides latents, timestep and text ----------------------------------------------------------
 
 
-def _places(axes: int) -> More:
-    """Position ids of a packed picture and its text."""
+def _position_ids(axes: int) -> Arguments:
+    """Make position ids with `axes` axes for a packed picture and its text."""
 
     def more(config: ModelConfig, size: Size) -> dict[str, Any]:
         guidance = {"guidance": _ones(size.batch)} if config.get("guidance_embeds") else {}
@@ -155,11 +178,11 @@ def _places(axes: int) -> More:
 
 
 def _flux(config: ModelConfig, size: Size) -> dict[str, Any]:
-    return {**_places(3)(config, size), **_pooled(config, size)}
+    return {**_position_ids(3)(config, size), **_pooled(config, size)}
 
 
 def _chroma(config: ModelConfig, size: Size) -> dict[str, Any]:
-    return {**_places(3)(config, size), "attention_mask": _mask(size.batch, size.text + size.cells)}
+    return {**_position_ids(3)(config, size), "attention_mask": _mask(size.batch, size.text + size.cells)}
 
 
 def _pooled(config: ModelConfig, size: Size) -> dict[str, Any]:
@@ -227,7 +250,7 @@ def _sdxl(config: ModelConfig, size: Size) -> dict[str, Any]:
 
 FORMS: Mapping[str, ArgumentForm] = {
     "FluxTransformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_flux),
-    "Flux2Transformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_places(4)),
+    "Flux2Transformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_position_ids(4)),
     "ChromaTransformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_chroma),
     "QwenImageTransformer2DModel": ArgumentForm("BSC", "joint_attention_dim", pixels=16, more=_qwen),
     "SD3Transformer2DModel": ArgumentForm("BCHW", "joint_attention_dim", tokens=333, more=_pooled),
@@ -244,4 +267,4 @@ FORMS: Mapping[str, ArgumentForm] = {
     "LatteTransformer3DModel": ArgumentForm("BCFHW", "caption_channels", tokens=120, frames=1),
     "UNet2DConditionModel": ArgumentForm("BCHW", "cross_attention_dim", tokens=77, latents="sample", more=_sdxl),
 }
-"""The classes whose calls are known. Some others cannot run without data: their masks or routers read it."""
+"""The classes whose arguments are known. Some other classes cannot run without data, since masks or routers read it."""

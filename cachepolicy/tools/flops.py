@@ -1,11 +1,12 @@
-"""Count the floating-point operations of a model, in all and by module, while it really runs.
+"""Count the floating-point operations of a model that runs, in total and by module.
 
-The counts are torch's own (`torch.utils.flop_counter`): matrix products, convolutions and attention, two operations a
-multiply-add; element-wise work is left out. A module that a policy answered has not run and counts nothing.
+The counts come from `torch.utils.flop_counter`: matrix products, convolutions and attention, with two operations for a
+multiply-add and without element-wise operations. A module that a policy answers does not run and counts nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,9 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(slots=True)
 class Flops:
-    """FLOPs in `total`, by module (`modules`: what ran inside it, children included), and how often each ran.
+    """The counts of one or more forward passes. Modules are keyed by their names in the model.
 
-    `outputs` are the bytes of each tensor that a module gave when it first ran.
+    Attributes:
+        total: All FLOPs.
+        modules: The FLOPs inside each module, children included.
+        calls: The number of times that each module ran.
+        outputs: The bytes of each tensor that a module returned when it first ran.
     """
 
     total: int = 0
@@ -32,7 +37,16 @@ class Flops:
 
 
 def count(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Flops:
-    """The FLOPs of one forward of the model with these arguments; on the meta device nothing is computed."""
+    """Count the FLOPs of one forward pass.
+
+    Args:
+        model: The model. On the meta device nothing is computed.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The counts.
+    """
     with torch.no_grad(), counting(model) as flops:
         model(*args, **kwargs)
     return flops
@@ -40,9 +54,13 @@ def count(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Flops:
 
 @contextmanager
 def counting(model: torch.nn.Module) -> Generator[Flops]:
-    """Count everything that runs inside the `with`; `total` is complete when it ends.
+    """Count all operations inside the `with` block. Each operation takes one more Python call.
 
-    Modules are told by their names in `model`. Slower than a plain run by the cost of a Python call an operation.
+    Args:
+        model: The model whose modules are counted.
+
+    Yields:
+        The counts. `total` is set at the end of the block.
     """
     flops = Flops()
     with FlopCounterMode(display=False, custom_mapping=dict(_MISSING)) as counter, _by_module(model, flops, counter):
@@ -52,7 +70,10 @@ def counting(model: torch.nn.Module) -> Generator[Flops]:
 
 @contextmanager
 def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -> Generator[None]:
-    """Read the counter before and after each module; hooks on all modules see those that swapped their class too."""
+    """Read the counter before and after each module.
+
+    The hooks are global. Hooks of a single module would not run for a site whose class was swapped by a policy.
+    """
     names: dict[torch.nn.Module, str] = {module: name for name, module in model.named_modules()}  # pyright: ignore[reportUnknownVariableType]
     started = list[int]()
 
@@ -62,8 +83,8 @@ def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -
 
     def leave(module: torch.nn.Module, _args: object, output: object) -> None:
         if module in names:
-            given = tuple(each.nbytes for each in tree_leaves(output) if isinstance(each, torch.Tensor))
-            flops.outputs.setdefault(names[module], given)
+            sizes = tuple(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+            flops.outputs.setdefault(names[module], sizes)
             flops.modules[names[module]] += counter.get_total_flops() - started.pop()
             flops.calls[names[module]] += 1
 
@@ -74,13 +95,10 @@ def _by_module(model: torch.nn.Module, flops: Flops, counter: FlopCounterMode) -
 
 
 def _attention(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
-    """Two products a head: queries with keys, weights with values. The arguments arrive as shapes."""
-    *batch, queries, width = query
-    heads = 1
-    for size in batch:
-        heads *= size
-    return 2 * heads * queries * key[-2] * (width + value[-1])
+    """Return the FLOPs of two matrix products for each head, from the shapes of the arguments."""
+    *heads, queries, width = query
+    return 2 * math.prod(heads) * queries * key[-2] * (width + value[-1])
 
 
-# The attention kernel that CPUs run has no formula in torch, so that attention would count as nothing there.
+# torch has no formula for the attention kernel of CPUs, so attention would count as 0 there.
 _MISSING: Mapping[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # noqa: SLF001

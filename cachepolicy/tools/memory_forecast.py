@@ -1,4 +1,4 @@
-"""The bytes of history that a schedule will hold, told before anything runs."""
+"""Predict the bytes of history that a schedule holds, before anything runs."""
 
 from __future__ import annotations
 
@@ -15,92 +15,99 @@ from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import COND_BRANCHES, Decision, Tick
 
-_FLOAT, _COMPLEX = 4, 8  # bytes of a number as sizes are counted, and as guidance keeps it: a spectrum in two bands
+# Bytes of a number in the model's outputs, and of one that `approximate uncond` keeps: complex numbers of a spectrum.
+_FLOAT, _COMPLEX = 4, 8
 
 
 @dataclass(slots=True)
 class _Branch:
-    """What one branch has computed: the steps of each site's results, the newest first."""
+    """The results of one branch: the steps of each site's results, the newest first, and the bytes held."""
 
     results: dict[int, list[int]] = field(default_factory=lambda: defaultdict[int, list[int]](list))
     held: int = 0
 
 
 def holdings(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work: Work) -> list[int]:
-    """The bytes that are held after each call of a trajectory, simulated or traced, whose every step is known.
+    """Compute the bytes that are held after each call of a trajectory, simulated or traced.
 
-    `work` says how large each module's outputs are. Where a model works between the blocks of a span without changing
-    the sizes of what they hand on, the span keeps more than is told here.
+    The result is too small for a span between whose blocks the model does other work on the streams, if that work
+    keeps the sizes of the tensors.
+
+    Args:
+        plan: The plan of the trajectory.
+        calls: The calls in order, each with its tick and one decision for each site. All steps must be there.
+        work: The sizes of the outputs of each module.
+
+    Returns:
+        The bytes after each call.
     """
     trajectory = list(calls)
-    layout = lay_out(plan)
+    execution_plan = lay_out(plan)
     timesteps = {tick.step: tick.t for tick, _ in trajectory}
     known = tuple(t for _, t in sorted(timesteps.items()) if t is not None)
     ahead = Ahead(known if len(known) == len(timesteps) else None)
-    liveness = layout.liveness(ahead, loose=False)
-    branches, guided, found = defaultdict[str, _Branch](_Branch), 0, list[int]()
+    liveness = execution_plan.liveness(ahead, loose=False)
+    branches, guidance, held = defaultdict[str, _Branch](_Branch), 0, list[int]()
     last = max(timesteps, default=0)
     for tick, decisions in trajectory:
         branch = branches[tick.branch]
         for site, decision in enumerate(decisions):
             if decision.computes or (decision.verdict == "reuse" and feedback(decision.action)):
                 branch.results[site].insert(0, tick.step)
-        branch.held = _histories(layout, branch, tick, liveness, work) + _streams(layout, branch, tick, liveness, work)
-        if layout.approximation is not None and tick.branch not in COND_BRANCHES:
-            computed = layout.itself is not None and decisions[layout.itself].computes
-            wanted = liveness.approximates(tick, now=False)
-            guided = (_guidance(work, tick) if computed else guided) if wanted else 0
+        branch.held = _histories(execution_plan, branch, tick, liveness, work)
+        branch.held += _probed(execution_plan, branch, tick, liveness, work)
+        if execution_plan.approximation is not None and tick.branch not in COND_BRANCHES:
+            root = execution_plan.itself
+            if not liveness.approximates(tick, now=False):
+                guidance = 0
+            elif root is not None and decisions[root].computes:
+                # Two bands of the difference of both halves. The halves are one batch, or one call each.
+                numbers = sum(work.outputs.get("", ())) // _FLOAT
+                guidance = 2 * _COMPLEX * (numbers if tick.branch else numbers // 2)
         if tick.step == last:
             branch.held = 0
-        found.append(guided + sum(each.held for each in branches.values()))
-    return found
-
-
-def _histories(layout: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
-    """What sites keep of their results: as many, in either form, as a later step may read."""
-    held = 0
-    for site in layout.plan.sites:
-        results = branch.results[site.index]
-        if results:
-            reads = liveness.wanted(layout.program.alike.group_of[site.index], tick, results[0])
-            held += (min(reads.outputs, len(results)) + min(reads.residuals, len(results))) * _streamed(
-                site.modules, work
-            )
+        held.append(guidance + sum(branch.held for branch in branches.values()))
     return held
 
 
-def _streamed(modules: Sequence[str], work: Work) -> int:
-    """The bytes of what a site hands on: a module's outputs; of a span those of the last block of each stretch.
+def _histories(execution_plan: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
+    """Return the bytes of the results of all sites: as many outputs and residuals as a later step may read."""
+    held = 0
+    for site in execution_plan.plan.sites:
+        results = branch.results[site.index]
+        if results:
+            reads = liveness.wanted(execution_plan.program.alike.group_of[site.index], tick, results[0])
+            count = min(reads.outputs, len(results)) + min(reads.residuals, len(results))
+            held += count * _result_size(site.modules, work)
+    return held
 
-    Where blocks give other streams than those before them, the model has worked in between.
+
+def _result_size(modules: Sequence[str], work: Work) -> int:
+    """Return the bytes of one result of a site: the outputs of its module, or of the last block of each segment.
+
+    A new segment of a span begins where the outputs of a block have other sizes than those of the block before.
     """
-    stretches = list[tuple[int, ...]]()
+    segments = list[tuple[int, ...]]()
     for name in modules:
-        given = tuple(work.outputs.get(name, ()))
-        if not stretches or sorted(stretches[-1]) != sorted(given):
-            stretches.append(given)
-    return sum(map(sum, stretches))
+        sizes = tuple(work.outputs.get(name, ()))
+        if not segments or sorted(segments[-1]) != sorted(sizes):
+            segments.append(sizes)
+    return sum(map(sum, segments))
 
 
-def _streams(layout: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
-    """What `prev` and `kept` remember of probed tensors: that of this step, and those of the computes."""
-    signals = layout.signals
+def _probed(execution_plan: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
+    """Return the bytes of the probed tensors that `prev` (of the last step) and `kept` (of computed steps) remember."""
+    signals = execution_plan.signals
     if not liveness.measures(tick, now=False):
         return 0
     held = 0
     for expression in dict.fromkeys([*signals.kept, *signals.previous]):
         if isinstance(expression, ir.Probe):
-            place = layout.plan.probes[expression]
-            sites = [site for site in layout.plan.sites if site.index in branch.results]
+            probe = execution_plan.plan.probes[expression]
+            sites = [site for site in execution_plan.plan.sites if site.index in branch.results]
             depth = signals.kept.get(expression, 0)
             steps = {step for site in sites for step in branch.results[site.index][:depth]}
             steps |= {tick.step} if expression in signals.previous else set()
-            # Of several outputs the hidden states are the largest.
-            held += len(steps) * max(work.outputs.get(place.modules[-1], ()), default=0)
+            # A probe reads the hidden states, the largest of several outputs.
+            held += len(steps) * max(work.outputs.get(probe.modules[-1], ()), default=0)
     return held
-
-
-def _guidance(work: Work, tick: Tick) -> int:
-    """Two bands of the difference of both halves' predictions, which are half of a batch or a call of their own."""
-    numbers = sum(work.outputs.get("", ())) // _FLOAT
-    return 2 * _COMPLEX * (numbers if tick.branch else numbers // 2)

@@ -1,4 +1,4 @@
-"""A model that is known by its configuration alone: built on the meta device, without weights."""
+"""Models on the meta device, built from a configuration without weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A model as its configuration says; without one (a skeleton file) nothing but its modules is known."""
+    """A model without weights.
+
+    Attributes:
+        skeleton: The names and kinds of its modules.
+        class_name: The class of diffusers, None if only the modules are known (from a skeleton file).
+        config: The configuration of the class.
+        model: The `nn.Module` on the meta device, None if only the modules are known.
+    """
 
     skeleton: Skeleton
     class_name: str | None = None
@@ -28,10 +35,17 @@ class Blueprint:
     model: Any = field(default=None, repr=False)
 
     def work(self, picture: Picture, shapes: Mapping[str, Any] | None = None) -> Work:
-        """The FLOPs of one call for a picture, counted on the meta device; `shapes` are those of its arguments.
+        """Count the FLOPs and output sizes of one call.
+
+        Args:
+            picture: The size of the picture or video.
+            shapes: The shapes of the arguments by name, for a class whose call is not known; see `arguments_from`.
+
+        Returns:
+            The FLOPs in total and by module, and the bytes of the outputs of each module.
 
         Raises:
-            PolicyError: E212, how the class is called is not known, or its forward needs data.
+            PolicyError: E212, the call of the class is not known, or its forward needs data.
         """
         import torch
 
@@ -40,10 +54,10 @@ class Blueprint:
 
         if self.class_name is None:
             raise PolicyError.of("E212", f"`{self.skeleton.name}` is known by its modules only, so nothing is counted")
-        call = arguments_from(shapes) if shapes else example_arguments(self.class_name, self.config, picture)
+        arguments = arguments_from(shapes) if shapes else example_arguments(self.class_name, self.config, picture)
         try:
             with torch.device("meta"):
-                flops = count(self.model, **call)
+                flops = count(self.model, **arguments)
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError) as error:
             reason = str(error).partition("\n")[0]
             raise PolicyError.of(
@@ -55,31 +69,35 @@ class Blueprint:
 
 
 def read_model(path: str | os.PathLike[str]) -> Blueprint:
-    """The model that a file or folder describes.
+    """Read the model that a file or folder describes. Only a configuration needs diffusers and torch.
 
-    `path` is a diffusers `config.json`, the folder of a model or of a pipeline (its denoiser counts), or a skeleton
-    that was written by `skeleton.write`. Only a configuration needs diffusers and torch.
+    Args:
+        path: A `config.json` of diffusers, the folder of a model, the folder of a pipeline (its denoiser is read), or a
+            skeleton file that `module_tree.write` wrote.
+
+    Returns:
+        The model.
 
     Raises:
-        PolicyError: E210, nothing there can be read, or it describes no model.
-        ModuleNotFoundError: a configuration is given and diffusers is not installed.
+        PolicyError: E210, the path cannot be read or describes no model.
+        ModuleNotFoundError: The path is a configuration and diffusers is not installed.
     """
     file = _config_file(Path(path))
     content, config = _read(file)
     if not isinstance(config, dict) or "_class_name" not in config:
         return Blueprint(tree_from_json(content))
-    return _built(config, str(file))  # pyright: ignore[reportUnknownArgumentType]
+    return _build(config, str(file))  # pyright: ignore[reportUnknownArgumentType]
 
 
 def is_model(path: str | os.PathLike[str]) -> bool:
-    """True where a path looks like a model and not like a policy: a folder, or JSON of a configuration or skeleton."""
-    where = Path(path)
-    if where.is_dir():
+    """Return True if a path is a model and not a policy: a folder, or a JSON file with a configuration or skeleton."""
+    file = Path(path)
+    if file.is_dir():
         return True
-    if where.suffix != ".json" or not where.is_file():
+    if file.suffix != ".json" or not file.is_file():
         return False
     try:
-        _, data = _read(where)
+        _, data = _read(file)
     except PolicyError:
         return False
     return isinstance(data, dict) and ("_class_name" in data or "modules" in data)
@@ -91,21 +109,20 @@ def _read(file: Path) -> tuple[bytes, Any]:
             content = opened.read(MODULE_TREE_LIMIT + 1)
         return content, json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it holds no JSON"
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is not JSON"
         raise PolicyError.of("E210", f"`{file}` cannot be read: {reason}") from error
 
 
 def _config_file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    # The first folder that is there counts.
     for folder in (path, *(path / name for name in DENOISERS)):
         if (folder / "config.json").is_file():
             return folder / "config.json"
     raise PolicyError.of("E210", f"`{path}` holds no `config.json` of a model")
 
 
-def _built(config: Mapping[str, Any], shown: str) -> Blueprint:
+def _build(config: Mapping[str, Any], file: str) -> Blueprint:
     import diffusers
     import torch
     from diffusers.models.modeling_utils import ModelMixin
@@ -114,15 +131,15 @@ def _built(config: Mapping[str, Any], shown: str) -> Blueprint:
 
     name = config["_class_name"]
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    # The name comes from a file: nothing but a model class of diffusers is ever called.
+    # The name comes from a file, so only a model class of diffusers may be called.
     if not isinstance(found, type) or not issubclass(found, ModelMixin):
-        raise PolicyError.of("E210", f"`{shown}`: diffusers {diffusers.__version__} has no model class `{name}`")
+        raise PolicyError.of("E210", f"`{file}`: diffusers {diffusers.__version__} has no model class `{name}`")
     try:
         with torch.device("meta"):
-            build: Any = found
-            model = build.from_config(dict(config)).eval()
+            model_class: Any = found
+            model = model_class.from_config(dict(config)).eval()
             return Blueprint(describe(model), name, dict(model.config), model)
     except PolicyError:
         raise
     except Exception as error:
-        raise PolicyError.of("E210", f"`{shown}`: no `{name}` can be built from it: {error}") from error
+        raise PolicyError.of("E210", f"`{file}`: no `{name}` can be built from it: {error}") from error

@@ -1,5 +1,5 @@
 # pyright: basic
-"""How near pictures are to others: PSNR, SSIM, and LPIPS where its package and weights are there."""
+"""Quality metrics of pictures against references: PSNR, SSIM, and LPIPS where its package and weights exist."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The distance of pictures to their references, as means over the pictures.
+    """The quality of pictures against their references, as means over the pictures.
 
-    `psnr` in dB, infinite where all are equal; `ssim` -1..1, 1 for equal ones; `lpips` from 0 up (AlexNet), None where
-    it cannot be computed here. `worst_psnr` is that of the picture that differs most.
+    Attributes:
+        psnr: The peak signal-to-noise ratio in dB over the pictures that differ, infinite if none differs.
+        worst_psnr: The smallest ratio of a picture.
+        ssim: The structural similarity, -1 to 1 (equal), None if it cannot be computed.
+        lpips: The learned perceptual distance (AlexNet), 0 (equal) and above, None if it cannot be computed.
     """
 
     psnr: float
@@ -25,53 +28,81 @@ class Quality:
     lpips: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as plain data; infinity becomes None."""
+        """Return the numbers as plain data. Infinite numbers become None."""
         return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def compare_pictures(reference: torch.Tensor, other: torch.Tensor) -> Quality:
-    """The quality of pictures against references: both n, 3 (or 1), height, width, numbers in [-1, 1].
+    """Compute all metrics.
+
+    Args:
+        reference: The reference pictures, `(N, C, H, W)` in [-1, 1] with 1 or 3 channels.
+        other: The pictures to compare, of the same shape.
+
+    Returns:
+        The metrics.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: The shapes differ.
     """
     if reference.shape != other.shape:
         raise ValueError(f"pictures of shape {tuple(other.shape)} against references of {tuple(reference.shape)}")
-    each, worst = psnr(reference, other)
-    return Quality(each, worst, ssim(reference, other), lpips(reference, other))
+    mean, worst = psnr(reference, other)
+    return Quality(mean, worst, ssim(reference, other), lpips(reference, other))
 
 
 def psnr(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: the mean over those that differ, and the worst.
+    """Compute the peak signal-to-noise ratio.
 
-    Both are infinite where no picture differs.
+    Args:
+        reference: The reference pictures, `(N, C, H, W)` in [-1, 1].
+        other: The pictures to compare, of the same shape.
+
+    Returns:
+        The mean over the pictures that differ and the smallest ratio, in dB. Both are infinite if no picture differs. A
+        picture with a number that is not finite has minus infinity.
     """
-    errors = (reference.double() - other.double()).square().flatten(1).mean(1)
-    each = [10 * math.log10(4 / float(error)) for error in errors if error > 0]
-    return (statistics.fmean(each), min(each)) if each else (math.inf, math.inf)
+    errors: list[float] = (reference.double() - other.double()).square().flatten(1).mean(1).tolist()
+    ratios = [10 * math.log10(4 / error) if math.isfinite(error) else -math.inf for error in errors if error != 0]
+    return (statistics.fmean(ratios), min(ratios)) if ratios else (math.inf, math.inf)
 
 
 def ssim(reference: torch.Tensor, other: torch.Tensor) -> float | None:
-    """Structural similarity (Wang et al. 2004, a Gaussian window of 11 pixels), None without torchmetrics."""
+    """Compute the mean structural similarity (Wang et al. 2004) with a Gaussian window of 11 pixels.
+
+    Args:
+        reference: The reference pictures, `(N, C, H, W)` in [-1, 1].
+        other: The pictures to compare, of the same shape.
+
+    Returns:
+        The similarity, None if torchmetrics is not installed or the pictures are smaller than the window.
+    """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError:
         return None
-    # A picture smaller than the window has no structure that it could compare.
     if min(reference.shape[-2:]) < 11:
         return None
-    found: Any = structural_similarity_index_measure(other.float(), reference.float(), data_range=2.0)
-    return float(found)
+    similarity: Any = structural_similarity_index_measure(other.float(), reference.float(), data_range=2.0)
+    return float(similarity)
 
 
 def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
-    """Learned perceptual distance (Zhang et al. 2018), None where its package or its weights are not there."""
+    """Compute the mean learned perceptual distance (Zhang et al. 2018) with AlexNet.
+
+    Args:
+        reference: The reference pictures, `(N, C, H, W)` in [-1, 1] with 1 or 3 channels.
+        other: The pictures to compare, of the same shape.
+
+    Returns:
+        The distance, None if the package `lpips` or its weights are missing.
+    """
     try:
         import lpips as package  # pyright: ignore[reportMissingImports]
 
         network = package.LPIPS(net="alex", verbose=False)
     except (ImportError, OSError, RuntimeError):
         return None
-    coloured = [each.float().expand(-1, 3, -1, -1) for each in (reference, other)]
     with torch.no_grad():
-        return float(network(*coloured).mean())
+        distances = network(reference.float().expand(-1, 3, -1, -1), other.float().expand(-1, 3, -1, -1))
+        return float(distances.mean())

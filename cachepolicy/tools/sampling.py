@@ -1,6 +1,6 @@
-# diffusers comes without complete types: what it returns is not known in the strict sense.
+# diffusers has no complete type annotations.
 # pyright: basic, reportPrivateImportUsage=false
-"""A pipeline from a folder on disk, sampled with a policy and without: pictures or frames, and the seconds taken."""
+"""Load a pipeline from a folder, sample it and time the calls of its denoisers."""
 
 from __future__ import annotations
 
@@ -20,30 +20,48 @@ from cachepolicy.engine.introspection import denoisers
 from cachepolicy.errors import PolicyError, suggestion
 
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
+"""The suffixes of the files that `read_tensors` reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one call gave; `pictures` are n, channels, height, width numbers in [-1, 1], frames of a video in order."""
+    """The result of one call of a pipeline.
+
+    Attributes:
+        pictures: The pictures, or the frames of all videos in order, `(N, C, H, W)` in [-1, 1].
+        frames: True if the pictures are frames of videos.
+        seconds: The wall-clock seconds of the call.
+        model_seconds: The wall-clock seconds in the calls of the denoisers.
+    """
 
     pictures: torch.Tensor = field(repr=False)
     frames: bool
     seconds: float
     model_seconds: float = 0.0
-    """Those in the calls of the denoisers."""
 
 
 def open_pipeline(folder: str | os.PathLike[str], *, dtype: str = "float32", device: str = "cpu") -> Any:
-    """The pipeline that was saved in a folder; nothing is fetched, and no code of the folder is run.
+    """Load a saved pipeline. Nothing is downloaded and no code of the folder is run.
+
+    Components that the index names and the folder does not hold are left out, such as a text encoder where the caller
+    has saved embeddings.
+
+    Args:
+        folder: The folder, with a `model_index.json`.
+        dtype: The name of a floating-point dtype of torch.
+        device: The device to load to.
+
+    Returns:
+        The pipeline.
 
     Raises:
-        PolicyError: E213, the folder holds no pipeline of diffusers, or it cannot be loaded.
+        PolicyError: E213, the folder holds no pipeline of diffusers, it cannot be loaded, or the dtype is unknown.
     """
     from diffusers import DiffusionPipeline
 
     index = Path(folder) / "model_index.json"
     try:
-        described = json.loads(index.read_text(encoding="utf-8"))
+        components = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PolicyError.of(
             "E213",
@@ -53,32 +71,40 @@ def open_pipeline(folder: str | os.PathLike[str], *, dtype: str = "float32", dev
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise PolicyError.of("E213", f"`{dtype}` is no dtype of floats", help="`float32`, `bfloat16` or `float16`")
+    if not isinstance(components, dict):
+        components = {}
+    absent = {
+        name: None
+        for name, value in components.items()
+        if isinstance(value, list) and not (Path(folder) / name).exists()
+    }
     try:
         pipe = DiffusionPipeline.from_pretrained(
             str(folder),
             dtype=wanted,
             local_files_only=True,
             trust_remote_code=False,
-            **_absent(Path(folder), described),
+            **absent,
         )
         return pipe.to(device)
     except Exception as error:
-        name = described.get("_class_name") if isinstance(described, dict) else None
+        name = components.get("_class_name")
         reason = str(error).partition("\n")[0]
         raise PolicyError.of("E213", f"`{folder}`: `{name}` cannot be loaded: {reason}") from error
 
 
-def _absent(folder: Path, described: Any) -> dict[str, None]:
-    """The components that the index names and the folder does not hold: a text encoder beside saved embeddings."""
-    named = described.items() if isinstance(described, dict) else ()
-    return {name: None for name, value in named if isinstance(value, list) and not (folder / name).exists()}
-
-
 def read_tensors(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The named tensors of a file, such as saved `prompt_embeds`; no code of the file is run.
+    """Read the named tensors of a file, such as saved `prompt_embeds`. No code of the file is run.
+
+    Args:
+        path: A file with a suffix of `TENSOR_FILES`.
+        device: The device to load to.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        PolicyError: E213, the file cannot be read or holds something else.
+        PolicyError: E213, the file cannot be read or is no mapping of names to tensors.
     """
     file = Path(path)
     if file.suffix not in TENSOR_FILES:
@@ -87,41 +113,58 @@ def read_tensors(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[s
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found: Any = load_file(file, device=device)
+            tensors: Any = load_file(file, device=device)
         else:
-            found = torch.load(file, map_location=device, weights_only=True)
+            tensors = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
         raise PolicyError.of("E213", f"`{file}` cannot be read: {str(error).partition(chr(10))[0]}") from error
-    if not isinstance(found, dict) or not all(isinstance(each, torch.Tensor) for each in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise PolicyError.of("E213", f"`{file}` holds no tensors by name")
-    return {str(name): tensor for name, tensor in found.items()}
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def checked(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, if the pipeline's call takes them all.
+    """Check the names of the arguments of a pipeline's call.
+
+    Args:
+        pipe: The pipeline.
+        arguments: The keyword arguments by name.
+
+    Returns:
+        A copy of the arguments.
 
     Raises:
-        PolicyError: E213, it does not take one, with the nearest that it takes.
+        PolicyError: E213, the pipeline takes no argument of a name; the help names the nearest one.
     """
-    taken = list(inspect.signature(type(pipe).__call__).parameters)[1:]
+    parameters = list(inspect.signature(type(pipe).__call__).parameters)[1:]
     for name in arguments:
-        if name not in taken:
+        if name not in parameters:
             raise PolicyError.of(
-                "E213", f"`{type(pipe).__name__}` takes no argument `{name}`", help=suggestion(name, taken)
+                "E213", f"`{type(pipe).__name__}` takes no argument `{name}`", help=suggestion(name, parameters)
             )
     return dict(arguments)
 
 
 def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
-    """One call of the pipeline, its noise drawn on the CPU from `seed`.
+    """Call a pipeline once.
+
+    Args:
+        pipe: The pipeline.
+        arguments: The keyword arguments of the call, without `generator` and `output_type`.
+        seed: The seed of the noise, which is drawn on the CPU.
+
+    Returns:
+        The pictures and the seconds.
 
     Raises:
-        PolicyError: E213, the call failed, with the reason.
+        PolicyError: E213, the call failed; the message has the reason.
     """
+    import numpy as np
+
     generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     try:
-        with torch.no_grad(), _timed(denoisers(pipe).values()) as taken:
+        with torch.no_grad(), _timed(denoisers(pipe).values()) as model_seconds:
             result = pipe(**arguments, generator=generator, output_type="np")
     except PolicyError:
         raise
@@ -130,58 +173,60 @@ def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sampl
         raise PolicyError.of("E213", f"`{type(pipe).__name__}` failed: {reason}") from error
     seconds = time.perf_counter() - started
     frames = not hasattr(result, "images") and hasattr(result, "frames")
-    given = result.frames if frames else result.images if hasattr(result, "images") else result[0]
-    return Sample(_pictures(given), frames, seconds, sum(taken))
+    output = result.frames if frames else result.images if hasattr(result, "images") else result[0]
+    # All pictures, or the frames of all videos, as one batch with the channels in front.
+    batch = torch.from_numpy(np.ascontiguousarray(np.asarray(output)))
+    pictures = batch.reshape(-1, *batch.shape[-3:]).permute(0, 3, 1, 2).float() * 2 - 1
+    return Sample(pictures, frames, seconds, sum(model_seconds))
 
 
 @contextlib.contextmanager
 def _timed(models: Iterable[torch.nn.Module]) -> Generator[list[float]]:
-    """The seconds of each call of the models inside the `with`."""
-    taken, began = list[float](), list[float]()
+    """Measure the seconds of each call of the models inside the `with` block."""
+    seconds, started = list[float](), list[float]()
 
     def enter(*_: Any) -> None:
-        began.append(time.perf_counter())
+        started.append(time.perf_counter())
 
     def leave(*_: Any) -> None:
-        taken.append(time.perf_counter() - began.pop())
+        seconds.append(time.perf_counter() - started.pop())
 
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.callback(model.register_forward_pre_hook(enter).remove)
             stack.callback(model.register_forward_hook(leave, always_call=True).remove)
-        yield taken
+        yield seconds
 
 
-def _pictures(given: Any) -> torch.Tensor:
-    """All pictures (or frames of all videos) as one batch with the channels in front, from [0, 1] to [-1, 1]."""
-    import numpy as np
+def save_pictures(sample: Sample, folder: Path, name: str) -> list[Path]:
+    """Write pictures as PNG files, and the frames of videos as PNG files and one animated GIF.
 
-    batch = torch.from_numpy(np.ascontiguousarray(np.asarray(given)))
-    batch = batch.reshape(-1, *batch.shape[-3:])
-    return batch.permute(0, 3, 1, 2).float() * 2 - 1
+    Args:
+        sample: The pictures.
+        folder: The folder to write to.
+        name: The stem of the files: `name.png` for one picture, `name-0.png` and so on for several. Frames are in
+            the folder `name`, and `name.gif` beside it.
 
-
-def save_pictures(found: Sample, folder: Path, name: str) -> list[Path]:
-    """Write the pictures as `name.png` (or `name-0.png`, ...), frames into a folder `name` and a moving `name.gif`.
+    Returns:
+        The paths of all files.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: A file cannot be written.
     """
     from PIL import Image
 
-    levels = ((found.pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in levels]
-    if found.frames:
+    levels = ((sample.pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [Image.fromarray(level.squeeze(-1) if level.shape[-1] == 1 else level) for level in levels]
+    if sample.frames:
         (folder / name).mkdir(parents=True, exist_ok=True)
         paths = [folder / name / f"{number:04}.png" for number in range(len(pictures))]
-        moving = folder / f"{name}.gif"
-        pictures[0].save(moving, save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0)
+    elif len(pictures) == 1:
+        paths = [folder / f"{name}.png"]
     else:
-        paths = [
-            folder / (f"{name}.png" if len(pictures) == 1 else f"{name}-{number}.png")
-            for number, _ in enumerate(pictures)
-        ]
-        moving = None
+        paths = [folder / f"{name}-{number}.png" for number in range(len(pictures))]
     for path, picture in zip(paths, pictures, strict=True):
         picture.save(path)
-    return [*paths, *([moving] if moving is not None else [])]
+    if sample.frames:
+        paths.append(folder / f"{name}.gif")
+        pictures[0].save(paths[-1], save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0)
+    return paths

@@ -108,6 +108,14 @@ def test_pictures_come_as_pil_images(pipe):
     assert len(NAMES) == 36
 
 
+def test_psnr_of_pictures_that_are_not_finite_is_the_worst():
+    """A picture with NaN or infinite numbers is not taken for an equal one."""
+    reference, broken = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    for value in (math.nan, math.inf, -math.inf):
+        broken[1, 0, 0, 0] = value
+        assert (-math.inf, -math.inf) == psnr(reference, broken)
+
+
 def test_psnr_of_equal_pictures_is_infinite():
     """Equal pictures give infinity; those that differ are averaged without them."""
     one = torch.zeros(3, 3, 4, 4)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.block_chain import Chain
-from cachepolicy.engine.history_packing import compact, is_whole, map_leaves, opened, packed
+from cachepolicy.engine.history_packing import compact, is_whole, leaves, map_leaves, map_once, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, reach
@@ -265,7 +265,7 @@ def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: 
     clone = slot.clones or code == STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
     if not clone and not torch.compiler.is_compiling():
-        slot.whole = is_whole(_flat(kept))
+        slot.whole = is_whole(leaves(kept))
         if not slot.whole:
             slot.output = kept = map_tensors(compact, kept)
     # Graphs have no `_version` counters. There, the graph owns its outputs.
@@ -281,8 +281,7 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
         return output
     if slot.clones or inference or (slot.version is None and slot.versions is None and _of_inference(output)):
         return cloned(output)
-    # Callers may modify lists and output objects, so these are rebuilt. Tensors and tuples are shared.
-    return output if isinstance(output, torch.Tensor | tuple) else map_tensors(_itself, output)  # pyright: ignore[reportUnknownVariableType]
+    return rebuilt_containers(output)
 
 
 def predicted(
@@ -291,11 +290,10 @@ def predicted(
     """Return the prediction for each tensor of the output."""
     # Entries of half a batch cannot serve a full batch.
     kept = [each for each in slot_history(slot, reach(action)) if halved or each.full]
-    columns = [_flat(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
+    columns = [leaves(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
     steps = [each.step for each in kept]
     answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
-    given = iter(answers)
-    return map_tensors(lambda _: next(given), kept[0].output)
+    return filled(kept[0].output, answers)
 
 
 def slot_history(slot: Slot, many: int) -> list[Kept]:
@@ -306,7 +304,7 @@ def slot_history(slot: Slot, many: int) -> list[Kept]:
 
 def _of_inference(output: Any) -> bool:
     """Return True if the output has inference tensors, which must be copied for use outside inference mode."""
-    return not torch.compiler.is_compiling() and any(tensor.is_inference() for tensor in _flat(output))
+    return not torch.compiler.is_compiling() and any(tensor.is_inference() for tensor in leaves(output))
 
 
 def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -314,14 +312,15 @@ def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: tensor.chunk(2, dim=0)[half]
 
 
-def _flat(value: Any) -> list[torch.Tensor]:
-    found = list[torch.Tensor]()
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
-    return found
+def rebuilt_containers(value: Any) -> Any:
+    """Return `value` with new lists and output objects, which callers may modify. Tensors and tuples are shared."""
+    return value if isinstance(value, torch.Tensor | tuple) else map_tensors(lambda tensor: tensor, value)  # pyright: ignore[reportUnknownVariableType]
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def filled(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """Return `value` with its tensors replaced, in order."""
+    rest = list(tensors)
+    return map_tensors(lambda _: rest.pop(0), value)
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
@@ -335,14 +334,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 def cloned(value: Any) -> Any:
     """Clone all tensors in `value`. A tensor that occurs twice is cloned once."""
-    done: dict[int, torch.Tensor] = {}
-
-    def once(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in done:
-            done[id(tensor)] = tensor.detach().clone()
-        return done[id(tensor)]
-
-    return map_tensors(once, value)
+    return map_once(lambda tensor: tensor.detach().clone(), value, torch.Tensor)
 
 
 def counters(value: Any) -> tuple[int, ...] | None:
@@ -368,4 +360,4 @@ def _tensors(value: Any) -> Sequence[torch.Tensor]:
         return [value]
     if type(value) is tuple and all([isinstance(each, torch.Tensor) for each in value]):  # pyright: ignore[reportUnknownVariableType]
         return value  # pyright: ignore[reportUnknownVariableType]
-    return _flat(value)
+    return leaves(value)

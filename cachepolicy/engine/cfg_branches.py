@@ -134,8 +134,8 @@ class Conditioning:
 
     def _note(self, path: _Path, value: Any) -> None:
         if isinstance(value, list | tuple):
-            for place, item in enumerate(value):
-                self._note((*path, place), item)
+            for index, item in enumerate(value):
+                self._note((*path, index), item)
         elif isinstance(value, dict):
             for key, item in value.items():
                 self._note((*path, key), item)
@@ -309,7 +309,7 @@ class Calls:
         distances = [latents.distance(self.known[branch].latents) for branch in matching]
         return any(distance is not None and (latents.few or distance <= FAR) for distance in distances)
 
-    def place(
+    def assign(
         self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
     ) -> BranchMatch:
         """Assign the next call of the current step to a branch, and record it."""
@@ -348,7 +348,7 @@ class Calls:
         if len(matching) > 1:
             return self._sibling(name, conditioning, latents, matching)
         if name is None and not matching:
-            waiting = [each for each in self.known if self._may_continue(each, conditioning)]
+            waiting = [branch for branch in self.known if self._may_continue(branch, conditioning)]
             if waiting:
                 return BranchMatch(waiting[0], doubtful=not self._alone(waiting[0], conditioning))
         return BranchMatch(self._new(name))

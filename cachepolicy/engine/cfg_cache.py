@@ -87,24 +87,24 @@ def frames_of(
     Raises:
         PolicyError: The layout is ambiguous or does not fit the shape (E331).
     """
-    said = arguments.get("format", "found")
+    layout = arguments.get("format", "found")
     grid = tuple(arguments.get("grid", ())) or _grid(named)
-    if said not in {"found", "BSC"}:
-        if len(said) != prediction.ndim:
+    if layout not in {"found", "BSC"}:
+        if len(layout) != prediction.ndim:
             raise PolicyError.of(
-                "E331", f"a prediction of shape {tuple(prediction.shape)} is not laid out as `{said}`", help=_SAY
+                "E331", f"a prediction of shape {tuple(prediction.shape)} is not laid out as `{layout}`", help=_FORMATS
             )
-        return Frames(said)
+        return Frames(layout)
     match prediction.ndim:
         case 4:
             return Frames("BCHW")
         case 5:
-            places = [place for place in (1, 2, 4) if prediction.shape[place] == channels]
-            if len(places) > 1 and latents is not None:
+            axes = [axis for axis in (1, 2, 4) if prediction.shape[axis] == channels]
+            if len(axes) > 1 and latents is not None:
                 # The prediction has the sizes of the latents except for the channels.
-                places = [place for place in places if _without(prediction, place) == _without(latents, place)]
-            if len(places) == 1:
-                return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[places[0]])
+                axes = [axis for axis in axes if _without(prediction, axis) == _without(latents, axis)]
+            if len(axes) == 1:
+                return Frames({1: "BCFHW", 2: "BFCHW", 4: "BFHWC"}[axes[0]])
         case 3 if grid is not None and len(grid) == 3 and math.prod(grid) == prediction.shape[1]:
             return Frames("BSC", grid)
         case _:
@@ -112,15 +112,15 @@ def frames_of(
     raise PolicyError.of(
         "E331",
         f"a prediction of shape {tuple(prediction.shape)} could be laid out in more than one way",
-        help=_SAY,
+        help=_FORMATS,
     )
 
 
-_SAY = 'say it: `format: "BCFHW"`, `"BFCHW"`, `"BFHWC"`, `"BCHW"` or `"BSC"` with `grid: [frames, height, width]`'
+_FORMATS = 'say it: `format: "BCFHW"`, `"BFCHW"`, `"BFHWC"`, `"BCHW"` or `"BSC"` with `grid: [frames, height, width]`'
 
 
-def _without(tensor: torch.Tensor, place: int) -> tuple[int, ...]:
-    return tuple(tensor.shape[:place]) + tuple(tensor.shape[place + 1 :])
+def _without(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:
+    return tuple(tensor.shape[:axis]) + tuple(tensor.shape[axis + 1 :])
 
 
 def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -212,12 +212,11 @@ def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequenc
     if only is not None:
         return {name: _half(value, None, layout) if name in only else value for name, value in named.items()}
     return {
-        name: value if _speaks_of_positions(name, value) else _half(value, batch, layout)
-        for name, value in named.items()
+        name: value if _holds_positions(name, value) else _half(value, batch, layout) for name, value in named.items()
     }
 
 
-def _speaks_of_positions(name: str, value: Any) -> bool:
+def _holds_positions(name: str, value: Any) -> bool:
     """Return True for a 1-d integer tensor of positions, whose length may equal the batch size by chance."""
     row = isinstance(value, torch.Tensor) and value.ndim == 1 and not value.is_floating_point()
     return row and POSITIONS.search(name) is not None
@@ -229,13 +228,13 @@ def _half(value: Any, batch: int | None, layout: str) -> Any:
         rows = value.shape[0] if value.ndim > 0 else 1
         return halves(value, layout)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
     if isinstance(value, dict):
-        return {key: _half(each, batch, layout) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {key: _half(item, batch, layout) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(value, list | tuple) or not value:
         return value
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
     # Either all items of a sequence are batched, or the sequence itself is the batch.
-    if all(isinstance(each, torch.Tensor) and each.ndim > 1 and each.shape[0] == batch for each in items):
-        return type(value)(_half(each, batch, layout) for each in items)  # pyright: ignore[reportUnknownVariableType]
+    if all(isinstance(item, torch.Tensor) and item.ndim > 1 and item.shape[0] == batch for item in items):
+        return type(value)(_half(item, batch, layout) for item in items)  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list) and (len(items) == batch or batch is None):
         middle = len(items) // 2
         return items[middle:] if layout == "uncond first" else items[:middle]
@@ -253,8 +252,8 @@ def predictions_of(output: Any, rows: int) -> list[torch.Tensor]:
 
 def with_predictions(output: Any, rows: int, predictions: Sequence[torch.Tensor]) -> Any:
     """Return `output` with its batched tensors replaced by `predictions`, in order."""
-    given = iter(predictions)
-    values = [_like(value, next(given)) if _is_batch(value, rows) else value for value in _values(output)]
+    rest = iter(predictions)
+    values = [_like(value, next(rest)) if _is_batch(value, rows) else value for value in _values(output)]
     if isinstance(output, dict):
         items = dict(zip(output, values, strict=True))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         return items if type(output) is dict else type(output)(**items)  # pyright: ignore[reportUnknownArgumentType]
@@ -270,13 +269,13 @@ def _values(output: Any) -> list[Any]:
 def _is_batch(value: Any, rows: int) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim > 0 and value.shape[0] == rows
-    return isinstance(value, list) and len(value) == rows and all(isinstance(each, torch.Tensor) for each in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return isinstance(value, list) and len(value) == rows and all(isinstance(sample, torch.Tensor) for sample in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 def _stacked(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
-    if len({each.shape for each in value}) != 1:
+    if len({sample.shape for sample in value}) != 1:
         raise PolicyError.of("E332", "the samples of a guidance batch have different shapes")
     return torch.stack(value)
 

@@ -263,13 +263,13 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     starts = calls.trajectory != clock.trajectories
     if starts:
         calls.begin(clock.trajectories)
-    belonging = calls.place(name, conditioning, latents, list(repeats.matching))
-    branch = belonging.branch
+    match = calls.assign(name, conditioning, latents, list(repeats.matching))
+    branch = match.branch
     signature = arguments.signature()
     stale = not starts and calls.signatures.get(branch, signature) != signature
     calls.signatures[branch] = signature
     tick, ahead = _with_context(tick, branch, context), _ahead(clock, context)
-    return Reading(tick, starts, stale, ahead, belonging.doubtful, belonging.revives)
+    return Reading(tick, starts, stale, ahead, match.doubtful, match.revives)
 
 
 _UNKNOWN = Ahead()

@@ -83,6 +83,26 @@ def hooks_of(module: nn.Module) -> dict[str, Any]:
     return {} if registry is None else registry.hooks
 
 
+def split_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call as the module's forward receives them under diffusers' context parallelism.
+
+    The diffusers hook runs inside the intercepted call and splits the arguments. Residuals have to be computed from the
+    split tensors. The hook returns views and changes nothing, so it can be called twice.
+    """
+    if "_diffusers_hook" not in module.__dict__:
+        return args, kwargs
+    # A module with a hook implies that diffusers' hooks are imported, but not necessarily this file.
+    parallel: Any = sys.modules.get("diffusers.hooks.context_parallel")
+    if parallel is None:
+        return args, kwargs
+    for hook in reversed(list(hooks_of(module).values())):
+        if isinstance(hook, parallel.ContextParallelSplitHook):
+            args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return args, kwargs
+
+
 def introduce(module: nn.Module) -> None:
     """Make the class of an intercepted block known where diffusers looks blocks up by their exact class."""
     helpers = sys.modules.get("diffusers.hooks._helpers")

@@ -46,7 +46,7 @@ from cachepolicy.engine.block_chain import (
     signature,
 )
 from cachepolicy.engine.chain_check import Tracker, is_trackable
-from cachepolicy.engine.compat import left
+from cachepolicy.engine.compat import left, split_arguments
 from cachepolicy.engine.compile.graph_io import fill, lacking, problem
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.distributed.consensus import Agreement
@@ -55,7 +55,6 @@ from cachepolicy.engine.history import trim
 from cachepolicy.engine.hooks import Leave, SiteHandle
 from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Measuring, Remembered, probed
-from cachepolicy.engine.split_inputs import split_arguments
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
@@ -112,7 +111,7 @@ class Forms(Protocol):
 class Host(Protocol):
     """The interface of a root model for `ForwardPass`."""
 
-    layout: ExecutionPlan
+    execution: ExecutionPlan
     continuations: Continuations
     externals: Mapping[str, Any]
     module: torch.nn.Module
@@ -198,9 +197,9 @@ class ForwardPass:
         self._last: tuple[Any, Names, list[Any]] | None = None
 
     def _decided(self) -> tuple[list[Decision], list[Memory]]:
-        layout, program = self.host.layout, self.host.layout.program
-        if not (self.facts or layout.followed or program.measured) and self.branch.partition is program.coarse:
-            return layout.recall.decided(self.branch.memories, self.tick)
+        execution, program = self.host.execution, self.host.execution.program
+        if not (self.facts or execution.followed or program.measured) and self.branch.partition is program.coarse:
+            return execution.recall.decided(self.branch.memories, self.tick)
         return decide_all(
             program,
             self.branch.partition,
@@ -221,7 +220,7 @@ class ForwardPass:
     @property
     def keepings(self) -> Sequence[Keeping]:
         """The stored results of each site, by site number."""
-        return self.host.layout.keepings
+        return self.host.execution.keepings
 
     @property
     def forms(self) -> Mapping[int, ChainForm]:
@@ -253,7 +252,7 @@ class ForwardPass:
         if (
             not self.parts
             or self.measuring is None
-            or not all(self.measuring.has(probe) for probe in self.host.layout.plan.probes)
+            or not all(self.measuring.has(probe) for probe in self.host.execution.plan.probes)
         ):
             return
         for site, part in self.parts.items():
@@ -273,11 +272,11 @@ class ForwardPass:
 
     def wanted(self, site: int) -> Reads:
         """Return what later steps may read of a result that the site computes now."""
-        return self.liveness.wanted(self.host.layout.program.alike.group_of[site], self.tick, self.tick.step)
+        return self.liveness.wanted(self.host.execution.program.alike.group_of[site], self.tick, self.tick.step)
 
     def let_go(self) -> bool:
         """Release what no later step reads. Return True if the held bytes may have changed."""
-        alike, reads_of, slots = self.host.layout.program.alike.group_of, self.branch.reads, self.branch.slots
+        alike, reads_of, slots = self.host.execution.program.alike.group_of, self.branch.reads, self.branch.slots
         changed = False
         for group, decision, memory in zip(self.branch.partition.groups, self.decisions, self.after, strict=True):
             first = group.sites[0]
@@ -357,14 +356,14 @@ class ForwardPass:
     def _matter(self, site: int) -> tuple[str, str]:
         """Return what is decided, and the non-signal inputs of the decision, as text equal on all processes."""
         memory = self.branch.memories[self.branch.partition.group_of[site]]
-        name = self.host.layout.program.plan.sites[site].name
+        name = self.host.execution.program.plan.sites[site].name
         return f"`{name}`", f"{self.tick.branch} {memory.last} {memory.computes}"
 
     def problem(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return why a site cannot reuse, where other processes need this before the decision."""
         if not self._shared(site.index) or isinstance(self._action(site.index), ir.ApproximateUncond):
             return None
-        if self.host.layout.keepings[site.index].streams:
+        if self.host.execution.keepings[site.index].streams:
             return self._chain_problem(site.index, names, self._action(site.index))
         return unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
 
@@ -378,7 +377,7 @@ class ForwardPass:
     def _inputs(self, site: int, memory: Memory) -> Inputs:
         leaders = {name: decided[site] for name, decided in self.leaders.items()}
         signals = self.signals_of.get(site, {})
-        return Inputs(self.tick, memory, signals, self.host.layout.program.tables, leaders, self.facts.get(site))
+        return Inputs(self.tick, memory, signals, self.host.execution.program.tables, leaders, self.facts.get(site))
 
     def repeats(self, site: int) -> None:
         """Mark a site that one forward pass calls more than once. It has one slot, so it always computes."""
@@ -387,7 +386,7 @@ class ForwardPass:
     def refuse(self, site: int, reason: str) -> None:
         """Force a site and the sites inside it to compute."""
         self.facts[site] = reason
-        for each in self.host.layout.program.plan.sites:
+        for each in self.host.execution.program.plan.sites:
             if site in each.parents:
                 self.facts.setdefault(each.index, "the site around it had to compute")
 
@@ -432,15 +431,15 @@ class ForwardPass:
 
     def _undecided(self) -> list[int]:
         """Return the sites that wait for their signals."""
-        if not self.host.layout.program.measured:
+        if not self.host.execution.program.measured:
             return []
         return [site for site, group in enumerate(self.branch.partition.group_of) if self.decisions[group] is WAITING]
 
     def decide_again(self) -> None:
         """Decide again with the facts known so far, on the fine partition."""
-        if self.branch.partition is not self.host.layout.program.fine:
-            self.branch.memories = self.host.layout.program.split(self.branch.memories)
-            self.branch.partition = self.host.layout.program.fine
+        if self.branch.partition is not self.host.execution.program.fine:
+            self.branch.memories = self.host.execution.program.split(self.branch.memories)
+            self.branch.partition = self.host.execution.program.fine
         self.decisions, self.after = self._decided()
 
     def open(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
@@ -463,7 +462,7 @@ class ForwardPass:
         for span, position in site.members:
             if span in self._recorders:
                 self._record(span, position, module, names, self._opened, output)
-        what = self.host.layout.keepings[site.index]
+        what = self.host.execution.keepings[site.index]
         if not what.streams and self.wanted(site.index).outputs:
             states = hidden_states(args, kwargs)
             keep(
@@ -537,7 +536,7 @@ class ForwardPass:
         if answer is not None or code == ANSWER:
             return output
         if code != COMPUTE:
-            slot, what = self.branch.slots[site.index], self.host.layout.keepings[site.index]
+            slot, what = self.branch.slots[site.index], self.host.execution.keepings[site.index]
             keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
         self.leave(site, module, names, output, before)
         self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
@@ -636,7 +635,7 @@ class ForwardPass:
 
     def _ready(self, span: int) -> bool:
         assert self.measuring is not None
-        return all(self.measuring.has(probe) for probe in self.host.layout.inside[span])
+        return all(self.measuring.has(probe) for probe in self.host.execution.inside[span])
 
     # --- spans -------------------------------------------------------------------------------------------
 
@@ -697,7 +696,7 @@ class ForwardPass:
                 step=self.tick.step,
                 full=not self.halved,
             )
-            blocks = self.host.layout.names[span]
+            blocks = self.host.execution.names[span]
             if position == 0 and is_trackable(chain, len(blocks), names):
                 recorder = Tracker(chain, keeps, len(blocks))
             else:
@@ -715,7 +714,7 @@ class ForwardPass:
             case Recorder():
                 assert begun is not None
                 recorder.end(position, module, names, begun, output)
-        if recorder.calls == len(self.host.layout.names[span]):
+        if recorder.calls == len(self.host.execution.names[span]):
             self._recorders.pop(span).finish()
 
     def _tracked(
@@ -734,7 +733,7 @@ class ForwardPass:
         output = original(module, *args, **kwargs)
         tracker.end(position, output)
         self._last = None
-        if tracker.calls == len(self.host.layout.names[span]):
+        if tracker.calls == len(self.host.execution.names[span]):
             self._recorders.pop(span).finish()
         return output
 
@@ -771,12 +770,12 @@ class ForwardPass:
             pairs = [
                 (answer, given, value is not None) for answer, given, value in zip(answers, inputs, values, strict=True)
             ]
-            what = self.host.layout.keepings[span]
+            what = self.host.execution.keepings[span]
             residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
             # Clone, because the caller may modify the answer in place.
             outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
             newest = ChainEntry(residuals, outputs, self.tick.step, not self.halved)
-            chain.push(link.segment, newest, history, self.host.layout.keepings[span].depth)
+            chain.push(link.segment, newest, history, self.host.execution.keepings[span].depth)
         return answers
 
     def _own(self, entry: ChainEntry, place: int, *, residual: bool) -> torch.Tensor | None:
@@ -791,7 +790,7 @@ class ForwardPass:
             return "its inputs and outputs are not known yet" if skips else chain.storing.lacking
         if not skips and not chain.holds(residual=_of_residual(action)):
             return chain.storing.lacking
-        if len(chain.links) < len(self.host.layout.names[span]):
+        if len(chain.links) < len(self.host.execution.names[span]):
             return "a block of it did not run when it computed"
         if skips:
             return None
@@ -810,7 +809,7 @@ class ForwardPass:
         """Return the code of a single-module site: `ANSWER`, or how it computes."""
         if site.index < 0:
             return COMPUTE
-        what = self.host.layout.keepings[site.index]
+        what = self.host.execution.keepings[site.index]
         if what.streams:
             return COMPUTE  # the history of a stream site is its chain in `members`
         store = self.store if self.wanted(site.index).outputs else COMPUTE
@@ -832,7 +831,9 @@ class ForwardPass:
         if feedback(action):
             if self.halved and slot.full and slot.shape is not None:
                 slot.shape = torch.Size((slot.shape[0] // 2, *slot.shape[1:]))
-            push(slot, self.host.layout.keepings[site], self.store, output, step=self.tick.step, full=not self.halved)
+            push(
+                slot, self.host.execution.keepings[site], self.store, output, step=self.tick.step, full=not self.halved
+            )
         return output
 
     def arguments(
@@ -854,7 +855,7 @@ class ForwardPass:
             read = set[str]().union(*(names_in(argument.value) for argument in wanted))
             names |= {name: self._asked(name, site) for name in self.host.externals if name in read}
         names |= clock_words(self.tick, Memory(self.tick.step))
-        environment = Environment(names, self.host.layout.program.tables)
+        environment = Environment(names, self.host.execution.program.tables)
         try:
             return {argument.label: evaluate(argument.value, environment) for argument in wanted}
         except (Undefined, TypeError) as error:
@@ -868,7 +869,7 @@ class ForwardPass:
         supply = self.host.externals[external]
         if not getattr(supply, "takes_module", False):
             return supply()
-        return supply(self.host.module.get_submodule(self.host.layout.names[site][0]))
+        return supply(self.host.module.get_submodule(self.host.execution.names[site][0]))
 
 
 def _target(names: Names) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.engine.history_packing import Packed, Packing, is_whole, map_leaves
+from cachepolicy.engine.history_packing import Packed, Packing, is_whole, leaves
 from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.planning.schedule import OVER_LIMIT
 
@@ -86,11 +86,6 @@ ANYHOW = Storing()
 
 def flat(value: Any) -> list[torch.Tensor]:
     """Return the tensors in an output or in its stored form. A tensor that occurs twice is listed once."""
-    found = dict[int, torch.Tensor]()
-
-    def note(each: torch.Tensor | Packed) -> None:
-        for tensor in each.tensors if isinstance(each, Packed) else (each,):
-            found[id(tensor)] = tensor
-
-    map_leaves(note, value, (torch.Tensor, Packed))
-    return list(found.values())
+    found = leaves(value, (torch.Tensor, Packed))
+    tensors = [tensor for each in found for tensor in (each.tensors if isinstance(each, Packed) else (each,))]
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -1,4 +1,4 @@
-"""A limit on the bytes that all sessions of a run hold together. This module does not use torch.
+"""Memory of a run: the bytes that its sessions hold, and a limit on them. This module does not use torch.
 
 A session asks before it stores something. Over the limit, it releases its own items that save the least work per byte.
 It does not touch items of other sessions, so no session waits for another. If a session is refused although it holds
@@ -15,6 +15,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from cachepolicy.planning.cost_model import format_bytes
+from cachepolicy.planning.schedule import OVER_LIMIT
 
 _numbers = itertools.count()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE)
@@ -75,7 +78,7 @@ class Lease:
 
 @dataclass(slots=True)
 class _Held:
-    share: weakref.ref[Lease]
+    lease: weakref.ref[Lease]
     size: int
 
 
@@ -92,53 +95,55 @@ class Account:
     def held(self) -> int:
         """Bytes that the session holds."""
         # Iterate over a copy: the callback of a dying lease may change the dict.
-        return sum(each.size for each in list(self._held.values()))
+        return sum(held.size for held in list(self._held.values()))
 
-    def admits(self, share: Lease, size: int) -> bool:
+    def admits(self, lease: Lease, size: int) -> bool:
         """Make room for a lease by releasing less valuable ones. Return False if these do not suffice."""
         with self.budget.lock:
-            self._held.pop(share.number, None)
+            self._held.pop(lease.number, None)
             room, fair = self.budget.room(self)
             needed = self.held + size - room
-            worse = [each for each in self._by_worth() if each[0].worth < share.worth]
+            worse = [pair for pair in self._by_worth() if pair[0].worth < lease.worth]
             if needed > sum(size for _, size in worse):
                 self.waits = self.held + size <= fair
                 return False
             self._give_up(worse, needed)
             # The callback frees the bytes when the lease dies. It refers to the dict only, so it does not keep the
             # account alive.
-            number, held = share.number, self._held
-            held[number] = _Held(weakref.ref(share, lambda _: held.pop(number, None)), size)
+            number, held = lease.number, self._held
+            held[number] = _Held(weakref.ref(lease, lambda _: held.pop(number, None)), size)
             return True
 
-    def shrink(self, share: Lease, size: int) -> None:
+    def shrink(self, lease: Lease, size: int) -> None:
         """Reduce the size of a lease."""
         with self.budget.lock:
-            held = self._held.get(share.number)
+            held = self._held.get(lease.number)
             if held is not None and size:
                 held.size = min(size, held.size)
             elif held is not None:
-                del self._held[share.number]
+                del self._held[lease.number]
 
     def give_way(self) -> None:
         """Shrink to the fair share if another session waits for its own."""
         self.waits = False
         with self.budget.lock:
             room, _ = self.budget.room(self)
-            self._give_up([each for each in self._by_worth() if each[0].worth < math.inf], self.held - room)
+            self._give_up(
+                [(lease, size) for lease, size in self._by_worth() if lease.worth < math.inf], self.held - room
+            )
 
     def _by_worth(self) -> list[tuple[Lease, int]]:
         """Return the live leases and sizes, least valuable first, newest first among equals."""
-        found = [(each.share(), each.size) for each in list(self._held.values())]
-        alive = [(share, size) for share, size in found if share is not None]
-        return sorted(alive, key=lambda each: (each[0].worth, -each[0].number))
+        found = [(held.lease(), held.size) for held in list(self._held.values())]
+        alive = [(lease, size) for lease, size in found if lease is not None]
+        return sorted(alive, key=lambda pair: (pair[0].worth, -pair[0].number))
 
-    def _give_up(self, shares: list[tuple[Lease, int]], needed: int) -> None:
-        for share, size in shares:
+    def _give_up(self, leases: list[tuple[Lease, int]], needed: int) -> None:
+        for lease, size in leases:
             if needed <= 0:
                 return
-            share.give_up()
-            self._held.pop(share.number, None)
+            lease.give_up()
+            self._held.pop(lease.number, None)
             needed -= size
 
 
@@ -165,10 +170,36 @@ class Budget:
     def room(self, account: Account) -> tuple[int, int]:
         """Return the bytes that an account may hold, and its fair share."""
         others = list(self._others(account))
-        fair = self.limit // (1 + sum(1 for each in others if each.waits or each.held))
-        room = self.limit - sum(each.held for each in others)
-        return (min(room, fair) if any(each.waits for each in others) else room), fair
+        fair = self.limit // (1 + sum(1 for other in others if other.waits or other.held))
+        room = self.limit - sum(other.held for other in others)
+        return (min(room, fair) if any(other.waits for other in others) else room), fair
 
     def _others(self, account: Any) -> Iterator[Account]:
         with self.lock:
-            return iter([each for each in self._accounts if each is not account])
+            return iter([other for other in self._accounts if other is not account])
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """Bytes of history.
+
+    Attributes:
+        held: Bytes that all sessions hold now.
+        most: The most bytes that one session has held after a call.
+        limit: The memory limit in bytes, or None.
+        refused: Names of sites that compute in some session because of the limit.
+    """
+
+    held: int
+    most: int
+    limit: int | None = None
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        of = "" if self.limit is None else f" of {format_bytes(self.limit)}"
+        lines = [f"{format_bytes(self.held)}{of} held, {format_bytes(self.most)} by one session at most"]
+        if self.refused:
+            first, *others = self.refused
+            more = f" and {len(others)} more" if others else ""
+            lines.append(f"{OVER_LIMIT}: {first}{more}")
+        return "\n".join(lines)

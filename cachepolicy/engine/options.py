@@ -33,8 +33,8 @@ class RunOptions:
     @property
     def limit(self) -> int | None:
         """`memory_limit` in bytes."""
-        said = self.memory_limit
-        return bytes_of(said) if isinstance(said, str) else said
+        limit = self.memory_limit
+        return bytes_of(limit) if isinstance(limit, str) else limit
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -44,8 +44,8 @@ class RunOptions:
     def _problem(self) -> tuple[str, str] | None:
         """Return a problem and its correction, or None."""
         # Checked at run time, since callers may not use a type checker.
-        told = (self.steps, self.guidance, self.samples, self.trace)
-        steps, guidance, samples, trace = cast("tuple[Any, Any, Any, Any]", told)
+        values = (self.steps, self.guidance, self.samples, self.trace)
+        steps, guidance, samples, trace = cast("tuple[Any, Any, Any, Any]", values)
         if self.timestep is not None and not callable(self.timestep):
             return "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):

@@ -83,7 +83,7 @@ class RootContext:
 class PassContext:
     """A root model under the settings of one session."""
 
-    layout: ExecutionPlan
+    execution: ExecutionPlan
     continuations: Continuations
     externals: Mapping[str, Any]
     module: torch.nn.Module
@@ -94,13 +94,13 @@ class PassContext:
 class RootModel(Handle):
     """A root model of a run: a denoiser with its plan, its sites and its sessions."""
 
-    def __init__(self, run: Any, name: str, module: torch.nn.Module, around: RootContext) -> None:
+    def __init__(self, run: Any, name: str, module: torch.nn.Module, context: RootContext) -> None:
         self.run = run
         self.name = name
         self.module = module
-        self.around = around
-        self.layout = around.session_config.layouts[name]
-        self.plan = self.layout.plan
+        self.context = context
+        self.execution = context.session_config.executions[name]
+        self.plan = self.execution.plan
         self.root = inspect_root(module)
         self.channels = _channels(module)
         self.identity = next(_identities)
@@ -127,21 +127,21 @@ class RootModel(Handle):
 
         at("")
         for site in sorted(self.plan.sites, key=lambda site: len(site.parents)):
-            what = self.layout.keepings[site.index]
+            what = self.execution.keepings[site.index]
             if what.streams:
                 for position, name in enumerate(site.modules):
                     at(name).members.append((site.index, position))
             if len(site.modules) == 1:
                 handle = at(site.modules[0])
                 handle.index, handle.keeping = site.index, what
-                handle.plain = what.plain and self.around.storing is ANYHOW
+                handle.plain = what.plain and self.context.storing is ANYHOW
         for probe, place in self.plan.probes.items():
             before = probe.stream in {"input", "argument"}
             handle = at(place.modules[0 if before else -1])
             (handle.inputs if before else handle.outputs).append(probe)
             if len(place.modules) > 1:
                 at(place.modules[0]).starts.append(probe)
-        if any(what.streams for what in self.layout.keepings) or self.plan.probes:
+        if any(what.streams for what in self.execution.keepings) or self.plan.probes:
             # All blocks are watched: their calls show which output becomes which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
@@ -163,7 +163,7 @@ class RootModel(Handle):
 
     def drop_current(self) -> None:
         """End the session of the current call, because its trajectory has ended."""
-        self.around.sessions.end_current()
+        self.context.sessions.end_current()
 
     # --- one call ----------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class RootModel(Handle):
             # `close` reads the counter under the same lock, so hooks are not removed during a forward pass.
             self.active += 1
         try:
-            session, here = self.around.sessions.begin()
+            session, here = self.context.sessions.begin()
             try:
                 return self._call(session, here, args, kwargs, compiler=compiler)
             except BaseException as error:
@@ -216,16 +216,16 @@ class RootModel(Handle):
         state = session.states.get(self.name)
         if state is None:
             state = session.states[self.name] = State(self._hosted(session_config))
-            state.account = None if self.around.budget is None else Account(self.around.budget)
+            state.account = None if self.context.budget is None else Account(self.context.budget)
         arguments = arguments_of(self.root, args, kwargs)
-        reading = self._read(session, state, self.around.sources(session_config, here), arguments)
+        reading = self._read(session, state, self.context.sources(session_config, here), arguments)
         if reading.starts:
-            self.around.settle(self)
+            self.context.settle(self)
             self._start(session, state, reading.tick)
         forward_pass = self._new_pass(session_config, state, reading)
         call = RootCall(session, state, forward_pass, arguments, args, kwargs)
-        if forward_pass.host.layout.approximation is not None:
-            call.guided = self.around.guided(session_config, here)
+        if forward_pass.host.execution.approximation is not None:
+            call.guided = self.context.guided(session_config, here)
         self._open(call)
         if self.graphs.used(whole=compiler) and not call.answered:
             call.learns = self.graphs.learns(arguments)
@@ -238,8 +238,8 @@ class RootModel(Handle):
 
     def _terms(self, session: Session, here: Entered | None) -> SessionConfig:
         if session.session_config is None:
-            said = here.session_config if here is not None and here.of(self.around.sessions) else None
-            session.session_config = said or self.around.session_config
+            said = here.session_config if here is not None and here.of(self.context.sessions) else None
+            session.session_config = said or self.context.session_config
         return session.session_config
 
     def _read(self, session: Session, state: State, sources: Sources, arguments: CallArguments) -> Reading:
@@ -247,45 +247,45 @@ class RootModel(Handle):
             return read(session.clock, state.calls, sources, self.root, arguments)
         except BaseException:
             # The clock failed, so it is unknown whether a trajectory begins here. Peers would wait for this process in
-            # a collective, so they are told that it has stopped.
-            for peers in self._others(state.host.layout, known=True):
+            # a collective, so this process reports that it has stopped.
+            for peers in self._others(state.host.execution, known=True):
                 if peers is not None:
                     Agreement(peers, "").abandon()
             raise
 
     def _new_pass(self, session_config: SessionConfig, state: State, reading: Reading) -> ForwardPass:
         """Create the forward pass on its guidance branch, with its decisions."""
-        layout, tick = state.host.layout, reading.tick
-        if layout.approximation is not None and tick.branch in COND_BRANCHES:
+        execution, tick = state.host.execution, reading.tick
+        if execution.approximation is not None and tick.branch in COND_BRANCHES:
             for name in UNCOND_BRANCHES & state.branches.keys():
                 other = state.branches[name]
-                alone = rebuilds_uncond(layout.program, other.partition, other.memories, replace(tick, branch=name))
+                alone = rebuilds_uncond(execution.program, other.partition, other.memories, replace(tick, branch=name))
                 tick = replace(tick, uncond_skipped=alone)
         if tick.step != state.step:
             state.decided.clear()
             state.doubted.clear()
             state.step = tick.step
         branch, facts = self._branch(state, tick, reading)
-        leaders = {name: state.decided[name] for name in layout.followed if name in state.decided}
+        leaders = {name: state.decided[name] for name in execution.followed if name in state.decided}
         if state.account is not None:
             state.account.give_way()
             facts |= {site: OVER_LIMIT for site, slot in enumerate(branch.slots) if slot.storing.lacking is OVER_LIMIT}
         facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
         liveness = self._liveness(state, reading.ahead)
         measuring = None
-        if layout.signals.numbers and liveness.measures(tick, now=True):
-            environment = Environment(clock_words(tick, Memory(tick.step)), layout.program.tables)
-            worst = session_config.told.samples == "max"
+        if execution.signals.numbers and liveness.measures(tick, now=True):
+            environment = Environment(clock_words(tick, Memory(tick.step)), execution.program.tables)
+            worst = session_config.options.samples == "max"
             measuring = Measuring(
-                layout.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
+                execution.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
             )
         return ForwardPass(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
 
     def _liveness(self, state: State, ahead: Ahead) -> Liveness:
         """Return what later steps may read. The result is cached until the clock's forecast changes."""
-        loose, found = bool(self.repeated) or self.around.budget is not None, state.liveness
+        loose, found = bool(self.repeated) or self.context.budget is not None, state.liveness
         if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
-            found = state.liveness = state.host.layout.liveness(ahead, loose=loose)
+            found = state.liveness = state.host.execution.liveness(ahead, loose=loose)
         return found
 
     def _branch(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
@@ -297,8 +297,8 @@ class RootModel(Handle):
             return branch, {}
         slots = [Slot(each) for each in self._storings(state, tick, reading.ahead)]
         if branch is None:
-            layout = state.host.layout
-            state.branches[tick.branch] = Branch(layout.program.coarse, layout.recall.start, slots)
+            execution = state.host.execution
+            state.branches[tick.branch] = Branch(execution.program.coarse, execution.recall.start, slots)
             return state.branches[tick.branch], {}
         # The shapes have changed, or the branch is uncertain: the history is discarded, the memories stay. An uncertain
         # branch is kept aside, in case the call turns out to be of another branch.
@@ -311,10 +311,10 @@ class RootModel(Handle):
 
     def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:
         """Return how each site of a branch stores its results."""
-        storing = self.around.storing
+        storing = self.context.storing
         if state.account is None:
             return [storing] * len(self.plan.sites)
-        program = state.host.layout.program
+        program = state.host.execution.program
         counted = self._reuses.get(ahead)
         if counted is None or counted.program is not program:
             if len(self._reuses) >= _MOST_CLOCKS:
@@ -328,7 +328,7 @@ class RootModel(Handle):
 
         return [
             Storing(storing.packing, state.account, saving(site), what.depth)
-            for site, what in enumerate(state.host.layout.keepings)
+            for site, what in enumerate(state.host.execution.keepings)
         ]
 
     @cached_property
@@ -341,8 +341,8 @@ class RootModel(Handle):
         return site_weights(self.plan, counts)
 
     def _hosted(self, session_config: SessionConfig) -> PassContext:
-        layout, externals = session_config.layouts[self.name], session_config.told.externals
-        return PassContext(layout, self.continuations, externals, self.module, self.repeated, self.graphs)
+        execution, externals = session_config.executions[self.name], session_config.options.externals
+        return PassContext(execution, self.continuations, externals, self.module, self.repeated, self.graphs)
 
     def _start(self, session: Session, state: State, tick: Tick) -> None:
         """Start a trajectory: release the state of the last one on all root models of the session."""
@@ -351,7 +351,7 @@ class RootModel(Handle):
                 self.finished(each)
                 each.clear()
         self.graphs.look()
-        trace, plan = self.around.trace, state.host.layout.plan
+        trace, plan = self.context.trace, state.host.execution.plan
         state.trajectory = trace.begin(session.key, plan) if trace is not None else None
         self._meet(state)
         error = untold(plan, tick)
@@ -363,18 +363,18 @@ class RootModel(Handle):
 
         The search runs at each trajectory, because a model can be parallelized after `apply`.
         """
-        layout = state.host.layout
-        policy = f"{layout.plan.resolved.digest} {self.around.session_config.told.samples}"
-        peers, holders = self._others(layout)
+        execution = state.host.execution
+        policy = f"{execution.plan.resolved.digest} {self.context.session_config.options.samples}"
+        peers, holders = self._others(execution)
         state.agreement = Agreement(peers, policy) if peers is not None else None
         state.company = Agreement(holders, policy) if holders is not None else None
 
-    def _others(self, layout: ExecutionPlan, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
+    def _others(self, execution: ExecutionPlan, *, known: bool = False) -> tuple[Peers | None, Peers | None]:
         """Return the processes that share the samples, and those that share only sharded parameters."""
-        told = self.around.session_config.told.process_group
-        if not layout.signals.numbers or told is False:
+        group = self.context.session_config.options.process_group
+        if not execution.signals.numbers or group is False:
             return None, None
-        peers = peers_of(told, self.module, known=known)
+        peers = peers_of(group, self.module, known=known)
         holders = holders_of(self.module, known=known)
         among = peers is not None and holders is not None and set(holders.ranks) <= set(peers.ranks)
         return peers, None if among else holders
@@ -382,25 +382,25 @@ class RootModel(Handle):
     def _open(self, call: RootCall) -> None:
         """Handle the root model itself, where it is a site or has probes."""
         site, forward_pass = self.handles[""], call.forward_pass
-        layout = forward_pass.host.layout
-        if not site.special and layout.itself is None:
+        execution = forward_pass.host.execution
+        if not site.special and execution.itself is None:
             return
         forward_pass.enter(site, call.arguments.named, call.args, call.kwargs)
-        if layout.itself is None:
+        if execution.itself is None:
             return
         problem = forward_pass.problem(site, call.arguments.named, call.args, call.kwargs)
-        decision = forward_pass.decision(layout.itself, problem)
-        if layout.approximation is not None and (
+        decision = forward_pass.decision(execution.itself, problem)
+        if execution.approximation is not None and (
             isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
         ):
-            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else layout.approximation
+            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else execution.approximation
             self._open_guidance(call, action)
         else:
             call.answered, call.output = forward_pass.open(site, call.arguments.named, call.args, call.kwargs)
 
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
         forward_pass = call.forward_pass
-        itself = forward_pass.host.layout.itself
+        itself = forward_pass.host.execution.itself
         assert itself is not None
         settings = forward_pass.arguments(action, itself, without=_FACTORS)
         forward_pass.half = int(settings["layout"] == "uncond first")
@@ -431,17 +431,17 @@ class RootModel(Handle):
 
     def _frame(self, forward_pass: ForwardPass) -> Frame:
         """Build the frame with the codes of all sites. Codes of equal decisions are cached."""
-        partition, layout = forward_pass.branch.partition, forward_pass.host.layout
+        partition, execution = forward_pass.branch.partition, forward_pass.host.execution
         by_group = tuple(
             _code(decision, forward_pass, group.sites[0])
             for decision, group in zip(forward_pass.decisions, partition.groups, strict=True)
         )
-        key = (partition is layout.program.coarse, by_group)
-        codes = layout.codes.get(key)
+        key = (partition is execution.program.coarse, by_group)
+        codes = execution.codes.get(key)
         if codes is None:
-            if len(layout.codes) >= _MOST_SIGNATURES:
-                layout.codes.clear()
-            codes = layout.codes[key] = [by_group[group] for group in partition.group_of]
+            if len(execution.codes) >= _MOST_SIGNATURES:
+                execution.codes.clear()
+            codes = execution.codes[key] = [by_group[group] for group in partition.group_of]
         return Frame(self, codes, forward_pass.branch.slots, forward_pass, forward_pass.tick.step)
 
     def surprised(self) -> None:
@@ -452,7 +452,7 @@ class RootModel(Handle):
         """Commit the forward pass: memories, counts and trace. Return its output."""
         forward_pass, state = call.forward_pass, call.state
         site = self.handles[""]
-        if forward_pass.host.layout.itself is not None and not call.answered and call.guidance is None:
+        if forward_pass.host.execution.itself is not None and not call.answered and call.guidance is None:
             forward_pass.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
         if call.guidance is not None and not call.answered and self._guides(call):
             output = state.guide.ended(
@@ -467,7 +467,7 @@ class RootModel(Handle):
             self.graphs.learnt(forward_pass, call.arguments)
         forward_pass.branch.memories = forward_pass.after
         self._release(call)
-        if forward_pass.host.layout.followed:
+        if forward_pass.host.execution.followed:
             state.decided[forward_pass.tick.branch] = forward_pass.branch.partition.spread(forward_pass.decisions)
         state.count += 1
         if not state.reused:
@@ -488,7 +488,7 @@ class RootModel(Handle):
     def _recorded(self, call: RootCall, number: int) -> CallRecord:
         """Return the trace entry of the call."""
         forward_pass = call.forward_pass
-        profiled = self.around.session_config.told.trace == "profile"
+        profiled = self.context.session_config.options.trace == "profile"
         return CallRecord(
             forward_pass.tick,
             forward_pass.branch.partition,
@@ -504,7 +504,7 @@ class RootModel(Handle):
     def _release(self, call: RootCall) -> None:
         """Release the history that no later step of the trajectory reads, and count the rest."""
         forward_pass, state = call.forward_pass, call.state
-        if forward_pass.host.layout.approximation is not None:
+        if forward_pass.host.execution.approximation is not None:
             state.guide.release(
                 kept=not forward_pass.liveness.approximates(forward_pass.tick, now=False),
                 cond=forward_pass.tick.branch in UNCOND_BRANCHES,
@@ -523,7 +523,7 @@ class RootModel(Handle):
                 branch.remembered = Remembered()
         else:
             branch.signals = None
-        kept = state.guide.held if state.host.layout.approximation is not None else []
+        kept = state.guide.held if state.host.execution.approximation is not None else []
         if kept:
             state.rebuilding = state.rebuilding or Lease(account)
             if not state.rebuilding.admits(storage_bytes(kept)):
@@ -544,7 +544,7 @@ class RootModel(Handle):
 
     def held(self, state: State) -> int:
         """Return the bytes of history that the session holds on this root model."""
-        guide = storage_bytes(state.guide.held) if state.host.layout.approximation is not None else 0
+        guide = storage_bytes(state.guide.held) if state.host.execution.approximation is not None else 0
         branches = [*state.branches.values(), *state.doubted.values()]
         return guide + sum(branch.held for branch in branches)
 
@@ -583,12 +583,12 @@ class RootModel(Handle):
 
     def _forget(self, session: Session, error: BaseException) -> None:
         for _, state in session.end():
-            if state.trajectory is not None and self.around.trace is not None:
-                self.around.trace.drop(state.trajectory)
+            if state.trajectory is not None and self.context.trace is not None:
+                self.context.trace.drop(state.trajectory)
             state.abandon()
         session.leave()
         if isinstance(error, PolicyError) and any(each.code in _REFUTED for each in error.diagnostics):
-            self.around.refuted()
+            self.context.refuted()
 
 
 _REFUTED = frozenset({"E310", "E311"})  # errors of the model itself, which every later forward pass would raise too

@@ -23,8 +23,7 @@ from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.engine.hook_placement import Placement
 from cachepolicy.engine.hooks import SiteHandle, root_override
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline
-from cachepolicy.engine.memory_budget import Budget
-from cachepolicy.engine.memory_usage import MemoryUsage
+from cachepolicy.engine.memory_budget import Budget, MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
 from cachepolicy.engine.root_model import DISABLED, RootContext, RootModel
@@ -113,7 +112,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
-    told = RunOptions(
+    options = RunOptions(
         timestep,
         scheduler,
         steps,
@@ -148,10 +147,10 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    limit = told.limit
+    limit = options.limit
     storing = ANYHOW if packing is None and limit is None else Storing(packing)
     run = Run(
-        target, BoundPolicy(loaded, plans, told, params), roots, storing, None if limit is None else Budget(limit)
+        target, BoundPolicy(loaded, plans, options, params), roots, storing, None if limit is None else Budget(limit)
     )
     run.attach()
     return run
@@ -206,7 +205,7 @@ class Run(Handle):
     ) -> None:
         self.target = target
         self.policy = offer.policy
-        self.trace = Trace() if offer.session_config.told.trace else None
+        self.trace = Trace() if offer.session_config.options.trace else None
         self._offer = offer
         self._terms = offer.session_config
         self._storing, self._budget = storing, budget
@@ -216,12 +215,12 @@ class Run(Handle):
         self._swapped: list[torch.nn.Module] = []
         self._schedulers: Weakly[Any] = Weakly()
         self._pipelines: Weakly[Any] = Weakly()
-        self._sessions = Sessions(offer.session_config.told.max_sessions, self._finished)
+        self._sessions = Sessions(offer.session_config.options.max_sessions, self._finished)
 
     @property
     def plans(self) -> dict[str, Plan]:
         """The plan of each denoiser, by its name in the pipeline."""
-        return {name: layout.plan for name, layout in self._terms.layouts.items()}
+        return {name: execution.plan for name, execution in self._terms.executions.items()}
 
     @property
     def plan(self) -> Plan:
@@ -239,17 +238,17 @@ class Run(Handle):
         states = [(name, state) for session in self._sessions.alive() for name, state in list(session.states.items())]
         holding = [(self._attached[name], state) for name, state in states if name in self._attached]
         refused = {
-            attached.plan.sites[site].name: None
-            for attached, state in holding
+            root.plan.sites[site].name: None
+            for root, state in holding
             for branch in list(state.branches.values())
             for site, slot in enumerate(branch.slots)
             if slot.storing.lacking is OVER_LIMIT
         }
         calls = [call for trajectory in self.trace or () for call in list(trajectory.calls)]
         return MemoryUsage(
-            sum(attached.held(state) for attached, state in holding),
+            sum(root.held(state) for root, state in holding),
             max((call.held for call in calls), default=0),
-            self._terms.told.limit,
+            self._terms.options.limit,
             tuple(refused),
         )
 
@@ -295,14 +294,14 @@ class Run(Handle):
                 self._attach_root(name, module)
             if is_pipeline(self.target):
                 self._take_up(self.target)
-            if self._terms.told.scheduler is not None:
-                self._follow(self._terms.told.scheduler)
+            if self._terms.options.scheduler is not None:
+                self._follow(self._terms.options.scheduler)
         except BaseException:
             self._detach()
             raise
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
-        around = RootContext(
+        context = RootContext(
             self._sources,
             _guided,
             self._detach,
@@ -314,24 +313,24 @@ class Run(Handle):
             self._storing,
             self._budget,
         )
-        attached = RootModel(self, name, module, around)
-        self._attached[name] = attached
-        placement = Placement(module, attached.handles, profiled=self._terms.told.trace == "profile")
+        root = RootModel(self, name, module, context)
+        self._attached[name] = root
+        placement = Placement(module, root.handles, profiled=self._terms.options.trace == "profile")
         placement.place()
-        self._placements[attached.identity] = placement
+        self._placements[root.identity] = placement
         methods = {"__call__": root_override}
         methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(module, name)}
-        self._swap(module, methods, attached)
+        self._swap(module, methods, root)
 
-    def _settle(self, attached: RootModel) -> None:
+    def _settle(self, root: RootModel) -> None:
         """Check the model for conflicting hooks again at the start of a trajectory."""
-        compat.refuse(attached.module, self.target)
-        placement = self._placements.get(attached.identity)
+        compat.refuse(root.module, self.target)
+        placement = self._placements.get(root.identity)
         if placement is not None:  # missing when another thread's call has detached the run (E310, E311)
             placement.settle()
 
-    def _intercept(self, attached: RootModel, place: str, site: SiteHandle) -> None:
-        self._placements[attached.identity].add(place, site)
+    def _intercept(self, root: RootModel, place: str, site: SiteHandle) -> None:
+        self._placements[root.identity].add(place, site)
 
     def _swap(self, module: torch.nn.Module, methods: dict[str, Any], handle: object) -> None:
         swap(module, methods, handle)
@@ -350,9 +349,9 @@ class Run(Handle):
 
     def _sources(self, session_config: SessionConfig, here: Entered | None) -> Sources:
         """Return what the clock of a root call reads."""
-        if session_config.told.timestep is not None:
+        if session_config.options.timestep is not None:
             return session_config.bare
-        scheduler = session_config.told.scheduler
+        scheduler = session_config.options.scheduler
         if scheduler is None and here is not None and here.pipeline is not None and here.of(self._sessions):
             scheduler = getattr(here.pipeline, "scheduler", None)
         follower = self._follow(scheduler) if scheduler is not None else None
@@ -471,8 +470,8 @@ class Run(Handle):
         if key is None:
             raise PolicyError.of("E304", "a session's key is None", help="use a string or a number of your own")
         said = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance}
-        told = {name: value for name, value in said.items() if value is not None}
-        session_config = self._offer.depart(told, params) if told or params else None
+        options = {name: value for name, value in said.items() if value is not None}
+        session_config = self._offer.depart(options, params) if options or params else None
         return self._inside(key, session_config)
 
     @contextlib.contextmanager
@@ -491,7 +490,7 @@ class Run(Handle):
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager: calls inside run the bare model and change no state."""
-        mine = frozenset(attached.identity for attached in self._attached.values())
+        mine = frozenset(root.identity for root in self._attached.values())
         return _set(DISABLED, DISABLED.get() | mine)
 
     def remove(self) -> None:
@@ -501,9 +500,9 @@ class Run(Handle):
             PolicyError: A forward pass is running.
         """
         # The list closes every root before the check, so that no new forward pass begins in between.
-        if not all([attached.close() for attached in self._attached.values()]):
-            for attached in self._attached.values():
-                attached.reopen()
+        if not all([root.close() for root in self._attached.values()]):
+            for root in self._attached.values():
+                root.reopen()
             raise PolicyError.of(
                 "E305",
                 "the run cannot be removed while a forward is running",
@@ -542,8 +541,8 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
 
 def _guided(session_config: SessionConfig, here: Entered | None) -> bool | None:
     """Return whether the caller or the running pipeline states that batches hold both guidance halves."""
-    if session_config.told.guidance is not None or here is None:
-        return session_config.told.guidance
+    if session_config.options.guidance is not None or here is None:
+        return session_config.options.guidance
     said = getattr(here.pipeline, "do_classifier_free_guidance", None)
     return said if isinstance(said, bool) else None
 
@@ -556,8 +555,8 @@ def _cache_context_override(original: Method) -> Method:
 
     @contextlib.contextmanager
     def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
-        told = {key: value for key, value in kwargs.items() if key in Context.__slots__}
-        with _set(CONTEXT, Context(name, **told)), original(self, name, *args, **kwargs) as inner:
+        clock = {key: value for key, value in kwargs.items() if key in Context.__slots__}
+        with _set(CONTEXT, Context(name, **clock)), original(self, name, *args, **kwargs) as inner:
             yield inner
 
     return cache_context
@@ -567,9 +566,9 @@ def _reset_override(original: Method) -> Method:
     """Override of `_reset_stateful_cache`, which diffusers pipelines call at their end: ends the session."""
 
     def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attached = self.__dict__.get(ATTRIBUTE)
-        if isinstance(attached, RootModel):
-            attached.drop_current()
+        root = self.__dict__.get(ATTRIBUTE)
+        if isinstance(root, RootModel):
+            root.drop_current()
         return original(self, *args, **kwargs)
 
     return _reset_stateful_cache

@@ -17,7 +17,7 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.plan import Plan
 
-MOST_LAYOUTS = 64
+MOST_EXECUTIONS = 64
 """The number of cached execution plans, one per set of params. The least recently used is dropped."""
 
 
@@ -25,45 +25,45 @@ MOST_LAYOUTS = 64
 class SessionConfig:
     """An execution plan per root model, and the run options."""
 
-    layouts: Mapping[str, ExecutionPlan]
-    told: RunOptions
+    executions: Mapping[str, ExecutionPlan]
+    options: RunOptions
     bare: Sources = field(init=False)
     """The clock's sources when no scheduler is known."""
 
     def __post_init__(self) -> None:
-        reads_t = any("t" in layout.plan.needs for layout in self.layouts.values())
-        bare = Sources(timestep=self.told.timestep, steps=self.told.steps, reads_t=reads_t)
+        reads_t = any("t" in execution.plan.needs for execution in self.executions.values())
+        bare = Sources(timestep=self.options.timestep, steps=self.options.steps, reads_t=reads_t)
         object.__setattr__(self, "bare", bare)
 
     def differs(self, other: SessionConfig) -> bool:
         """Return True if a running trajectory cannot change to `other`. A change of functions is allowed."""
-        mine, theirs = self.told, other.told
-        told = (mine.scheduler is not theirs.scheduler, mine.steps != theirs.steps, mine.guidance != theirs.guidance)
-        return any(told) or (self.layouts is not other.layouts and self._rules() != other._rules())
+        mine, theirs = self.options, other.options
+        changed = (mine.scheduler is not theirs.scheduler, mine.steps != theirs.steps, mine.guidance != theirs.guidance)
+        return any(changed) or (self.executions is not other.executions and self._rules() != other._rules())
 
     def _rules(self) -> list[str]:
         """Return the digest of the rules per root model: equal params bind to equal, not identical, plans."""
-        return [layout.plan.resolved.digest for layout in self.layouts.values()]
+        return [execution.plan.resolved.digest for execution in self.executions.values()]
 
 
 class BoundPolicy:
     """The policy and options of `apply`. Sessions may change what needs no other hooks."""
 
     def __init__(
-        self, policy: ir.Policy, plans: Mapping[str, Plan], told: RunOptions, params: Mapping[str, Any]
+        self, policy: ir.Policy, plans: Mapping[str, Plan], options: RunOptions, params: Mapping[str, Any]
     ) -> None:
         self.policy = policy
         self._params = dict(params)
         self._externals = {each.name for each in policy.statements if isinstance(each, ir.External)}
-        self._layouts: OrderedDict[object, Mapping[str, ExecutionPlan]] = OrderedDict()
+        self._executions: OrderedDict[object, Mapping[str, ExecutionPlan]] = OrderedDict()
         self._lock = threading.Lock()
-        self.session_config = SessionConfig({name: lay_out(plan) for name, plan in plans.items()}, told)
+        self.session_config = SessionConfig({name: lay_out(plan) for name, plan in plans.items()}, options)
 
-    def depart(self, told: Mapping[str, Any], params: Mapping[str, Any]) -> SessionConfig:
+    def depart(self, options: Mapping[str, Any], params: Mapping[str, Any]) -> SessionConfig:
         """Return the settings of a session with other options or params.
 
         Args:
-            told: Run options that differ.
+            options: Run options that differ.
             params: Params and externals that differ.
 
         Raises:
@@ -71,23 +71,24 @@ class BoundPolicy:
         """
         externals = {name: supplier(name, params[name]) for name in params if name in self._externals}
         own = {name: value for name, value in params.items() if name not in externals}
-        said = replace(self.session_config.told, **told, externals={**self.session_config.told.externals, **externals})
-        return SessionConfig(self._laid_out(own) if own else self.session_config.layouts, said)
+        current = self.session_config.options
+        changed = replace(current, **options, externals={**current.externals, **externals})
+        return SessionConfig(self._executions_for(own) if own else self.session_config.executions, changed)
 
-    def _laid_out(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan]:
+    def _executions_for(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan]:
         key = tuple(sorted((name, _frozen(value)) for name, value in params.items()))
         with self._lock:
-            known = self._layouts.get(key)
+            known = self._executions.get(key)
             if known is not None:
-                self._layouts.move_to_end(key)
+                self._executions.move_to_end(key)
                 return known
-        layouts = self._bound(params)
+        executions = self._bound(params)
         with self._lock:
             # Another thread may have bound the same params meanwhile. Use its plans.
-            layouts = self._layouts.setdefault(key, layouts)
-            while len(self._layouts) > MOST_LAYOUTS:
-                self._layouts.popitem(last=False)
-            return layouts
+            executions = self._executions.setdefault(key, executions)
+            while len(self._executions) > MOST_EXECUTIONS:
+                self._executions.popitem(last=False)
+            return executions
 
     def _bound(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan]:
         change = self._change(params)
@@ -104,27 +105,29 @@ class BoundPolicy:
     def _change(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan] | str:
         """Return the execution plans under these params, or the part of the hooks that they would change."""
         resolved = resolve(self.policy, self._params | dict(params))
-        if all(resolved.digest == layout.plan.resolved.digest for layout in self.session_config.layouts.values()):
-            return self.session_config.layouts
+        if all(
+            resolved.digest == execution.plan.resolved.digest for execution in self.session_config.executions.values()
+        ):
+            return self.session_config.executions
         found = dict[str, ExecutionPlan]()
-        for name, layout in self.session_config.layouts.items():
-            found[name] = lay_out(bind(resolved, layout.plan.skeleton))
-            change = _change(layout, found[name])
+        for name, execution in self.session_config.executions.items():
+            found[name] = lay_out(bind(resolved, execution.plan.skeleton))
+            change = _change(execution, found[name])
             if change:
                 return change
         return found
 
 
-def _change(attached: ExecutionPlan, other: ExecutionPlan) -> str:
+def _change(current: ExecutionPlan, other: ExecutionPlan) -> str:
     """Return which part of the hooks differs between two execution plans, or an empty string."""
-    if [site.modules for site in attached.plan.sites] != [site.modules for site in other.plan.sites]:
+    if [site.modules for site in current.plan.sites] != [site.modules for site in other.plan.sites]:
         return "which modules the rules take"
-    if attached.plan.probes != other.plan.probes or attached.inside != other.inside:
+    if current.plan.probes != other.plan.probes or current.inside != other.inside:
         return "what is measured, and where"
-    for site, mine, theirs in zip(attached.plan.sites, attached.keepings, other.keepings, strict=True):
+    for site, mine, theirs in zip(current.plan.sites, current.keepings, other.keepings, strict=True):
         if mine != theirs:
             return f"what `{site.name}` keeps"
-    if (attached.approximation is None) != (other.approximation is None):
+    if (current.approximation is None) != (other.approximation is None):
         return "whether guidance is approximated"
     return ""
 

@@ -124,7 +124,7 @@ class Session:
         """Continue under settings that differ only in functions."""
         self.session_config = session_config
         for state in self.states.values():
-            state.host.externals = session_config.told.externals
+            state.host.externals = session_config.options.externals
 
     def end(self) -> list[tuple[str, State]]:
         """Release the state and return it by root model. The next call starts a trajectory."""

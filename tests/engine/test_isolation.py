@@ -203,7 +203,7 @@ def test_other_params_for_a_trajectory_under_way_are_refused() -> None:
 
 def test_the_same_params_are_the_same_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Params that have to be bound anew, because others came between, are no other ones."""
-    monkeypatch.setattr("cachepolicy.engine.session_config.MOST_LAYOUTS", 2)
+    monkeypatch.setattr("cachepolicy.engine.session_config.MOST_EXECUTIONS", 2)
     model = Toy().build()
     loops, got = [stepping(model, key) for key in range(5)], [list[Tensor]() for _ in range(5)]
     with torch.no_grad(), cachepolicy.apply(model, parse(INTERVALS)) as run:
@@ -290,15 +290,15 @@ def test_externals_are_a_sessions_own() -> None:
 
 
 def test_params_are_bound_once() -> None:
-    """The same params again, in whatever order, are the same layout; few are kept."""
+    """The same params again, in whatever order, are the same execution plan; few are kept."""
     with cachepolicy.apply(Toy().build(), parse(INTERVALS)) as run:
-        first = run._offer.depart({}, {"threshold": 0.1, "every_block": 2}).layouts
-        assert first is run._offer.depart({"steps": 3}, {"every_block": 2, "threshold": 0.1}).layouts
-        assert first is not run._offer.depart({}, {"threshold": 0.2}).layouts
-        assert run._terms.layouts is run._offer.depart({}, {"threshold": 0.05}).layouts
+        first = run._offer.depart({}, {"threshold": 0.1, "every_block": 2}).executions
+        assert first is run._offer.depart({"steps": 3}, {"every_block": 2, "threshold": 0.1}).executions
+        assert first is not run._offer.depart({}, {"threshold": 0.2}).executions
+        assert run._terms.executions is run._offer.depart({}, {"threshold": 0.05}).executions
         for number in range(100):
             run._offer.depart({}, {"threshold": 1.0 + number})
-        assert 64 == len(run._offer._layouts)
+        assert 64 == len(run._offer._executions)
 
 
 def test_a_session_has_a_scheduler_of_its_own() -> None:

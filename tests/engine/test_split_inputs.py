@@ -14,7 +14,7 @@ from diffusers.hooks.hooks import HookRegistry  # noqa: E402
 from diffusers.models._modeling_parallel import ContextParallelInput  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy.engine.split_inputs import split_arguments  # noqa: E402
+from cachepolicy.engine.compat import split_arguments  # noqa: E402
 from cachepolicy.testing.models import Probes, Toy, ToyDiT, inputs, sample  # noqa: E402
 
 TIMESTEPS = (950.0, 850.0, 750.0, 650.0, 550.0, 450.0)

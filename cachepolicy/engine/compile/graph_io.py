@@ -24,6 +24,7 @@ from cachepolicy.engine.actions import (
 )
 from cachepolicy.engine.block_chain import Chain, ChainEntry, ChainForm
 from cachepolicy.engine.compile.graph_ops import Answer, OutputPlace, Part
+from cachepolicy.engine.history_packing import leaves
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
 from cachepolicy.planning.schedule import WAITING, Decision
@@ -151,8 +152,7 @@ def _give(forward_pass: Staged, site: int, part: Part, slot: Slot, action: ir.Ac
 
 
 def _first(value: Any) -> Any:
-    found = list[torch.Tensor]()
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    found = leaves(value)
     return found[0] if found else None
 
 

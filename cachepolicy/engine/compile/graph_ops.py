@@ -15,8 +15,20 @@ from typing import Any
 
 import torch
 
-from cachepolicy.engine.actions import ANSWER, COMPUTE, PENDING, REUSE, STORE, combine, hidden_states, map_tensors
+from cachepolicy.engine.actions import (
+    ANSWER,
+    COMPUTE,
+    PENDING,
+    REUSE,
+    STORE,
+    cloned,
+    combine,
+    filled,
+    hidden_states,
+    rebuilt_containers,
+)
 from cachepolicy.engine.block_chain import ChainForm, Names, bind_names, parts, passed, rebuilt
+from cachepolicy.engine.history_packing import leaves
 
 
 class _Uncompiled:
@@ -190,7 +202,7 @@ def _computed(original: Any, module: Any, part: Part | None, args: tuple[Any, ..
         part.repeats = True
         return output
     # Clone: inside a graph, in-place writes of later operations cannot be detected.
-    place.value = copied(output)
+    place.value = cloned(output)
     place.states = None if states is None else (states.shape, states.dtype, states.device)
     return output
 
@@ -200,7 +212,7 @@ def _fits(part: Part, states: torch.Tensor | None) -> bool:
 
     The root model checks its own inputs. This check serves models that change the number of tokens inside.
     """
-    kept = _flat(part.given[0])
+    kept = leaves(part.given[0])
     return not part.square or states is None or kept[0].shape == states.shape
 
 
@@ -208,55 +220,14 @@ def _answered(part: Part) -> Any:
     newest = part.given[0]
     if not part.answer.predicts:
         if part.clones:
-            return copied(newest)
-        # Callers may modify lists and output objects, so these are rebuilt. Tensors and tuples are shared.
-        return newest if isinstance(newest, torch.Tensor | tuple) else map_tensors(_itself, newest)  # pyright: ignore[reportUnknownVariableType]
-    columns = [_flat(each) for each in part.given]
+            return cloned(newest)
+        return rebuilt_containers(newest)
+    columns = [leaves(each) for each in part.given]
     values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
-    output = _filled(newest, values)
+    output = filled(newest, values)
     if part.answer.feedback:
-        part.places[0].value = copied(output)
+        part.places[0].value = cloned(output)
     return output
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(note, value)
-    return found
-
-
-def _filled(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """Return `value` with its tensors replaced, in order."""
-    rest = list(tensors)
-
-    def take(_: torch.Tensor) -> torch.Tensor:
-        return rest.pop(0)
-
-    return map_tensors(take, value)
-
-
-def copied(value: Any) -> Any:
-    """Clone all tensors in `value`. A tensor that occurs twice is cloned once."""
-    done: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def once(tensor: torch.Tensor) -> torch.Tensor:
-        for known, copy in done:
-            if known is tensor:
-                return copy
-        copy = tensor.detach().clone()
-        done.append((tensor, copy))
-        return copy
-
-    return map_tensors(once, value)
 
 
 # --- spans -----------------------------------------------------------------------------------------------

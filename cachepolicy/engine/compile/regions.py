@@ -21,10 +21,10 @@ from cachepolicy.engine.hooks import Frame, SiteHandle, SiteOwner, parameters_of
 class GraphHost(SiteOwner, Protocol):
     """The interface of a root model for `Graphs`."""
 
-    layout: ExecutionPlan
+    execution: ExecutionPlan
     module: torch.nn.Module
     handles: dict[str, SiteHandle]
-    around: Any
+    context: Any
 
 
 class Graphs:
@@ -38,7 +38,7 @@ class Graphs:
         self.forms: dict[int, ChainForm] = {}
         self.surprised = False
         self._learnt: dict[Any, int] = {}
-        self._shows = bool(host.layout.plan.probes) or any(what.streams for what in host.layout.keepings)
+        self._shows = bool(host.execution.plan.probes) or any(what.streams for what in host.execution.keepings)
         self._blocks: list[Sequence[int]] = []
         self._signatures: set[Any] = set()
         self._warned = False
@@ -47,7 +47,7 @@ class Graphs:
     def _candidates(self) -> Iterator[str]:
         """Yield the modules that contain sites, outermost first. Their graphs would contain these sites."""
         found = dict[str, None]()
-        for site in self.host.layout.plan.sites:
+        for site in self.host.execution.plan.sites:
             for name in site.modules:
                 steps = name.split(".")
                 found |= dict.fromkeys(".".join(steps[:length]) for length in range(1, len(steps)))
@@ -66,7 +66,7 @@ class Graphs:
     def _add(self, name: str, module: torch.nn.Module) -> None:
         numbers = [
             site.index
-            for site in self.host.layout.plan.sites
+            for site in self.host.execution.plan.sites
             if all(each.startswith(f"{name}.") for each in site.modules)
         ]
         within = {number: place for place, number in enumerate(numbers)}
@@ -78,7 +78,7 @@ class Graphs:
         if handle is None:
             handle = self.host.handles[name] = SiteHandle(self.host, name, parameters_of(module))
             handle.block, handle.special = len(self._blocks), True
-            self.host.around.intercept(self.host, name, handle)
+            self.host.context.intercept(self.host, name, handle)
         handle.block, handle.special = len(self._blocks), True
         self._blocks.append(numbers)
 
@@ -95,12 +95,12 @@ class Graphs:
     def learnt(self, forward_pass: ForwardPass, arguments: CallArguments) -> None:
         """Record the structure of the spans after a call outside graphs."""
         known = True
-        for site, what in enumerate(self.host.layout.keepings):
+        for site, what in enumerate(self.host.execution.keepings):
             if what.streams and site not in self.forms:
                 chain = forward_pass.branch.slots[site].chain
                 if chain is not None:
                     chain.autocast = autocast()
-                form = None if chain is None else chain.form(len(self.host.layout.names[site]))
+                form = None if chain is None else chain.form(len(self.host.execution.names[site]))
                 known &= form is not None
                 if form is not None:
                     self.forms[site] = form

@@ -89,15 +89,15 @@ class Agreement:
         self._order = (self._order + 1) % _BITS
         room = (LENGTH - _NORMS) // max(1, len(wanted))
         shares = [share for _, share in wanted if share is not None]
-        given = iter(numbers_of(shares))
-        numbers = [next(given) if share is not None else [] for _, share in wanted]
+        rest = iter(numbers_of(shares))
+        numbers = [next(rest) if share is not None else [] for _, share in wanted]
         # crc32 is equal on all processes. `hash` of a string is not.
         message = self._message(zlib.crc32(about.encode()) % _BITS, refuses=refuses)
-        for place, ((_, share), mine) in enumerate(zip(wanted, numbers, strict=True)):
+        for index, ((_, share), mine) in enumerate(zip(wanted, numbers, strict=True)):
             if share is not None:
-                _lay(message, _NORMS + place * room, share, mine, room)
+                _write(message, _NORMS + index * room, share, mine, room)
         total = self._checked(self._added(message, subject), subject)
-        heads = [total[_NORMS + place * room :][:room] for place in range(len(wanted))]
+        heads = [total[_NORMS + index * room :][:room] for index in range(len(wanted))]
         rest = self._rest(heads, numbers, room, subject)
         norms = [self._norm(function, head, rest) for (function, _), head in zip(wanted, heads, strict=True)]
         return Settled(norms, int(total[_REFUSED]))
@@ -105,8 +105,8 @@ class Agreement:
     def _message(self, about: int, *, refuses: bool) -> list[float]:
         message = [0.0] * LENGTH
         message[_HERE] = 1.0
-        for place, number in ((_SUBJECT, about), (_ORDER, self._order), (_TRAJECTORY, self._number)):
-            message[place : place + 2] = number, number * number
+        for offset, number in ((_SUBJECT, about), (_ORDER, self._order), (_TRAJECTORY, self._number)):
+            message[offset : offset + 2] = number, number * number
         message[_REFUSED] = float(refuses)
         return message
 
@@ -121,7 +121,7 @@ class Agreement:
             self._peers.gone.update(failed)
             # Count trajectories that failed elsewhere before they began here, so that the numbers stay equal.
             ahead = [(slot - self._peers.number) % _SLOTS for slot in failed]
-            self._peers.number += max((each for each in ahead if each < _SLOTS // 2), default=0)
+            self._peers.number += max((lead for lead in ahead if lead < _SLOTS // 2), default=0)
             if mine in failed:
                 culprit = f"process {total[_CULPRIT]:g}" if sum(total[_FAILED:_NORMS]) == 1 else "several processes"
                 raise self._over(
@@ -138,7 +138,7 @@ class Agreement:
 
     def _checked(self, total: list[float], subject: str) -> list[float]:
         """Return the sums, after a check that all processes make the same decision."""
-        if all(self._same(total, place, total[_HERE]) for place in (_SUBJECT, _ORDER, _TRAJECTORY)):
+        if all(self._same(total, offset, total[_HERE]) for offset in (_SUBJECT, _ORDER, _TRAJECTORY)):
             return total
         self._peers.number = int(total[_TRAJECTORY]) % _BITS  # equal on all processes, so that they can start again
         raise self._over(
@@ -147,19 +147,19 @@ class Agreement:
             "all of them have to run the same calls in the same order, with the same policy and settings",
         )
 
-    def _same(self, total: Sequence[float], place: int, processes: float) -> bool:
-        return int(processes) * int(total[place + 1]) == int(total[place]) ** 2
+    def _same(self, total: Sequence[float], offset: int, processes: float) -> bool:
+        return int(processes) * int(total[offset + 1]) == int(total[offset]) ** 2
 
     def _rest(
         self, heads: Sequence[Sequence[float]], numbers: Sequence[Sequence[float]], room: int, subject: str
     ) -> dict[int, list[float]]:
         """Send a second message with the numbers of norms that do not fit in the first."""
-        known = [place for place, head in enumerate(heads) if self._everywhere(head)]
-        long = [place for place in known if _HEAD + len(numbers[place]) > room]
+        known = [index for index, head in enumerate(heads) if self._everywhere(head)]
+        long = [index for index in known if _HEAD + len(numbers[index]) > room]
         if not long:
             return {}
-        total = iter(self._ask([number for place in long for number in numbers[place]], subject))
-        return {id(heads[place]): [next(total) for _ in numbers[place]] for place in long}
+        total = iter(self._ask([number for index in long for number in numbers[index]], subject))
+        return {id(heads[index]): [next(total) for _ in numbers[index]] for index in long}
 
     def _everywhere(self, head: Sequence[float]) -> bool:
         """Return True if every process has a share, with the same number of samples."""
@@ -179,8 +179,8 @@ class Agreement:
         return PolicyError.of(code, message, help=help)
 
 
-def _lay(message: list[float], place: int, share: Share, numbers: Sequence[float], room: int) -> None:
+def _write(message: list[float], offset: int, share: Share, numbers: Sequence[float], room: int) -> None:
     """Write a share into a message, with its numbers only if they fit."""
-    message[place : place + _HEAD] = 1.0, share.rows, share.rows**2, share.code, share.code**2
+    message[offset : offset + _HEAD] = 1.0, share.rows, share.rows**2, share.code, share.code**2
     if _HEAD + len(numbers) <= room:
-        message[place + _HEAD : place + _HEAD + len(numbers)] = numbers
+        message[offset + _HEAD : offset + _HEAD + len(numbers)] = numbers

@@ -88,7 +88,7 @@ def holders_of(model: torch.nn.Module, *, known: bool = False) -> Peers | None:
 
 def _holders(parameter: Any) -> Ranks:
     mesh = parameter.device_mesh
-    cut = [place for place, each in enumerate(parameter.placements) if not each.is_replicate()]
+    cut = [axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
     if len(cut) == 1:
         return tuple(distributed.get_process_group_ranks(mesh.get_group(cut[0])))
     return tuple(mesh.mesh.flatten().tolist()) if cut else ()
@@ -148,7 +148,7 @@ class Peers:
 
     def post(self, numbers: Sequence[float]) -> None:
         """Contribute to the next sum without waiting, because this process has failed."""
-        self._pending = [each for each in self._pending if not each[0].is_completed()]
+        self._pending = [(work, message) for work, message in self._pending if not work.is_completed()]
         message = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         with contextlib.suppress(RuntimeError):  # the other processes have ended
             self._pending.append((distributed.all_reduce(message, group=self.group, async_op=True), message))
@@ -160,10 +160,10 @@ class Peers:
         except RuntimeError as error:
             # The group is unusable after an error. All processes detect the error and create a new group.
             _all.pop((self.ranks, self.timeout), None)
-            said = str(error).rpartition("] ")[2].partition(". ")[0]
+            reason = str(error).rpartition("] ")[2].partition(". ")[0]
             raise PolicyError.of(
                 "E352",
-                f"the processes {list(self.ranks)} did not all answer at {subject}: {said}",
+                f"the processes {list(self.ranks)} did not all answer at {subject}: {reason}",
                 help="one of them has ended, hangs, or is slower than the timeout of the group"
                 f" ({self.timeout.total_seconds():g} s)",
             ) from error

@@ -69,7 +69,7 @@ def share(
     if function == "cosine":
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(_wide(x.dtype)), y.to(_wide(y.dtype))
-        return Share([summed(each, by_sample=by_sample) for each in (x * y, x.square(), y.square())], dtype)
+        return Share([summed(term, by_sample=by_sample) for term in (x * y, x.square(), y.square())], dtype)
     apart = x - y
     first = summed(apart.square() if function == "l2" else apart.abs(), by_sample=by_sample)
     if function != "relative_l1":
@@ -112,7 +112,7 @@ def _of_all(term: Any, *, by_sample: bool) -> Sum:
     """Return the sums of a whole DTensor. Partial placements are reduced first."""
     kinds = _dtensors()
     whole = [
-        kinds.Replicate() if each.is_partial() or (by_sample and each.is_shard(0)) else each for each in term.placements
+        kinds.Replicate() if cut.is_partial() or (by_sample and cut.is_shard(0)) else cut for cut in term.placements
     ]
     local = term.redistribute(placements=whole).to_local()
     sums = _sums(local, by_sample=by_sample)
@@ -124,19 +124,19 @@ def _of_all(term: Any, *, by_sample: bool) -> Sum:
     return Sum(complete[:-1], float(count))
 
 
-# --- what comes of all shares ----------------------------------------------------------------------------
+# --- norms from the shares of all processes ---------------------------------------------------------------
 
 
 def numbers_of(shares: Sequence[Share]) -> list[list[float]]:
-    """Return each share as numbers, `WIDTH` per sample, read from the device in one transfer."""
+    """Return each share as numbers, `MESSAGE_WIDTH` per sample, read from the device in one transfer."""
     if not shares:
         return []
     device = shares[0].terms[0].sums.device
-    sums = iter(torch.cat([term.sums.to(device) for each in shares for term in each.terms]).tolist())
-    return [_laid_out(each, [[next(sums) for _ in range(each.rows)] for _ in each.terms]) for each in shares]
+    sums = iter(torch.cat([term.sums.to(device) for share in shares for term in share.terms]).tolist())
+    return [_message_of(share, [[next(sums) for _ in range(share.rows)] for _ in share.terms]) for share in shares]
 
 
-def _laid_out(share: Share, columns: Sequence[Sequence[float]]) -> list[float]:
+def _message_of(share: Share, columns: Sequence[Sequence[float]]) -> list[float]:
     counts = [term.count for term in share.terms]
     rest = [0.0] * (MESSAGE_WIDTH // 2 - len(counts))
     return [number for row in zip(*columns, strict=True) for number in (*row, *rest, *counts, *rest)]

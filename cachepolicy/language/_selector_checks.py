@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import assert_never
 
 from cachepolicy.language import ir
-from cachepolicy.language.patterns import searcher
-from cachepolicy.language.scope import POSITION, Report
+from cachepolicy.language.scope import Report
 from cachepolicy.language.typecheck import Checker
-from cachepolicy.language.vocabulary import KINDS, REGEX_LIMIT
+from cachepolicy.language.validate import positions_of, regex_fault
+from cachepolicy.language.vocabulary import KINDS
 
 
 def judge_selector(selector: ir.Selector, checker: Checker) -> None:
@@ -18,7 +17,7 @@ def judge_selector(selector: ir.Selector, checker: Checker) -> None:
     for node, alone in _parts(selector, alone=True):
         match node:
             case ir.Pattern() | ir.OfClass():
-                judge_regex(node.regex, node, checker.report)
+                _judge_regex(node.regex, node, checker.report)
             case ir.PatternParam():
                 _judge_param(node, checker)
             case ir.Blocks():
@@ -58,14 +57,9 @@ def _judge_blocks(blocks: ir.Blocks, checker: Checker, *, alone: bool) -> None:
         help = "a span is one site; `each blocks[...]` takes the blocks one by one and combines with others"
         checker.report.add("E119", "a span of blocks stands alone in its selector", blocks, help=help)
     if blocks.of is not None:
-        judge_regex(blocks.of, blocks, checker.report)
-    for position in (blocks.index, blocks.start, blocks.stop):
-        if position is None:
-            continue
-        checker.expect(position, "number", POSITION)
-        if isinstance(position, ir.Number) and position.value != position.value // 1:
-            message = f"the position of a block is a whole number, not {position.value}"
-            checker.report.add("E124", message, position)
+        _judge_regex(blocks.of, blocks, checker.report)
+    for position in positions_of(blocks):
+        checker.count(position)
 
 
 # --- parameters for regexes ------------------------------------------------------------------------------
@@ -93,46 +87,13 @@ def _judge_default(param: ir.Param, report: Report) -> None:
     items = param.default.items if isinstance(param.default, ir.ListOf) else (param.default,)
     for item in items:
         if isinstance(item, ir.Text):
-            judge_regex(item.value, item, report)
+            _judge_regex(item.value, item, report)
         elif param.type == "list" and isinstance(item, ir.Number | ir.Boolean):
             message = f"`{param.name}` stands for regexes in a selector, so its items are strings"
             report.add("E111", message, item)
 
 
-# --- regexes ---------------------------------------------------------------------------------------------
-
-_BEYOND = (
-    (r"\(\?<?[=!]", "lookaround", 'say it with `and not`: `attention and not "^single_"`'),
-    (r"\\[1-9]|\\k|\(\?P=", "backreferences", "write out what repeats"),
-    (
-        r"\(\?>|[*+?}]\+",
-        "atomic groups and possessive repeats",
-        "plain repeats are safe here: matching takes linear time",
-    ),
-    (
-        r"\(\?\(|\(\?R\)|\(\?#",
-        "conditionals, recursion and comments",
-        "the syntax is https://github.com/google/re2/wiki/Syntax",
-    ),
-)
-
-
-def judge_regex(regex: str, node: ir.Node, report: Report) -> None:
-    """Reports a regular expression that RE2 refuses, and says so of what RE2 does not have."""
-    if len(regex) > REGEX_LIMIT:
-        message = f"the regular expression has {len(regex)} characters, the limit is {REGEX_LIMIT}"
-        report.add("E019", message, node, help="take a list parameter, or kinds such as `attention`")
-        return
-    try:
-        searcher(regex)
-    except ValueError as error:
-        # An escaped backslash opens no escape, nor does a bracket in a character class open a group.
-        bare = re.sub(r"\\\\|\\[^1-9k]|\[[^]]*\]", "_", regex)
-        for pattern, what, help in _BEYOND:
-            if re.search(pattern, bare):
-                report.add("E018", f"RE2, which matches names here, has no {what}", node, help=help)
-                return
-        report.add("E017", f"RE2 cannot read this regular expression: {error}", node, help=_SYNTAX)
-
-
-_SYNTAX = "the syntax is https://github.com/google/re2/wiki/Syntax"
+def _judge_regex(regex: str, node: ir.Node, report: Report) -> None:
+    found = regex_fault(regex)
+    if found is not None:
+        report.adopt(found, node)

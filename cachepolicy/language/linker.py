@@ -11,12 +11,12 @@ from typing import Any, TypeVar, cast
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.clauses import clause_faults
 from cachepolicy.language.evaluate import Value
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
 from cachepolicy.language.params import python, settled
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform
+from cachepolicy.language.validate import resolved_faults
 
 __all__ = ["Resolved", "RuleSource", "load", "resolve"]
 
@@ -253,7 +253,7 @@ class _Flat:
         bounds = tuple(bound for bound in written.bounds if not isinstance(bound.count, ir.Off))
         if len(bounds) < len(written.bounds):
             written = written.model_copy(update={"bounds": bounds})
-        self.findings += [located(each, policy, rule.span) for each in clause_faults(written)]
+        self.findings += [located(each, policy, rule.span) for each in resolved_faults(written)]
         self.rules.append(written)
         self.sources.append(RuleSource(policy, number))
         if len(self.rules) > RULE_LIMIT:

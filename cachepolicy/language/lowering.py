@@ -1,12 +1,12 @@
-"""From the parser's trees to the nodes of a policy.
+"""Converts the parser's trees to the nodes of a policy.
 
-The trees are read by shape (`data`, `children`, `meta`), so that the parser's library stays behind `parser`.
+The trees are read by shape (`data`, `children`, `meta`), so that only `parser` imports the parser's library.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +16,16 @@ from cachepolicy.language.source import Source
 from cachepolicy.language.vocabulary import NUMBER_LIMIT
 
 _GROUPS = frozenset({"group", "selector_group"})
+"""Names of the trees that stand for parentheses."""
 
 
 def is_tree(node: Any) -> bool:
-    """Whether `node` is a tree and no token."""
+    """Returns whether `node` is a tree, not a token."""
     return hasattr(node, "children")
 
 
 def depth(tree: Any) -> int:
-    """How many nodes lie below each other, parentheses not counted; without recursion, as any text comes here."""
+    """Returns the depth of a tree without parentheses. The traversal is iterative, because a text is untrusted."""
     deepest, waiting = 0, [(tree, 1)]
     while waiting:
         node, level = waiting.pop()
@@ -42,34 +43,50 @@ def quoted(token: str) -> str:
 
 @dataclass
 class Lowering:
-    """Turns trees of one source into nodes; `findings` collects numbers that are too large."""
+    """Converts the trees of one source to nodes.
+
+    Attributes:
+        source: The prepared text.
+        findings: Collects the diagnostics of numbers that are too large and of externals that are no `float`.
+    """
 
     source: Source
     findings: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
-    # --- statements
-
-    def statement(self, tree: Any) -> ir.Statement:
-        """The statement of a tree; the header's are read by `header`."""
-        return _STATEMENTS[tree.data](self, tree)
+    def lower(self, part: Any) -> Any:
+        """Converts a tree to its node, a string token to its value and another token to a string."""
+        if not is_tree(part):
+            return quoted(part) if part.type == "STRING" else str(part)
+        while part.data in _GROUPS:
+            part = part.children[0]
+        if part.data in _CONVERTERS:
+            return _CONVERTERS[part.data](self, part)
+        node, *fields = _NODES[part.data]
+        values = [self.lower(child) for child in part.children]
+        if fields and fields[-1].startswith("*"):
+            first = len(fields) - 1
+            values = [*values[:first], tuple(values[first:])]
+            fields[-1] = fields[-1][1:]
+        return node(**dict(zip(fields, values, strict=False)), span=self._span(part))
 
     def header(self, tree: Any) -> dict[str, Any]:
-        """The policy's fields that an `edition`, `policy` or `source` line gives."""
+        """Returns the fields of the policy that an `edition`, `policy` or `source` line sets."""
         first, *rest = tree.children
         match tree.data:
             case "edition":
-                return {"edition": self._whole(first)}
+                return {"edition": int(self._amount(first))}
             case "policy":
                 return {"name": str(first), "title": quoted(rest[0]) if rest else None}
             case _:
                 return {"source": quoted(first)}
 
+    # --- statements
+
     def _param(self, tree: Any) -> ir.Param:
         name, type_, *rest = tree.children
         parts = {child.data if is_tree(child) else "OFFABLE": child for child in rest}
-        value = next(child for child in rest if is_tree(child))
+        default = self.lower(next(child for child in rest if is_tree(child)))
         domain, doc = parts.get("domain"), parts.get("doc")
-        default = self.expression(value)
         if type_ == "range" and isinstance(default, ir.ListOf) and len(default.items) == 2:
             low, high = default.items
             default = ir.Interval(low=low, high=high, low_closed=True, high_closed=True, span=default.span)
@@ -78,26 +95,14 @@ class Lowering:
             type=str(type_),  # pyright: ignore[reportArgumentType]
             optional="OFFABLE" in parts,
             default=default,
-            domain=self.expression(domain.children[0]) if domain else None,  # pyright: ignore[reportArgumentType]
+            domain=self.lower(domain.children[0]) if domain else None,
             doc=quoted(doc.children[0]) if doc else None,
             span=self._span(tree),
         )
 
-    def _let(self, tree: Any) -> ir.Let:
-        name, value = tree.children
-        return ir.Let(name=str(name), value=self.expression(value), span=self._span(tree))
-
-    def _table(self, tree: Any) -> ir.Table:
-        name, *constants = tree.children
-        return ir.Table(name=str(name), values=tuple(map(self._constant, constants)), span=self._span(tree))
-
     def _constant(self, tree: Any) -> int | float:
         value = self._amount(tree.children[-1])
         return -value if len(tree.children) > 1 else value
-
-    def _signal(self, tree: Any) -> ir.Signal:
-        name, value = tree.children
-        return ir.Signal(name=str(name), value=self.expression(value), span=self._span(tree))
 
     def _external(self, tree: Any) -> ir.External:
         name, type_ = tree.children
@@ -106,23 +111,12 @@ class Lowering:
             self.findings.append(self.source.finding("E001", message, type_.start_pos, type_.end_pos))
         return ir.External(name=str(name), span=self._span(tree))
 
-    def _use(self, tree: Any) -> ir.Use:
-        policy, *settings = tree.children
-        name = quoted(policy) if policy[0] in "\"'" else str(policy)
-        return ir.Use(policy=name, settings=self._settings(settings), span=self._span(tree))
-
-    def _settings(self, trees: list[Any]) -> tuple[ir.Setting, ...]:
-        return tuple(
-            ir.Setting(name=str(each.children[0]), value=self.expression(each.children[1]), span=self._span(each))
-            for each in trees
-        )
-
     def _expect(self, tree: Any) -> ir.Expect:
         selector, steps, *settings, row = tree.children
         return ir.Expect(
-            selector=self.selector(selector),
-            steps=self._whole(steps),
-            settings=self._settings(settings),
+            selector=self.lower(selector),
+            steps=int(self._amount(steps)),
+            settings=tuple(map(self.lower, settings)),
             row="".join(row.children),
             span=self._span(tree),
         )
@@ -133,90 +127,40 @@ class Lowering:
         clauses: dict[str, Any] = {"bounds": ()}
         for clause in rest:
             match clause.data:
-                case "when" | "condition":
-                    clauses[clause.data] = self.expression(clause.children[0])
+                case "when" | "condition" | "follow":
+                    clauses[clause.data] = self.lower(clause.children[0])
                 case "bound":
                     clauses["bounds"] += (self._bound(clause),)
-                case "follow":
-                    clauses["follow"] = str(clause.children[0])
                 case data if data in _SCHEDULES:
-                    clauses["schedule"] = self._schedule(clause)
+                    clauses["schedule"] = self.lower(clause)
                 case _:
-                    clauses["action"] = self._action(clause)
-        return ir.Rule(selector=self.selector(selector), optional=optional, **clauses, span=self._span(tree))
+                    clauses["action"] = self.lower(clause)
+        return ir.Rule(selector=self.lower(selector), optional=optional, **clauses, span=self._span(tree))
 
-    # --- clauses
+    # --- clauses and actions
 
-    def _schedule(self, tree: Any) -> ir.Every | ir.OnSteps | ir.Mask:
-        span, first = self._span(tree), self.expression(tree.children[0])
-        match tree.data:
-            case "on":
-                return ir.OnSteps(steps=first, span=span)  # pyright: ignore[reportArgumentType]
-            case "mask":
-                return ir.Mask(mask=first, span=span)  # pyright: ignore[reportArgumentType]
-            case "every_from_end":
-                return ir.Every(interval=first, anchor="end", span=span)
-            case "every_since_compute":
-                return ir.Every(interval=first, anchor="compute", span=span)
-            case _:
-                offset = self.expression(tree.children[1]) if len(tree.children) > 1 else None
-                return ir.Every(interval=first, offset=offset, span=span)
+    def _anchored(self, tree: Any) -> ir.Every:
+        anchor = "end" if tree.data == "every_from_end" else "compute"
+        return ir.Every(interval=self.lower(tree.children[0]), anchor=anchor, span=self._span(tree))
 
     def _bound(self, tree: Any) -> ir.Bound:
         count, scope = tree.children
-        in_all = scope.data == "in_all"
-        return ir.Bound(count=self.expression(count), scope="all" if in_all else "row", span=self._span(tree))
-
-    def _action(self, tree: Any) -> ir.Action:
-        span, children = self._span(tree), tree.children
-        residual = bool(children) and children[-1] == "residual"
-        match tree.data:
-            case "compute":
-                return ir.Compute(span=span)
-            case "skip":
-                return ir.Skip(span=span)
-            case "reuse":
-                return ir.Reuse(residual=residual, span=span)
-            case "predict":
-                residual = residual and len(children) > 1
-                return ir.Predict(
-                    predictor=str(children[0]), arguments=self._arguments(children), residual=residual, span=span
-                )
-            case _:
-                return ir.ApproximateUncond(method=str(children[0]), arguments=self._arguments(children), span=span)
-
-    def _arguments(self, children: list[Any]) -> tuple[ir.Argument, ...]:
-        return tuple(
-            ir.Argument(label=str(each.children[0]), value=self.expression(each.children[1]), span=self._span(each))
-            for group in children[1:2]
-            if is_tree(group)
-            for each in group.children
+        return ir.Bound(
+            count=self.lower(count), scope="all" if scope.data == "in_all" else "row", span=self._span(tree)
         )
 
-    # --- selectors
+    def _reuse(self, tree: Any) -> ir.Reuse:
+        return ir.Reuse(residual=bool(tree.children), span=self._span(tree))
 
-    def selector(self, tree: Any) -> ir.Selector:
-        """Converts a tree to a selector."""
-        while tree.data in _GROUPS:
-            tree = tree.children[0]
-        span, children = self._span(tree), tree.children
-        match tree.data:
-            case "pattern":
-                return ir.Pattern(regex=quoted(children[0]), span=span)
-            case "pattern_param":
-                return ir.PatternParam(name=str(children[0]), span=span)
-            case "of_kind":
-                return ir.OfKind(of=str(children[0]), span=span)  # pyright: ignore[reportArgumentType]
-            case "of_class":
-                return ir.OfClass(regex=quoted(children[0]), span=span)
-            case "any_of":
-                return ir.AnyOf(selectors=tuple(map(self.selector, children)), span=span)
-            case "all_of":
-                return ir.AllOf(selectors=tuple(map(self.selector, children)), span=span)
-            case "none_of":
-                return ir.NoneOf(selector=self.selector(children[0]), span=span)
-            case _:
-                return self._blocks(tree)
+    def _method(self, tree: Any) -> ir.Predict | ir.ApproximateUncond:
+        name, *rest = tree.children
+        arguments = tuple(self.lower(child) for group in rest if is_tree(group) for child in group.children)
+        if tree.data == "approximate_uncond":
+            return ir.ApproximateUncond(method=str(name), arguments=arguments, span=self._span(tree))
+        residual = any(not is_tree(child) for child in rest)
+        return ir.Predict(predictor=str(name), arguments=arguments, residual=residual, span=self._span(tree))
+
+    # --- selectors and expressions
 
     def _blocks(self, tree: Any) -> ir.Blocks:
         fields: dict[str, Any] = {}
@@ -226,91 +170,37 @@ class Lowering:
             elif not is_tree(child):
                 fields["of"] = quoted(child)
             elif child.data == "index":
-                fields["index"] = self.expression(child.children[0])
+                fields["index"] = self.lower(child.children[0])
             else:
                 for end in child.children:
-                    fields[end.data.removeprefix("slice_")] = self.expression(end.children[0])
+                    fields[end.data.removeprefix("slice_")] = self.lower(end.children[0])
         return ir.Blocks(**fields, span=self._span(tree))
 
-    # --- expressions
-
-    def expression(self, tree: Any) -> ir.Expression:
-        """Converts a tree to an expression."""
-        while tree.data in _GROUPS:
-            tree = tree.children[0]
-        return _EXPRESSIONS[tree.data](self, tree)
-
-    def _all(self, trees: list[Any]) -> tuple[ir.Expression, ...]:
-        return tuple(map(self.expression, trees))
-
-    def _number(self, tree: Any) -> ir.Expression:
+    def _number(self, tree: Any) -> ir.Number:
         return ir.Number(value=self._amount(tree.children[0]), span=self._span(tree))
+
+    def _boolean(self, tree: Any) -> ir.Boolean:
+        return ir.Boolean(value=tree.data == "yes", span=self._span(tree))
 
     def _negative(self, tree: Any) -> ir.Expression:
         operand, span = tree.children[1], self._span(tree)
         if operand.data == "number":
             return ir.Number(value=-self._amount(operand.children[0]), span=span)
-        return ir.Negative(operand=self.expression(operand), span=span)
+        return ir.Negative(operand=self.lower(operand), span=span)
 
-    def _arithmetic(self, tree: Any) -> ir.Expression:
-        left, operator, right = tree.children
-        return ir.Arithmetic(
-            operator=str(operator),  # pyright: ignore[reportArgumentType]
-            left=self.expression(left),
-            right=self.expression(right),
-            span=self._span(tree),
-        )
+    def _compared(self, tree: Any) -> ir.Comparison:
+        values = [self.lower(child) for child in tree.children]
+        return ir.Comparison(operators=tuple(values[1::2]), operands=tuple(values[::2]), span=self._span(tree))
 
-    def _compared(self, tree: Any) -> ir.Expression:
-        operators = tuple(map(str, tree.children[1::2]))
-        return ir.Comparison(
-            operators=operators,  # pyright: ignore[reportArgumentType]
-            operands=self._all(tree.children[::2]),
-            span=self._span(tree),
-        )
-
-    def _member(self, tree: Any) -> ir.Expression:
-        value, container = self._all(tree.children)
-        return ir.Membership(value=value, container=container, span=self._span(tree))  # pyright: ignore[reportArgumentType]
-
-    def _conditional(self, tree: Any) -> ir.Expression:
-        then, condition, otherwise = self._all(tree.children)
-        return ir.Conditional(then=then, condition=condition, otherwise=otherwise, span=self._span(tree))
-
-    def _interval(self, tree: Any) -> ir.Expression:
-        opening, low, high, closing = tree.children
-        return ir.Interval(
-            low=self.expression(low),
-            high=self.expression(high),
-            low_closed=opening == "[",
-            high_closed=closing == "]",
-            span=self._span(tree),
-        )
-
-    def _call(self, tree: Any) -> ir.Expression:
-        function, *arguments = tree.children
-        return ir.Call(function=str(function), arguments=self._all(arguments), span=self._span(tree))
-
-    def _lookup(self, tree: Any) -> ir.Expression:
-        table, index = tree.children
-        return ir.Lookup(table=str(table), index=self.expression(index), span=self._span(tree))
-
-    def _probe(self, tree: Any) -> ir.Expression:
-        stream, selector, *argument = tree.children
-        return ir.Probe(
-            stream=str(stream),  # pyright: ignore[reportArgumentType]
-            selector=self.selector(selector),
-            argument=quoted(argument[0]) if argument else None,
-            span=self._span(tree),
-        )
+    def _interval(self, tree: Any) -> ir.Interval:
+        opening, low, high, closing = map(self.lower, tree.children)
+        closed = {"low_closed": opening == "[", "high_closed": closing == "]"}
+        return ir.Interval(low=low, high=high, **closed, span=self._span(tree))
 
     # --- tokens
 
-    def _whole(self, token: Any) -> int:
-        return int(self._amount(token))
-
     def _amount(self, token: Any) -> int | float:
-        """The number of a token; one that is too large is reported and read as 0."""
+        """Returns the number of a token. A number that is too large is reported, and 0 is returned."""
         if token == "inf":
             return math.inf
         if token.isdecimal():
@@ -318,8 +208,9 @@ class Lowering:
                 return int(token)
         elif math.isfinite(value := float(token)):
             return value
-        message = f"the number `{_shortened(token)}` is too large"
+        shown = token if len(token) <= 24 else f"{token[:20]}..."
         help = f"whole numbers go up to {NUMBER_LIMIT}, others to 1e308"
+        message = f"the number `{shown}` is too large"
         self.findings.append(self.source.finding("E016", message, token.start_pos, token.end_pos, help=help))
         return 0
 
@@ -327,43 +218,64 @@ class Lowering:
         return self.source.span(tree.meta.start_pos, tree.meta.end_pos)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 24 else f"{text[:20]}..."
-
-
 _SCHEDULES = frozenset({"every", "every_offset", "every_from_end", "every_since_compute", "on", "mask"})
+
+_NODES: Mapping[str, tuple[Any, ...]] = {
+    "let": (ir.Let, "name", "value"),
+    "table": (ir.Table, "name", "*values"),
+    "signal": (ir.Signal, "name", "value"),
+    "use": (ir.Use, "policy", "*settings"),
+    "setting": (ir.Setting, "name", "value"),
+    "every": (ir.Every, "interval"),
+    "every_offset": (ir.Every, "interval", "offset"),
+    "on": (ir.OnSteps, "steps"),
+    "mask": (ir.Mask, "mask"),
+    "compute": (ir.Compute,),
+    "skip": (ir.Skip,),
+    "argument": (ir.Argument, "label", "value"),
+    "pattern": (ir.Pattern, "regex"),
+    "pattern_param": (ir.PatternParam, "name"),
+    "of_kind": (ir.OfKind, "of"),
+    "of_class": (ir.OfClass, "regex"),
+    "any_of": (ir.AnyOf, "*selectors"),
+    "all_of": (ir.AllOf, "*selectors"),
+    "none_of": (ir.NoneOf, "selector"),
+    "off": (ir.Off,),
+    "text": (ir.Text, "value"),
+    "name": (ir.Name, "name"),
+    "list": (ir.ListOf, "*items"),
+    "set": (ir.SetOf, "*items"),
+    "arithmetic": (ir.Arithmetic, "left", "operator", "right"),
+    "and_of": (ir.Both, "*operands"),
+    "or_of": (ir.Either, "*operands"),
+    "negated": (ir.Negation, "operand"),
+    "conditional": (ir.Conditional, "then", "condition", "otherwise"),
+    "member": (ir.Membership, "value", "container"),
+    "call": (ir.Call, "function", "*arguments"),
+    "lookup": (ir.Lookup, "table", "index"),
+    "probe": (ir.Probe, "stream", "selector", "argument"),
+}
+"""Maps a rule of the grammar to the class of its node and the fields that its children set, `*` for the rest."""
 
 # Private methods by the name of the grammar's rule: a table, so that a rule without one is a KeyError in the tests.
 # pyright: reportPrivateUsage=false
-_STATEMENTS: dict[str, Callable[[Lowering, Any], ir.Statement]] = {
+_CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "param": Lowering._param,
-    "let": Lowering._let,
-    "table": Lowering._table,
-    "signal": Lowering._signal,
+    "constant": Lowering._constant,
     "external": Lowering._external,
     "rule": Lowering._rule,
-    "use": Lowering._use,
     "expect": Lowering._expect,
-}
-_EXPRESSIONS: dict[str, Callable[[Lowering, Any], ir.Expression]] = {
+    "every_from_end": Lowering._anchored,
+    "every_since_compute": Lowering._anchored,
+    "reuse": Lowering._reuse,
+    "predict": Lowering._method,
+    "approximate_uncond": Lowering._method,
+    "blocks": Lowering._blocks,
     "number": Lowering._number,
-    "yes": lambda self, tree: ir.Boolean(value=True, span=self._span(tree)),
-    "no": lambda self, tree: ir.Boolean(value=False, span=self._span(tree)),
-    "off": lambda self, tree: ir.Off(span=self._span(tree)),
-    "text": lambda self, tree: ir.Text(value=quoted(tree.children[0]), span=self._span(tree)),
-    "name": lambda self, tree: ir.Name(name=str(tree.children[0]), span=self._span(tree)),
-    "list": lambda self, tree: ir.ListOf(items=self._all(tree.children), span=self._span(tree)),
-    "set": lambda self, tree: ir.SetOf(items=self._all(tree.children), span=self._span(tree)),
+    "yes": Lowering._boolean,
+    "no": Lowering._boolean,
     "negative": Lowering._negative,
-    "arithmetic": Lowering._arithmetic,
     "compared": Lowering._compared,
-    "and_of": lambda self, tree: ir.Both(operands=self._all(tree.children), span=self._span(tree)),
-    "or_of": lambda self, tree: ir.Either(operands=self._all(tree.children), span=self._span(tree)),
-    "negated": lambda self, tree: ir.Negation(operand=self.expression(tree.children[0]), span=self._span(tree)),
-    "conditional": Lowering._conditional,
     "interval": Lowering._interval,
-    "member": Lowering._member,
-    "call": Lowering._call,
-    "lookup": Lowering._lookup,
-    "probe": Lowering._probe,
 }
+"""Methods for the rules of the grammar whose nodes are not a plain sequence of fields."""

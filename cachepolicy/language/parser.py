@@ -12,7 +12,8 @@ import lark
 
 from cachepolicy._resources import shipped
 from cachepolicy.errors import Diagnostic, PolicyError
-from cachepolicy.language import ir, syntax_errors
+from cachepolicy.language import _syntax_errors as syntax_errors
+from cachepolicy.language import ir
 from cachepolicy.language.lowering import Lowering, depth, is_tree
 from cachepolicy.language.semantics import check_names, judge
 from cachepolicy.language.source import Chunk, Source, prepare_source
@@ -74,7 +75,7 @@ def parse_value(text: str) -> ir.Expression:
     Raises:
         PolicyError: `text` is not a value.
     """
-    return _parse_part(text, "value", Lowering.expression)
+    return _parse_part(text, "value")
 
 
 def parse_selector(text: str) -> ir.Selector:
@@ -89,7 +90,7 @@ def parse_selector(text: str) -> ir.Selector:
     Raises:
         PolicyError: `text` is not a selector.
     """
-    return _parse_part(text, "selector", Lowering.selector)
+    return _parse_part(text, "selector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,8 @@ def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop
     return syntax_errors.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
 
 
-def _parse_part(text: str, start: str, lower: Any) -> Any:
+def _parse_part(text: str, start: str) -> Any:
+    """Parses a text that is no whole policy, from the grammar's rule `start`."""
     prepared, findings, parsable = prepare_source(text.replace("\n", " "), f"<{start}>")
     chunk = Chunk(0, len(prepared.clean.rstrip()), "")
     findings = [each for each in findings if each.code != "E006"]
@@ -192,7 +194,7 @@ def _parse_part(text: str, start: str, lower: Any) -> Any:
             if depth(tree) > DEPTH_LIMIT:
                 findings = [_too_deep(prepared, chunk)]
             else:
-                part = lower(lowering, tree)
+                part = lowering.lower(tree)
                 findings = lowering.findings
                 if not findings:
                     return part
@@ -286,7 +288,7 @@ class _Reading:
         elif chunk.word in HEADER_WORDS:
             self._take_header(chunk, tree)
         else:
-            statement = self.lowering.statement(tree)
+            statement = self.lowering.lower(tree)
             self._comment(len(self.statements), self._about(chunk), chunk.after)
             self.statements.append(statement)
 
@@ -347,7 +349,7 @@ class _Reading:
             return
         if depth(tree) > DEPTH_LIMIT:
             return
-        selector = self.lowering.selector(tree)
+        selector = self.lowering.lower(tree)
         span = self.source.span(chunk.start, chunk.end)
         self.statements.append(ir.Rule(selector=selector, optional=bool(head[1]), action=ir.Compute(), span=span))
 

@@ -8,16 +8,14 @@ from typing import assert_never
 
 from cachepolicy.errors import Diagnostic, PolicyError, suggestion
 from cachepolicy.language import ir
+from cachepolicy.language._lints import advise
 from cachepolicy.language._selector_checks import judge_selector, takes_model
-from cachepolicy.language.lints import advise
 from cachepolicy.language.params import typed
 from cachepolicy.language.scope import (
     ARGUMENT,
-    BOUND,
     CONSTANT,
     EXPECTED,
     LITERAL,
-    SCHEDULE,
     SETTING,
     WHEN,
     WHILE,
@@ -30,7 +28,7 @@ from cachepolicy.language.scope import (
 )
 from cachepolicy.language.traversal import walk
 from cachepolicy.language.typecheck import Checker
-from cachepolicy.language.validate import judge_shapes, within_bounds
+from cachepolicy.language.validate import counts_of, is_mask, judge_shapes, within_bounds
 from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label
 
 
@@ -129,9 +127,10 @@ class _Judgement:
             self._schedule(rule.schedule)
         if rule.condition is not None:
             self.checker.expect(rule.condition, "boolean", WHILE)
+        for count in counts_of(rule):
+            self.checker.count(count)
         scopes = [bound.scope for bound in rule.bounds]
         for number, bound in enumerate(rule.bounds):
-            self._number(bound.count, BOUND, "`at most`", least=0, off=True)
             if bound.scope in scopes[:number]:
                 what = "in a row" if bound.scope == "row" else "in all"
                 self.report.add("E020", f"a rule has one `at most ... {what}`", bound)
@@ -140,55 +139,31 @@ class _Judgement:
 
     def _schedule(self, schedule: ir.ScheduleClause) -> None:
         match schedule:
-            case ir.Every():
-                self._number(schedule.interval, SCHEDULE, "`every`", least=1, off=True)
-                if schedule.offset is not None:
-                    self._number(schedule.offset, SCHEDULE, "`offset`", least=None)
             case ir.OnSteps(steps=ir.Name() as name):
-                self._param_of(name, ("list",), "`on`")
-            case ir.OnSteps(steps=ir.SetOf() as steps):
-                for item in steps.items:
-                    self._number(item, SCHEDULE, "`on`", least=0)
+                self._param_of(name, "list", "`on`")
             case ir.Mask(mask=ir.Text() as mask):
                 self._mask(mask)
             case ir.Mask(mask=ir.Name() as name):
-                self._param_of(name, ("string",), "`mask`")
+                self._param_of(name, "string", "`mask`")
                 param = self.scope.param(name.name)
                 if param and isinstance(param.default, ir.Text) and name.name not in self.masks:
                     self.masks.add(name.name)
                     self._mask(param.default)
             case _:
-                # What only parameters in place put there.
+                # Counts are checked with those of the bounds. Lists and `off` are here only after substitution.
                 pass
 
-    def _number(
-        self, node: ir.Expression, place: ExpressionPlace, what: str, *, least: int | None, off: bool = False
-    ) -> None:
-        """Checks a count. If `off` is true, the literal `off` or an optional parameter is also allowed."""
-        if off and isinstance(node, ir.Off):
-            return
-        param = self.scope.param(node.name) if isinstance(node, ir.Name) else None
-        if param is None or not (off and param.optional):
-            self.checker.expect(node, "number", place, what)
-        if param is not None and param.type != "int" and (param.type == "float" or param.optional):
-            self.report.add("E111", f"{what} takes a whole number, and `{param.name}` is a `{param.type}`", node)
-        if isinstance(node, ir.Number):
-            value = node.value
-            if value != value // 1 or (least is not None and value < least):
-                lower = "" if least is None else f" from {least}"
-                self.report.add("E124", f"{what} takes a whole number{lower}, not {value}", node)
-
-    def _param_of(self, name: ir.Name, types: tuple[ir.ParamType, ...], what: str) -> None:
+    def _param_of(self, name: ir.Name, wanted: ir.ParamType, clause: str) -> None:
+        """Checks that `name` is a parameter of the type `wanted`."""
         sort, param = self.scope.sort(name.name), self.scope.param(name.name)
-        wanted = " or ".join(f"`{each}`" for each in types)
         if sort is None:
             self.checker.unknown(name, name.name, frozenset({"parameter"}))
-        elif sort != "unknown" and (param is None or param.type not in types):
+        elif sort != "unknown" and (param is None or param.type != wanted):
             found = f"`{param.type}` parameter" if param else sort
-            self.report.add("E110", f"{what} takes a {wanted} parameter, and `{name.name}` is a {found}", name)
+            self.report.add("E110", f"{clause} takes a `{wanted}` parameter, and `{name.name}` is a {found}", name)
 
     def _mask(self, mask: ir.Text) -> None:
-        if not mask.value or set(mask.value) - {"0", "1"}:
+        if not mask.value or not is_mask(mask.value):
             help = "1 computes, 0 reuses, one letter a step"
             self.report.add("E118", "a mask holds the letters 0 and 1 alone", mask, help=help)
 

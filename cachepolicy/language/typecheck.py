@@ -9,6 +9,7 @@ from typing import assert_never
 from cachepolicy.errors import nearest
 from cachepolicy.language import ir
 from cachepolicy.language.scope import LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
+from cachepolicy.language.validate import Count
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
@@ -89,6 +90,21 @@ class Checker:
             help = "compare it with something: `x > 0`"
         message = f"{what or place.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
         self.report.add("E111", message, node, help=help)
+
+    def count(self, count: Count) -> None:
+        """Checks a whole number, or `off` where that is allowed."""
+        node = count.value
+        if count.off and isinstance(node, ir.Off):
+            return
+        param = self.scope.param(node.name) if isinstance(node, ir.Name) else None
+        if param is None or not (count.off and param.optional):
+            self.expect(node, "number", count.place, count.name)
+        if param is not None and param.type != "int" and (param.type == "float" or param.optional):
+            message = f"{count.name} takes a whole number, and `{param.name}` is a `{param.type}`"
+            self.report.add("E111", message, node)
+        message = count.fault() if isinstance(node, ir.Number) else None
+        if message is not None:
+            self.report.add("E124", message, node)
 
     def infer(self, node: ir.Expression, place: ExpressionPlace) -> Type:
         """Infers the type of `node` and reports errors in it. The type of an invalid node is `any`."""

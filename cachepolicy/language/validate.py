@@ -1,16 +1,19 @@
-"""Checks the structure of a policy: size limits, and nodes that the text form cannot represent."""
+"""Checks the structure of a policy, and the constants and regular expressions of its rules."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from cachepolicy.errors import Diagnostic
 from cachepolicy.language import ir
-from cachepolicy.language.scope import Report
+from cachepolicy.language.patterns import searcher
+from cachepolicy.language.scope import BOUND, POSITION, SCHEDULE, ExpressionPlace, Report
 from cachepolicy.language.source import is_writable
-from cachepolicy.language.traversal import children
-from cachepolicy.language.vocabulary import DEPTH_LIMIT, NUMBER_LIMIT, RESERVED, TEXT_LIMIT, TOKEN_LIMIT
+from cachepolicy.language.traversal import children, walk
+from cachepolicy.language.vocabulary import DEPTH_LIMIT, NUMBER_LIMIT, REGEX_LIMIT, RESERVED, TEXT_LIMIT, TOKEN_LIMIT
 
 Fault = tuple[str, str]
 """A code and a message."""
@@ -106,6 +109,125 @@ def _number(value: float) -> Iterator[Fault]:
         yield "E021", "`nan` is no number of the language"
     elif isinstance(value, int) and abs(value) > NUMBER_LIMIT:
         yield "E016", f"the number is too large: whole numbers go up to {NUMBER_LIMIT}"
+
+
+# --- constants and regular expressions of a rule ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A part of a rule that must be a whole number.
+
+    Attributes:
+        value: The expression.
+        name: Its name in messages.
+        place: The position of the expression, which tells what it may read.
+        least: The smallest valid number.
+        off: Whether the expression may be `off`.
+    """
+
+    value: ir.Expression
+    name: str
+    place: ExpressionPlace
+    least: float = -math.inf
+    off: bool = False
+
+    def fault(self) -> str | None:
+        """Returns the message for a constant that is no whole number or is too small. Other values are not checked."""
+        if not isinstance(self.value, ir.Number | ir.Boolean | ir.Text):
+            return None
+        number = self.value.value
+        if not isinstance(number, bool | str) and number == number // 1 and number >= self.least:
+            return None
+        lower = f" from {self.least}" if math.isfinite(self.least) else ""
+        return f"{self.name} takes a whole number{lower}, not `{number}`"
+
+
+def counts_of(rule: ir.Rule) -> Iterator[Count]:
+    """Yields the counts of the bounds and of the schedule of a rule."""
+    for bound in rule.bounds:
+        yield Count(bound.count, "`at most`", BOUND, 0, off=True)
+    match rule.schedule:
+        case ir.Every(interval=interval, offset=offset):
+            yield Count(interval, "`every`", SCHEDULE, 1, off=True)
+            if offset is not None:
+                yield Count(offset, "`offset`", SCHEDULE)
+        case ir.OnSteps(steps=ir.SetOf() | ir.ListOf() as steps):
+            for item in steps.items:
+                yield Count(item, "`on`", SCHEDULE, 0)
+        case _:
+            pass
+
+
+def positions_of(blocks: ir.Blocks) -> Iterator[Count]:
+    """Yields the index, the start and the end of `blocks`, as far as they are given."""
+    for position in (blocks.index, blocks.start, blocks.stop):
+        if position is not None:
+            yield Count(position, "the position of a block", POSITION)
+
+
+def is_mask(text: str) -> bool:
+    """Returns whether `text` consists of the letters of a mask."""
+    return set(text) <= {"0", "1"}
+
+
+def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
+    """Yields the faults of a rule whose parameters and lets are substituted: E163 for constants, E164 for regexes."""
+    counts = list(counts_of(rule))
+    for node in walk(rule.selector):
+        match node:
+            case ir.Blocks():
+                counts += positions_of(node)
+                regex = node.of
+            case ir.Pattern() | ir.OfClass():
+                regex = node.regex
+            case _:
+                regex = None
+        if regex is not None and (found := regex_fault(regex)) is not None:
+            message = f"the regex `{regex[:60]}` is refused: {found.message}"
+            yield replace(found, code="E164", message=message, span=node.span)
+    for count in counts:
+        message = count.fault()
+        if message is None and count.place is POSITION and not isinstance(count.value, ir.Number):
+            message = "the position of a block is a constant whole number"
+        if message is not None:
+            yield Diagnostic("E163", message, span=count.value.span)
+    match rule.schedule:
+        case ir.OnSteps(steps=ir.Name() as name):
+            message = f"`on` takes steps, and `{name.name}` is no list parameter"
+        case ir.Mask(mask=ir.Text() as mask) if not is_mask(mask.value):
+            message = f"a mask holds the letters 0 and 1 only, not `{mask.value[:60]}`"
+        case ir.Mask(mask=ir.Name() as name):
+            message = f"`mask` takes a string, and `{name.name}` is no string parameter"
+        case _:
+            return
+    yield Diagnostic("E163", message, span=rule.schedule.span)
+
+
+_RE2_SYNTAX = "the syntax is https://github.com/google/re2/wiki/Syntax"
+_BEYOND_RE2 = (
+    (r"\(\?<?[=!]", "lookaround", 'say it with `and not`: `attention and not "^single_"`'),
+    (r"\\[1-9]|\\k|\(\?P=", "backreferences", "write out what repeats"),
+    (r"\(\?>|[*+?}]\+", "atomic groups and possessive repeats", "plain repeats are safe: matching takes linear time"),
+    (r"\(\?\(|\(\?R\)|\(\?#", "conditionals, recursion and comments", _RE2_SYNTAX),
+)
+
+
+def regex_fault(regex: str) -> Diagnostic | None:
+    """Returns the diagnostic for a regular expression that is too long (E019) or that RE2 refuses (E017, E018)."""
+    if len(regex) > REGEX_LIMIT:
+        message = f"the regular expression has {len(regex)} characters, the limit is {REGEX_LIMIT}"
+        return Diagnostic("E019", message, help="take a list parameter, or kinds such as `attention`")
+    try:
+        searcher(regex)
+    except ValueError as error:
+        # An escaped backslash opens no escape, nor does a bracket in a character class open a group.
+        bare = re.sub(r"\\\\|\\[^1-9k]|\[[^]]*\]", "_", regex)
+        for pattern, construct, help in _BEYOND_RE2:
+            if re.search(pattern, bare):
+                return Diagnostic("E018", f"RE2, which matches names here, has no {construct}", help=help)
+        return Diagnostic("E017", f"RE2 cannot read this regular expression: {error}", help=_RE2_SYNTAX)
+    return None
 
 
 # --- words -----------------------------------------------------------------------------------------------

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from cachepolicy.engine.history_packing import compact, is_whole, leaves, map_le
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, reach
+from cachepolicy.planning.predictors import PredictorArguments, Weights, extrapolate, weights
 
 COMPUTE = "compute"
 STORE = "store"
@@ -91,31 +90,10 @@ class Kept:
 
 # --- predictors ------------------------------------------------------------------------------------------
 
-PredictorArguments = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Coefficients of a prediction: the divisors of neighbouring differences, and a factor per order.
-
-    They are numbers, or 0-d tensors in compiled graphs, where constants would cause a recompile at each step.
-    `divisors` is None if differences are not divided.
-    """
-
-    divisors: tuple[Any, ...] | None
-    factors: tuple[Any, ...]
-
-
-def weights(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
-    """Return the coefficients of a prediction at `step` from values at `steps`, newest first."""
-    return _PREDICTORS[predictor](steps, step, arguments)
-
 
 def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
-    """Return the newest value plus the weighted differences of increasing order."""
-    answer = history[0]
-    for difference, factor in zip(_differences(history, numbers), numbers.factors, strict=True):
-        answer = answer + difference * factor
+    """Return the prediction from a history, newest first, as a tensor of its own."""
+    answer = extrapolate(history, numbers)
     # Never return the stored tensor itself: the caller may modify it in place.
     return answer.clone() if answer is history[0] else answer
 
@@ -133,49 +111,6 @@ def predict(
         arguments: The arguments of the predictor, such as `order`.
     """
     return combine(history, weights(predictor, steps, step, arguments))
-
-
-def _differences(history: Sequence[torch.Tensor], numbers: Weights) -> list[torch.Tensor]:
-    """Return the newest difference of each order."""
-    divisors = numbers.divisors
-    if divisors is None:
-        return [history[0] - history[min(1, len(history) - 1)]]
-    level: list[torch.Tensor] = list(history[: len(numbers.factors) + 1])
-    found: list[torch.Tensor] = []
-    while len(level) > 1:
-        level = [(level[i] - level[i + 1]) / divisors[i] for i in range(len(level) - 1)]
-        found.append(level[0])
-    return found
-
-
-def _linear(_steps: Sequence[int], _step: int, arguments: PredictorArguments) -> Weights:
-    """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
-    return Weights(None, (arguments["weight"],))
-
-
-def _taylor(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
-    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
-    divisors = _divisors(steps, arguments["order"])
-    k = step - steps[0]
-    return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
-
-
-def _hermite(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
-    """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
-    divisors, scale = _divisors(steps, arguments["order"]), arguments["scale"]
-    x = scale * (step - steps[0])
-    before, polynomial, factors = 1.0, 2.0 * x, list[float]()
-    for order in range(1, len(divisors) + 1):
-        factors.append(scale**order * polynomial / math.factorial(order))
-        before, polynomial = polynomial, 2.0 * x * polynomial - 2.0 * order * before
-    return Weights(divisors, tuple(factors))
-
-
-def _divisors(steps: Sequence[int], order: int) -> tuple[int, ...]:
-    return tuple(newer - older for newer, older in pairwise(steps[: order + 1]))
-
-
-_PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}
 
 
 # --- outputs ---------------------------------------------------------------------------------------------

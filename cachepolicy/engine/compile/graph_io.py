@@ -14,19 +14,18 @@ from cachepolicy.engine.actions import (
     REUSE,
     STORE,
     Slot,
-    Weights,
     map_tensors,
     overwritten,
     push,
     slot_history,
     spoil,
-    weights,
 )
 from cachepolicy.engine.block_chain import Chain, ChainEntry, ChainForm
 from cachepolicy.engine.compile.graph_ops import Answer, OutputPlace, Part
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.predictors import Weights, weights
 from cachepolicy.planning.schedule import WAITING, Decision
 
 

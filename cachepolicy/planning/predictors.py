@@ -1,0 +1,112 @@
+"""Predictors: extrapolation of computed values to a later step. Their weights are computed without any tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, Self, TypeVar
+
+PredictorArguments = Mapping[str, Any]
+
+
+class Value(Protocol):
+    """Something that is extrapolated: a tensor in the engine, a number in the planner of schedules."""
+
+    def __add__(self, other: Any, /) -> Self: ...
+    def __sub__(self, other: Any, /) -> Self: ...
+    def __mul__(self, other: Any, /) -> Self: ...
+    def __truediv__(self, other: Any, /) -> Self: ...
+
+
+V = TypeVar("V", bound=Value)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Coefficients of a prediction: the divisors of neighbouring differences, and a factor per order.
+
+    They are numbers, or 0-d tensors in compiled graphs, where constants would cause a recompile at each step.
+    `divisors` is None if differences are not divided.
+    """
+
+    divisors: tuple[Any, ...] | None
+    factors: tuple[Any, ...]
+
+
+def weights(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
+    """Return the coefficients of a prediction at `step` from values at `steps`, newest first."""
+    return _PREDICTORS[predictor](steps, step, arguments)
+
+
+def extrapolate(history: Sequence[V], numbers: Weights) -> V:
+    """Return the newest value plus the weighted differences of increasing order.
+
+    Args:
+        history: Computed values, newest first.
+        numbers: The weights for the steps of these values.
+
+    Returns:
+        The prediction. Without differences this is the newest value itself.
+    """
+    answer = history[0]
+    for difference, factor in zip(_differences(history, numbers), numbers.factors, strict=True):
+        answer = answer + difference * factor
+    return answer
+
+
+def coefficients(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> tuple[float, ...]:
+    """Return the factor of each value at `steps`, newest first, in the prediction at `step`.
+
+    All predictors are linear: the prediction is the sum of the values times these factors.
+    """
+    numbers = weights(predictor, steps, step, arguments)
+    count = len(steps)
+    return tuple(
+        float(extrapolate([1.0 if other == position else 0.0 for other in range(count)], numbers))
+        for position in range(count)
+    )
+
+
+def _differences(history: Sequence[V], numbers: Weights) -> list[V]:
+    """Return the newest difference of each order."""
+    divisors = numbers.divisors
+    if divisors is None:
+        return [history[0] - history[min(1, len(history) - 1)]]
+    level: list[V] = list(history[: len(numbers.factors) + 1])
+    found = list[V]()
+    while len(level) > 1:
+        level = [(level[i] - level[i + 1]) / divisors[i] for i in range(len(level) - 1)]
+        found.append(level[0])
+    return found
+
+
+def _linear(_steps: Sequence[int], _step: int, arguments: PredictorArguments) -> Weights:
+    """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
+    return Weights(None, (arguments["weight"],))
+
+
+def _taylor(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
+    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
+    divisors = _divisors(steps, arguments["order"])
+    k = step - steps[0]
+    return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
+
+
+def _hermite(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
+    """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
+    divisors, scale = _divisors(steps, arguments["order"]), arguments["scale"]
+    x = scale * (step - steps[0])
+    before, polynomial, factors = 1.0, 2.0 * x, list[float]()
+    for order in range(1, len(divisors) + 1):
+        factors.append(scale**order * polynomial / math.factorial(order))
+        before, polynomial = polynomial, 2.0 * x * polynomial - 2.0 * order * before
+    return Weights(divisors, tuple(factors))
+
+
+def _divisors(steps: Sequence[int], order: int) -> tuple[int, ...]:
+    return tuple(newer - older for newer, older in pairwise(steps[: order + 1]))
+
+
+_PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}

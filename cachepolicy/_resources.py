@@ -43,7 +43,7 @@ def template(name: str) -> str:
     return (files("cachepolicy.reports.html") / "templates" / name).read_text(encoding="utf-8")
 
 
-def render(name: str, /, **values: object) -> str:
+def render_template(name: str, /, **values: object) -> str:
     """Fills in a template of a report.
 
     Args:

@@ -9,7 +9,7 @@ from typing import assert_never
 from cachepolicy.errors import nearest
 from cachepolicy.language import ir
 from cachepolicy.language.scope import LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
-from cachepolicy.language.validate import Count
+from cachepolicy.language.validate import WholeNumber
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
@@ -91,7 +91,7 @@ class Checker:
         message = f"{what or place.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
         self.report.add("E111", message, node, help=help)
 
-    def count(self, count: Count) -> None:
+    def count(self, count: WholeNumber) -> None:
         """Checks a whole number, or `off` where that is allowed."""
         node = count.value
         if count.off and isinstance(node, ir.Off):

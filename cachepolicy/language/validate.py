@@ -115,7 +115,7 @@ def _number(value: float) -> Iterator[Fault]:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class WholeNumber:
     """A part of a rule that must be a whole number.
 
     Attributes:
@@ -143,27 +143,27 @@ class Count:
         return f"{self.name} takes a whole number{lower}, not `{number}`"
 
 
-def counts_of(rule: ir.Rule) -> Iterator[Count]:
+def counts_of(rule: ir.Rule) -> Iterator[WholeNumber]:
     """Yields the counts of the bounds and of the schedule of a rule."""
     for bound in rule.bounds:
-        yield Count(bound.count, "`at most`", BOUND, 0, off=True)
+        yield WholeNumber(bound.count, "`at most`", BOUND, 0, off=True)
     match rule.schedule:
         case ir.Every(interval=interval, offset=offset):
-            yield Count(interval, "`every`", SCHEDULE, 1, off=True)
+            yield WholeNumber(interval, "`every`", SCHEDULE, 1, off=True)
             if offset is not None:
-                yield Count(offset, "`offset`", SCHEDULE)
+                yield WholeNumber(offset, "`offset`", SCHEDULE)
         case ir.OnSteps(steps=ir.SetOf() | ir.ListOf() as steps):
             for item in steps.items:
-                yield Count(item, "`on`", SCHEDULE, 0)
+                yield WholeNumber(item, "`on`", SCHEDULE, 0)
         case _:
             pass
 
 
-def positions_of(blocks: ir.Blocks) -> Iterator[Count]:
+def positions_of(blocks: ir.Blocks) -> Iterator[WholeNumber]:
     """Yields the index, the start and the end of `blocks`, as far as they are given."""
     for position in (blocks.index, blocks.start, blocks.stop):
         if position is not None:
-            yield Count(position, "the position of a block", POSITION)
+            yield WholeNumber(position, "the position of a block", POSITION)
 
 
 def is_mask(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from cachepolicy._resources import render
+from cachepolicy._resources import render_template
 
 _COLOURS = {"C": "\x1b[33;1m", "R": "\x1b[32m", ".": "\x1b[2m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
@@ -44,7 +44,7 @@ def notebook_html(rows: Mapping[str, Mapping[str, str]], summary: str) -> str:
         (branch, [(name, row) for row, names in alike(sites).items() for name in folded(names)])
         for branch, sites in rows.items()
     ]
-    return render("notebook.html", summary=summary, tables=tables, colours=_STYLES, max_rows=_MOST_ROWS)
+    return render_template("notebook.html", summary=summary, tables=tables, colours=_STYLES, max_rows=_MOST_ROWS)
 
 
 def _ruler(start: int, count: int) -> str:

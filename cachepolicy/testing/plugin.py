@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cachepolicy._resources import SUFFIXES
+from cachepolicy._resources import POLICY_SUFFIXES
 from cachepolicy.errors import PolicyError, render
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     """Return a collector for a policy file, None for other files or where the plugin is disabled."""
-    if file_path.suffix not in SUFFIXES or parent.config.getoption("--no-policies"):
+    if file_path.suffix not in POLICY_SUFFIXES or parent.config.getoption("--no-policies"):
         return None
     if not parent.config.getini("policies"):
         return None

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cachepolicy._resources import render, template
+from cachepolicy._resources import render_template, template
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
@@ -41,7 +41,7 @@ def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: flo
     parts = [_part(outcome, reasons, gains(outcome, work=work, uncached=uncached)) for outcome in outcomes]
     script = template("report.js")
     rules = [[format_node(bound.rule) for bound in outcome.plan.rules] for outcome in outcomes]
-    return render(
+    return render_template(
         "report.html",
         title=parts[0]["title"] if parts else "nothing has run yet",
         parts=parts,

@@ -1,4 +1,4 @@
-"""What a site has to keep for its rules: how many results, in which form. Pure, without torch."""
+"""What a site has to keep for its rules: how many results, and in which form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from cachepolicy.language import ir
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What a site has to keep: how many outputs, how many residuals, and whether it must know its streams at all."""
+    """What a site has to keep.
+
+    Attributes:
+        outputs: Number of outputs.
+        residuals: Number of residuals.
+        streams: Whether the site must know which of its inputs and outputs are hidden-state streams.
+        halves: Whether it keeps the halves of a guidance batch apart.
+    """
 
     outputs: int
     residuals: int
@@ -19,29 +26,32 @@ class Keeping:
 
     @property
     def depth(self) -> int:
-        """How many results of either form."""
+        """Number of results, of either form."""
         return max(1, self.outputs, self.residuals)
 
     @property
     def plain(self) -> bool:
-        """True where the newest output alone is kept."""
+        """True where only the newest output is kept."""
         return self.outputs == 1 and not self.streams and not self.halves
 
 
 def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
-    """What the actions of a site's rules read from its history."""
+    """Returns what the actions of a site's rules read from its history.
+
+    Args:
+        rules: The rules of the site.
+        span: Whether the site is a span of blocks.
+        halves: Whether the halves of a guidance batch are kept apart.
+    """
     outputs = residuals = 0
     skips = False
     for rule in rules:
         match rule.action:
-            case ir.Reuse(residual=True):
-                residuals = max(residuals, 1)
-            case ir.Reuse():
-                outputs = max(outputs, 1)
-            case ir.Predict(residual=True):
-                residuals = max(residuals, history_depth(rule.action))
-            case ir.Predict():
-                outputs = max(outputs, history_depth(rule.action))
+            case ir.Reuse(residual=residual) | ir.Predict(residual=residual):
+                if residual:
+                    residuals = max(residuals, reach(rule.action))
+                else:
+                    outputs = max(outputs, reach(rule.action))
             case ir.Skip():
                 skips = True
             case _:
@@ -50,7 +60,7 @@ def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
 
 
 def history_depth(action: ir.Predict) -> int:
-    """How many computed results a predictor reads at most."""
+    """Returns the largest number of computed results that a predictor reads."""
     for argument in action.arguments:
         if argument.label == "order" and isinstance(argument.value, ir.Number):
             return int(argument.value.value) + 1
@@ -58,12 +68,12 @@ def history_depth(action: ir.Predict) -> int:
 
 
 def reach(action: ir.Action | None) -> int:
-    """How many of the newest results an answer by this action is made from."""
+    """Returns the number of newest results that an answer by this action is computed from."""
     return history_depth(action) if isinstance(action, ir.Predict) else 1
 
 
 def feedback(action: ir.Action | None) -> bool:
-    """True where the action's answers enter the history too."""
+    """Returns whether the answers of the action enter the history too."""
     return isinstance(action, ir.Predict) and any(
         argument.label == "feedback" and isinstance(argument.value, ir.Boolean) and argument.value.value
         for argument in action.arguments

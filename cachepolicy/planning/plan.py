@@ -20,8 +20,12 @@ from cachepolicy.planning.selectors import Modules
 class Site:
     """What rules act on: one module, or a span of blocks that is decided as one.
 
-    `index` is its place in `Plan.sites`; `modules` are the names of what it covers, in the order they run (the root's
-    is ""); `parents` are the sites that hide it when they reuse, the outermost first.
+    Attributes:
+        index: Position in `Plan.sites`.
+        name: Name in reports.
+        modules: Names of the modules that it covers, in the order they run. The name of the root is "".
+        kinds: The kinds that all its modules share.
+        parents: Numbers of the sites that hide it when they reuse, the outermost first.
     """
 
     index: int
@@ -33,15 +37,15 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class BoundRule:
-    """A rule with its number among the policy's rules and the sites it acts on."""
+    """A rule with its number among the policy's rules and the numbers of its sites, in ascending order."""
 
     index: int
     rule: ir.Rule
     sites: tuple[int, ...]
     memories: tuple[ir.Call, ...] = field(init=False, repr=False, compare=False)
-    """The `prev` and `kept` of its `while`, the inner ones first."""
+    """The `prev` and `kept` calls of its `while`, inner calls first."""
     accumulators: tuple[ir.Call, ...] = field(init=False, repr=False, compare=False)
-    """The `sum` and `product` of its `while`, likewise."""
+    """The `sum` and `product` calls of its `while`, inner calls first."""
 
     def __post_init__(self) -> None:
         condition = self.rule.condition
@@ -59,10 +63,17 @@ class ProbePlace:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a policy on a model that does not depend on the clock.
+    """All facts about a policy on a model that do not depend on the clock.
 
-    `sites` stand in model order, an outer one before those inside it. `needs` names the clock words that the rules with
-    sites read, `probes` the modules that each probe measures. `warnings` holds what is doubtful but not wrong.
+    Attributes:
+        policy: The policy.
+        resolved: The policy with its params and the policies that it uses.
+        skeleton: The module tree of the model.
+        sites: The sites in model order, an outer site before those inside it.
+        rules: The rules with their sites.
+        needs: Clock words that rules with sites read and that a run may not supply.
+        probes: The modules that each probe measures.
+        warnings: Findings that are doubtful and no errors.
     """
 
     policy: ir.Policy = field(repr=False)
@@ -76,18 +87,18 @@ class Plan:
 
     @cached_property
     def _rules_of(self) -> tuple[tuple[int, ...], ...]:
-        found: list[list[int]] = [[] for _ in self.sites]
+        rules: list[list[int]] = [[] for _ in self.sites]
         for bound in self.rules:
             for site in bound.sites:
-                found[site].append(bound.index)
-        return tuple(map(tuple, found))
+                rules[site].append(bound.index)
+        return tuple(map(tuple, rules))
 
     def rules_of(self, site: int) -> tuple[int, ...]:
-        """The numbers of the rules that take the site, in the order they are asked."""
+        """Returns the numbers of the rules that take a site, in the order of the policy."""
         return self._rules_of[site]
 
 
 def label(rule: ir.Rule, *, width: int = 60) -> str:
-    """The rule's text on one line, cut to `width` columns, for reports."""
+    """Returns the text of a rule on one line, cut to `width` columns."""
     text = format_node(rule)
     return text if len(text) <= width else text[: width - 1] + "…"

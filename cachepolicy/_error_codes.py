@@ -112,6 +112,8 @@ CODES: dict[str, str] = {
     "E320": "a timestep function that returns nothing",
     "E321": "a timestep in no known unit",
     "E322": "an argument of an action without a value",
+    "E323": "rows of one call at different timesteps",
+    "E324": "a step context that does not fit",
     "E330": "no evidence of guidance",
     "E331": "a prediction whose layout is not clear",
     "E332": "samples of different shapes",
@@ -130,4 +132,8 @@ CODES: dict[str, str] = {
     "W511": "a policy that takes nothing in the model",
     "W512": "an interval in which no number lies",
     "W520": "a rule that no expectation reaches",
+    # W6xx: a policy on a running model.
+    "W601": "modules that run outside any call of their model",
+    "W602": "more sessions at a time than `max_sessions`",
+    "W603": "a scheduler that was replaced during a call",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from cachepolicy._error_codes import CODES
 
 __all__ = [
     "CODES", "Diagnostic", "PolicyError", "Related", "Severity", "Span", "nearest", "render", "suggestion", "to_json",
+    "warn",
 ]  # fmt: skip
 
 Severity = Literal["error", "warning"]
@@ -102,6 +104,17 @@ class PolicyError(Exception):
             The error; the caller raises it.
         """
         return cls([Diagnostic(code, message, help=help)])
+
+
+def warn(code: str, message: str, *, help: str) -> None:
+    """Warns of what a running policy has met, as a `UserWarning` with the rendered diagnostic.
+
+    Args:
+        code: Warning code, a key of `CODES`.
+        message: Message of the diagnostic.
+        help: A suggested fix.
+    """
+    warnings.warn(render([Diagnostic(code, message, "warning", help=help)]), UserWarning, stacklevel=3)
 
 
 _RED, _YELLOW, _BLUE, _BOLD, _RESET = "\x1b[31;1m", "\x1b[33;1m", "\x1b[34;1m", "\x1b[1m", "\x1b[0m"

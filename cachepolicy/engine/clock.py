@@ -8,6 +8,7 @@ any of them, a repeated call counts as the next step.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NA
 from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, warn
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import Tick
 
@@ -141,8 +142,11 @@ class Clock:
         step: The step of the trajectory, or -1 before the first call.
         t: The timestep of the last call.
         direction: -1 if the timestep falls, 1 if it rises, 0 if unknown. Used if its unit is unknown.
-        generation: The generation of the scheduler's follower at the last call.
-        begin: The index in the scheduler's timesteps at which the trajectory began.
+        follower: The follower of the scheduler at the last call.
+        generation: Its generation at the last call.
+        index: The index in the scheduler's timesteps at the last call.
+        begin: The index in the scheduler's timesteps at which the trajectory began, or this scheduler took over.
+        before: The number of steps that another scheduler took in this trajectory.
         extra: Steps of the loop that the scheduler did not take (or -1 for each that it took too often).
         number: The number of steps of all trajectories.
         trajectories: The number of trajectories that have begun.
@@ -153,8 +157,11 @@ class Clock:
     step: int = -1
     t: float | None = None
     direction: int = 0
+    follower: SchedulerFollower | None = None
     generation: int | None = None
+    index: int = 0
     begin: int = 0
+    before: int = 0
     extra: int = 0
     number: int = 0
     trajectories: int = 0
@@ -311,33 +318,112 @@ def _by_scheduler(
     """
     timesteps, sigmas = follower.numbers(scheduler)
     raw = arguments.named.get(arguments.timestep or "")
-    if clock.generation == follower.generation and _tiled(clock, follower, calls, timesteps, raw, repeats):
-        # The loop steps the scheduler once per tile of a timestep.
-        clock.extra = clock.step - follower.step
-    elif follower.begin is not None and follower.begin + follower.step + min(clock.extra, 0) >= len(timesteps):
-        follower.restart()
+    turns, step = False, clock.step
+    if clock.generation == follower.generation:
+        turns, step = _followed(clock, calls, scheduler, follower, timesteps, raw, repeats)
     starts = clock.generation != follower.generation
     if starts:
-        clock.generation, clock.extra = follower.generation, 0
-        if follower.begin is None:
-            # The timestep argument gives the index of this step; the steps taken so far lead back to the first one.
-            follower.begin = max(0, _begin(scheduler, timesteps, root, arguments, follower.step))
-        clock.begin = follower.begin
-    step = follower.step + clock.extra
-    if not starts and raw is not None and step == clock.step and repeats.same() and not _equal(raw, calls.raw):
+        starts, step = _joined(clock, scheduler, follower, timesteps, root, raw)
+    elif not turns and raw is not None and step == clock.step and repeats.same() and not _equal(raw, calls.raw):
         # The loop continues with another timestep without stepping this scheduler, so steps are counted here.
-        starts = _turned(timesteps, root, raw, calls.raw)
-        step = 0 if starts else step + 1
-        clock.extra = step - follower.step
+        turns = _turned(timesteps, root, raw, calls.raw)
+        step = 0 if turns else step + 1
+        clock.extra = step - (clock.index - clock.begin + clock.before)
+    starts = starts or turns
     moved = step != clock.step
     clock.step = step
     if starts or clock.numbers is not timesteps:
-        rest = None if sigmas is None else tuple(sigmas[clock.begin :])
-        clock.ahead, clock.numbers = Ahead(tuple(timesteps[clock.begin :]), rest), timesteps
-    index = min(clock.begin + step, len(timesteps) - 1)
+        clock.ahead, clock.numbers = _rest(clock, timesteps, sigmas), timesteps
+    index = min(clock.begin + step - clock.before, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
-    return starts, moved, Tick(step, timesteps[index], len(timesteps) - clock.begin, sigma)
+    return starts, moved, Tick(step, timesteps[index], len(timesteps) - clock.begin + clock.before, sigma)
+
+
+def _followed(
+    clock: Clock,
+    calls: Calls,
+    scheduler: Any,
+    follower: SchedulerFollower,
+    timesteps: Sequence[float],
+    raw: Any,
+    repeats: _Repeats,
+) -> tuple[bool, int]:
+    """Follow the scheduler within its trajectory. The follower restarts if it is at the end.
+
+    Returns:
+        Whether a trajectory starts because the scheduler was set back, and the step.
+    """
+    first = follower.first(scheduler)
+    if first is not None and first != clock.begin and not clock.before:
+        # The beginning was guessed from the timestep argument.
+        clock.begin = follower.begin = first
+        clock.numbers = None
+    index, told = follower.index(scheduler)
+    reached = index - clock.begin + clock.before
+    step, back = reached + clock.extra, False
+    if told and index != clock.index:
+        back = reached < clock.step and index < clock.index
+        if back and index < clock.begin:
+            clock.begin = follower.begin = index
+            reached, clock.numbers = clock.before, None
+        step = reached if back else max(reached, clock.step + 1)
+    if not back and _tiled(clock, max(step, reached) if told else step, calls, timesteps, raw, repeats):
+        # The loop steps the scheduler once per tile of a timestep.
+        step = clock.step
+    elif index + (0 if told else min(clock.extra, 0)) >= len(timesteps):
+        follower.restart()
+    clock.index, clock.extra = index, step - reached
+    return back, step
+
+
+def _joined(
+    clock: Clock, scheduler: Any, follower: SchedulerFollower, timesteps: Sequence[float], root: Root, raw: Any
+) -> tuple[bool, int]:
+    """Begin to follow a scheduler: in a new trajectory, or in the present one where the scheduler was replaced.
+
+    Returns:
+        Whether a trajectory starts, and the step.
+    """
+    replaced = clock.follower is not None and clock.follower is not follower
+    clock.follower, clock.extra = follower, 0
+    if replaced:
+        following = clock.begin + clock.step + 1 - clock.before
+        index = following if timesteps == clock.numbers else _nearest(timesteps, root, raw)
+        if index is not None and index < len(timesteps):
+            follower.restart()
+            follower.begin = clock.begin = clock.index = index
+            clock.before, clock.generation = clock.step + 1, follower.generation
+            return False, clock.before
+        warn(
+            "W603",
+            "the scheduler was replaced during a call, and the new one has not the timestep of the present step",
+            help="give the new scheduler the same timesteps, or replace it between two calls",
+        )
+    clock.before, clock.generation = 0, follower.generation
+    if follower.begin is None:
+        first = follower.first(scheduler)
+        if first is None:
+            # The timestep argument gives the index of this step; the steps taken so far lead back to the first one.
+            nearest = _nearest(timesteps, root, raw)
+            first = 0 if nearest is None else max(0, nearest - follower.step)
+        follower.begin = first
+    clock.begin = follower.begin
+    clock.index, _ = follower.index(scheduler)
+    return True, clock.index - clock.begin
+
+
+def _rest(clock: Clock, timesteps: Sequence[float], sigmas: Sequence[float] | None) -> Ahead:
+    """Return what is known of the trajectory: the steps that another scheduler took, and those of this one."""
+    ahead, done = clock.ahead, clock.before
+    told = None if sigmas is None else (*_first(ahead.sigmas, done), *sigmas[clock.begin :])
+    return Ahead((*_first(ahead.timesteps, done), *timesteps[clock.begin :]), told)
+
+
+def _first(values: Sequence[float] | None, number: int) -> tuple[float, ...]:
+    """Return the first values; unknown ones are infinite."""
+    known = tuple(values or ())[:number]
+    return (*known, *[math.inf] * (number - len(known)))
 
 
 def _equal(raw: Any, other: Any) -> bool:
@@ -355,34 +441,26 @@ def _turned(timesteps: Sequence[float], root: Root, raw: Any, other: Any) -> boo
     return (now - before) * (timesteps[-1] - timesteps[0]) < 0
 
 
-def _tiled(
-    clock: Clock, follower: SchedulerFollower, calls: Calls, timesteps: Sequence[float], raw: Any, repeats: _Repeats
-) -> bool:
+def _tiled(clock: Clock, step: int, calls: Calls, timesteps: Sequence[float], raw: Any, repeats: _Repeats) -> bool:
     """Return True if the scheduler was stepped, but the call has the same timestep on other latents (a tile)."""
-    step, last = follower.step + clock.extra, len(timesteps) - 1
     if step <= clock.step or raw is None or calls.raw is None:
         return False
-    now, before = min(clock.begin + step, last), min(clock.begin + clock.step, last)
+    origin, last = clock.begin - clock.before, len(timesteps) - 1
+    now, before = min(origin + step, last), min(origin + clock.step, last)
     if timesteps[now] == timesteps[before] and now != before:
         return False
     return _equal(raw, calls.raw) and not repeats.stage()
 
 
-def _begin(scheduler: Any, timesteps: Sequence[float], root: Root, arguments: CallArguments, stepped: int) -> int:
-    """Return the index in the scheduler's timesteps at which a trajectory starts (image-to-image starts late)."""
-    begin = getattr(scheduler, "begin_index", None)
-    if begin is not None:
-        return int(begin)
-    raw = arguments.named.get(arguments.timestep or "")
-    if raw is None or not timesteps:
-        return 0
-    if root.scale is None:
-        return 0
+def _nearest(timesteps: Sequence[float], root: Root, raw: Any) -> int | None:
+    """Return the index of the timestep that the root model is called with, or None if it cannot be told."""
+    if raw is None or not timesteps or root.scale is None:
+        return None
     value = root.scale.to_training(_number(raw, lowest=root.scale.lowest))
     if not root.listed and value <= 1.0:
-        return 0  # may be a fraction or the last timestep
+        return None  # may be a fraction or the last timestep
     nearest = min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - value))
-    return nearest - stepped if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else 0
+    return nearest if abs(timesteps[nearest] - value) <= _NEAR * max(1.0, abs(value)) else None
 
 
 _NEAR = 5e-3  # relative; a timestep that was converted to bfloat16 is off by up to 1 in 256

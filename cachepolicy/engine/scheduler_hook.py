@@ -1,27 +1,36 @@
-"""Follows schedulers: counts each `step`, and restarts at each `set_timesteps`."""
+"""Follows schedulers: at which timestep each is, from one `set_timesteps` to the next."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
+import torch
+
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
 
 
 class SchedulerFollower(Handle):
-    """Counts the steps of one scheduler. Several runs can use it."""
+    """Tells at which of its timesteps one scheduler is. Several runs can use it.
 
-    __slots__ = ("_numbers", "_source", "begin", "generation", "step", "users")
+    Attributes:
+        step: How often `step` was called since the last restart.
+        begin: The index of the first timestep of the trajectory, or None before the first call of a model.
+        generation: The number of the last restart. No two followers have the same.
+        users: The runs that use it.
+    """
+
+    __slots__ = ("_after", "_at", "_first", "_numbers", "_source", "begin", "generation", "step", "users")
 
     def __init__(self) -> None:
-        self.step = 0
-        self.begin: int | None = None
-        self.generation = 0
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._source: Any = None
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
+        self.restart()
 
     def __deepcopy__(self, memo: object) -> SchedulerFollower:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the follower itself.
@@ -33,8 +42,18 @@ class SchedulerFollower(Handle):
     def restart(self) -> None:
         """Begin a new trajectory: the next call is step 0."""
         self.step = 0
-        self.begin = None
-        self.generation += 1
+        self.begin: int | None = None
+        self.generation = next(_generations)
+        self._first: Any = None
+        self._at: Any = None
+        self._after: int | None = None
+
+    def stepped(self, scheduler: Any, timestep: Any) -> None:
+        """Record a call of `scheduler.step` with this timestep."""
+        self._at, self._after = timestep, _step_index(scheduler)
+        if not self.step:
+            self._first = (self._at, self._after)
+        self.step += 1
 
     def numbers(self, scheduler: Any) -> tuple[list[float], list[float] | None]:
         """Return timesteps and sigmas as floats. They are read from the device once per trajectory."""
@@ -44,6 +63,73 @@ class SchedulerFollower(Handle):
             sigmas = getattr(scheduler, "sigmas", None)
             self._numbers = (_floats(scheduler.timesteps), None if sigmas is None else _floats(sigmas))
         return self._numbers
+
+    def first(self, scheduler: Any) -> int | None:
+        """Return the index of the first timestep of the trajectory, or None if the scheduler does not tell it."""
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is not None:
+            return int(begin)
+        if not self.step:
+            return self._within(_step_index(scheduler))
+        timestep, after = self._first
+        return after - 1 if after is not None else self._index_of(timestep, 0)
+
+    def index(self, scheduler: Any) -> tuple[int, bool]:
+        """Return the index of the present timestep, from the number of timesteps on where all were done.
+
+        A loop may call `step` more than once for a timestep: once for each row of a batch, or again after it has set
+        the scheduler back. So the sources are, best first, the scheduler's own `step_index`, the timestep of the last
+        call of `step`, and the number of these calls. `begin` must be set.
+
+        Returns:
+            The index, and False if it was counted.
+        """
+        assert self.begin is not None
+        if not self.step:
+            index = self._within(_step_index(scheduler))
+            return (self.begin if index is None else index), True
+        if self._after is not None:
+            index = _step_index(scheduler)
+            # Loops over tiles put back the state that the scheduler had before its first step.
+            return (self.begin, True) if index is None else (index, True)
+        index = self._index_of(self._at, self.begin + self.step - 1)
+        return (self.begin + self.step, False) if index is None else (index + 1, True)
+
+    def _within(self, index: int | None) -> int | None:
+        """Return an index that lies within the timesteps, else None: it is left over from another schedule."""
+        return index if index is not None and 0 <= index < len(self._numbers[0]) else None
+
+    def _index_of(self, timestep: Any, near: int) -> int | None:
+        """Return the index of a timestep, the nearest to `near` if it occurs more than once, or None.
+
+        Nothing is read from a device.
+        """
+        every = self._source
+        if isinstance(timestep, torch.Tensor):
+            if timestep.numel() != 1:
+                return None
+            if isinstance(every, torch.Tensor) and every.ndim == 1 and every.stride(0) and _shares(timestep, every):
+                return self._within((int(timestep.storage_offset()) - int(every.storage_offset())) // every.stride(0))
+            if timestep.device.type != "cpu":
+                return None
+        elif isinstance(timestep, bool) or not isinstance(timestep, int | float):
+            return None
+        value = float(timestep)
+        found = [index for index, each in enumerate(self._numbers[0]) if each == value]
+        return min(found, key=lambda index: abs(index - near), default=None)
+
+
+_generations = itertools.count()
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _step_index(scheduler: Any) -> int | None:
+    """Return the scheduler's own index of the present timestep, or None if it has none or has not begun."""
+    index = getattr(scheduler, "step_index", None)
+    return index if isinstance(index, int) else None
 
 
 def _floats(values: Any) -> list[float]:
@@ -84,13 +170,15 @@ _lock = threading.Lock()
 
 
 def _step_override(original: Method) -> Method:
-    """Override of `scheduler.step` that counts."""
+    """Override of `scheduler.step` that records the call."""
+    parameters = list(inspect.signature(original).parameters)[1:]
+    place = parameters.index("timestep") if "timestep" in parameters else len(parameters)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         follower = self.__dict__.get(ATTRIBUTE)
         if follower is not None:
-            follower.step += 1
+            follower.stepped(self, args[place] if place < len(args) else kwargs.get("timestep"))
         return result
 
     return step

@@ -257,6 +257,60 @@ def unet_sd_heun() -> Tiny:
     return unet_sd(diffusers.HeunDiscreteScheduler())
 
 
+class Unchecked(torch.nn.Module):
+    """A safety checker that finds everything safe."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+def _cosmos(kind: Any, channels: int, vae: Any, **told: Any) -> Tiny:
+    model = diffusers.CosmosTransformer3DModel(**{**zoo.entry("cosmos").config, "in_channels": channels})
+    redraw(model, 0)
+    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae, "safety_checker": Unchecked()}
+    pipe = kind(
+        transformer=model.eval(),
+        scheduler=diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5),
+        **parts,
+    )
+    width = zoo.entry("cosmos").config["text_embed_dim"]
+    arguments = {
+        "prompt": None,
+        "prompt_embeds": normal(1, 5, width),
+        "negative_prompt_embeds": normal(1, 5, width, seed=2),
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+    }
+    return Tiny(pipe, arguments | told, branches=("", "1"))
+
+
+def cosmos_text_to_world() -> Tiny:
+    return _cosmos(diffusers.CosmosTextToWorldPipeline, zoo.entry("cosmos").config["out_channels"], None)
+
+
+def cosmos_video_to_world() -> Tiny:
+    channels = zoo.entry("cosmos").config["out_channels"]
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLCosmos(
+        latent_channels=channels,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        latents_mean=None,
+        latents_std=None,
+    ).eval()
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return _cosmos(diffusers.CosmosVideoToWorldPipeline, channels + 1, vae, image=image)
+
+
 PIPELINES: dict[str, Callable[[], Tiny]] = {
     each.__name__: each
     for each in (

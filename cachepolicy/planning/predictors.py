@@ -75,7 +75,7 @@ def _differences(history: Sequence[V], numbers: Weights) -> list[V]:
     if divisors is None:
         return [history[0] - history[min(1, len(history) - 1)]]
     level: list[V] = list(history[: len(numbers.factors) + 1])
-    found = list[V]()
+    found: list[V] = []  # `list[V]()` cannot be traced by Dynamo, which runs this function in graphs
     while len(level) > 1:
         level = [(level[i] - level[i + 1]) / divisors[i] for i in range(len(level) - 1)]
         found.append(level[0])

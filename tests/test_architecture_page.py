@@ -18,6 +18,7 @@ FOUND_BY = {
     "the First Block Cache policy": "policy first_block_cache",
     "the clock": "def read(",
     "the selector kinds": '"self_attention"',
+    "the names of attention modules": "CROSS_ATTENTION = ",
 }
 """A piece of text that only the right file has."""
 

@@ -1,6 +1,9 @@
-"""What is known of diffusers, and diffusers' cache API under its own names.
+"""diffusers' cache API under its own names, and tables of facts about diffusers' models.
 
-from cachepolicy.diffusers import PyramidAttentionBroadcastConfig, enable_cache
+    from cachepolicy.diffusers import PyramidAttentionBroadcastConfig, enable_cache
+
+The tables are modules of data, which other packages of `cachepolicy` read: `argument_names`, `call_forms`, `denoisers`,
+`guidance`, `hook_names`, `module_names` and `timestep_scaling`. They need neither diffusers nor torch.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The API needs the engine, and the engine needs the tables of this package: nothing is imported before it is used.
+    # The API imports the engine, and the engine imports the tables of this package. So the API is imported on demand.
     if name not in __all__:
         raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
     return getattr(import_module("cachepolicy.diffusers.api"), name)

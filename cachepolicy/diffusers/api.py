@@ -1,9 +1,9 @@
-"""diffusers' cache API over policies: the names of diffusers 0.42.1, for any model.
+"""diffusers' cache API on top of policies, for any model, under the names of diffusers 0.42.1.
 
     cachepolicy.enable_cache(pipe.transformer, PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2))
 
-Every config stands for a shipped policy: `cachepolicy.format(config.policy())` shows it. `apply_*` and `enable_cache`
-give the `Run`, which diffusers does not. diffusers itself is not needed, and torch only when a cache is attached.
+Each config corresponds to a shipped policy, which `cachepolicy.format(config.policy())` shows. Unlike in diffusers,
+`apply_*` and `enable_cache` return the `Run`. diffusers is not imported, and torch only when a cache is attached.
 """
 
 from __future__ import annotations
@@ -25,39 +25,38 @@ from cachepolicy.errors import PolicyError
 if TYPE_CHECKING:
     from cachepolicy.engine.run import Run
 
-__all__ = [
-    "CacheMixin",
-    "FasterCacheConfig",
-    "FirstBlockCacheConfig",
-    "PyramidAttentionBroadcastConfig",
-    "apply_faster_cache",
-    "apply_first_block_cache",
-    "apply_pyramid_attention_broadcast",
-    "cache_context",
-    "disable_cache",
-    "enable_cache",
-    "is_cache_enabled",
-    "reset_stateful_cache",
-]
-
-
 # --- one function for each cache -------------------------------------------------------------------------
 
 
 def apply_pyramid_attention_broadcast(module: Any, config: PyramidAttentionBroadcastConfig) -> Run:
-    """Attach Pyramid Attention Broadcast to a model; diffusers' own config is taken too.
+    """Attach Pyramid Attention Broadcast to a model.
+
+    Args:
+        module: The model.
+        config: The config, of this package or of diffusers.
+
+    Returns:
+        The attached run.
 
     Raises:
-        PolicyError: the config is for another cache, the model has a policy already, or nothing is selected in it.
+        PolicyError: The config is for another cache (E150), the model has a policy already (E301), or the policy
+            selects nothing in it (E308).
     """
     return _apply(module, config, PyramidAttentionBroadcastConfig)
 
 
 def apply_faster_cache(module: Any, config: FasterCacheConfig) -> Run:
-    """Attach FasterCache, in diffusers' variant, to a model whose batches hold both halves of guidance.
+    """Attach FasterCache, in diffusers' variant, to a model whose batches contain both halves of guidance.
+
+    Args:
+        module: The model.
+        config: The config, of this package or of diffusers.
+
+    Returns:
+        The attached run.
 
     Raises:
-        PolicyError: as for `apply_pyramid_attention_broadcast`.
+        PolicyError: As for `apply_pyramid_attention_broadcast`.
     """
     return _apply(module, config, FasterCacheConfig)
 
@@ -65,8 +64,15 @@ def apply_faster_cache(module: Any, config: FasterCacheConfig) -> Run:
 def apply_first_block_cache(module: Any, config: FirstBlockCacheConfig) -> Run:
     """Attach First Block Cache to a model with a chain of blocks.
 
+    Args:
+        module: The model.
+        config: The config, of this package or of diffusers.
+
+    Returns:
+        The attached run.
+
     Raises:
-        PolicyError: as for `apply_pyramid_attention_broadcast`.
+        PolicyError: As for `apply_pyramid_attention_broadcast`.
     """
     return _apply(module, config, FirstBlockCacheConfig)
 
@@ -79,7 +85,7 @@ def _apply(module: Any, given: object, kind: type) -> Run:
 
 
 def _attach(model: Any, config: CacheConfig) -> Run:
-    """Attach a config, and tell of identifiers that name no attention: the shipped policies let them be optional."""
+    """Attach a config, and report identifiers that match no attention, which are optional in the shipped policies."""
     from cachepolicy.engine.run import apply
 
     run = apply(model, config)
@@ -99,14 +105,21 @@ def _require_attention(run: Run, config: FasterCacheConfig) -> None:
     warnings.warn(f"{message}; only the unconditional half is skipped", UserWarning, stacklevel=4)
 
 
-# --- for an instance of any class ------------------------------------------------------------------------
+# --- functions in place of methods of CacheMixin ---------------------------------------------------------
 
 
 def enable_cache(model: Any, config: Any) -> Run:
-    """Attach what a config says to a model or pipeline of any class.
+    """Attach the cache of a config to a model or pipeline of any class.
+
+    Args:
+        model: The model or pipeline.
+        config: A cache config, of this package or of diffusers.
+
+    Returns:
+        The attached run.
 
     Raises:
-        PolicyError: there is a cache already, the config is none that is known, or it does not fit the model.
+        PolicyError: A policy is attached already (E301), the config is unknown (E150), or it does not fit the model.
     """
     known = config_of(config)
     if known is None:
@@ -116,10 +129,10 @@ def enable_cache(model: Any, config: Any) -> Run:
 
 
 def disable_cache(model: Any) -> None:
-    """Take the cache off; where there is none, that is a warning as in diffusers.
+    """Remove the cache from a model. Without a cache, warn as diffusers does.
 
     Raises:
-        PolicyError: a forward is running through it.
+        PolicyError: A forward pass of the model is running (E305).
     """
     from cachepolicy.engine.run import run_of
 
@@ -131,7 +144,7 @@ def disable_cache(model: Any) -> None:
 
 
 def is_cache_enabled(model: Any) -> bool:
-    """True while a policy is attached, by whatever name it was."""
+    """Return True if a policy is attached to the model, by any function of this package."""
     from cachepolicy.engine.run import run_of
 
     return run_of(model) is not None
@@ -139,9 +152,12 @@ def is_cache_enabled(model: Any) -> bool:
 
 @contextlib.contextmanager
 def cache_context(model: Any, name: str, **kwargs: Any) -> Generator[None]:
-    """Calls inside are of the branch `name` (`"cond"`, `"uncond"`, ...); contexts nest.
+    """Return a context manager: calls inside belong to the guidance branch `name`. Contexts can be nested.
 
-    `step_index`, `num_inference_steps`, `timestep` and `sigma` may be told too. `model` says whose calls are meant.
+    Args:
+        model: The model that is called.
+        name: The name of the branch, such as `"cond"` or `"uncond"`.
+        **kwargs: `step_index`, `num_inference_steps`, `timestep` (training units, 0..1000) and `sigma` of the calls.
     """
     from cachepolicy.engine.clock import CONTEXT, Context
 
@@ -154,7 +170,7 @@ def cache_context(model: Any, name: str, **kwargs: Any) -> Generator[None]:
 
 
 def reset_stateful_cache(model: Any) -> None:
-    """Forget what is kept for the present trajectory: the next call starts a new one."""
+    """End the current trajectory of a model. The next call starts a new one without history."""
     from cachepolicy.engine.class_swap import ATTRIBUTE
     from cachepolicy.engine.root_model import RootModel
     from cachepolicy.engine.run import Run
@@ -167,30 +183,30 @@ def reset_stateful_cache(model: Any) -> None:
 
 
 class CacheMixin:
-    """Caches that can be switched on and off, for an `nn.Module` of your own: `class Net(nn.Module, CacheMixin)`."""
+    """Adds the cache methods of diffusers' models to a module class: `class Net(nn.Module, CacheMixin)`."""
 
     @property
     def is_cache_enabled(self) -> bool:
-        """True while a policy is attached."""
+        """Whether a policy is attached."""
         return is_cache_enabled(self)
 
     def enable_cache(self, config: Any) -> Run:
-        """Attach what a config says.
+        """Attach the cache of a config. See the function `enable_cache`.
 
         Raises:
-            PolicyError: as for the function `enable_cache`.
+            PolicyError: As for the function `enable_cache`.
         """
         return enable_cache(self, config)
 
     def disable_cache(self) -> None:
-        """Take the cache off."""
+        """Remove the cache. See the function `disable_cache`."""
         disable_cache(self)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:  # pyright: ignore[reportUnusedFunction]
-        """Forget what is kept; diffusers' pipelines call this at their end."""
-        del recurse  # all of a model's state is in one place
+        """End the current trajectory. diffusers' pipelines call this at their end."""
+        del recurse  # the state of all submodules is at the root
         reset_stateful_cache(self)
 
     def cache_context(self, name: str, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-        """Calls inside are of the branch `name`, as for the function `cache_context`."""
+        """Return a context manager: calls inside belong to the branch `name`. See the function `cache_context`."""
         return cache_context(self, name, **kwargs)

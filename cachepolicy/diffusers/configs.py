@@ -1,6 +1,6 @@
-"""diffusers' cache configs, checked, each said as the shipped policy with its parameters set.
+"""diffusers' cache configs. Each validates its fields and corresponds to a shipped policy with its params set.
 
-Names, fields, defaults and their order are those of diffusers 0.42.1. Needs neither torch nor diffusers.
+Names, fields, defaults and their order are those of diffusers 0.42.1. Neither torch nor diffusers is imported.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from cachepolicy.language.patterns import searcher
 from cachepolicy.language.traversal import transform
 
 TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
-"""How a prediction may be laid out: diffusers' three, and token sequences."""
+"""Layouts of a prediction: the three of diffusers, and token sequences."""
 
 
-# --- what a field may hold -------------------------------------------------------------------------------
+# --- validators of fields -------------------------------------------------------------------------------
 
 
 def _wrong(
@@ -43,7 +43,7 @@ def _number(value: Any) -> bool:
 
 
 def _items(value: Any) -> tuple[Any, ...] | None:
-    """What a tuple or list holds; None for anything else."""
+    """Return the items of a tuple or list, or None for other values."""
     return tuple(cast("list[Any]", value)) if isinstance(value, list | tuple) else None
 
 
@@ -125,14 +125,14 @@ _STRICT = ConfigDict(extra="forbid", validate_assignment=True)
 
 @runtime_checkable
 class CacheConfig(Protocol):
-    """What stands for a policy together with arguments of `apply`."""
+    """An object that provides a policy together with arguments of `apply`."""
 
     def policy(self) -> ir.Policy:
-        """The policy, whose text says everything but the callbacks."""
+        """Return the policy, which expresses all fields except the callbacks."""
         ...
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `apply` that belong to the policy."""
+        """Return the keyword arguments of `apply` that belong to the policy."""
         ...
 
 
@@ -140,12 +140,12 @@ class CacheConfig(Protocol):
 class PyramidAttentionBroadcastConfig:
     """Pyramid Attention Broadcast (arXiv:2408.12588), as the policy `pab`.
 
-    A skip range N computes at every Nth step and reuses between, while the timestep is inside the kind's range, ends
-    excluded; None leaves the kind out. With all three None spatial attention gets 2, with a warning. Without
-    `current_timestep_callback` the clock reads the pipeline's scheduler or the model's own timestep argument.
+    A skip range N computes at every Nth step and reuses in between, while the timestep is strictly inside the range of
+    the kind. None switches the kind off. If all three are None, spatial attention gets 2, with a warning. Without
+    `current_timestep_callback`, the clock reads the pipeline's scheduler or the timestep argument of the model.
 
     Raises:
-        PolicyError: a field holds what it cannot; the message names it.
+        PolicyError: A field has an invalid value. The message names it.
     """
 
     spatial_attention_block_skip_range: SkipInterval = None
@@ -166,7 +166,7 @@ class PyramidAttentionBroadcastConfig:
     current_timestep_callback: TimestepCallback = None
 
     def policy(self) -> ir.Policy:
-        """`pab` with its parameters set."""
+        """Return `pab` with its params set."""
         spatial = self.spatial_attention_block_skip_range
         if (
             spatial is None
@@ -196,7 +196,7 @@ class PyramidAttentionBroadcastConfig:
         )
 
     def arguments(self) -> dict[str, Any]:
-        """`timestep`, where a callback is given."""
+        """Return `timestep` if a callback is given."""
         return _timestep(self.current_timestep_callback)
 
 
@@ -204,13 +204,13 @@ class PyramidAttentionBroadcastConfig:
 class FasterCacheConfig:
     """FasterCache (arXiv:2410.19355) in diffusers' variant, as the policy `fastercache` with `feedback = true`.
 
-    Ranges are of timesteps, ends excluded; skip ranges as in `PyramidAttentionBroadcastConfig`, None leaves the part
-    out. `attention_weight_callback` is called with the module once an answer, the frequency callbacks with the model
-    once a rebuilt step; without them the weight is 0.5 and the bands grow by alpha within their ranges. The default
-    list of batched inputs stands for finding them by size; any other list is taken as given.
+    Timestep ranges exclude their ends, and skip ranges are as in `PyramidAttentionBroadcastConfig`; None switches a
+    part off. `attention_weight_callback` is called with the module once per answer, the frequency callbacks with the
+    model once per rebuilt step. Without them, the weight is 0.5 and the bands grow by alpha within their ranges. With
+    the default list of batched inputs, batched inputs are detected by their size. Any other list is used as given.
 
     Raises:
-        PolicyError: a field holds what it cannot; the message names it.
+        PolicyError: A field has an invalid value. The message names it.
     """
 
     spatial_attention_block_skip_range: SkipInterval = 2
@@ -244,7 +244,7 @@ class FasterCacheConfig:
     )
 
     def policy(self) -> ir.Policy:
-        """`fastercache` with its parameters set; with weight callbacks, its rules with externals in their place."""
+        """Return `fastercache` with its params set, or its rules with externals in place of weights with callbacks."""
         spatial = self.spatial_attention_block_skip_range
         inputs = self._unconditional_conditional_input_kwargs_identifiers
         values = {
@@ -259,7 +259,7 @@ class FasterCacheConfig:
             "low_range": self.low_frequency_weight_update_timestep_range,
             "high_range": self.high_frequency_weight_update_timestep_range,
             "feedback": True,
-            # A kind that is off takes no module, and so leaves none from the other.
+            # A kind that is off selects no module, so that the other kind can select all of its own.
             "spatial_names": () if spatial is None else self.spatial_attention_block_identifiers,
             "temporal_names": self.temporal_attention_block_identifiers,
             "format": self.tensor_format,
@@ -272,7 +272,7 @@ class FasterCacheConfig:
         return _using("fastercache", values, shown=("spatial_every", "temporal_every", "uncond_every", "feedback"))
 
     def arguments(self) -> dict[str, Any]:
-        """`timestep` and the externals, where callbacks are given; `guidance`: whether batches hold both halves."""
+        """Return `guidance` (whether batches contain both halves), and `timestep` and externals for given callbacks."""
         asked = {name: getattr(self, f"{name}_callback") for name in _ASKED}
         return (
             _timestep(self.current_timestep_callback)
@@ -285,31 +285,32 @@ class FasterCacheConfig:
 class FirstBlockCacheConfig:
     """First Block Cache, as the policy `fbc`.
 
-    All blocks but the first are reused while the first one's residual has changed by at most `threshold`, relatively.
+    All blocks except the first are reused while the relative change of the first block's residual is at most
+    `threshold`.
 
     Raises:
-        PolicyError: the threshold is no finite number from 0.
+        PolicyError: The threshold is not a finite number from 0.
     """
 
     threshold: Amount = 0.05
 
     def policy(self) -> ir.Policy:
-        """`fbc` with its threshold set."""
+        """Return `fbc` with its threshold set."""
         return _using("fbc", {"threshold": self.threshold}, shown=("threshold",))
 
     def arguments(self) -> dict[str, Any]:
-        """Nothing: the policy says it all."""
+        """Return no arguments, because the policy expresses the threshold."""
         return {}
 
 
 _ASKED = {"attention_weight": "weight", "low_frequency_weight": "low", "high_frequency_weight": "high"}
-"""The externals of FasterCache's callbacks, and the arguments of actions that they supply."""
+"""The externals for FasterCache's callbacks, and the action arguments that they supply."""
 
 _DEFAULT_INPUTS: tuple[str, ...] = next(each.default for each in fields(FasterCacheConfig) if each.name.startswith("_"))  # pyright: ignore[reportArgumentType, reportAssignmentType]
 
 
 class WeightSupplier:
-    """A callback that takes the module that is answered, as the supplier of an external."""
+    """Supplies an external from a callback that takes the answered module."""
 
     takes_module = True
 
@@ -317,7 +318,7 @@ class WeightSupplier:
         self._function = function
 
     def __call__(self, module: Any = None) -> float:
-        """The number for this module."""
+        """Return the number for a module."""
         return float(self._function(module))
 
 
@@ -325,7 +326,7 @@ def _timestep(callback: Callable[[], Any] | None) -> dict[str, Any]:
     return {} if callback is None else {"timestep": callback}
 
 
-# --- as policies -----------------------------------------------------------------------------------------
+# --- conversion to policies -----------------------------------------------------------------------------------------
 
 
 @cache
@@ -339,7 +340,7 @@ def _constants(name: str, values: Mapping[str, object]) -> dict[str, ir.Expressi
 
 
 def _using(name: str, values: Mapping[str, object], shown: tuple[str, ...]) -> ir.Policy:
-    """A policy that uses the shipped one, with what differs from its defaults, and `shown` in any case."""
+    """Return a policy that uses the shipped one, with the params that differ from the defaults or are in `shown`."""
     defaults = {
         each.name: typed(each, each.default) for each in _shipped(name).statements if isinstance(each, ir.Param)
     }
@@ -352,7 +353,7 @@ def _using(name: str, values: Mapping[str, object], shown: tuple[str, ...]) -> i
 
 
 def _asking(name: str, values: Mapping[str, object], externals: Mapping[str, str]) -> ir.Policy:
-    """The shipped policy's own rules, `values` as its defaults, and these arguments of actions asked from outside."""
+    """Return the rules of the shipped policy with `values` as defaults, and externals for some action arguments."""
 
     def rewrite(node: ir.Node) -> ir.Node:
         if isinstance(node, ir.Argument) and node.label in externals:
@@ -378,7 +379,7 @@ def _like(name: str, statements: tuple[Any, ...]) -> ir.Policy:
     return ir.Policy(name=shipped.name, title=shipped.title, source=shipped.source, statements=statements)
 
 
-# --- by what is given ------------------------------------------------------------------------------------
+# --- configs of diffusers ------------------------------------------------------------------------------------
 
 _CONFIGS: dict[str, Any] = {
     each.__name__: each for each in (PyramidAttentionBroadcastConfig, FasterCacheConfig, FirstBlockCacheConfig)
@@ -386,10 +387,10 @@ _CONFIGS: dict[str, Any] = {
 
 
 def config_of(given: object) -> CacheConfig | None:
-    """`given` as one of the configs here, also where it is diffusers' own; None for anything else.
+    """Return a config of this package for `given`, which may be diffusers' own config, or None for other objects.
 
     Raises:
-        PolicyError: it is a config of diffusers for another cache, or a field of it holds what it cannot.
+        PolicyError: It is diffusers' config for another cache (E150), or one of its fields has an invalid value.
     """
     if isinstance(given, CacheConfig):
         return given

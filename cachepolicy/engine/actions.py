@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.block_chain import Chain
 from cachepolicy.engine.history_packing import compact, is_whole, leaves, map_leaves, map_once, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
@@ -120,7 +121,7 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
     """Return the main tensor of a call: the first positional one, `hidden_states`, or the first other."""
     if args and isinstance(args[0], torch.Tensor):
         return args[0]
-    named = kwargs.get("hidden_states")
+    named = kwargs.get(HIDDEN_STATES)
     if isinstance(named, torch.Tensor):
         return named
     for value in (*args, *kwargs.values()):

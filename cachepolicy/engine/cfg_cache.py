@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, GRID_SIZES, POSITIONS
+from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Tick
+from cachepolicy.planning.schedule import Tick
 
 
 @dataclass(slots=True)

@@ -1,11 +1,11 @@
-"""What else may sit on a model: which of it a policy cannot share the model with, and what the rest needs.
+"""Compatibility with other tools on the same model: offloading, other caches, tracing, gradient checkpointing.
 
-Nothing here imports a neighbour: where its module is not loaded, none of it can be on the model. docs/neighbours.md has
-the whole table.
+No other tool is imported here: a tool whose module is not loaded cannot be on the model. docs/neighbours.md has the
+complete table.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything and return anything: what comes out of it has no type to know.
+# Attributes of models and hooks have arbitrary types, which pyright reports as unknown.
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from cachepolicy.diffusers.hook_names import (
+    ACCELERATE_HOOK,
+    BLOCK_REGISTRY_MODULE,
+    CACHE_DIT_CONTEXT,
+    CACHES,
+    CONTEXT_PARALLEL_MODULE,
+    GROUP_OFFLOADING,
+    HOOKS_MODULE,
+    REGISTRY,
+)
 from cachepolicy.engine.class_swap import Method, Override, is_swapped, plain
 from cachepolicy.engine.compile.graph_ops import exporting
 from cachepolicy.engine.hooks import site_override
@@ -25,35 +35,24 @@ from cachepolicy.errors import PolicyError
 
 # --- other caches ----------------------------------------------------------------------------------------
 
-_CACHES = {
-    "pyramid_attention_broadcast": "Pyramid Attention Broadcast",
-    "faster_cache_denoiser": "FasterCache",
-    "faster_cache_block": "FasterCache",
-    "fbc_leader_block_hook": "First Block Cache",
-    "fbc_block_hook": "First Block Cache",
-    "mag_cache_leader_block_hook": "MagCache",
-    "mag_cache_block_hook": "MagCache",
-    "taylorseer_cache": "TaylorSeer",
-    "sea_cache_root": "SeaCache",
-    "sea_cache_leader_block": "SeaCache",
-    "sea_cache_block": "SeaCache",
-}
-"""The hooks of diffusers' caches that answer for a module, by the names that diffusers registers them under."""
-
 
 def refuse(root: nn.Module, pipeline: Any = None) -> None:
-    """Refuse a model on which somebody else caches: two caches would decide over the same calls, unknown to each other.
+    """Refuse a model that has another cache. Two caches would decide over the same calls without knowing each other.
+
+    Args:
+        root: The root model.
+        pipeline: The pipeline that holds it, if any.
 
     Raises:
-        PolicyError: diffusers' or cache-dit's cache is on (E340).
+        PolicyError: A cache of diffusers or cache-dit is attached (E340).
     """
-    if "diffusers.hooks" in sys.modules:
+    if HOOKS_MODULE in sys.modules:
         for module in root.modules():
-            if "_diffusers_hook" in module.__dict__:
-                for name in _CACHES.keys() & hooks_of(module).keys():
-                    _refuse(f"diffusers' {_CACHES[name]}", "`model.disable_cache()` takes it off; a policy can do both")
+            if REGISTRY in module.__dict__:
+                for name in CACHES.keys() & hooks_of(module).keys():
+                    _refuse(f"diffusers' {CACHES[name]}", "`model.disable_cache()` takes it off; a policy can do both")
     if "cache_dit" in sys.modules and any(
-        "_context_manager" in getattr(each, "__dict__", ()) for each in (root, pipeline)
+        CACHE_DIT_CONTEXT in getattr(each, "__dict__", ()) for each in (root, pipeline)
     ):
         _refuse("cache-dit's cache", "`cache_dit.disable_cache(...)` takes it off; a policy can do both")
 
@@ -63,7 +62,7 @@ def _refuse(cache: str, help: str) -> NoReturn:
 
 
 def enable_cache_override(original: Method) -> Method:
-    """`model.enable_cache(config)` of diffusers, on a model that has a policy."""
+    """Override of diffusers' `model.enable_cache(config)`, which refuses its caches while a policy is attached."""
 
     def enable_cache(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         if is_swapped(self) and original.__module__.startswith("diffusers."):
@@ -78,8 +77,8 @@ def enable_cache_override(original: Method) -> Method:
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:
-    """The hooks of diffusers on a module, by name."""
-    registry = module.__dict__.get("_diffusers_hook")
+    """Return diffusers' hooks on a module by name."""
+    registry = module.__dict__.get(REGISTRY)
     return {} if registry is None else registry.hooks
 
 
@@ -91,10 +90,10 @@ def split_arguments(
     The diffusers hook runs inside the intercepted call and splits the arguments. Residuals have to be computed from the
     split tensors. The hook returns views and changes nothing, so it can be called twice.
     """
-    if "_diffusers_hook" not in module.__dict__:
+    if REGISTRY not in module.__dict__:
         return args, kwargs
     # A module with a hook implies that diffusers' hooks are imported, but not necessarily this file.
-    parallel: Any = sys.modules.get("diffusers.hooks.context_parallel")
+    parallel: Any = sys.modules.get(CONTEXT_PARALLEL_MODULE)
     if parallel is None:
         return args, kwargs
     for hook in reversed(list(hooks_of(module).values())):
@@ -104,12 +103,12 @@ def split_arguments(
 
 
 def introduce(module: nn.Module) -> None:
-    """Make the class of an intercepted block known where diffusers looks blocks up by their exact class."""
-    helpers = sys.modules.get("diffusers.hooks._helpers")
+    """Register the swapped class of a block with diffusers, which looks blocks up by their exact class."""
+    helpers = sys.modules.get(BLOCK_REGISTRY_MODULE)
     if helpers is None:
         return
     registry = helpers.TransformerBlockRegistry
-    registry._register()  # fills it, once
+    registry._register()  # diffusers fills its registry at the first lookup
     known = registry._registry
     own = plain(type(module))
     if own in known:
@@ -120,26 +119,29 @@ def introduce(module: nn.Module) -> None:
 
 
 def override_of(module: nn.Module) -> Override:
-    """How a site is intercepted: by itself, or with care for the others whose weights come and go with its own."""
-    hook = hooks_of(module).get("group_offloading")
+    """Return the override of a site's `__call__`: the plain one, or one for modules that are offloaded as a group."""
+    hook = hooks_of(module).get(GROUP_OFFLOADING)
     shared = hook is not None and (len(hook.group.modules) > 1 or hook.group.stream is not None)
     return grouped_override if shared else site_override
 
 
 class _Ran(threading.local):
+    """Ids of the modules whose original `__call__` ran in the current call of this thread."""
+
     def __init__(self) -> None:
         self.modules = set[int]()
 
 
 _RAN = _Ran()
 _LOADED: weakref.WeakSet[Any] = weakref.WeakSet()
-"""The groups whose weights a member has brought in, and the last one has not put away yet."""
+"""Groups whose weights were loaded by a member and not yet offloaded by the last one."""
 
 
 def grouped_override(original: Method) -> Method:
-    """`__call__` of a site in a group that diffusers offloads together.
+    """Override of `__call__` for a site in a group that diffusers offloads together.
 
-    There the first block of a group loads for all and the last puts away; either may be answered while others compute.
+    The first block of a group loads the weights of all, and the last one offloads them. A policy may answer either of
+    them while others compute, so loading and offloading are done here where they would be missed.
     """
     inner = site_override(_loading(original))
 
@@ -156,9 +158,11 @@ def grouped_override(original: Method) -> Method:
 
 
 def _loading(original: Method) -> Method:
+    """Wrap the original `__call__`: load the weights of the group if the leader did not run."""
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         _RAN.modules.add(id(self))
-        hook = hooks_of(self).get("group_offloading")
+        hook = hooks_of(self).get(GROUP_OFFLOADING)
         if hook is None or not _ours(hook.group):
             return original(self, *args, **kwargs)
         if hook.group.onload_leader not in (None, self) and hook.group not in _LOADED:
@@ -173,8 +177,8 @@ def _loading(original: Method) -> Method:
 
 
 def _answered(module: nn.Module) -> None:
-    """A member of a group did not run: what the others rely on it for is done all the same."""
-    hook = hooks_of(module).get("group_offloading")
+    """Do the loading or offloading that other members expect of a member that did not run."""
+    hook = hooks_of(module).get(GROUP_OFFLOADING)
     if hook is None:
         return
     if not _ours(hook.group):
@@ -186,19 +190,19 @@ def _answered(module: nn.Module) -> None:
 
 
 def _ours(group: Any) -> bool:
-    """True where we see every member's call, so that weights are loaded only when one computes.
+    """Return True if every member is a site, so that weights need to be loaded only if one of them computes.
 
-    With a stream each group is loaded ahead by the one before it; there the chain is kept as it is.
+    With a stream, each group is loaded ahead by the one before it. That order is kept unchanged.
     """
     return group.stream is None and all(map(is_swapped, group.modules))
 
 
 def left(module: nn.Module) -> None:
-    """A module's forward was broken off: those who had prepared it put away what they brought in."""
-    align = module.__dict__.get("_hf_hook")
+    """Undo the preparations of other tools after the forward of a module failed."""
+    align = module.__dict__.get(ACCELERATE_HOOK)
     if align is not None:
         align.post_forward(module, None)
-    group = hooks_of(module).get("group_offloading")
+    group = hooks_of(module).get(GROUP_OFFLOADING)
     if group is not None:
         group.post_forward(module, None)
         _LOADED.discard(group.group)
@@ -210,8 +214,8 @@ def left(module: nn.Module) -> None:
 # --- calls that cannot be followed -----------------------------------------------------------------------
 
 
-def _said(owner: Any, path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch has no public name for; a version that lacks it has nothing to say."""
+def _private(owner: Any, path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch that has no public name, or `otherwise` in versions without it."""
     for name in path.split("."):
         owner = getattr(owner, name, None)
     return owner if callable(owner) else otherwise
@@ -223,14 +227,14 @@ def _nothing(*_: Any) -> None: ...
 _TORCH: Any = vars(torch)["_C"]
 _FX: Any = vars(torch.fx).get("_symbolic_trace")
 _PROXY: Any = getattr(getattr(_TORCH, "_TorchDispatchModeKey", None), "PROXY", None)
-_jit_traces = _said(_TORCH, "_is_tracing", lambda: False)
-_dispatch_mode = _said(_TORCH, "_get_dispatch_mode", _nothing)
-_transformation = _said(_TORCH, "_functorch.peek_interpreter_stack", _nothing)
-_graph_task = _said(_TORCH, "_current_graph_task_id", lambda: -1)
+_jit_traces = _private(_TORCH, "_is_tracing", lambda: False)
+_dispatch_mode = _private(_TORCH, "_get_dispatch_mode", _nothing)
+_transformation = _private(_TORCH, "_functorch.peek_interpreter_stack", _nothing)
+_graph_task = _private(_TORCH, "_current_graph_task_id", lambda: -1)
 
 
 def traced() -> bool:
-    """True where the call is recorded, not made: by `torch.export`, `torch.jit.trace`, `torch.fx` or `make_fx`."""
+    """Return True while the call is traced by `torch.export`, `torch.jit.trace`, `torch.fx` or `make_fx`."""
     return (
         exporting()
         or getattr(_FX, "_is_fx_tracing_flag", False)
@@ -240,15 +244,18 @@ def traced() -> bool:
 
 
 def checkpointing(root: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that have a switch for gradient checkpointing, as those of diffusers and transformers have."""
+    """Return the modules with a switch for gradient checkpointing, as in diffusers and transformers."""
     return tuple(module for module in root.modules() if hasattr(module, "gradient_checkpointing"))
 
 
 def refuse_call(switches: Iterable[nn.Module]) -> None:
-    """Refuse a call that a policy cannot follow; `switches` are what `checkpointing` gave.
+    """Refuse a call that a policy cannot follow.
+
+    Args:
+        switches: The modules that `checkpointing` returned.
 
     Raises:
-        PolicyError: the call is inside a transformation of `torch.func`, or would run again in the backward (E342).
+        PolicyError: The call is inside a transformation of `torch.func`, or the backward pass would repeat it (E342).
     """
     if _transformation() is not None:
         raise _unfollowed("a transformation of `torch.func` calls the model", "transform the bare model")
@@ -259,15 +266,15 @@ def refuse_call(switches: Iterable[nn.Module]) -> None:
 
 
 def recomputes() -> bool:
-    """True inside a backward pass, where gradient checkpointing runs forwards again."""
+    """Return True inside a backward pass, where gradient checkpointing repeats forwards."""
     return _graph_task() != -1
 
 
 def refuse_recompute(name: str) -> NoReturn:
-    """Refuse a site that is run again in the backward pass, where nothing tells what it answered.
+    """Refuse a site that the backward pass runs again, because its first answer is not known there.
 
     Raises:
-        PolicyError: always (E342).
+        PolicyError: Always (E342).
     """
     raise _unfollowed(f"gradient checkpointing runs `{name}` again in the backward pass", _SWITCH_OFF)
 

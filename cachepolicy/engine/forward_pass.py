@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.actions import (
     ANSWER,
     COMPUTE,
@@ -874,8 +875,8 @@ class ForwardPass:
 
 def _target(names: Names) -> str | None:
     """Return the name of the input that carries the hidden states."""
-    if isinstance(names.get("hidden_states"), torch.Tensor):
-        return "hidden_states"
+    if isinstance(names.get(HIDDEN_STATES), torch.Tensor):
+        return HIDDEN_STATES
     return next((name for name, value in names.items() if isinstance(value, torch.Tensor)), None)
 
 

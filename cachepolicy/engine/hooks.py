@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 import torch._dynamo
 
+from cachepolicy.diffusers.argument_names import HIDDEN_STATES
+from cachepolicy.diffusers.hook_names import REGISTRY
 from cachepolicy.engine.actions import (
     ANSWER,
     COMPUTE,
@@ -221,7 +223,7 @@ def site_override(original: Method) -> Method:
         slot = frame.slots[index]
         # Codes are module constants, so they are compared by identity.
         if code is REUSE:
-            states = args[0] if args else kwargs.get("hidden_states")
+            states = args[0] if args else kwargs.get(HIDDEN_STATES)
             kept, version, versions = slot.output, slot.version, slot.versions
             # Fast path for the common hits, inlined because it runs on every site call: stored tensors whose hidden
             # states match and whose `_version` shows no in-place write.
@@ -250,7 +252,7 @@ def site_override(original: Method) -> Method:
         slot.call = frame.serial
         if code is STORE and site.plain and slot.whole and not slot.clones:
             # Fast path for the common misses.
-            states = args[0] if args else kwargs.get("hidden_states")
+            states = args[0] if args else kwargs.get(HIDDEN_STATES)
             version, versions = None, None
             if type(output) is not torch.Tensor:
                 versions = counters(output)
@@ -293,7 +295,7 @@ def _traced(
     if stage is None:
         return _outside(call, module, site, args, kwargs)
     number, members = (site.index, site.members) if alone is None else (site.within, site.inside)
-    if members and "_diffusers_hook" in module.__dict__:
+    if members and REGISTRY in module.__dict__:
         # A diffusers hook may split the inputs (context parallelism), so the call is handled outside the graph.
         return _outside(call, module, site, args, kwargs)
     probed = bool(site.inputs or site.outputs or site.starts)

@@ -1,38 +1,43 @@
-"""What a live model is made of: its skeleton with kinds, and the denoisers of a pipeline."""
+"""Reads live models: their module trees with kinds, and the denoisers of a pipeline."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Models are called with anything and return anything: what comes out of it has no type to know.
+# Attributes of models have arbitrary types, which pyright reports as unknown.
 
 from __future__ import annotations
 
-import re
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from cachepolicy.diffusers.denoisers import DENOISERS
+from cachepolicy.diffusers.denoisers import DENOISER_PACKAGES, DENOISERS
+from cachepolicy.diffusers.module_names import (
+    ATTENTION,
+    ATTENTION_CLASSES,
+    CROSS_ATTENTION,
+    FEEDFORWARD,
+    FEEDFORWARD_CLASS,
+    FEEDFORWARD_CLASSES,
+    KEYS,
+    QUERIES,
+    SELF_ATTENTION,
+    SIDE_LIST,
+)
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
 from cachepolicy.planning.module_tree import Module, Skeleton
 
-_CROSS_NAME = re.compile(r"cross|(^|_)attn2$|_to_.*_attn")
-_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-_FEEDFORWARD_CLASS = re.compile(r"feedforward|mlp$|ffn", re.IGNORECASE)
-_FEEDFORWARD_NAME = re.compile(r"(^|_)(ff|ffn|mlp|feed_forward|feedforward)(_context)?\d*$")
-_SIDE_LIST = re.compile(r"refiner|vace|text|context|caption|clip|face|audio_proj|controlnet|connector|perceiver")
-
 
 def is_pipeline(target: Any) -> bool:
-    """True for a diffusers pipeline, told by what it offers."""
+    """Return True for a diffusers pipeline: a callable with `components` that is no module."""
     return not isinstance(target, nn.Module) and callable(target) and hasattr(target, "components")
 
 
 def denoisers(target: Any) -> dict[str, nn.Module]:
-    """The roots to attach to, by their attribute's name; a plain module is its own root, named "".
+    """Return the root models of a target by the names of their attributes. A module is its own root, named "".
 
     Raises:
-        PolicyError: the target is neither a module nor a pipeline with a denoiser.
+        PolicyError: The target is neither a module nor a pipeline with a denoiser (E300).
     """
     if isinstance(target, nn.Module):
         return {"": target}
@@ -56,23 +61,21 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
 
 
 def _is_denoiser(component: nn.Module) -> bool:
-    module = type(component).__module__
-    return module.startswith(("diffusers.models.transformers.", "diffusers.models.unets."))
+    return type(component).__module__.startswith(DENOISER_PACKAGES)
 
 
 def describe(model: nn.Module) -> Skeleton:
-    """The skeleton of a live model: names, classes, kinds, and the lists that hold its blocks."""
-    attention, feedforward = _diffusers_classes()
+    """Return the module tree of a live model: names, classes and kinds of its modules, and the lists of its blocks."""
     named = list(model.named_modules())
-    native = any(isinstance(module, attention) for _, module in named) if attention else False
+    native = any(_is_one_of(module, ATTENTION_CLASSES) for _, module in named)
     modules = list[Module]()
     for name, module in named:
         kinds = set[Kind]()
         if name == "":
             kinds.add("model")
-        elif isinstance(module, attention) if native else _looks_like_attention(module):
+        elif _is_one_of(module, ATTENTION_CLASSES) if native else _looks_like_attention(module):
             kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
-        elif isinstance(module, feedforward) or _looks_like_feedforward(name, module):
+        elif _is_one_of(module, FEEDFORWARD_CLASSES) or _looks_like_feedforward(name, module):
             kinds.add("feedforward")
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
         is_list = isinstance(module, nn.ModuleList)
@@ -88,31 +91,23 @@ def describe(model: nn.Module) -> Skeleton:
     return Skeleton(type(model).__name__, marked, tuple(lists))
 
 
-def _diffusers_classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
-    """The classes by which diffusers' own caches find attention and feed-forward; empty where it is not imported."""
-    if "diffusers" not in sys.modules:
-        return (), ()
-    from diffusers.models.attention import FeedForward, LuminaFeedForward
-    from diffusers.models.attention_processor import Attention, MochiAttention
+def _is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
+    """Return True if the class of a module or one of its bases has one of these paths.
 
-    attention: list[type] = [Attention, MochiAttention]
-    try:
-        from diffusers.models.attention import AttentionModuleMixin
-
-        attention.append(AttentionModuleMixin)
-    except ImportError:  # before diffusers 0.35
-        pass
-    return tuple(attention), (FeedForward, LuminaFeedForward)
+    Paths are compared instead of classes, so that nothing is imported.
+    """
+    return any(f"{each.__module__}.{each.__qualname__}" in paths for each in type(module).__mro__)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
+    """Return True for attention of a model that uses none of diffusers' classes."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if not _ATTENTION_CLASS.search(type(module).__name__) or isinstance(module, nn.ModuleList):
+    if not ATTENTION.search(type(module).__name__) or isinstance(module, nn.ModuleList):
         return False
-    # A block that is named after its attention has one inside; the attention itself holds only its projections.
+    # A block that is named after its attention contains one. The attention itself contains only projections.
     return any(True for _ in module.children()) and not any(
-        _ATTENTION_CLASS.search(type(child).__name__) for child in module.modules() if child is not module
+        ATTENTION.search(type(child).__name__) for child in module.modules() if child is not module
     )
 
 
@@ -120,35 +115,41 @@ def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList) or not any(True for _ in module.children()):
         return False
     last = name.rpartition(".")[2]
-    return bool(_FEEDFORWARD_CLASS.search(type(module).__name__) or _FEEDFORWARD_NAME.search(last))
+    return bool(FEEDFORWARD_CLASS.search(type(module).__name__) or FEEDFORWARD.search(last))
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
-    """Whether keys and values come from elsewhere; where the module does not say so, names and projections tell."""
+    """Return True if keys and values come from another sequence than the queries.
+
+    `is_cross_attention` of the module decides, else names, else the input widths of the projections.
+    """
     last = name.rpartition(".")[2]
-    if "self" in last:
+    if SELF_ATTENTION in last:
         return False
     said = getattr(module, "is_cross_attention", None)
     if isinstance(said, bool):
         return said
     processor = type(getattr(module, "processor", None)).__name__
-    if "Cross" in type(module).__name__ or "Cross" in processor or _CROSS_NAME.search(last):
+    if "Cross" in type(module).__name__ or "Cross" in processor or CROSS_ATTENTION.search(last):
         return True
     if isinstance(module, nn.MultiheadAttention):
         return module.kdim != module.embed_dim
-    queries = getattr(module, "to_q", None) or getattr(module, "to_query", None)
-    keys = getattr(module, "to_k", None) or getattr(module, "to_key", None)
+    queries, keys = _first_of(module, QUERIES), _first_of(module, KEYS)
     if isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear):
         return queries.in_features != keys.in_features
     return False
 
 
+def _first_of(module: nn.Module, names: Sequence[str]) -> Any:
+    return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+
+
 def _block_lists(model: nn.Module, modules: list[Module]) -> list[str]:
-    """The ModuleLists directly under the root that carry the hidden states, in the order they are registered."""
+    """Return the names of the ModuleLists under the root that carry the hidden states, in registration order."""
     attentions = [each.name for each in modules if "attention" in each.kinds]
     found = list[str]()
     for name, child in model.named_children():
-        if not isinstance(child, nn.ModuleList) or len(child) == 0 or _SIDE_LIST.search(name):
+        if not isinstance(child, nn.ModuleList) or len(child) == 0 or SIDE_LIST.search(name):
             continue
         with_attention = any(each.startswith(f"{name}.") for each in attentions)
         if with_attention or (not attentions and any(True for _ in child[0].children())):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cachepolicy.diffusers.guidance import BATCH_CONTEXT, COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine import compat
 from cachepolicy.engine.actions import (
     ANSWER,
@@ -47,9 +48,7 @@ from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_wei
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import (
-    COND_BRANCHES,
     OVER_LIMIT,
-    UNCOND_BRANCHES,
     WAITING,
     Decision,
     Memory,
@@ -623,7 +622,7 @@ class RootCall:
 def _guided(call: RootCall) -> bool | None:
     """Return whether this batch holds both guidance halves, or None where this is unknown."""
     context = CONTEXT.get()
-    return True if context is not None and context.name == "cond_uncond" else call.guided
+    return True if context is not None and context.name == BATCH_CONTEXT else call.guided
 
 
 def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:

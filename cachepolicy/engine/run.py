@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 import torch
 
 from cachepolicy.diffusers.configs import config_of
+from cachepolicy.diffusers.guidance import GUIDANCE_PROPERTY
 from cachepolicy.engine import compat
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
 from cachepolicy.engine.clock import CONTEXT, Context, Sources
@@ -104,7 +105,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         policy, said = config.policy(), config.arguments()
         callback, promised = said.pop("timestep", None), said.pop("guidance", None)
         timestep = callback if timestep is None else timestep
-        if guidance is None and not (promised and hasattr(type(target), "do_classifier_free_guidance")):  # pyright: ignore[reportUnknownArgumentType]
+        if guidance is None and not (promised and hasattr(type(target), GUIDANCE_PROPERTY)):  # pyright: ignore[reportUnknownArgumentType]
             guidance = promised
         params = said | params
     elif hasattr(policy, "policy"):
@@ -543,7 +544,7 @@ def _guided(session_config: SessionConfig, here: Entered | None) -> bool | None:
     """Return whether the caller or the running pipeline states that batches hold both guidance halves."""
     if session_config.options.guidance is not None or here is None:
         return session_config.options.guidance
-    said = getattr(here.pipeline, "do_classifier_free_guidance", None)
+    said = getattr(here.pipeline, GUIDANCE_PROPERTY, None)
     return said if isinstance(said, bool) else None
 
 

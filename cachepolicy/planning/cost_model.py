@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cachepolicy.diffusers.guidance import UNCOND_BRANCHES
 from cachepolicy.language import ir
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
-from cachepolicy.planning.schedule import UNCOND_BRANCHES, Decision, Program, Tick
+from cachepolicy.planning.schedule import Decision, Program, Tick
 from cachepolicy.planning.simulation import evenly, replay
 
 STEPS = 50

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
+from cachepolicy.diffusers.module_names import ATTENTION, CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
 
@@ -200,20 +200,14 @@ def _block_list(name: str, count: int, parts: Sequence[str]) -> list[Module]:
     return modules
 
 
-_CROSS = re.compile(r"(^|_)cross|^attn2$|encoder_attn")
-_ATTENTION = re.compile(r"attn|attention")
-_FEEDFORWARD = re.compile(r"^(img_|txt_)?(ff|ffn|mlp|feed_?forward)(_context)?\d*$")
-
-
 def _guessed(name: str) -> frozenset[Kind]:
-    """What a module is, told by the last part of its name alone."""
-    if _FEEDFORWARD.search(name):
+    """Return the kinds of a module by the last part of its name."""
+    if FEEDFORWARD.search(name):
         return frozenset({"feedforward"})
-    if _ATTENTION.search(name):
-        return frozenset({"attention", "cross_attention" if _CROSS.search(name) else "self_attention"})
-    if name == "cross":
-        return frozenset({"attention", "cross_attention"})
-    return frozenset()
+    if not ATTENTION.search(name) and name != "cross":
+        return frozenset()
+    cross = CROSS_ATTENTION.search(name) and SELF_ATTENTION not in name
+    return frozenset({"attention", "cross_attention" if cross else "self_attention"})
 
 
 def sites_skeleton(names: Sequence[str]) -> Skeleton:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
+from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.plan import BoundRule
-from cachepolicy.planning.schedule import COND_BRANCHES, UNCOND_BRANCHES, Program, Tick
+from cachepolicy.planning.schedule import Program, Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, assert_never
 
+from cachepolicy.diffusers.guidance import COND_BRANCHES
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
@@ -15,10 +16,6 @@ from cachepolicy.planning.plan import BoundRule, Plan
 
 OVER_LIMIT = "over the memory limit"
 """The fact of a site that computes because its history does not fit the memory limit."""
-
-COND_BRANCHES = frozenset({"cond", "pred_cond"})
-UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})
-"""What diffusers' pipelines call the two calls of a step."""
 
 Verdict = Literal["compute", "reuse", "hidden"]
 

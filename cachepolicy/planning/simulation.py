@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
@@ -16,8 +17,6 @@ from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import (
-    COND_BRANCHES,
-    UNCOND_BRANCHES,
     Decision,
     Tick,
     decide_all,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from cachepolicy.diffusers.guidance import COND_BRANCHES
 from cachepolicy.engine.execution_plan import ExecutionPlan, lay_out
 from cachepolicy.language import ir
 from cachepolicy.planning.cost_model import Work
@@ -13,7 +14,7 @@ from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead
-from cachepolicy.planning.schedule import COND_BRANCHES, Decision, Tick
+from cachepolicy.planning.schedule import Decision, Tick
 
 # Bytes of a number in the model's outputs, and of one that `approximate uncond` keeps: complex numbers of a spectrum.
 _FLOAT, _COMPLEX = 4, 8

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.cli.commands import main
+from cachepolicy.diffusers.call_forms import FORMS
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.cost_model import Work, forecast, format_flops
 from cachepolicy.reports import overview
-from cachepolicy.tools.example_inputs import FORMS, Picture, example_arguments
+from cachepolicy.tools.example_inputs import Picture, example_arguments
 from cachepolicy.tools.flops import count, counting
 from cachepolicy.tools.memory_forecast import holdings
 from cachepolicy.tools.meta_model import Blueprint, is_model, read_model

@@ -1,0 +1,16 @@
+"""Guidance in diffusers' pipelines: names of branches, and how a batch of several parts is made."""
+
+from __future__ import annotations
+
+COND_BRANCHES = frozenset({"cond", "pred_cond"})
+UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})
+"""The names by which pipelines enter `cache_context` around the two calls of a step.
+
+`pred_cond` and `pred_uncond` are those of the guiders in `diffusers.guiders`.
+"""
+
+BATCH_CONTEXT = "cond_uncond"
+"""The name of the `cache_context` around one call with a batch of both halves."""
+
+GUIDANCE_PROPERTY = "do_classifier_free_guidance"
+"""The property of a pipeline that says whether guidance is on. It does not say how many parts a batch has."""

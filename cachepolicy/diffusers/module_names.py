@@ -1,0 +1,52 @@
+"""Names of modules and classes in denoisers: how attention, feed-forward and lists of blocks are recognised.
+
+The names are those of `diffusers.models`. Models outside diffusers mostly use the same words. Where a live model is
+given, its structure decides first (see `cachepolicy.engine.introspection`).
+"""
+
+from __future__ import annotations
+
+import re
+
+ATTENTION_CLASSES = frozenset(
+    {
+        "diffusers.models.attention.AttentionModuleMixin",
+        "diffusers.models.attention_processor.Attention",
+        "diffusers.models.attention_processor.MochiAttention",
+    }
+)
+"""The classes by which diffusers' own caches find attention (`diffusers.hooks._common._ATTENTION_CLASSES`)."""
+
+FEEDFORWARD_CLASSES = frozenset(
+    {"diffusers.models.attention.FeedForward", "diffusers.models.attention.LuminaFeedForward"}
+)
+"""The classes by which they find feed-forward (`diffusers.hooks._common._FEEDFORWARD_CLASSES`)."""
+
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+"""In the name of an attention module or of its class."""
+
+CROSS_ATTENTION = re.compile(r"cross|(^|_)attn2$|_to_.*_attn|encoder_attn")
+"""In the name of an attention module whose keys come from another sequence than its queries.
+
+`attn2` is the text attention of `BasicTransformerBlock`, `audio_to_video_attn` is LTX2's.
+"""
+
+SELF_ATTENTION = "self"
+"""In the name of an attention module whose keys come from its own sequence, whatever else the name says."""
+
+FEEDFORWARD_CLASS = re.compile(r"feedforward|mlp$|ffn", re.IGNORECASE)
+"""In the name of the class of a feed-forward module."""
+
+FEEDFORWARD = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward)(_context)?\d*$")
+"""The name of a feed-forward module: `ff`, `ff_context` (SD3), `img_mlp` (Qwen-Image), `feed_forward` (Lumina 2)."""
+
+SIDE_LIST = re.compile(r"refiner|vace|text|context|caption|clip|face|audio_proj|controlnet|connector|perceiver")
+"""Lists of blocks beside the main stream: they refine the text or an image prompt, or feed a control image.
+
+`context_refiner` and `noise_refiner` (Lumina 2, Z-Image), `vace_blocks` (Wan VACE), `text_transformer_blocks`
+(Kandinsky 5), `caption_projection` (HiDream), `face_adapter` (Wan Animate), `perceiver_cross_attention` (ConsisID).
+"""
+
+QUERIES = ("to_q", "to_query")
+KEYS = ("to_k", "to_key")
+"""The projections of an attention module. Different input widths show cross-attention."""

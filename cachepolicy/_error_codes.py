@@ -109,6 +109,7 @@ CODES: dict[str, str] = {
     "E313": "other params for a session under way",
     "E314": "a param that no session can have to itself",
     "E315": "a pipeline without a denoiser of the run",
+    "E316": "a copy of a run",
     "E320": "a timestep function that returns nothing",
     "E321": "a timestep in no known unit",
     "E322": "an argument of an action without a value",

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cachepolicy.cli.output import say, say_json, unwritable
+from cachepolicy.engine.options import is_disabled
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.tools.demo import Demo, Row, Sampling, Spread, measure, save
@@ -31,6 +32,8 @@ def show_demo(
     """
     if not output.parent.is_dir():
         raise PolicyError.of("E152", f"`{output}` cannot be written: there is no folder `{output.parent}`")
+    if is_disabled():
+        say("note: `CACHEPOLICY_DISABLE` is set, so the policy is not attached", error=True)
     # A log file does not need a progress line every 0.1 seconds.
     interval = 0.1 if sys.stderr.isatty() else 5
     with tqdm(

@@ -82,6 +82,9 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
         task.output.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             run = None if task.policy is None else stack.enter_context(apply(pipe, task.policy, **task.settings))
+            if run is not None and not run.attached:
+                output.say("note: `CACHEPOLICY_DISABLE` is set, so the bare pipeline alone is sampled", error=True)
+                run = None
             outcomes = [_sampled(pipe, run, task, arguments, seed, index) for index, seed in enumerate(task.seeds)]
             if run is not None and run.trace is not None:
                 files, summary = [task.output / "trace.json", task.output / "report.html"], str(run.trace)

@@ -129,15 +129,18 @@ def enable_cache(model: Any, config: Any) -> Run:
 
 
 def disable_cache(model: Any) -> None:
-    """Remove the cache from a model. Without a cache, warn as diffusers does.
+    """Remove the cache from a model. Without a cache, warn as diffusers does, unless `CACHEPOLICY_DISABLE` is set.
 
     Raises:
         PolicyError: A forward pass of the model is running (E305).
     """
+    from cachepolicy.engine.options import is_disabled
     from cachepolicy.engine.run import run_of
 
     run = run_of(model)
     if run is None:
+        if is_disabled():
+            return
         warnings.warn("no cache has been enabled, so there is nothing to disable", UserWarning, stacklevel=2)
         return
     run.remove()
@@ -173,13 +176,13 @@ def reset_stateful_cache(model: Any) -> None:
     """End the current trajectory of a model. The next call starts a new one without history."""
     from cachepolicy.engine.class_swap import ATTRIBUTE
     from cachepolicy.engine.root_model import RootModel
-    from cachepolicy.engine.run import Run
+    from cachepolicy.engine.run import PipelineHandle
 
     handle = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(handle, RootModel):
         handle.drop_current()
-    elif isinstance(handle, Run):
-        handle.reset()
+    elif isinstance(handle, PipelineHandle):
+        handle.run.reset()
 
 
 class CacheMixin:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -70,6 +72,24 @@ def _is_size(limit: Any) -> bool:
     if isinstance(limit, str):
         return bytes_of(limit) is not None
     return isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
+
+
+_logger = logging.getLogger("cachepolicy")
+_disabled_before = False
+
+
+def is_disabled() -> bool:
+    """Return True if `CACHEPOLICY_DISABLE` is set in the environment, to anything but `0`, `false`, `no` or `off`.
+
+    Logs a warning the first time that it finds the variable set, and again if it was unset in between.
+    """
+    global _disabled_before  # noqa: PLW0603 (the log has one line for each time that the variable is set)
+    value = os.environ.get("CACHEPOLICY_DISABLE", "").strip().lower()
+    disabled = value not in {"", "0", "false", "no", "off"}
+    if disabled and not _disabled_before:
+        _logger.warning("CACHEPOLICY_DISABLE is set: policies are not attached, and models run as they are")
+    _disabled_before = disabled
+    return disabled
 
 
 def supplier(name: str, value: Any) -> Callable[[], float]:

@@ -117,10 +117,10 @@ def pipeline_override(original: Method) -> Method:
     deferred = any(kind(original) for kind in in_pieces)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        run = self.__dict__.get(ATTRIBUTE)
-        if run is None:
+        handle = self.__dict__.get(ATTRIBUTE)
+        if handle is None:
             return original(self, *args, **kwargs)
-        call: PipelineCall = run.pipeline_call(self)
+        call: PipelineCall = handle.run.pipeline_call(self)
         if deferred:
             return _steered(call, original(self, *args, **kwargs))
         try:

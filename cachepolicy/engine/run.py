@@ -25,7 +25,7 @@ from cachepolicy.engine.hook_placement import Placement
 from cachepolicy.engine.hooks import SiteHandle, root_override
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline
 from cachepolicy.engine.memory_budget import Budget, MemoryUsage
-from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, supplier
+from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, is_disabled, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
 from cachepolicy.engine.root_model import DISABLED, RootContext, RootModel
 from cachepolicy.engine.scheduler_hook import SchedulerFollower, Weakly, follow, unfollow
@@ -66,6 +66,10 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     """Attach a policy to a model or a diffusers pipeline.
 
     The call is atomic: when any check or any hook fails, no hook stays on the model.
+
+    If the environment variable `CACHEPOLICY_DISABLE` is set (to anything but `0`, `false`, `no`, `off` or nothing), the
+    policy is read and bound to the model as always, but nothing is attached: the model stays as it is, and the run has
+    its plan, an empty trace and no effect.
 
     Args:
         target: An `nn.Module`, or a diffusers pipeline. With a pipeline, its denoisers, scheduler and call boundaries
@@ -137,11 +141,13 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     if process_group is not None and process_group is not False:
         member_ranks(process_group)
     roots = denoisers(target)
-    for name, module in roots.items():
-        _refuse_attached(name, module)
-        compat.refuse(module, target)
-    if is_swapped(target):
-        raise _already("the pipeline")
+    attaches = not is_disabled()
+    if attaches:
+        for name, module in roots.items():
+            _refuse_attached(name, module)
+            compat.refuse(module, target)
+        if is_swapped(target):
+            raise _already("the pipeline")
     plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
     if not any(bound.sites for bound in plans.values()):
         names = ", ".join(f"`{type(module).__name__}`" for module in roots.values())
@@ -153,12 +159,17 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     run = Run(
         target, BoundPolicy(loaded, plans, options, params), roots, storing, None if limit is None else Budget(limit)
     )
-    run.attach()
+    if attaches:
+        run.attach()
+    else:
+        run.disable()
     return run
 
 
 def remove(target: Any) -> None:
     """Remove the run from a model or pipeline, and restore the original classes.
+
+    Has no effect on a target without a run if `CACHEPOLICY_DISABLE` is set.
 
     Args:
         target: The model or pipeline that `apply` was given.
@@ -168,6 +179,8 @@ def remove(target: Any) -> None:
     """
     run = run_of(target)
     if run is None:
+        if is_disabled():
+            return
         raise PolicyError.of("E302", "there is no policy to remove", help="`cachepolicy.apply` attaches one")
     run.remove()
 
@@ -175,9 +188,16 @@ def remove(target: Any) -> None:
 def run_of(target: Any) -> Run | None:
     """Return the run that is attached to a model or pipeline, or None."""
     handle = getattr(target, "__dict__", {}).get(ATTRIBUTE)
-    if isinstance(handle, Run):
-        return handle
-    return handle.run if isinstance(handle, RootModel) else None
+    return handle.run if isinstance(handle, RootModel | PipelineHandle) else None
+
+
+class PipelineHandle(Handle):
+    """Carries a run on a pipeline, so that copies of the pipeline do not carry it."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
 
 class Counted(Protocol):
@@ -187,8 +207,10 @@ class Counted(Protocol):
     modules: Mapping[str, int]
 
 
-class Run(Handle):
+class Run:
     """A policy that is attached to a model. As a context manager, it removes the policy on exit.
+
+    A run cannot be copied or pickled (E316). Copies of its model or pipeline carry no policy.
 
     Attributes:
         plan: The plan of the first denoiser.
@@ -211,6 +233,8 @@ class Run(Handle):
         self._terms = offer.session_config
         self._storing, self._budget = storing, budget
         self._roots = dict(roots)
+        self._handle = PipelineHandle(self)
+        self._disabled = False
         self._attached: dict[str, RootModel] = {}
         self._placements: dict[int, Placement] = {}
         self._swapped: list[torch.nn.Module] = []
@@ -301,6 +325,10 @@ class Run(Handle):
             self._detach()
             raise
 
+    def disable(self) -> None:
+        """Mark a run that is never attached, because `CACHEPOLICY_DISABLE` is set."""
+        self._disabled = True
+
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         context = RootContext(
             self._sources,
@@ -338,7 +366,7 @@ class Run(Handle):
         self._swapped.append(module)
 
     def _take_up(self, pipeline: Any) -> None:
-        swap(pipeline, {"__call__": pipeline_override}, self)
+        swap(pipeline, {"__call__": pipeline_override}, self._handle)
         self._pipelines.add(pipeline)
 
     def _follow(self, scheduler: Any) -> SchedulerFollower | None:
@@ -382,6 +410,8 @@ class Run(Handle):
             PolicyError: The run was removed (E302), the object is no pipeline (E300), it has a policy already (E301),
                 or none of its denoisers belongs to this run (E315).
         """
+        if self._disabled:
+            return pipeline
         if not self.attached:
             raise PolicyError.of("E302", "the run was removed", help="`cachepolicy.apply` attaches a new one")
         if not is_pipeline(pipeline):
@@ -389,7 +419,7 @@ class Run(Handle):
                 "E300", f"`{type(pipeline).__name__}` is no pipeline", help="pass a diffusers pipeline"
             )
         handle = pipeline.__dict__.get(ATTRIBUTE)
-        if handle is self:
+        if handle is self._handle:
             return pipeline
         if handle is not None:
             raise _already("the pipeline")
@@ -523,6 +553,13 @@ class Run(Handle):
             placement.lift()
         for each in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
             each.clear()
+
+    def __reduce__(self) -> Any:
+        raise PolicyError.of(
+            "E316",
+            "a run cannot be copied or pickled, since it is attached to one model",
+            help="copy the model, which leaves the policy behind, and apply `run.policy` to the copy",
+        )
 
     def __enter__(self) -> Self:
         return self

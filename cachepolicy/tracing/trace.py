@@ -60,6 +60,10 @@ class Trajectory:
     plan: Plan
     calls: list[CallRecord] = field(default_factory=list[CallRecord])
 
+    def __deepcopy__(self, memo: object) -> Trajectory:
+        # Plans and records never change. The key of a session may be any hashable object, and its identity matters.
+        return Trajectory(self.session, self.plan, list(self.calls))
+
     def rows(self, branch: str | None = None) -> dict[str, str]:
         """One letter a call for each site, of one branch (default: the first that ran): `C`, `R`, `.` hidden."""
         name = self.branches[0] if branch is None and self.calls else branch
@@ -123,6 +127,15 @@ class Trace:
 
     def __init__(self, most: int = 8) -> None:
         self._trajectories: deque[Trajectory] = deque(maxlen=most)
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> tuple[tuple[Trajectory, ...], int | None]:
+        # Copies and pickles have a lock of their own.
+        return self.trajectories, self._trajectories.maxlen
+
+    def __setstate__(self, state: tuple[tuple[Trajectory, ...], int | None]) -> None:
+        trajectories, most = state
+        self._trajectories = deque(trajectories, maxlen=most)
         self._lock = threading.Lock()
 
     def begin(self, session: object, plan: Plan) -> Trajectory:

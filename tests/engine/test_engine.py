@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -815,6 +816,61 @@ def _copied(model: ToyDiT, way: str) -> ToyDiT:
             torch.save(model, file)
             file.seek(0)
             return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_run_refuses_to_be_copied(copied: Any, removed: bool) -> None:
+    """Also inside another object; the run, its model and its policy are as before."""
+    model = Toy().build()
+    attached = applied(model, EVERY_2)
+    if removed:
+        attached.remove()
+    for thing in (attached, {"run": attached}) if copied is not copy.copy else (attached,):
+        with pytest.raises(PolicyError, match="E316"):
+            copied(thing)
+    twin = copy.deepcopy(model)
+    with cachepolicy.apply(twin, copy.deepcopy(attached.policy)) as other:
+        run(twin)
+        assert "CRCRCRCR" == other.trace.rows()["blocks.0.attn"]
+
+
+class Uncopyable:
+    """The key of a session, such as a request, that holds what cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_a_copy_of_a_trace_stays_as_it_was() -> None:
+    """A deep copy has the trajectories of its moment, with the same keys, and records of its own."""
+    model, key = Toy().build(), Uncopyable()
+    with applied(model, EVERY_2) as attached:
+        with attached.session(key):
+            run(model, timesteps=TIMESTEPS[:2])
+        twin, shallow = copy.deepcopy(attached.trace), copy.copy(attached.trace)
+        text = twin.to_json()
+        with attached.session(key):
+            run(model, timesteps=TIMESTEPS[2:4])
+        run(model)
+    lengths = [[len(found.calls) for found in trace] for trace in (twin, shallow, attached.trace)]
+    assert [[2], [4], [4, len(TIMESTEPS)]] == lengths
+    assert key is twin.last.session
+    assert (text, "CR") == (twin.to_json(), twin.rows()["blocks.0.attn"])
+    twin.begin("another", attached.plan)
+    assert (2, 2, 1) == (len(twin), len(attached.trace), len(shallow))
+
+
+def test_a_trace_survives_pickling() -> None:
+    """Another process reads the same trace, and can go on recording in it."""
+    model = Toy().build()
+    with applied(model, EVERY_2) as attached:
+        run(model)
+    twin = pickle.loads(pickle.dumps(attached.trace))
+    assert attached.trace.to_json() == twin.to_json()
+    assert attached.trace.latest[0].counts() == twin.latest[0].counts()
+    twin.drop(twin.begin("another", attached.plan))
+    assert 1 == len(twin)
 
 
 def test_a_deepcopy_from_inside_a_block_is_bare_too() -> None:

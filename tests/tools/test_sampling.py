@@ -95,6 +95,17 @@ def test_without_a_policy_the_bare_pipeline_is_sampled(folder: Path, tmp_path: P
     assert ["seed-0-uncached.png"] == [path.name for path in (tmp_path / "out").iterdir()]
 
 
+def test_the_variable_that_disables_policies_samples_the_bare_pipeline(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture, no trace, no speed-up, and a note that says why."""
+    monkeypatch.setenv("CACHEPOLICY_DISABLE", "1")
+    result = run(folder, "--policy", "fora", "--output", tmp_path / "out", "--json")
+    assert "CACHEPOLICY_DISABLE" in result.stderr
+    assert json.loads(result.stdout)["speed_up"] is None
+    assert ["seed-0-uncached.png"] == [path.name for path in (tmp_path / "out").iterdir()]
+
+
 def test_no_comparison_samples_once(folder: Path, tmp_path: Path) -> None:
     """Only the policy's picture is there."""
     result = run(folder, "--policy", "fora", "--no-compare", "--output", tmp_path / "out")

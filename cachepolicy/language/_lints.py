@@ -11,7 +11,10 @@ from cachepolicy.language.vocabulary import ACCUMULATORS, NORMS
 
 
 def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) -> None:
-    """Reports accumulators over the wrong anchor, anchors without one, and (of a whole policy) what nothing reads."""
+    """Reports accumulators over `kept`, distances from `prev` without an accumulator, and unused declarations.
+
+    Unused declarations are not reported for a `partial` policy, which lacks statements.
+    """
     drifts = _drifts_of_signals(policy, scope)
     for statement in policy.statements:
         if isinstance(statement, ir.Rule) and statement.condition is not None:
@@ -24,8 +27,12 @@ def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) ->
 
 
 def _drifts_of_signals(policy: ir.Policy, scope: Scope) -> dict[str, frozenset[str]]:
-    """For each let and signal, the anchors (`prev`, `kept`) that distances in it are taken from."""
-    own = {each.name: _drifts(each.value) for each in policy.statements if isinstance(each, ir.Let | ir.Signal)}
+    """Returns for each let and signal the anchors (`prev`, `kept`) of the distances that it contains."""
+    own = {
+        statement.name: _drifts(statement.value)
+        for statement in policy.statements
+        if isinstance(statement, ir.Let | ir.Signal)
+    }
     return propagated(scope.reads, own)
 
 
@@ -34,9 +41,9 @@ def _drifts(expression: ir.Node) -> frozenset[str]:
 
 
 def _anchors(node: ir.Node) -> Iterator[str]:
-    """The anchor of a distance between something present and something remembered, if `node` is one.
+    """Yields the anchor if `node` is the distance between a current value and a remembered one.
 
-    `l1(kept(v), kept(v, 2))` is none: both ends are remembered.
+    `l1(kept(v), kept(v, 2))` is not such a distance, because both of its ends are remembered.
     """
     match node:
         case ir.Call(function=function, arguments=(one, other)) if function in NORMS:
@@ -46,31 +53,31 @@ def _anchors(node: ir.Node) -> Iterator[str]:
         case _:
             return
     for anchor in ("prev", "kept"):
-        remembered = [_remembers(each, anchor) for each in (one, other)]
+        remembered = [_remembers(operand, anchor) for operand in (one, other)]
         if remembered in ([True, False], [False, True]) and _alike(one, other):
             yield anchor
 
 
 def _remembers(node: ir.Node, anchor: str) -> bool:
-    return any(isinstance(each, ir.Call) and each.function == anchor for each in walk(node))
+    return any(isinstance(part, ir.Call) and part.function == anchor for part in walk(node))
 
 
 def _alike(one: ir.Node, other: ir.Node) -> bool:
-    """Whether both read the same thing; else one only weighs the other."""
+    """Returns whether both operands read a common name. Otherwise one only scales the other."""
     return bool(names_in(one) & names_in(other))
 
 
 def _judge_anchors(condition: ir.Expression, drifts: dict[str, frozenset[str]], report: Report) -> None:
     for node, summed in _with_sums(condition, summed=False):
         if isinstance(node, ir.Call) and node.function == "sum" and "kept" in _all_drifts(node, drifts):
-            help = "`kept` already measures from the last compute: drop the `sum`, or take `prev`"
+            help = "`kept` already measures from the last compute: remove the `sum`, or use `prev`"
             report.add("W501", "the `sum` of distances from the last compute counts drift twice", node, help=help)
         anchors = frozenset(_anchors(node))
         if isinstance(node, ir.Name):
             anchors |= drifts.get(node.name, frozenset())
         if not summed and "prev" in anchors:
-            help = "sum it up: `sum(...) < threshold`, or take `kept`, the step of the last compute"
-            report.add("W502", "a distance from the step before is blind to slow drift", node, help=help)
+            help = "accumulate it: `sum(...) < threshold`, or use `kept`, the value at the last compute"
+            report.add("W502", "a distance from the previous step does not detect slow drift", node, help=help)
 
 
 def _all_drifts(node: ir.Node, drifts: dict[str, frozenset[str]]) -> frozenset[str]:
@@ -78,7 +85,7 @@ def _all_drifts(node: ir.Node, drifts: dict[str, frozenset[str]]) -> frozenset[s
 
 
 def _with_sums(node: ir.Node, *, summed: bool) -> Iterator[tuple[ir.Node, bool]]:
-    """Every node below, with whether an accumulator stands above it; of nested sums the outermost alone."""
+    """Yields the nodes below `node`, and whether each is inside an accumulator. Nested accumulators are left out."""
     yield node, summed
     within = summed or (isinstance(node, ir.Call) and node.function in ACCUMULATORS)
     for child in children(node):
@@ -86,7 +93,7 @@ def _with_sums(node: ir.Node, *, summed: bool) -> Iterator[tuple[ir.Node, bool]]
             yield from _with_sums(child, summed=within)
 
 
-# --- what nothing reads ----------------------------------------------------------------------------------
+# --- unused declarations ---------------------------------------------------------------------------------
 
 
 def _judge_unread(policy: ir.Policy, report: Report) -> None:
@@ -94,14 +101,14 @@ def _judge_unread(policy: ir.Policy, report: Report) -> None:
     for statement in policy.statements:
         match statement:
             case ir.Param() if statement.name not in read:
-                report.add("W503", f"nothing reads the parameter `{statement.name}`", statement, word=statement.name)
+                report.add("W503", f"the parameter `{statement.name}` is not used", statement, word=statement.name)
             case ir.Let() | ir.Table() | ir.Signal() | ir.External() if statement.name not in read:
-                message = f"nothing reads the {statement.kind} `{statement.name}`"
+                message = f"the {statement.kind} `{statement.name}` is not used"
                 report.add("W504", message, statement, word=statement.name)
             case _:
                 pass
 
 
 def _reads(statement: ir.Statement) -> frozenset[str]:
-    params = {each.name for each in walk(statement) if isinstance(each, ir.PatternParam)}
+    params = {part.name for part in walk(statement) if isinstance(part, ir.PatternParam)}
     return frozenset(names_in(statement) | params)

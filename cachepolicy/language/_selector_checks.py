@@ -13,7 +13,7 @@ from cachepolicy.language.vocabulary import KINDS
 
 
 def judge_selector(selector: ir.Selector, checker: Checker) -> None:
-    """Reports what is wrong with `selector` before there is a model."""
+    """Reports the faults of `selector` that can be found without a model."""
     for node, alone in _parts(selector, alone=True):
         match node:
             case ir.Pattern() | ir.OfClass():
@@ -42,8 +42,8 @@ def takes_model(selector: ir.Selector) -> bool:
 def _parts(selector: ir.Selector, *, alone: bool) -> Iterator[tuple[ir.Selector, bool]]:
     match selector:
         case ir.AnyOf() | ir.AllOf():
-            for each in selector.selectors:
-                yield from _parts(each, alone=False)
+            for part in selector.selectors:
+                yield from _parts(part, alone=False)
         case ir.NoneOf():
             yield from _parts(selector.selector, alone=False)
         case ir.Pattern() | ir.PatternParam() | ir.OfKind() | ir.OfClass() | ir.Blocks():
@@ -78,8 +78,8 @@ def _judge_param(node: ir.PatternParam, checker: Checker) -> None:
         checker.report.add("E110", message, node, help=f'modules are named in quotes: `"{name}"`')
     elif param.optional:
         checker.off(node, f"`{name}`, which may be off,")
-    elif ("regex", name) not in checker.report.told:
-        checker.report.told.add(("regex", name))
+    elif ("regex", name) not in checker.report.reported:
+        checker.report.reported.add(("regex", name))
         _judge_default(param, checker.report)
 
 

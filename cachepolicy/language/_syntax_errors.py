@@ -27,19 +27,24 @@ RULE = "`match SELECTOR when G every N while C at most N in a row -> ACTION foll
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Where the parser stopped inside a chunk, and the names of the terminals that it would have taken."""
+    """The position at which the parser failed.
+
+    Attributes:
+        offset: Offset in the text.
+        accepts: Names of the terminals that the parser accepts there.
+        words: Maps the names of keyword terminals to their keywords.
+    """
 
     offset: int
     accepts: frozenset[str]
     words: Mapping[str, str]
-    """Returns the keyword of a terminal."""
 
 
 def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
-    """A line in column 1 that no statement starts with."""
+    """Returns the diagnostic for a line in column 1 that does not start with the keyword of a statement."""
     word = chunk.word
     near = nearest(word[:60].lower(), STATEMENT_WORDS)
-    help = f"did you mean `{near}`?" if near else "one of " + ", ".join(f"`{each}`" for each in STATEMENT_WORDS)
+    help = f"did you mean `{near}`?" if near else "one of " + ", ".join(f"`{word}`" for word in STATEMENT_WORDS)
     if source.clean.startswith(("//", "--", "/*"), chunk.start):
         help = "a comment starts with `#`"
     message = f"`{word}` does not start a statement"
@@ -47,7 +52,7 @@ def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
 
 
 def syntax_error(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
-    """The finding for a chunk that the parser gave up."""
+    """Returns the diagnostic for a statement that does not parse."""
     if stop.offset >= chunk.end:
         return _cut_short(source, chunk, stop)
     found = _found(source, chunk, stop.offset)
@@ -60,7 +65,7 @@ def syntax_error(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
         message, help = moved
         return source.finding("E020", message, start, end, help=help)
     if found in RESERVED and "NAME" in stop.accepts and stop.accepts <= _NAME_ONLY:
-        message = f"`{found}` is a word of the language and cannot be a name"
+        message = f"`{found}` is a reserved word and cannot be a name"
         return source.finding("E008", message, start, end, help=f"call it `{found}_` or something else")
     expected = expectation(stop)
     hint = _hint(source, chunk, stop, found) or _usage(chunk)
@@ -102,7 +107,7 @@ def _ending_hint(source: Source, chunk: Chunk, stop: Stop) -> str | None:
     if re.match(r"(when|every|on|mask|while|at)\b|->", following):
         return "indent the lines that continue a statement"
     if "_ARROW" in stop.accepts:
-        return "a rule says what answers: `-> reuse`"
+        return "a rule ends with an action: `-> reuse`"
     return None
 
 
@@ -141,7 +146,7 @@ def _out_of_order(source: Source, chunk: Chunk, stop: Stop, found: str) -> tuple
     return (f"`{found}` stands before `{later[0]}`", f"the order is {RULE}") if later else None
 
 
-# --- what was expected -----------------------------------------------------------------------------------
+# --- expected terminals ----------------------------------------------------------------------------------
 
 _ENGLISH = {
     "NAME": "a name",
@@ -149,7 +154,7 @@ _ENGLISH = {
     "INT": "a whole number",
     "FLOAT": "a number",
     "KIND": "a kind such as `attention`",
-    "TYPE": "a type (" + ", ".join(f"`{each}`" for each in TYPES) + ")",
+    "TYPE": "a type (" + ", ".join(f"`{name}`" for name in TYPES) + ")",
     "LETTERS": "the letters `C` and `R`",
     "PROBE": "a probe",
     "COMPARE": "a comparison",
@@ -178,25 +183,27 @@ _OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "PERCENT", "COMPARE", 
 
 
 def expectation(stop: Stop) -> str:
-    """What the parser would have taken, in words."""
+    """Describes in English what the parser accepts."""
     left = set(stop.accepts)
-    said = list[str]()
+    expected = list[str]()
     for members, name in _GROUPED:
         if left >= members:
-            said.append(name)
+            expected.append(name)
             left -= members
     if left >= _SELECTORS:
-        said.append("a selector")
+        expected.append("a selector")
         left -= _SELECTORS
     if left >= _VALUES:
-        said.append("a value")
+        expected.append("a value")
         left -= _VALUES | {"_NOT"}
     elif left - _OPERATORS - {"LPAR", "LSQB"}:
         left -= _OPERATORS | {"LPAR", "LSQB"} if len(left) > 4 else set[str]()
-    ordered = sorted(left, key=lambda each: (_POSITION.get(each, 50), each))
-    said += [_ENGLISH.get(each) or f"`{stop.words.get(each, each.strip('_').lower())}`" for each in ordered]
-    said = list(dict.fromkeys(said))
-    return said[0] if len(said) == 1 else ", ".join(said[:-1]) + f" or {said[-1]}"
+    ordered = sorted(left, key=lambda terminal: (_POSITION.get(terminal, 50), terminal))
+    expected += [
+        _ENGLISH.get(terminal) or f"`{stop.words.get(terminal, terminal.strip('_').lower())}`" for terminal in ordered
+    ]
+    expected = list(dict.fromkeys(expected))
+    return expected[0] if len(expected) == 1 else ", ".join(expected[:-1]) + f" or {expected[-1]}"
 
 
 _GROUPED = (
@@ -209,7 +216,7 @@ _GROUPED = (
 _POSITION = {"_WHEN": 60, "_EVERY": 61, "_ON": 62, "_MASK": 63, "_WHILE": 64, "_AT": 65, "_ARROW": 66, "$END": 90}
 
 
-# --- the way out -----------------------------------------------------------------------------------------
+# --- suggestions -----------------------------------------------------------------------------------------
 
 _AFTER = {
     "each": "`each` stands before `blocks`",
@@ -266,7 +273,7 @@ def _hint(source: Source, chunk: Chunk, stop: Stop, found: str) -> str | None:
     special = _AFTER.get("".join(preceding)) or _WORDS.get(found)
     if special and found not in _SIGNS:
         return special
-    words = {stop.words[each] for each in stop.accepts if each in stop.words}
+    words = {stop.words[terminal] for terminal in stop.accepts if terminal in stop.words}
     if "KIND" in stop.accepts:
         words |= set(KINDS)
     if "TYPE" in stop.accepts:
@@ -291,7 +298,7 @@ def _word_hint(stop: Stop, found: str, words: Collection[str]) -> str | None:
     if "_ARROW" in stop.accepts and found in ("reuse", "skip", "compute", "predict", "approximate"):
         return f"write `-> {found}`"
     if found in RESERVED and "NAME" in stop.accepts:
-        return f"`{found}` is a word of the language and cannot be a name"
+        return f"`{found}` is a reserved word and cannot be a name"
     if "LETTERS" in stop.accepts or re.fullmatch(r"[A-Z]+", found):
-        return "`C` computes and `R` reuses, one letter a step"
+        return "one letter per step: `C` computes, `R` reuses"
     return None

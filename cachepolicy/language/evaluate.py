@@ -20,10 +20,12 @@ class Undefined(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What names, tables, accumulators and memories are worth where an expression is evaluated.
+    """The values that an expression reads.
 
-    `names` maps clock words, signals and externals to numbers (None: not known). `stateful` maps a call whose value
-    comes from outside (`sum`, `product`, `prev`, `kept`, a norm) to its present value.
+    Attributes:
+        names: Values of clock words, signals and externals by name. `None` means that the value is not known.
+        tables: Values of tables by name.
+        stateful: Current values of calls that are computed elsewhere: `sum`, `product`, `prev`, `kept` and norms.
     """
 
     names: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -35,12 +37,22 @@ EMPTY = Environment()
 
 
 def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any:
-    """The value of `expression`; every operand is read, so that one undefined number makes the whole undefined.
+    """Evaluates an expression.
+
+    All operands are read, so that one undefined number makes the whole expression undefined. Of `a if c else b`, only
+    the selected side is read.
+
+    Args:
+        expression: The expression.
+        environment: The values of its names.
+
+    Returns:
+        A number, a boolean, a string, a tuple for a list or set, an `ir.Interval`, or `None` for `off`.
 
     Raises:
-        Undefined: a number that it reads is missing, NaN or infinite, or an operation has no finite result.
+        Undefined: A number that the expression reads is missing, NaN or infinite, or an operation has no finite result.
     """
-    # What clauses are mostly made of stands first: each case is tried in turn.
+    # The cases are tried in order, so the most frequent ones stand first.
     match expression:
         case ir.Name():
             return _named(expression.name, environment)
@@ -80,17 +92,17 @@ def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any
 
 
 def constant(expression: ir.Expression) -> Value:
-    """The value of an expression without names, such as a parameter's default.
+    """Evaluates an expression without names, such as the default of a parameter.
 
     Raises:
-        Undefined: it reads a name after all.
+        Undefined: The expression reads a name.
     """
     return evaluate(expression)
 
 
-def _finite(value: float, what: str) -> float:
+def _finite(value: float, name: str) -> float:
     if not math.isfinite(value):
-        raise Undefined(f"{what} is {value}")
+        raise Undefined(f"{name} is {value}")
     return value
 
 

@@ -13,17 +13,23 @@ from cachepolicy.language import ir
 from cachepolicy.language.vocabulary import RESERVED
 
 LINE_WIDTH = 100
-"""Columns of a line, where its parts can be broken at all."""
+"""Maximum number of columns of a line. Only a part that cannot be broken is longer."""
 
-# How tightly an operator binds: a part below what its place asks for stands in parentheses.
+# Precedence of operators. A part whose precedence is lower than its position requires stands in parentheses.
 _LOWEST, _OR, _AND, _NOT, _COMPARE, _SUM, _TERM, _UNARY, _ATOM = range(9)
 
 
 def format(policy: ir.Policy | str) -> str:
-    """The canonical text of a policy, or of another text of it; it reads back as an equal policy.
+    """Formats a policy as canonical text. Parsing the text gives an equal policy.
+
+    Args:
+        policy: A policy, or its text.
+
+    Returns:
+        The text, with all comments of the policy.
 
     Raises:
-        PolicyError: a text does not parse.
+        PolicyError: The text has errors.
     """
     if isinstance(policy, str):
         from cachepolicy.language.parser import parse
@@ -121,9 +127,9 @@ _GROUPS = {
 
 
 def _packed(pieces: Sequence[str]) -> list[str]:
-    """The pieces on one line, or on as few as hold them; what is too long itself is broken where it has a space.
+    """Joins the pieces of a statement to as few lines as possible. A piece that is too long is broken at spaces.
 
-    A rule that does not fit on one line has its selector on the first and its clauses below.
+    If a rule does not fit on one line, its selector stands on the first line and its clauses below.
     """
     whole = " ".join(pieces)
     if len(whole) <= LINE_WIDTH:
@@ -212,10 +218,10 @@ def _pieces(statement: ir.Statement) -> Iterator[str]:
 
 
 def _settings(settings: Sequence[ir.Setting], end: str = "") -> Iterator[str]:
-    for number, each in enumerate(settings):
+    for number, setting in enumerate(settings):
         opening = "" if number else "with "
         closing = end if number == len(settings) - 1 else ","
-        yield f"{opening}{each.name} = {_value(each.value)}{closing}"
+        yield f"{opening}{setting.name} = {_value(setting.value)}{closing}"
 
 
 def _clauses(rule: ir.Rule) -> Iterator[str]:
@@ -272,7 +278,7 @@ def _action(action: ir.Action) -> str:
 def _arguments(arguments: Sequence[ir.Argument]) -> str:
     if not arguments:
         return ""
-    return "(" + ", ".join(f"{each.label}: {expression(each.value)}" for each in arguments) + ")"
+    return "(" + ", ".join(f"{argument.label}: {expression(argument.value)}" for argument in arguments) + ")"
 
 
 # --- selectors -------------------------------------------------------------------------------------------
@@ -301,9 +307,9 @@ def _selected(node: ir.Selector) -> tuple[str, int]:
         case ir.Blocks():
             return _blocks(node), _ATOM
         case ir.AnyOf():
-            return " or ".join(_selector(each, _AND) for each in node.selectors), _OR
+            return " or ".join(_selector(part, _AND) for part in node.selectors), _OR
         case ir.AllOf():
-            return " and ".join(_selector(each, _NOT) for each in node.selectors), _AND
+            return " and ".join(_selector(part, _NOT) for part in node.selectors), _AND
         case ir.NoneOf():
             return f"not {_selector(node.selector, _NOT)}", _NOT
         case _:
@@ -376,7 +382,7 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
             left, right = _expression(node.left, level), _expression(node.right, level + 1)
             return f"{left} {node.operator} {right}", level
         case ir.Comparison():
-            first, *rest = [_expression(each, _SUM) for each in node.operands]
+            first, *rest = [_expression(operand, _SUM) for operand in node.operands]
             pairs = zip(node.operators, rest, strict=False)
             return " ".join([first, *(f"{operator} {operand}" for operator, operand in pairs)]), _COMPARE
         case ir.Membership():
@@ -384,9 +390,9 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
         case ir.Negation():
             return f"not {_expression(node.operand, _NOT)}", _NOT
         case ir.Both():
-            return " and ".join(_expression(each, _NOT) for each in node.operands), _AND
+            return " and ".join(_expression(operand, _NOT) for operand in node.operands), _AND
         case ir.Either():
-            return " or ".join(_expression(each, _AND) for each in node.operands), _OR
+            return " or ".join(_expression(operand, _AND) for operand in node.operands), _OR
         case ir.Conditional():
             then, condition = _expression(node.then, _OR), _expression(node.condition, _OR)
             return f"{then} if {condition} else {expression(node.otherwise)}", _LOWEST

@@ -1,6 +1,7 @@
-"""How a policy is coloured: one table of rules, from which the lexers of editors and documents are made.
+"""Syntax highlighting of policies: one table of rules, from which the lexers of Pygments and of editors are built.
 
-The expressions are those that Python's `re` and the engines of editors read alike. None looks across a line end.
+The expressions have the same meaning in Python's `re` and in the engines of editors. No expression matches across the
+end of a line.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ Role = Literal[
     "constant", "type", "clock", "function", "declared", "policy", "method", "branch", "letters", "name", "operator",
     "punctuation",
 ]  # fmt: skip
-"""What a stretch of text is in a policy."""
+"""The role of a piece of text in a policy."""
 
 LexerState = Literal["policy", "bound", "expected", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Colouring:
-    """What an expression matches: its role, or the roles of its groups, which then cover the whole match.
+    """A rule of the lexer.
 
-    `opens` is the state that begins behind the match; it ends with `closes`, or where the next statement starts.
+    Attributes:
+        expression: The regular expression.
+        roles: The role of the match, or the roles of its groups, which cover the whole match.
+        opens: The state that starts after the match. It ends with the next statement at the latest.
+        closes: Whether the match ends the current state.
     """
 
     expression: str
@@ -47,7 +52,7 @@ class Colouring:
 
 
 NEXT_STATEMENT = r"^(?=[^ \t\r\n#])"
-"""Where every state is back at the beginning."""
+"""Matches where the next statement starts, at which every state ends."""
 
 
 def _either(words: Iterable[str]) -> str:
@@ -63,10 +68,10 @@ def _words(words: Iterable[str], role: Role) -> Colouring:
 
 
 def _phrase(text: str, *, opens: LexerState | None = None, closes: bool = False) -> Colouring:
-    """A fixed phrase, `N` in it a whole number."""
+    """Returns the rule for a fixed phrase, in which `N` stands for a whole number."""
     words = text.split()
     parts = ["[0-9]+" if word == "N" else word for word in words]
-    expression = r"\b" + rf"({_GAP})".join(f"({each})" for each in parts) + r"\b"
+    expression = r"\b" + rf"({_GAP})".join(f"({part})" for part in parts) + r"\b"
     roles: list[Role] = []
     for word in words:
         roles.extend(("space", _PHRASED.get(word, "clause")))
@@ -117,7 +122,7 @@ _ANYWHERE = (
     *_LITERALS,
     *_DECLARATIONS,
     *_METHODS,
-    *(_phrase(each, opens=_OPENING.get(each)) for each in PHRASES if each not in _CLOSING),
+    *(_phrase(phrase, opens=_OPENING.get(phrase)) for phrase in PHRASES if phrase not in _CLOSING),
     *_WORDS,
     Colouring(_NAME, ("name",)),
     *_SIGNS,
@@ -125,13 +130,13 @@ _ANYWHERE = (
 
 STATES: Mapping[LexerState, tuple[Colouring, ...]] = {
     "policy": _ANYWHERE,
-    # `in all` ends a bound, and asks about a parameter `all` elsewhere.
-    "bound": tuple(_phrase(each, closes=True) for each in _CLOSING),
-    # A row is alone on its line; other colons are those of slices.
+    # `in all` ends a bound. Elsewhere it is a membership in a parameter called `all`.
+    "bound": tuple(_phrase(phrase, closes=True) for phrase in _CLOSING),
+    # Only the colon before a row is followed by letters alone. Other colons belong to slices.
     "expected": (Colouring(r":(?=[CR \t]*(?:#[^\n]*)?$)", ("punctuation",), opens="row"),),
     "row": (Colouring(r"\b[CR]+\b", ("letters",)),),
 }
-"""The rules of each state, behind which those of `policy` are tried; the first that matches at a place decides.
+"""The rules of each state in the order in which they are tried, before the rules of the state `policy`.
 
-What none matches is wrong there.
+Text that no rule matches is an error.
 """

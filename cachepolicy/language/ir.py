@@ -1,6 +1,6 @@
-"""What a policy means: frozen models, and no behaviour.
+"""The nodes of a policy: frozen pydantic models without behaviour.
 
-Every node knows the `span` of its text, where it came from one; spans count neither for equality nor in JSON.
+A node that was parsed from a text has the `span` of its text. Spans are ignored by equality and left out of JSON.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Kind = Literal["attention", "self_attention", "cross_attention", "feedforward", 
 
 
 class Node(BaseModel):
-    """A part of a policy; two nodes are equal when they mean the same, wherever they stand."""
+    """Base class of all nodes. Nodes with the same content are equal, wherever they stand in a text."""
 
-    # Nodes are keys of what a run remembers, looked up at every step: their hash is made once.
+    # Nodes are dictionary keys of a run's memory and are looked up at every step, so their hash is computed once.
     __slots__ = ("_hashed",)
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -39,17 +39,18 @@ class Node(BaseModel):
         try:
             return _HASHED.__get__(self)
         except AttributeError:
-            made = hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))
-            _HASHED.__set__(self, made)
-            return made
+            computed = hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))
+            _HASHED.__set__(self, computed)
+            return computed
 
 
-_HASHED: Any = Node.__dict__["_hashed"]  # the slot itself, past pydantic's guard of frozen models
+_HASHED: Any = Node.__dict__["_hashed"]  # the slot descriptor, because frozen models refuse assignments
 _PLACES = frozenset({"span", "comments", "source_name"})
+"""Fields that say where a node stands in a text."""
 
 
 def _same(one: object, other: object) -> bool:
-    """Equality that tells `1`, `1.0` and `True` apart, inside tuples too."""
+    """Returns whether two values are equal and of one type, so that `1`, `1.0` and `True` differ, in tuples too."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same, one, other))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
     return type(one) is type(other) and one == other  # pyright: ignore[reportUnknownArgumentType]
@@ -195,7 +196,7 @@ class Call(Node):
 
 
 class Probe(Node):
-    """`input(S)`, `output(S)`, `residual(S)`, `argument(S, "temb")`: a tensor seen at one site."""
+    """`input(S)`, `output(S)`, `residual(S)`, `argument(S, "temb")`: a tensor measured at one site."""
 
     kind: Literal["probe"] = "probe"
     stream: Literal["input", "output", "residual", "argument"]
@@ -238,7 +239,7 @@ class Pattern(Node):
 
 
 class PatternParam(Node):
-    """A `string` or `list` parameter that stands where a regex may."""
+    """A `string` or `list` parameter in the position of a regex."""
 
     kind: Literal["pattern_param"] = "pattern_param"
     name: str
@@ -299,7 +300,7 @@ Selector = Annotated[
 
 
 class Every(Node):
-    """`every N [offset K]`, `every N from end`, `every N since compute`: compute on these ticks."""
+    """`every N [offset K]`, `every N from end`, `every N since compute`: compute at every N-th step."""
 
     kind: Literal["every"] = "every"
     interval: Expression
@@ -315,7 +316,7 @@ class OnSteps(Node):
 
 
 class Mask(Node):
-    """`mask "1101"` or a `string` parameter: 1 computes, past its end computes too."""
+    """`mask "1101"` or a `string` parameter: 1 computes, 0 reuses. Steps after its end compute."""
 
     kind: Literal["mask"] = "mask"
     mask: Annotated[Text | Name | Off, Field(discriminator="kind")]
@@ -346,7 +347,7 @@ class Compute(Node):
 
 
 class Skip(Node):
-    """`skip`: answer with the input."""
+    """`skip`: return the input."""
 
     kind: Literal["skip"] = "skip"
 
@@ -368,7 +369,7 @@ class Predict(Node):
 
 
 class ApproximateUncond(Node):
-    """`approximate uncond METHOD(...)`: run the conditional half of a guidance batch, rebuild the other."""
+    """`approximate uncond METHOD(...)`: run the conditional half of a guidance batch and reconstruct the other."""
 
     kind: Literal["approximate_uncond"] = "approximate_uncond"
     method: str
@@ -382,7 +383,7 @@ Action = Annotated[Compute | Skip | Reuse | Predict | ApproximateUncond, Field(d
 
 
 class Param(Node):
-    """`param NAME: TYPE = DEFAULT [in DOMAIN] ["doc"]`: a knob."""
+    """`param NAME: TYPE = DEFAULT [in DOMAIN] ["doc"]`: a parameter."""
 
     kind: Literal["param"] = "param"
     name: str
@@ -394,7 +395,7 @@ class Param(Node):
 
 
 class Let(Node):
-    """`let NAME = EXPR`: a named scalar of clock and params."""
+    """`let NAME = EXPR`: a named value that depends on the clock and on parameters."""
 
     kind: Literal["let"] = "let"
     name: str
@@ -402,7 +403,7 @@ class Let(Node):
 
 
 class Table(Node):
-    """`table NAME = [...]`: constants calibrated on a run of as many steps."""
+    """`table NAME = [...]`: constants calibrated on a run with as many steps as values."""
 
     kind: Literal["table"] = "table"
     name: str
@@ -410,7 +411,7 @@ class Table(Node):
 
 
 class Signal(Node):
-    """`signal NAME = STREAM`: a tensor or a number measured once a step and branch."""
+    """`signal NAME = EXPR`: a tensor or a number that is measured once per step and branch."""
 
     kind: Literal["signal"] = "signal"
     name: str
@@ -446,7 +447,7 @@ class Setting(Node):
 
 
 class Use(Node):
-    """`use POLICY [with A = V, ...]`: another policy's rules, here."""
+    """`use POLICY [with A = V, ...]`: inserts the rules of another policy."""
 
     kind: Literal["use"] = "use"
     policy: str
@@ -454,23 +455,23 @@ class Use(Node):
 
 
 class Expect(Node):
-    """`expect SELECTOR over N steps [with ...]: C R R ...`: a test inside the file."""
+    """`expect SELECTOR over N steps [with ...]: C R R ...`: a test in the policy file."""
 
     kind: Literal["expect"] = "expect"
     selector: Selector
     steps: int
     settings: tuple[Setting, ...] = ()
-    row: str = Field(pattern="^[CR]+$", description="one letter a step, C computes and R reuses")
+    row: str = Field(pattern="^[CR]+$", description="one letter per step: C computes, R reuses")
 
 
 Statement = Annotated[Param | Let | Table | Signal | External | Rule | Use | Expect, Field(discriminator="kind")]
 
 
 class Comment(BaseModel):
-    """A comment of the text: before, or at the end of, the statement with this number.
+    """A comment before a statement or at its end.
 
-    Statement 0 is the first after the header; -1 stands for the header (edition, policy, source) and the number of
-    statements for the end of the file.
+    Statement 0 is the first after the header. Statements -3, -2 and -1 are the `cachepolicy`, `policy` and `source`
+    lines, and the number of statements stands for the end of the file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -481,7 +482,7 @@ class Comment(BaseModel):
 
 
 class Policy(Node):
-    """A whole policy, in the order it was written."""
+    """A policy. Its statements are in the order of the text."""
 
     edition: int = EDITION
     name: str | None = None
@@ -490,7 +491,7 @@ class Policy(Node):
     statements: tuple[Statement, ...] = ()
     comments: SkipJsonSchema[tuple[Comment, ...]] = Field(default=(), exclude=True, repr=False)
     source_name: SkipJsonSchema[str | None] = Field(
-        default=None, exclude=True, repr=False, description="file the text came from"
+        default=None, exclude=True, repr=False, description="name of the file of the text"
     )
 
 

@@ -94,7 +94,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
     """
     if policy.source_name is None:
         # Built by hand or read from JSON: a text was held to the rules when it was parsed.
-        errors = [each for each in check_names(policy) if each.severity == "error"]
+        errors = [finding for finding in check_names(policy) if finding.severity == "error"]
         if errors:
             raise PolicyError(errors)
     flat = _Flat(loader)
@@ -150,9 +150,9 @@ class _Flat:
         use: ir.Use | None = None,
     ) -> dict[str, ir.Expression]:
         """Inlines one policy, or the policy that `use` refers to. Returns the substitution for its names."""
-        places = {each.name: each.span for each in use.settings} if use else {}
+        spans = {setting.name: setting.span for setting in use.settings} if use else {}
         prefix = (policy.name or use.policy) if use else ""
-        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings, places)
+        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings, spans)
         renamed = self._declare(policy, prefix)
         names |= {old: ir.Name(name=new) for old, new in renamed.items()}
         sizes = dict[str, tuple[int, int]]()
@@ -195,7 +195,9 @@ class _Flat:
             elif isinstance(statement, ir.External):
                 self.externals.append(new)
         if not prefix:
-            self.taken |= {each.name for each in policy.statements if isinstance(each, ir.Param | ir.Let)}
+            self.taken |= {
+                statement.name for statement in policy.statements if isinstance(statement, ir.Param | ir.Let)
+            }
         return renamed
 
     def _write(
@@ -253,7 +255,7 @@ class _Flat:
         bounds = tuple(bound for bound in written.bounds if not isinstance(bound.count, ir.Off))
         if len(bounds) < len(written.bounds):
             written = written.model_copy(update={"bounds": bounds})
-        self.findings += [located(each, policy, rule.span) for each in resolved_faults(written)]
+        self.findings += [located(finding, policy, rule.span) for finding in resolved_faults(written)]
         self.rules.append(written)
         self.sources.append(RuleSource(policy, number))
         if len(self.rules) > RULE_LIMIT:
@@ -262,11 +264,11 @@ class _Flat:
     def _use(self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]) -> None:
         try:
             used = self._load(use.policy, policy, path)
-            settings = {each.name: self._write(policy, each.value, names, {}) for each in use.settings}
+            settings = {setting.name: self._write(policy, setting.value, names, {}) for setting in use.settings}
             self.add(used, settings, (*path, origin(used)), use)
         except PolicyError as error:
-            findings = [located(each, policy, use.span) for each in error.diagnostics]
-            if any(each.code == "E157" for each in findings):
+            findings = [located(finding, policy, use.span) for finding in error.diagnostics]
+            if any(finding.code == "E157" for finding in findings):
                 raise PolicyError(findings) from error
             self.findings += findings
 
@@ -281,7 +283,7 @@ class _Flat:
             self.files[key] = self.loader(name, user)
         used = self.files[key]
         here = origin(used)
-        if here.key in {each.key for each in path}:
+        if here.key in {user.key for user in path}:
             raise PolicyError.of("E156", f"a policy uses itself: {chain([*path, here])}")
         return used
 
@@ -302,7 +304,7 @@ class _Flat:
 
 
 _TOO_LARGE = Diagnostic(
-    "E165", "this grows too large once its names are written out", help="say it in fewer or smaller lets"
+    "E165", "the statement is too large after substitution of its names", help="use fewer or smaller lets"
 )
 
 

@@ -54,8 +54,8 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
 
 def _from_path(source: object) -> ir.Policy:
     if not isinstance(source, os.PathLike):
-        given = type(source).__name__
-        raise PolicyError.of("E150", f"a policy is a name, a path or a `Policy`, not a `{given}`")
+        kind = type(source).__name__
+        raise PolicyError.of("E150", f"a policy is a name, a path or a `Policy`, not a `{kind}`")
     name = os.fsdecode(cast("os.PathLike[str]", source))
     return read_policy(Path(name), name)
 
@@ -170,7 +170,7 @@ def _from_json(content: bytes, shown: str) -> ir.Policy:
         where = ".".join(str(part) for part in first["loc"]) or "the text"
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise PolicyError.of("E154", f"`{shown}` holds no policy: {where}: {message}") from error
-    errors = [replace(each, source=shown) for each in check_names(policy) if each.severity == "error"]
+    errors = [replace(finding, source=shown) for finding in check_names(policy) if finding.severity == "error"]
     if errors:
         raise PolicyError(errors)
     return policy
@@ -256,7 +256,7 @@ def path_of(source_name: str | None) -> Path | None:
 
 def chain(origins: Sequence[Origin]) -> str:
     """Formats a chain of `use` for error messages, as in `a.cp -> b.cp -> a.cp`."""
-    return " -> ".join(each.shown for each in origins)
+    return " -> ".join(policy.shown for policy in origins)
 
 
 # --- places ----------------------------------------------------------------------------------------------

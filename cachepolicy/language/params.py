@@ -13,28 +13,35 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, Value, constant
 
 LIST_LIMIT = 100_000
-"""Items of a list parameter: more than any run has steps or any model modules."""
+"""Maximum number of items of a list parameter. No run has as many steps, and no model as many modules."""
 
 
 def settled(
-    params: Sequence[ir.Param], settings: Mapping[str, object], places: Mapping[str, Span | None] | None = None
+    params: Sequence[ir.Param], settings: Mapping[str, object], spans: Mapping[str, Span | None] | None = None
 ) -> dict[str, ir.Expression]:
-    """The constant that each parameter is worth, as `settings` or else its default says.
+    """Determines the constant of each parameter: its setting, or else its default.
 
-    A setting is a Python value (None for `off`, a tuple `(low, high)` for an open range) or an expression; `places`
-    tells where in a text it stands.
+    Args:
+        params: The parameters of a policy.
+        settings: The settings by name: Python values (`None` for `off`, a tuple `(low, high)` for an open range) or
+            expressions.
+        spans: The span of each setting that stands in a text.
+
+    Returns:
+        The constant of each parameter.
 
     Raises:
-        PolicyError: E160, no such parameter; E161, another type; E162, outside the domain. All of them at once.
+        PolicyError: A parameter does not exist (E160), a value has another type (E161) or is outside the domain (E162).
+            The exception holds all such faults.
     """
-    known, at = {param.name: param for param in params}, places or {}
-    findings = [replace(_unknown(name, list(known)), span=at.get(name)) for name in settings if name not in known]
+    known, spans = {param.name: param for param in params}, spans or {}
+    findings = [replace(_unknown(name, list(known)), span=spans.get(name)) for name in settings if name not in known]
     values = dict[str, ir.Expression]()
     for name, param in known.items():
         try:
             values[name] = typed(param, settings.get(name, param.default))
         except PolicyError as error:
-            findings += [replace(each, span=at.get(name)) for each in error.diagnostics]
+            findings += [replace(finding, span=spans.get(name)) for finding in error.diagnostics]
     if findings:
         raise PolicyError(findings)
     return values
@@ -45,29 +52,36 @@ def _unknown(name: str, known: list[str]) -> Diagnostic:
     return Diagnostic("E160", f"the policy has no parameter `{name}`", help=help)
 
 
-def typed(param: ir.Param, given: object) -> ir.Expression:
-    """`given` as a constant of the parameter's type, within its domain.
+def typed(param: ir.Param, setting: object) -> ir.Expression:
+    """Converts a setting to a constant of the parameter's type.
+
+    Args:
+        param: The parameter.
+        setting: A Python value or an expression.
+
+    Returns:
+        The constant.
 
     Raises:
-        PolicyError: E161 or E162.
+        PolicyError: The setting has another type (E161) or is outside the domain (E162).
     """
-    if given is None or isinstance(given, ir.Off):
+    if setting is None or isinstance(setting, ir.Off):
         if param.optional:
             return ir.Off()
-        raise _mistyped(param, given, f"only a `{param.type}?` can be off")
+        raise _mistyped(param, setting, f"only a `{param.type}?` can be off")
     match param.type:
         case "int":
-            value: ir.Expression = ir.Number(value=_whole(param, given))
+            value: ir.Expression = ir.Number(value=_whole(param, setting))
         case "float":
-            value = ir.Number(value=float(_real(param, given)))
+            value = ir.Number(value=float(_real(param, setting)))
         case "bool":
-            value = ir.Boolean(value=_boolean(param, given))
+            value = ir.Boolean(value=_boolean(param, setting))
         case "string":
-            value = ir.Text(value=_string(param, given))
+            value = ir.Text(value=_string(param, setting))
         case "range":
-            value = _range(param, given)
+            value = _range(param, setting)
         case "list":
-            value = _list(param, given)
+            value = _list(param, setting)
         case _:
             assert_never(param.type)
     _within(param, value)
@@ -79,8 +93,8 @@ def python(value: ir.Expression) -> Value:
     return constant(value)
 
 
-def _mistyped(param: ir.Param, given: object, help: str | None = None) -> PolicyError:
-    shown = "off" if given is None or isinstance(given, ir.Off) else _shown(given)
+def _mistyped(param: ir.Param, setting: object, help: str | None = None) -> PolicyError:
+    shown = "off" if setting is None or isinstance(setting, ir.Off) else _shown(setting)
     return PolicyError.of("E161", f"`{param.name}` takes {_ARTICLE[param.type]}, not `{shown}`", help=help)
 
 
@@ -94,68 +108,68 @@ _ARTICLE = {
 }
 
 
-def _shown(given: object) -> str:
-    if isinstance(given, ir.Node):
+def _shown(setting: object) -> str:
+    if isinstance(setting, ir.Node):
         try:
-            given = constant(given)  # pyright: ignore[reportArgumentType]
+            setting = constant(setting)  # pyright: ignore[reportArgumentType]
         except Undefined:
-            given = given.name if isinstance(given, ir.Name) else type(given).__name__.lower()
-    text = given if isinstance(given, str) else repr(given)
+            setting = setting.name if isinstance(setting, ir.Name) else type(setting).__name__.lower()
+    text = setting if isinstance(setting, str) else repr(setting)
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _plain(given: object) -> object:
+def _plain(setting: object) -> object:
     """Converts a constant expression to its Python value. Other values are returned unchanged."""
-    if isinstance(given, ir.Number | ir.Boolean | ir.Text):
-        return given.value
-    if isinstance(given, ir.Negative | ir.Arithmetic):
+    if isinstance(setting, ir.Number | ir.Boolean | ir.Text):
+        return setting.value
+    if isinstance(setting, ir.Negative | ir.Arithmetic):
         try:
-            return constant(given)
+            return constant(setting)
         except Undefined:
-            return given
-    return given
+            return setting
+    return setting
 
 
-def _whole(param: ir.Param, given: object) -> int:
-    value = _plain(given)
+def _whole(param: ir.Param, setting: object) -> int:
+    value = _plain(setting)
     if isinstance(value, bool) or not isinstance(value, Integral):
         whole = isinstance(value, float) and value.is_integer()
-        raise _mistyped(param, given, f"write `{int(value)}`" if whole else None)  # pyright: ignore[reportArgumentType]
+        raise _mistyped(param, setting, f"write `{int(value)}`" if whole else None)  # pyright: ignore[reportArgumentType]
     return int(value)
 
 
-def _real(param: ir.Param, given: object) -> float:
-    value = _plain(given)
+def _real(param: ir.Param, setting: object) -> float:
+    value = _plain(setting)
     if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        raise _mistyped(param, given)
+        raise _mistyped(param, setting)
     return float(value) if not isinstance(value, Integral) else int(value)
 
 
-def _boolean(param: ir.Param, given: object) -> bool:
-    value = _plain(given)
+def _boolean(param: ir.Param, setting: object) -> bool:
+    value = _plain(setting)
     if not isinstance(value, bool):
-        raise _mistyped(param, given)
+        raise _mistyped(param, setting)
     return value
 
 
-def _string(param: ir.Param, given: object) -> str:
-    value = given.name if isinstance(given, ir.Name) else _plain(given)
+def _string(param: ir.Param, setting: object) -> str:
+    value = setting.name if isinstance(setting, ir.Name) else _plain(setting)
     if not isinstance(value, str):
-        raise _mistyped(param, given)
+        raise _mistyped(param, setting)
     return value
 
 
-def _range(param: ir.Param, given: object) -> ir.Interval:
-    """A tuple is an open interval, as in Python's callers of PAB; `[a, b]` in text is a closed one."""
-    if isinstance(given, ir.Interval):
-        low, high = given.low, given.high
-        closed = given.low_closed, given.high_closed
-    elif isinstance(given, ir.ListOf) and len(given.items) == 2:
-        (low, high), closed = given.items, (True, True)
-    elif isinstance(given, tuple) and len(pair := cast("tuple[object, ...]", given)) == 2:
+def _range(param: ir.Param, setting: object) -> ir.Interval:
+    """Converts a setting to an interval. A tuple is open, as in diffusers' PAB; `[a, b]` in a text is closed."""
+    if isinstance(setting, ir.Interval):
+        low, high = setting.low, setting.high
+        closed = setting.low_closed, setting.high_closed
+    elif isinstance(setting, ir.ListOf) and len(setting.items) == 2:
+        (low, high), closed = setting.items, (True, True)
+    elif isinstance(setting, tuple) and len(pair := cast("tuple[object, ...]", setting)) == 2:
         (low, high), closed = pair, (False, False)
     else:
-        raise _mistyped(param, cast("object", given), "write the tuple `(low, high)`; both ends stay outside")
+        raise _mistyped(param, cast("object", setting), "write the tuple `(low, high)`; both ends stay outside")
     first, last = _real(param, low), _real(param, high)
     if first > last or (first == last and closed != (True, True)):
         raise PolicyError.of("E162", f"the range of `{param.name}` is empty: {first} to {last}")
@@ -164,22 +178,22 @@ def _range(param: ir.Param, given: object) -> ir.Interval:
     )
 
 
-def _list(param: ir.Param, given: object) -> ir.ListOf:
+def _list(param: ir.Param, setting: object) -> ir.ListOf:
     items: Sequence[object]
-    if isinstance(given, ir.ListOf | ir.SetOf):
-        items = given.items
-    elif isinstance(given, list | tuple | range):
-        items = cast("Sequence[object]", given)
+    if isinstance(setting, ir.ListOf | ir.SetOf):
+        items = setting.items
+    elif isinstance(setting, list | tuple | range):
+        items = cast("Sequence[object]", setting)
     else:
-        help = f'write `["{given}"]`' if isinstance(given, str) and len(given) < 60 else None
-        raise _mistyped(param, given, help)
+        help = f'write `["{setting}"]`' if isinstance(setting, str) and len(setting) < 60 else None
+        raise _mistyped(param, setting, help)
     if len(items) > LIST_LIMIT:
         raise PolicyError.of("E162", f"the list `{param.name}` has {len(items)} items; at most {LIST_LIMIT} are taken")
     return ir.ListOf(items=tuple(_item(param, item) for item in items))
 
 
-def _item(param: ir.Param, given: object) -> ir.Expression:
-    value = _plain(given)
+def _item(param: ir.Param, setting: object) -> ir.Expression:
+    value = _plain(setting)
     match value:
         case bool():
             return ir.Boolean(value=value)
@@ -190,7 +204,7 @@ def _item(param: ir.Param, given: object) -> ir.Expression:
         case Real() if not math.isnan(value):
             return ir.Number(value=float(value))
         case _:
-            raise _mistyped(param, given, "a list holds numbers, strings or booleans")
+            raise _mistyped(param, setting, "a list holds numbers, strings or booleans")
 
 
 # --- domains ---------------------------------------------------------------------------------------------

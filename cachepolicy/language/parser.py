@@ -36,7 +36,7 @@ def parse(text: str | bytes, *, source: str = "<text>") -> ir.Policy:
         PolicyError: The text has errors. The exception holds all of them, in source order.
     """
     policy, findings = recover(text, source=source)
-    if any(each.severity == "error" for each in findings):
+    if any(finding.severity == "error" for finding in findings):
         raise PolicyError(findings)
     return policy
 
@@ -95,13 +95,17 @@ def parse_selector(text: str) -> ir.Selector:
 
 @dataclass(frozen=True, slots=True)
 class Lookahead:
-    """Terminals that may follow the beginning of a statement, and the terminals that the parser read before."""
+    """Terminals that may follow the beginning of a statement.
+
+    Attributes:
+        accepts: Names of the terminals that may follow.
+        words: The keywords among them.
+        read: The terminals of the beginning, each with its text.
+    """
 
     accepts: frozenset[str]
     words: frozenset[str]
-    """The keywords among them."""
     read: tuple[tuple[str, str], ...]
-    """The terminals of the beginning, each with its text."""
 
 
 def look_ahead(source: Source, start: int, end: int) -> Lookahead | None:
@@ -115,7 +119,7 @@ def look_ahead(source: Source, start: int, end: int) -> Lookahead | None:
     Returns:
         The terminals, or `None` if the statement has an error before `end`.
     """
-    # A line that is begun and empty continues nothing yet, so the parser would take it for an end.
+    # The parser takes an empty line for the end of the statement, so trailing space is left out.
     end = start + len(source.clean[start:end].rstrip())
     parser = _parser().parse_interactive(source.clean[start:end], start="line")
     try:
@@ -124,7 +128,7 @@ def look_ahead(source: Source, start: int, end: int) -> Lookahead | None:
         return None
     accepts = frozenset[str](parser.accepts())
     words = frozenset(word for name, word in _words().items() if name in accepts)
-    return Lookahead(accepts, words, tuple((str(each.type), str(each)) for each in read))
+    return Lookahead(accepts, words, tuple((str(token.type), str(token)) for token in read))
 
 
 def _place(finding: Diagnostic) -> tuple[int, int]:
@@ -136,7 +140,7 @@ def _place(finding: Diagnostic) -> tuple[int, int]:
 
 @functools.cache
 def _parser() -> Any:
-    # Never `cache=True`: it unpickles a predictable path in the temporary folder before it checks it.
+    # `cache=True` is unsafe: it unpickles a file with a predictable path in the temporary folder.
     grammar = shipped("grammars").joinpath("cachepolicy.lark").read_text("utf-8")
     return lark.Lark(
         grammar,
@@ -151,19 +155,22 @@ def _parser() -> Any:
 @functools.cache
 def _words() -> Mapping[str, str]:
     """Maps the name of each keyword terminal to its keyword."""
-    patterns = ((each.name, str(each.pattern.value)) for each in _parser().terminals)
+    patterns = ((terminal.name, str(terminal.pattern.value)) for terminal in _parser().terminals)
     return {name: found[1] for name, pattern in patterns if (found := re.fullmatch(r"([a-z_]+)\\b", pattern))}
 
 
 def _parse(source: Source, start: int, end: int, rule: str) -> Any:
-    """The tree of a stretch, with places in the whole text; `lark.TextSlice` does the same, but only from 1.3 on."""
+    """Parses a part of the text. Positions in the tree refer to the whole text.
+
+    `lark.TextSlice` does the same, but only since lark 1.3.
+    """
     tree = _parser().parse(source.clean[start:end], start=rule)
     if start and is_tree(tree):
-        for each in tree.iter_subtrees():
-            tokens = [child for child in each.children if not is_tree(child)]
-            for place in tokens if each.meta.empty else [each.meta, *tokens]:
-                place.start_pos += start
-                place.end_pos += start
+        for part in tree.iter_subtrees():
+            tokens = [child for child in part.children if not is_tree(child)]
+            for item in tokens if part.meta.empty else [part.meta, *tokens]:
+                item.start_pos += start
+                item.end_pos += start
     return tree
 
 
@@ -175,7 +182,7 @@ def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop
         parser.exhaust_lexer()
     except lark.exceptions.UnexpectedInput as error:
         offset = start + (error.pos_in_stream or 0)
-    # Behind a whole statement the parser has no choice left, not even the end.
+    # After a complete statement the parser accepts no terminal, not even the end.
     return syntax_errors.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
 
 
@@ -183,7 +190,7 @@ def _parse_part(text: str, start: str) -> Any:
     """Parses a text that is no whole policy, from the grammar's rule `start`."""
     prepared, findings, parsable = prepare_source(text.replace("\n", " "), f"<{start}>")
     chunk = Chunk(0, len(prepared.clean.rstrip()), "")
-    findings = [each for each in findings if each.code != "E006"]
+    findings = [finding for finding in findings if finding.code != "E006"]
     if parsable and not findings:
         try:
             tree = _parse(prepared, 0, chunk.end, start)
@@ -268,7 +275,7 @@ class _Reading:
 
     def _by_statement(self) -> Iterator[tuple[Chunk, Any]]:
         """Parses each statement separately (error path), so that an error in one statement does not hide the next."""
-        reported = [each.span.start for each in self.findings if each.span]
+        reported = [finding.span.start for finding in self.findings if finding.span]
         for chunk in self.source.chunks:
             within = [offset for offset in reported if chunk.start <= offset < chunk.end]
             if within:
@@ -293,17 +300,17 @@ class _Reading:
             self.statements.append(statement)
 
     def _take_header(self, chunk: Chunk, tree: Any) -> None:
-        place = HEADER_WORDS.index(chunk.word)
-        key = _HEADER_FIELDS[place]
-        later = [word for word, each in zip(HEADER_WORDS, _HEADER_FIELDS, strict=True) if each in self.header]
-        later = [word for word in later if HEADER_WORDS.index(word) > place]
+        position = HEADER_WORDS.index(chunk.word)
+        key = _HEADER_FIELDS[position]
+        later = [word for word, key in zip(HEADER_WORDS, _HEADER_FIELDS, strict=True) if key in self.header]
+        later = [word for word in later if HEADER_WORDS.index(word) > position]
         if key in self.header:
             self._misplaced(chunk, f"a policy has one `{chunk.word}` line")
         elif self.statements or later:
             self._misplaced(chunk, f"`{chunk.word}` stands before {f'`{later[0]}`' if later else 'the statements'}")
         else:
             self.header |= self.lowering.header(tree)
-            self._comment(place - len(HEADER_WORDS), self._about(chunk), chunk.after)
+            self._comment(position - len(HEADER_WORDS), self._about(chunk), chunk.after)
 
     def _misplaced(self, chunk: Chunk, message: str) -> None:
         help = 'a file starts with `cachepolicy 1`, `policy NAME`, `source "..."`, in this order'

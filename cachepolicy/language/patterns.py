@@ -1,4 +1,4 @@
-"""Regular expressions of policies: RE2, so that matching takes linear time whatever the pattern."""
+"""Regular expressions of policies. RE2 matches them, so that matching takes linear time for any pattern."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ _OPTIONS.log_errors = False
 
 @lru_cache(maxsize=1024)
 def searcher(regex: str) -> Callable[[str], bool]:
-    """A function that tells whether a name contains a match of `regex`.
+    """Compiles a regular expression.
+
+    Args:
+        regex: The expression, in the syntax of RE2.
+
+    Returns:
+        A function that returns whether a name contains a match.
 
     Raises:
-        ValueError: RE2 refuses it, as it does lookaround and backreferences; the message says why.
+        ValueError: RE2 refuses the expression, for instance because of lookaround or backreferences.
     """
     try:
         compiled = re2.compile(regex, _OPTIONS)

@@ -1,4 +1,4 @@
-"""Policies in colour wherever Pygments is used: Sphinx, terminals, notebooks."""
+"""A Pygments lexer for policies, for Sphinx, terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _rule(colouring: Colouring) -> tuple[Any, ...]:
 
 
 class CachePolicyLexer(RegexLexer):
-    """Lexes any text; what has no place in a policy becomes an error token, and no character is lost."""
+    """Lexes policies. Text that is not part of the language becomes an error token, and no character is lost."""
 
     name = "cachepolicy"
     aliases: ClassVar = ["cachepolicy"]
@@ -67,7 +67,7 @@ class CachePolicyLexer(RegexLexer):
     mimetypes: ClassVar = ["text/x-cachepolicy"]
     flags = re.MULTILINE
     tokens: ClassVar = {
-        # Pygments begins in a state of this name.
+        # Pygments starts in the state of this name.
         "root": [*map(_rule, STATES["policy"])],
         **{
             state: [(NEXT_STATEMENT, bygroups(), "#pop"), *map(_rule, rules), include("root")]

@@ -1,4 +1,4 @@
-"""What every word of the language means, in a sentence: the tables of `docs/language.md`, for editors to show."""
+"""Reference of the language: the tables of `docs/language.md`, which editors show for each word."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from functools import cache
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """A table of the language's reference: the forms of one sort, each with what is to be said of it.
+    """A table of the reference.
 
-    `verb` joins the two: *t* is the timestep, *attention* takes attention modules. `section` is the heading's anchor.
+    Attributes:
+        sort: The sort of forms in the table, such as `selector`.
+        verb: The verb between a form and its meaning, as in "`attention` takes attention modules".
+        section: The anchor of the heading in `docs/language.md`.
+        says: The meaning of each form.
     """
 
     sort: str
@@ -23,7 +27,7 @@ class ReferenceTable:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceEntry:
-    """A form of the language, with the table that it stands in."""
+    """A form of the language, its meaning and its table."""
 
     form: str
     says: str
@@ -31,12 +35,12 @@ class ReferenceEntry:
 
     @property
     def sentence(self) -> str:
-        """What the form does: `takes attention modules`."""
+        """The verb and the meaning, such as `takes attention modules`."""
         return f"{self.table.verb} {self.says}"
 
     @property
     def words(self) -> list[str]:
-        """The words of the form, as it is written."""
+        """The words of the form, in order."""
         return re.findall(r"[A-Za-z_][A-Za-z0-9_]*", re.sub(r'"[^"]*"', "", self.form))
 
 
@@ -163,12 +167,20 @@ def _entries() -> tuple[ReferenceEntry, ...]:
 
 
 def explain_word(word: str) -> tuple[ReferenceEntry, ...]:
-    """The forms that begin with a word of the language; else the shortest that hold it, or the phrase that it is."""
+    """Finds the entries for a word or a fixed phrase of the language.
+
+    Args:
+        word: The word or phrase.
+
+    Returns:
+        The entries whose form starts with the word. If there are none, the shortest forms that contain it. For a
+        phrase, all forms that contain it.
+    """
     if " " in word:
-        return tuple(each for each in _entries() if word in each.form)
-    begun = [each for each in _entries() if any(re.match(rf"{word}\b", part) for part in each.form.split(", "))]
+        return tuple(entry for entry in _entries() if word in entry.form)
+    begun = [entry for entry in _entries() if any(re.match(rf"{word}\b", part) for part in entry.form.split(", "))]
     if begun:
         return tuple(begun)
-    held = [each for each in _entries() if word in each.words]
-    least = min((len(each.words) for each in held), default=0)
-    return tuple(each for each in held if len(each.words) == least)
+    held = [entry for entry in _entries() if word in entry.words]
+    least = min((len(entry.words) for entry in held), default=0)
+    return tuple(entry for entry in held if len(entry.words) == least)

@@ -44,7 +44,7 @@ class Report:
     """Collects the diagnostics of one check."""
 
     findings: list[Finding] = field(default_factory=list[Finding])
-    told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+    reported: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def add(
         self,
@@ -59,9 +59,9 @@ class Report:
     ) -> None:
         """Adds a diagnostic about `node`. With `once`, only the first diagnostic with this code and word is kept."""
         if once is not None:
-            if (code, once) in self.told:
+            if (code, once) in self.reported:
                 return
-            self.told.add((code, once))
+            self.reported.add((code, once))
         severity = "warning" if code.startswith("W") else "error"
         found = Diagnostic(code, message, severity, span=node.span, help=help, label=label)
         self.findings.append(Finding(found, word))
@@ -73,14 +73,19 @@ class Report:
 
 @dataclass(frozen=True)
 class Scope:
-    """Names of one policy. `broken` holds names that are declared by statements with syntax errors."""
+    """Names of one policy.
+
+    Attributes:
+        declared: The declaration of each name.
+        broken: Names that are declared by statements with syntax errors.
+        reads: The names that each let and signal reads, in dependency order.
+        clock: The clock words that each let and signal depends on, in dependency order.
+    """
 
     declared: Mapping[str, Declaration]
     broken: frozenset[str] = frozenset()
     reads: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
-    """The names that each let and signal reads, in dependency order."""
     clock: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
-    """The clock words that each let and signal depends on, in dependency order."""
 
     def sort(self, name: str) -> Sort | None:
         """Returns the sort of `name`, or `None` if the name is not declared."""
@@ -104,9 +109,9 @@ class Scope:
 
     def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
         """Returns a help sentence with the known name that is most similar to `name`."""
-        known: dict[str, Sort] = {each: SORTS[found.kind] for each, found in self.declared.items()}
+        known: dict[str, Sort] = {name: SORTS[found.kind] for name, found in self.declared.items()}
         known |= dict.fromkeys(CLOCK, "clock word")
-        candidates = [each for each, sort in known.items() if sort in sorts]
+        candidates = [candidate for candidate, sort in known.items() if sort in sorts]
         found = SYNONYMS.get(name)
         if found not in candidates and found not in words:
             found = nearest(name, [*words, *candidates])
@@ -134,12 +139,12 @@ def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozens
 def _judge_name(statement: Declaration, report: Report) -> None:
     name = statement.name
     if name in CLOCK or name in FUNCTIONS:
-        what = "a clock word" if name in CLOCK else "a function"
+        sort = "a clock word" if name in CLOCK else "a function"
         report.add(
-            "E103", f"`{name}` is {what} and cannot be declared", statement, word=name, help="choose another name"
+            "E103", f"`{name}` is {sort} and cannot be declared", statement, word=name, help="choose another name"
         )
     elif isinstance(statement, ir.Param | ir.External):
-        function = next((each for each, arguments in KEYWORDS.items() if name in arguments), None)
+        function = next((owner for owner, arguments in KEYWORDS.items() if name in arguments), None)
         if function is not None:
             kind = "parameter" if isinstance(statement, ir.Param) else "external"
             message = f"`{name}` is an argument of `{function}`, so that no {kind} can have this name"

@@ -33,24 +33,33 @@ from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICT
 
 
 def check_names(policy: ir.Policy) -> tuple[Diagnostic, ...]:
-    """Everything that is wrong or doubtful about a policy by itself, warnings included; never raises.
+    """Checks a policy without a model. This function does not raise.
 
-    For policies that came from JSON or from Python: `parse` does the same for texts. Spans are those of the nodes.
+    `parse` does the same for texts, so this is for policies from JSON or Python.
+
+    Returns:
+        The errors and warnings, with the spans of the nodes.
     """
-    return tuple(each.diagnostic for each in judge(policy))
+    return tuple(finding.diagnostic for finding in judge(policy))
 
 
 def judge(policy: ir.Policy, broken: frozenset[str] = frozenset(), *, partial: bool = False) -> list[Finding]:
-    """The findings of `check_names`; `broken` names are declared by statements that did not parse.
+    """Checks a policy without a model.
 
-    A `partial` policy misses statements, so that nobody can say what is not used.
+    Args:
+        policy: The policy.
+        broken: Names that are declared by statements with syntax errors.
+        partial: Whether statements are missing, so that unused names cannot be determined.
+
+    Returns:
+        The findings of `check_names`, with the words that they refer to.
     """
     report = Report()
     if not within_bounds(policy, report):
         return report.findings
     judge_shapes(policy, report)
     if report.findings:
-        # Other rules rely on the shapes.
+        # The other checks rely on the structure.
         return report.findings
     scope = scope_of(policy, report, broken)
     judgement = _Judgement(scope, report, Checker(scope, report))
@@ -74,7 +83,7 @@ class _Judgement:
             case ir.Param():
                 self._param(statement)
             case ir.Let() | ir.Table() | ir.External():
-                # Lets were judged in the order in which they read each other.
+                # Lets and tables are checked by `Checker.declare`.
                 pass
             case ir.Signal():
                 for node in walk(statement.value):
@@ -102,14 +111,14 @@ class _Judgement:
         try:
             typed(param, param.default)
         except PolicyError as error:
-            for each in error.diagnostics:
-                self.report.adopt(each, param.default)
+            for finding in error.diagnostics:
+                self.report.adopt(finding, param.default)
 
-    def _constant(self, node: ir.Expression, place: ExpressionPlace) -> None:
+    def _constant(self, node: ir.Expression, context: ExpressionPlace) -> None:
         """Checks a default or a setting. Lists of strings and intervals are allowed."""
         items = node.items if isinstance(node, ir.ListOf) else (node,)
         for item in items:
-            self.checker.infer(item, place)
+            self.checker.infer(item, context)
 
     def _domain(self, param: ir.Param, domain: ir.Interval | ir.SetOf) -> None:
         self.checker.infer(domain, LITERAL)
@@ -132,8 +141,8 @@ class _Judgement:
         scopes = [bound.scope for bound in rule.bounds]
         for number, bound in enumerate(rule.bounds):
             if bound.scope in scopes[:number]:
-                what = "in a row" if bound.scope == "row" else "in all"
-                self.report.add("E020", f"a rule has one `at most ... {what}`", bound)
+                bound_name = "in a row" if bound.scope == "row" else "in all"
+                self.report.add("E020", f"a rule has one `at most ... {bound_name}`", bound)
         self._action(rule.action)
         self._model(rule)
 
@@ -164,8 +173,8 @@ class _Judgement:
 
     def _mask(self, mask: ir.Text) -> None:
         if not mask.value or not is_mask(mask.value):
-            help = "1 computes, 0 reuses, one letter a step"
-            self.report.add("E118", "a mask holds the letters 0 and 1 alone", mask, help=help)
+            help = "one letter per step: 1 computes, 0 reuses"
+            self.report.add("E118", "a mask has no letters but 0 and 1", mask, help=help)
 
     def _model(self, rule: ir.Rule) -> None:
         """Checks actions and clauses that are valid only, or never, in a rule on the whole model."""
@@ -176,7 +185,7 @@ class _Judgement:
             return
         for clause in (rule.when, rule.schedule, rule.condition, *rule.bounds):
             if clause is not None and "uncond_skipped" in self.scope.clock_of(clause):
-                message = "a rule on `model` cannot read `uncond_skipped`, which follows from it"
+                message = "a rule on `model` cannot read `uncond_skipped`, because it is decided after the rule"
                 self.report.add("E122", message, clause, word="uncond_skipped")
 
     # --- actions
@@ -198,37 +207,37 @@ class _Judgement:
         name: str,
         arguments: tuple[ir.Argument, ...],
         known: Mapping[str, Mapping[str, Label]],
-        what: str,
+        sort: str,
     ) -> None:
         labels = known.get(name)
         if labels is None:
             self.report.add(
-                "E107", f"there is no {what} `{name}`", action, help=suggestion(name, list(known)), word=name
+                "E107", f"there is no {sort} `{name}`", action, help=suggestion(name, list(known)), word=name
             )
             return
-        given = set[str]()
+        labels_given = set[str]()
         for argument in arguments:
             label = labels.get(argument.label)
             if label is None:
                 help = suggestion(argument.label, list(labels))
                 message = f"`{name}` has no argument `{argument.label}`"
                 self.report.add("E108", message, argument, help=help, word=argument.label)
-            elif argument.label in given:
+            elif argument.label in labels_given:
                 self.report.add("E108", f"`{argument.label}` is given twice", argument, word=argument.label)
             else:
                 self._argument(argument, label)
-            given.add(argument.label)
-        missing = [each for each, label in labels.items() if label.required and each not in given]
-        if missing and given <= set(labels):
-            shown = ", ".join(f"{each}: ..." for each in labels if labels[each].required)
-            message = f"`{name}` needs " + " and ".join(f"`{each}`" for each in missing)
+            labels_given.add(argument.label)
+        missing = [word for word, label in labels.items() if label.required and word not in labels_given]
+        if missing and labels_given <= set(labels):
+            shown = ", ".join(f"{word}: ..." for word in labels if labels[word].required)
+            message = f"`{name}` needs " + " and ".join(f"`{word}`" for word in missing)
             self.report.add("E108", message, action, help=f"write `{name}({shown})`")
 
     def _argument(self, argument: ir.Argument, label: Label) -> None:
         value = argument.value
         self.checker.expect(value, label.type, CONSTANT if label.constant else ARGUMENT, f"`{argument.label}`")
         if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
-            help = "one of " + ", ".join(f'`"{each}"`' for each in label.choices)
+            help = "one of " + ", ".join(f'`"{choice}"`' for choice in label.choices)
             self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)
         if argument.label == "order" and isinstance(value, ir.Number) and not _is_order(value.value):
             message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
@@ -236,15 +245,15 @@ class _Judgement:
 
     # --- settings
 
-    def _settings(self, settings: tuple[ir.Setting, ...], place: ExpressionPlace) -> None:
+    def _settings(self, settings: tuple[ir.Setting, ...], context: ExpressionPlace) -> None:
         seen = set[str]()
         for setting in settings:
             if setting.name in seen:
                 self.report.add("E102", f"`{setting.name}` is set twice", setting, word=setting.name)
             seen.add(setting.name)
             passed_on = isinstance(setting.value, ir.Name) and self.scope.param(setting.value.name)
-            if not isinstance(setting.value, ir.Off) and not (passed_on and place is SETTING):
-                self._constant(setting.value, place)
+            if not isinstance(setting.value, ir.Off) and not (passed_on and context is SETTING):
+                self._constant(setting.value, context)
 
     def _expect(self, expect: ir.Expect) -> None:
         judge_selector(expect.selector, self.checker)
@@ -252,7 +261,7 @@ class _Judgement:
             self.report.add("E124", f"an expectation has 1 to {STEPS_LIMIT} steps, not {expect.steps}", expect)
         elif len(expect.row) != expect.steps:
             message = f"the row has {len(expect.row)} letters for {expect.steps} steps"
-            help = "`C` computes and `R` reuses, one letter a step"
+            help = "one letter per step: `C` computes, `R` reuses"
             self.report.add("E117", message, expect, help=help)
         self._settings(expect.settings, EXPECTED)
         for setting in expect.settings:
@@ -262,9 +271,9 @@ class _Judgement:
         sort = self.scope.sort(setting.name)
         if sort is None or sort in ("function", "table", "let"):
             help = self.scope.near(setting.name, _SETTABLE)
-            what = f"`{setting.name}` is a {sort}" if sort else f"nothing here is called `{setting.name}`"
+            message = f"`{setting.name}` is a {sort}" if sort else f"the name `{setting.name}` is not declared"
             code = "E110" if sort else "E101"
-            self.report.add(code, what, setting, help=help, word=setting.name, once=setting.name)
+            self.report.add(code, message, setting, help=help, word=setting.name, once=setting.name)
         items = setting.value.items if isinstance(setting.value, ir.ListOf) else ()
         if sort in ("clock word", "signal", "external") and items and len(items) != steps:
             message = f"`{setting.name}` has {len(items)} values for {steps} steps"

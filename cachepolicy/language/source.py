@@ -16,22 +16,33 @@ from cachepolicy.language.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_W
 
 @dataclass(slots=True)
 class Chunk:
-    """One statement of the text, from its first token to its last, and what was noted about it."""
+    """One statement of a text, from its first token to its last.
+
+    Attributes:
+        start: Offset of the first character.
+        end: Offset after the last character.
+        word: The first word.
+        before: Comments on the lines before it. `""` stands for a blank line.
+        after: The comment at its end.
+    """
 
     start: int
     end: int
     word: str
     before: tuple[str, ...] = ()
-    """Comments on lines before it, and `""` for a blank line."""
     after: str | None = None
-    """The comment at its end."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text under a name; offsets count its characters, a byte order mark included.
+    """A policy text. Offsets count characters, including a byte order mark.
 
-    `clean` has the same offsets, with every line end a single newline and one more newline at the end.
+    Attributes:
+        name: Name of the text in diagnostics.
+        text: The text as it was read.
+        clean: The text with the same offsets, one newline at each line end and one more newline at the end.
+        chunks: The statements.
+        tail: Comments after the last statement.
     """
 
     name: str
@@ -39,7 +50,6 @@ class Source:
     clean: str
     chunks: tuple[Chunk, ...] = ()
     tail: tuple[str, ...] = ()
-    """Comments after the last statement."""
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -59,18 +69,18 @@ class Source:
         return line, max(1, offset - self._line_starts[line - 1] + 1)
 
     def narrow(self, span: Span, word: str) -> Span:
-        """The first place of `word` inside `span`, or `span` itself."""
+        """Returns the span of the first occurrence of `word` in `span`, or `span` if there is none."""
         found = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])").search(
             self.clean, span.start, span.end
         )
         return self.span(*found.span()) if found else span
 
     def excerpt(self, span: Span) -> tuple[str, ...]:
-        """The source lines that `span` covers, without anything that a terminal would act on."""
+        """Returns the lines that `span` covers. Characters that control a terminal are replaced."""
         starts = self._line_starts
         last = max(span.line, span.end_line - (span.end_column == 1))
         ends = [*starts[1:], len(self.text) + 1]
-        # A file may have become shorter since its policy was read.
+        # The file may be shorter now than when its policy was read.
         lines = range(span.line, min(last, span.line + _EXCERPT_LINES - 1, len(starts)) + 1)
         stretches = (self.clean[starts[line - 1] : ends[line - 1] - 1][:_EXCERPT_WIDTH] for line in lines)
         return tuple(_FORBIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
@@ -89,43 +99,51 @@ class Source:
 _EXCERPT_WIDTH = 4000
 _EXCERPT_LINES = 8
 _SENTENCE = 400
-_FORBIDDEN_TOLD = 20
-"""Forbidden characters that are reported one by one: a binary file has thousands."""
+_FORBIDDEN_LIMIT = 20
+"""Maximum number of forbidden characters that are reported, because a binary file has thousands."""
 
 
 def _shortened(text: str) -> str:
-    """A sentence without the middle of an endless word of the user's."""
+    """Shortens a message that quotes a very long word. The middle is left out."""
     return text if len(text) <= _SENTENCE else f"{text[: _SENTENCE // 2]}…{text[-_SENTENCE // 2 :]}"
 
 
-# Control characters, and what makes a text read otherwise than it is (CVE-2021-42574): bidirectional overrides, line
-# separators that Python and editors disagree about, byte order marks inside, halves of surrogate pairs.
+# Control characters, and characters that make a text look different from what it is (CVE-2021-42574): bidirectional
+# overrides, line separators that Python and editors treat differently, byte order marks, halves of surrogate pairs.
 _FORBIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 
 
 def is_writable(text: str) -> bool:
-    """Whether `text` may stand inside a string of a policy."""
+    """Returns whether `text` is allowed inside a string of a policy."""
     return "\n" not in text and "\r" not in text and not _FORBIDDEN.search(text)
 
 
 def prepare_source(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnostic, ...], bool]:
-    """The text as a `Source`, what is wrong with its characters, bounds and lines, and whether to parse it at all."""
+    """Prepares a text for the parser.
+
+    Args:
+        text: The text. Bytes are decoded as UTF-8.
+        name: Name of the text in diagnostics.
+
+    Returns:
+        The source, the diagnostics for its characters, its size and its lines, and whether the parser can read it.
+    """
     if len(text) > TEXT_LIMIT:
         source = Source(name, "", "\n")
-        message = f"the text is {len(text)} long, the limit is {TEXT_LIMIT}"
+        message = f"the text has {len(text)} characters, the limit is {TEXT_LIMIT}"
         return source, (source.locate(Diagnostic("E013", message, help="is this a policy file?")),), False
     decoded, wrong = _decode(text)
     clean = decoded.replace("\r\n", " \n").replace("\r", "\n") + "\n"
     if clean.startswith("\ufeff"):
-        # A line start, so that the statement behind the mark stands in column 0.
+        # A newline in place of the mark, so that the statement after it starts in column 0.
         clean = "\n" + clean[1:]
     source = Source(name, decoded, clean)
     if wrong is not None:
         message = "the text is not UTF-8"
         return source, (source.finding("E011", message, wrong, wrong + 1, help="save the file as UTF-8"),), False
-    forbidden = [_forbidden(source, each.start()) for each in islice(_FORBIDDEN.finditer(clean), _FORBIDDEN_TOLD)]
+    forbidden = [_forbidden(source, found.start()) for found in islice(_FORBIDDEN.finditer(clean), _FORBIDDEN_LIMIT)]
     if forbidden:
         return source, tuple(forbidden), False
     return _Scanner(source).scan()
@@ -143,7 +161,7 @@ def _decode(text: str | bytes) -> tuple[str, int | None]:
 def _forbidden(source: Source, offset: int) -> Diagnostic:
     letter = source.clean[offset]
     named = f"U+{ord(letter):04X} {unicodedata.name(letter, '')}".strip()
-    message = f"the character {named} has no place in a policy"
+    message = f"the character {named} is not allowed in a policy"
     return source.finding("E012", message, offset, offset + 1, help="delete it")
 
 
@@ -157,7 +175,20 @@ _TOKENS = re.compile(
 
 @dataclass
 class _Scanner:
-    """One pass over the text: statements by column 0, comments, counted tokens and brackets."""
+    """Splits a text into statements in one pass, collects the comments and counts tokens and brackets.
+
+    Attributes:
+        source: The text.
+        chunks: The statements so far.
+        findings: The diagnostics so far.
+        notes: Comments since the last statement. `""` stands for a blank line.
+        brackets: Offsets of the open brackets.
+        tokens: Number of tokens so far.
+        deepest: Offset of the first bracket beyond the nesting limit.
+        unindented: Number of statements when an unindented line was last reported.
+        fresh: Whether the current line has no token yet.
+        commented: Whether the current line has a comment.
+    """
 
     source: Source
     chunks: list[Chunk] = field(default_factory=list[Chunk])
@@ -168,7 +199,6 @@ class _Scanner:
     deepest: int | None = None
     unindented: int = -1
     fresh: bool = True
-    """Whether no token stood on this line yet."""
     commented: bool = False
 
     def scan(self) -> tuple[Source, tuple[Diagnostic, ...], bool]:
@@ -209,7 +239,7 @@ class _Scanner:
         start, word = found.start(), found[0]
         continues = word in CONTINUING or self.source.clean.startswith("->", start)
         if start == line and self.chunks and (continues or (self.brackets and word not in STATEMENT_WORDS)):
-            # A clause, or an open bracket and no keyword: the author took that for what continues a line.
+            # The line starts with a clause, or a bracket is open: the author meant it to continue the statement.
             if self.unindented != len(self.chunks):
                 self.findings.append(self._finding("E006", "a line that continues a statement must be indented", found))
             self.unindented = len(self.chunks)
@@ -223,7 +253,7 @@ class _Scanner:
             self.findings.append(self._finding("E006", "an indented line continues no statement", found))
 
     def _continue(self) -> None:
-        """Comments inside a statement move before it."""
+        """Moves the comments inside a statement before it."""
         chunk = self.chunks[-1]
         inner = [chunk.after] if chunk.after else []
         inner += [note for note in self.notes if note]
@@ -247,7 +277,7 @@ class _Scanner:
         return self.source.finding(code, message, found.start(), found.end(), help=help)
 
     def _too_many(self, offset: int) -> Diagnostic:
-        message = f"more than {TOKEN_LIMIT} words and signs"
+        message = f"more than {TOKEN_LIMIT} tokens"
         return self.source.finding("E014", message, offset, offset + 1, help="split the policy and `use` its parts")
 
     def _too_deep(self, offset: int) -> Diagnostic:
@@ -256,7 +286,7 @@ class _Scanner:
 
 
 def _tidy(notes: list[str]) -> Iterator[str]:
-    """The notes with one blank line where there were several."""
+    """Yields the notes. Several blank lines in a row become one."""
     last = None
     for note in notes:
         if note or last != "":

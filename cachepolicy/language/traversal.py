@@ -118,9 +118,9 @@ def measure_size(node: ir.Node, known: Mapping[str, tuple[int, int]]) -> tuple[i
 
 
 def fold_constants(node: ir.Node) -> ir.Node:
-    """A node over constants as the constant that it is worth; any other node as it is.
+    """Replaces a node whose operands are all constants by its value. Other nodes are returned unchanged.
 
-    Only whole constants are folded: `false and x` stays, since an undefined `x` makes a clause false, `not` included.
+    `false and x` is not folded, because an undefined `x` makes the whole clause false, also under `not`.
     """
     match node:
         case ir.Membership(container=ir.Off()):
@@ -157,7 +157,7 @@ def _constant(node: Any) -> ir.Node:
     try:
         value = constant(node)
     except (Undefined, TypeError):
-        # It stays, undefined or ill-typed, and makes its clause false where it is read.
+        # An undefined or ill-typed node is kept. It makes its clause false where it is read.
         return node
     if isinstance(value, bool):
         return ir.Boolean(value=value, span=node.span)

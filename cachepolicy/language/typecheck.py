@@ -76,9 +76,9 @@ class Checker:
             found = "any"
         self.types[signal.name] = found
 
-    def expect(self, node: ir.Expression, wanted: Type, place: ExpressionPlace, what: str | None = None) -> None:
-        """Checks that `node` has the type `wanted`. `what` names the value in the message."""
-        found = self.infer(node, place)
+    def expect(self, node: ir.Expression, wanted: Type, context: ExpressionPlace, subject: str | None = None) -> None:
+        """Checks that `node` has the type `wanted`. `subject` names the value in the message."""
+        found = self.infer(node, context)
         if "any" in (found, wanted) or found == wanted:
             return
         help = None
@@ -88,7 +88,7 @@ class Checker:
             help = "norms compare tensors; for numbers write `abs(x - y)`"
         elif found == "number" and wanted == "boolean":
             help = "compare it with something: `x > 0`"
-        message = f"{what or place.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
+        message = f"{subject or context.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
         self.report.add("E111", message, node, help=help)
 
     def count(self, count: WholeNumber) -> None:
@@ -98,7 +98,7 @@ class Checker:
             return
         param = self.scope.param(node.name) if isinstance(node, ir.Name) else None
         if param is None or not (count.off and param.optional):
-            self.expect(node, "number", count.place, count.name)
+            self.expect(node, "number", count.context, count.name)
         if param is not None and param.type != "int" and (param.type == "float" or param.optional):
             message = f"{count.name} takes a whole number, and `{param.name}` is a `{param.type}`"
             self.report.add("E111", message, node)
@@ -106,7 +106,7 @@ class Checker:
         if message is not None:
             self.report.add("E124", message, node)
 
-    def infer(self, node: ir.Expression, place: ExpressionPlace) -> Type:
+    def infer(self, node: ir.Expression, context: ExpressionPlace) -> Type:
         """Infers the type of `node` and reports errors in it. The type of an invalid node is `any`."""
         match node:
             case ir.Number():
@@ -119,57 +119,57 @@ class Checker:
                 self.off(node, "`off`")
                 return "any"
             case ir.Name():
-                return self._named(node, place)
+                return self._named(node, context)
             case ir.Lookup():
-                return self._looked_up(node, place)
+                return self._looked_up(node, context)
             case ir.ListOf():
-                self._alike(node.items, place, "a list")
+                self._alike(node.items, context, "a list")
                 return "list"
             case ir.Negative():
-                self.expect(node.operand, "number", place, "`-`")
+                self.expect(node.operand, "number", context, "`-`")
                 return "number"
             case ir.Arithmetic():
                 for side in (node.left, node.right):
-                    self.expect(side, "number", place, f"`{node.operator}`")
+                    self.expect(side, "number", context, f"`{node.operator}`")
                 return "number"
             case ir.Comparison():
-                return self._compared(node, place)
+                return self._compared(node, context)
             case ir.Both() | ir.Either():
                 for operand in node.operands:
-                    self.expect(operand, "boolean", place, f"`{node.kind}`")
+                    self.expect(operand, "boolean", context, f"`{node.kind}`")
                 return "boolean"
             case ir.Negation():
-                self.expect(node.operand, "boolean", place, "`not`")
+                self.expect(node.operand, "boolean", context, "`not`")
                 return "boolean"
             case ir.Conditional():
-                return self._chosen(node, place)
+                return self._chosen(node, context)
             case ir.Interval():
-                self.interval(node, place)
+                self.interval(node, context)
                 return "range"
             case ir.SetOf():
-                return self._items(node, place)
+                return self._items(node, context)
             case ir.Membership():
-                return self._contained(node, place)
+                return self._contained(node, context)
             case ir.Call():
-                return self._called(node, place)
+                return self._called(node, context)
             case ir.Probe():
-                return self._probed(node, place)
+                return self._probed(node, context)
             case _:
                 assert_never(node)
 
     # --- names
 
-    def off(self, node: ir.Node, what: str) -> None:
+    def off(self, node: ir.Node, subject: str) -> None:
         """Reports a value that is or may be `off`."""
-        help = "off has a meaning after `every`, `on`, `mask`, `at most` and `in`, standing alone there"
-        self.report.add("E120", f"{what} has no meaning here", node, help=help)
+        help = "`off` is valid only by itself after `every`, `on`, `mask`, `at most` and `in`"
+        self.report.add("E120", f"{subject} has no meaning here", node, help=help)
 
-    def _named(self, node: ir.Name, place: ExpressionPlace) -> Type:
+    def _named(self, node: ir.Name, context: ExpressionPlace) -> Type:
         name, sort = node.name, self.scope.sort(node.name)
         if sort is None:
-            self.unknown(node, name, place.knows)
+            self.unknown(node, name, context.knows)
             return "any"
-        if sort == "unknown" or self.forbidden(node, name, sort, place):
+        if sort == "unknown" or self.forbidden(node, name, sort, context):
             return "any"
         if sort == "table":
             self.report.add("E110", f"`{name}` is a table", node, help=f"write `{name}[step]`")
@@ -192,75 +192,75 @@ class Checker:
     def unknown(self, node: ir.Node, name: str, sorts: frozenset[Sort], *words: str, help: str | None = None) -> None:
         """Reports an undeclared name once."""
         help = help or self.scope.near(name, sorts, *words, "true", "false", "off", "inf")
-        self.report.add("E101", f"nothing here is called `{name}`", node, help=help, word=name, once=name)
+        self.report.add("E101", f"the name `{name}` is not declared", node, help=help, word=name, once=name)
 
-    def forbidden(self, node: ir.Node, name: str, sort: Sort, place: ExpressionPlace) -> bool:
+    def forbidden(self, node: ir.Node, name: str, sort: Sort, context: ExpressionPlace) -> bool:
         """Returns whether a name of this sort is forbidden in this position, and reports it."""
         if sort == "function":
             return False
-        if sort in place.knows:
-            late = sorted(self.scope.clock.get(name, ())) if "clock word" not in place.knows else []
+        if sort in context.knows:
+            late = sorted(self.scope.clock.get(name, ())) if "clock word" not in context.knows else []
             if not late:
                 return False
-            message = f"{place.called} {place.refusal}, and `{name}` reads the clock (`{late[0]}`)"
+            message = f"{context.called} {context.refusal}, and `{name}` reads the clock (`{late[0]}`)"
             self.report.add("E113", message, node, word=name)
-        elif sort == "external" and place.called != "an action's constant":
-            message = f"`{name}` is an external: it may weigh an answer, never decide"
+        elif sort == "external" and context.called != "an action's constant":
+            message = f"`{name}` is an external, which a condition cannot read"
             self.report.add("E116", message, node, help="use it in the arguments of an action", word=name)
-        elif place.called.startswith("an action's"):
-            message = f"{place.called} {place.refusal}, and `{name}` is a {sort}"
+        elif context.called.startswith("an action's"):
+            message = f"{context.called} {context.refusal}, and `{name}` is a {sort}"
             self.report.add("E121", message, node, word=name)
         else:
             help = (
-                "conditions on signals stand after `while`" if sort == "signal" and place.called == "`when`" else None
+                "conditions on signals stand after `while`" if sort == "signal" and context.called == "`when`" else None
             )
-            message = f"{place.called} {place.refusal}, and `{name}` is a {sort}"
+            message = f"{context.called} {context.refusal}, and `{name}` is a {sort}"
             self.report.add("E113", message, node, help=help, word=name)
         return True
 
-    def _looked_up(self, node: ir.Lookup, place: ExpressionPlace) -> Type:
+    def _looked_up(self, node: ir.Lookup, context: ExpressionPlace) -> Type:
         sort = self.scope.sort(node.table)
         if sort is None:
             self.unknown(node, node.table, frozenset({"table"}))
         elif sort not in ("table", "unknown"):
             self.report.add("E110", f"`{node.table}` is a {sort}, not a table", node, word=node.table)
         elif sort == "table":
-            self.forbidden(node, node.table, sort, place)
-        self.expect(node.index, "number", place, f"`{node.table}[...]`")
+            self.forbidden(node, node.table, sort, context)
+        self.expect(node.index, "number", context, f"`{node.table}[...]`")
         return "number"
 
     # --- operators
 
-    def _compared(self, node: ir.Comparison, place: ExpressionPlace) -> Type:
+    def _compared(self, node: ir.Comparison, context: ExpressionPlace) -> Type:
         self._one_way(node)
         if "==" in node.operators or "!=" in node.operators:
-            self._alike(node.operands, place, f"`{node.operators[0]}`")
+            self._alike(node.operands, context, f"`{node.operators[0]}`")
         else:
             for operand in node.operands:
-                self.expect(operand, "number", place, f"`{node.operators[0]}`")
+                self.expect(operand, "number", context, f"`{node.operators[0]}`")
         return "boolean"
 
     def _one_way(self, node: ir.Comparison) -> None:
         operators = set(node.operators)
         if len(node.operators) > 1 and not (operators <= {"<", "<="} or operators <= {">", ">="}):
             help = "a chain runs one way: `100 < t < 800`; join others with `and`"
-            shown = " and ".join(f"`{each}`" for each in dict.fromkeys(node.operators))
+            shown = " and ".join(f"`{operator}`" for operator in dict.fromkeys(node.operators))
             message = f"{shown} cannot stand in one chain" if len(operators) > 1 else f"{shown} cannot be chained"
             self.report.add("E112", message, node, help=help)
 
-    def _alike(self, nodes: Sequence[ir.Expression], place: ExpressionPlace, what: str) -> Type:
+    def _alike(self, nodes: Sequence[ir.Expression], context: ExpressionPlace, subject: str) -> Type:
         """Checks that the values have one common type: number, boolean or string."""
-        if any(isinstance(each, ir.Name) and each.name == "branch" for each in nodes):
+        if any(isinstance(node, ir.Name) and node.name == "branch" for node in nodes):
             self._branch_names(nodes)
-        found: list[Type] = [self.infer(each, place) for each in nodes]
+        found: list[Type] = [self.infer(node, context) for node in nodes]
         first = _first_known(found)
         for node, type_ in zip(nodes, found, strict=True):
             if type_ not in ("any", "number", "boolean", "text"):
                 help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`" if type_ == "tensor" else None
-                self.report.add("E111", f"{what} takes single values, not {_NAMED[type_]}", node, help=help)
+                self.report.add("E111", f"{subject} takes single values, not {_NAMED[type_]}", node, help=help)
                 return "any"
             if "any" not in (type_, first) and type_ != first:
-                self.report.add("E111", f"{what} takes {_NAMED[first]} here, not {_NAMED[type_]}", node)
+                self.report.add("E111", f"{subject} takes {_NAMED[first]} here, not {_NAMED[type_]}", node)
                 return "any"
         return first
 
@@ -270,14 +270,14 @@ class Checker:
                 help = f'the name of a branch is a string: `"{node.name}"`'
                 self.unknown(node, node.name, frozenset(), help=help)
 
-    def _chosen(self, node: ir.Conditional, place: ExpressionPlace) -> Type:
-        self.expect(node.condition, "boolean", place, "`if`")
-        return self._alike((node.then, node.otherwise), place, "`if ... else`")
+    def _chosen(self, node: ir.Conditional, context: ExpressionPlace) -> Type:
+        self.expect(node.condition, "boolean", context, "`if`")
+        return self._alike((node.then, node.otherwise), context, "`if ... else`")
 
-    def interval(self, node: ir.Interval, place: ExpressionPlace) -> None:
+    def interval(self, node: ir.Interval, context: ExpressionPlace) -> None:
         """Checks the ends of an interval."""
-        self.expect(node.low, "number", place, "an interval")
-        self.expect(node.high, "number", place, "an interval")
+        self.expect(node.low, "number", context, "an interval")
+        self.expect(node.high, "number", context, "an interval")
         if isinstance(node.low, ir.Number) and isinstance(node.high, ir.Number):
             low, high = node.low.value, node.high.value
             if low > high or (low == high and not (node.low_closed and node.high_closed)):
@@ -285,57 +285,57 @@ class Checker:
                     "E124", f"nothing lies between {low} and {high}", node, help="the lower end stands first"
                 )
 
-    def _items(self, node: ir.SetOf, place: ExpressionPlace) -> Type:
-        self._alike(node.items, place, "a set")
+    def _items(self, node: ir.SetOf, context: ExpressionPlace) -> Type:
+        self._alike(node.items, context, "a set")
         return "any"
 
-    def _contained(self, node: ir.Membership, place: ExpressionPlace) -> Type:
+    def _contained(self, node: ir.Membership, context: ExpressionPlace) -> Type:
         container = node.container
         match container:
             case ir.Name():
-                self._container(container, place)
-                if self.infer(node.value, place) not in ("number", "text", "any"):
+                self._container(container, context)
+                if self.infer(node.value, context) not in ("number", "text", "any"):
                     self.report.add("E111", "`in` takes a number or a string", node.value)
             case ir.Interval():
-                self.expect(node.value, "number", place, "`in` an interval")
-                self.interval(container, place)
+                self.expect(node.value, "number", context, "`in` an interval")
+                self.interval(container, context)
             case ir.SetOf():
-                self._alike((node.value, *container.items), place, "`in` a set")
+                self._alike((node.value, *container.items), context, "`in` a set")
             case ir.ListOf() | ir.Off():
                 # Only parameters in place put these here; no text says them.
-                self.infer(node.value, place)
+                self.infer(node.value, context)
             case _:
                 assert_never(container)
         return "boolean"
 
-    def _container(self, node: ir.Name, place: ExpressionPlace) -> None:
+    def _container(self, node: ir.Name, context: ExpressionPlace) -> None:
         sort = self.scope.sort(node.name)
         param = self.scope.param(node.name)
         if sort is None:
             self.unknown(node, node.name, frozenset({"parameter"}))
-        elif sort == "unknown" or self.forbidden(node, node.name, sort, place):
+        elif sort == "unknown" or self.forbidden(node, node.name, sort, context):
             pass
         elif param is None or param.type not in ("range", "list"):
-            what = f"`{param.type}` parameter" if param else sort
-            message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {what}"
+            found = f"`{param.type}` parameter" if param else sort
+            message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {found}"
             self.report.add("E110", message, node)
 
     # --- calls
 
-    def _called(self, node: ir.Call, place: ExpressionPlace) -> Type:
+    def _called(self, node: ir.Call, context: ExpressionPlace) -> Type:
         signature = FUNCTIONS.get(node.function)
         if signature is None:
             self._no_function(node)
             return "any"
-        if node.function in MEMORIES and not place.memory:
-            message = f"`{node.function}` is known in `signal` and `while` only, and {place.called} {place.refusal}"
+        if node.function in MEMORIES and not context.memory:
+            message = f"`{node.function}` is valid in `signal` and `while` only, and {context.called} {context.refusal}"
             self.report.add("E115", message, node, word=node.function)
             return "any"
-        if node.function in ACCUMULATORS and not place.accumulators:
-            help = "accumulators belong to a rule: write them after `while`" if place.probes else None
+        if node.function in ACCUMULATORS and not context.accumulators:
+            help = "accumulators belong to a rule: write them after `while`" if context.probes else None
             message = (
-                f"`{node.function}` is known in `while` only"
-                if place.called != "memory"
+                f"`{node.function}` is valid in `while` only"
+                if context.called != "memory"
                 else (f"`{node.function}` belongs to the rule, so that `prev` and `kept` cannot read it")
             )
             self.report.add("E115", message, node, word=node.function, help=help)
@@ -343,14 +343,14 @@ class Checker:
         if not self._counted(node, signature):
             return "any" if node.function in MEMORIES else signature.gives
         if node.function in MEMORIES:
-            return self._remembered(node, place)
+            return self._remembered(node, context)
         takes = signature.takes + signature.takes[-1:] * (len(node.arguments) - len(signature.takes))
         for argument, wanted in zip(node.arguments, takes, strict=False):
             if isinstance(argument, ir.ListOf) and wanted == "list":
                 for item in argument.items:
-                    self.expect(item, "number", place, f"the list of `{node.function}`")
+                    self.expect(item, "number", context, f"the list of `{node.function}`")
             else:
-                self.expect(argument, wanted, place, f"`{node.function}`")
+                self.expect(argument, wanted, context, f"`{node.function}`")
         return signature.gives
 
     def _no_function(self, node: ir.Call) -> None:
@@ -374,8 +374,8 @@ class Checker:
         self.report.add("E106", f"`{node.function}` takes {wanted} argument{plural}, not {count}", node)
         return False
 
-    def _remembered(self, node: ir.Call, place: ExpressionPlace) -> Type:
-        inner = ExpressionPlace("memory", place.knows, memory=True, probes=place.probes)
+    def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
+        inner = ExpressionPlace("memory", context.knows, memory=True, probes=context.probes)
         found: Type = self.infer(node.arguments[0], inner)
         if found not in ("number", "tensor", "any"):
             message = f"`{node.function}` takes a tensor or a number, not {_NAMED[found]}"
@@ -388,21 +388,21 @@ class Checker:
                 self.report.add("E124", message, back, help="`kept(x, 2)` is the compute before the last")
         return found
 
-    def _probed(self, node: ir.Probe, place: ExpressionPlace) -> Type:
-        if not place.probes:
+    def _probed(self, node: ir.Probe, context: ExpressionPlace) -> Type:
+        if not context.probes:
             help = f"write `signal NAME = {node.stream}(...)` and read NAME after `while`"
-            self.report.add("E114", f"`{node.stream}(...)` stands in `signal` only", node, help=help)
+            self.report.add("E114", f"`{node.stream}(...)` is valid in `signal` only", node, help=help)
         if node.stream == "argument" and node.argument is None:
             help = '`argument(model, "temb")` is the argument `temb` of the model\'s forward'
             self.report.add("E106", "`argument` takes a selector and the name of the argument", node, help=help)
         elif node.stream != "argument" and node.argument is not None:
             help = "`argument(S, NAME)` reads an argument by its name"
             self.report.add("E106", f"`{node.stream}` takes a selector alone", node, help=help)
-        return "tensor" if place.probes else "any"
+        return "tensor" if context.probes else "any"
 
 
 def _first_known(types: Sequence[Type]) -> Type:
-    for each in types:
-        if each != "any":
-            return each
+    for type_ in types:
+        if type_ != "any":
+            return type_
     return "any"

@@ -29,14 +29,14 @@ def within_bounds(policy: ir.Policy, report: Report) -> bool:
     while waiting:
         node, level, statement = waiting.pop()
         nodes += 1
-        letters += sum(len(each) for each in node.__dict__.values() if isinstance(each, str))
+        letters += sum(len(text) for text in node.__dict__.values() if isinstance(text, str))
         nodes += len(node.values) if isinstance(node, ir.Table) else 0
         if level > DEPTH_LIMIT:
             report.add("E015", f"the statement is nested deeper than {DEPTH_LIMIT}", statement, help=_SPLIT)
             return False
         if nodes > TOKEN_LIMIT or letters > TEXT_LIMIT:
-            code, what = ("E014", f"more than {TOKEN_LIMIT} parts") if nodes > TOKEN_LIMIT else ("E013", "too long")
-            report.add(code, f"the policy is too large: {what}", policy, help="split it and `use` its parts")
+            code, problem = ("E014", f"more than {TOKEN_LIMIT} parts") if nodes > TOKEN_LIMIT else ("E013", "too long")
+            report.add(code, f"the policy is too large: {problem}", policy, help="split it and `use` its parts")
             return False
         waiting += [(child, level + 1, child if level == 0 else statement) for child in children(node)]
     return True
@@ -66,7 +66,7 @@ def faults(node: ir.Node) -> Iterator[Fault]:
         case ir.Policy(edition=edition) if edition != ir.EDITION:
             yield "E010", f"edition {edition} of the language is not known here"
         case ir.Policy(name=None, title=str()):
-            yield "E021", "a title stands behind the policy's name"
+            yield "E021", "a title needs a policy name"
         case ir.Param(type="range", default=ir.ListOf(items=(_, _))):
             yield "E021", "the closed interval `[low, high]` is an interval here, not a list"
         case ir.Param(type=type_, default=ir.Interval(low_closed=True, high_closed=True)) if type_ != "range":
@@ -90,9 +90,9 @@ def faults(node: ir.Node) -> Iterator[Fault]:
         case ir.SetOf(items=()):
             yield "E021", "a set has at least one item"
         case ir.Membership(container=ir.ListOf() | ir.Off()) | ir.OnSteps(steps=ir.ListOf() | ir.Off()):
-            yield "E021", "a list or `off` stands here by a parameter's name only"
+            yield "E021", "a list or `off` is valid here only as a parameter's value"
         case ir.Mask(mask=ir.Off()):
-            yield "E021", "`off` stands here by a parameter's name only"
+            yield "E021", "`off` is valid here only as a parameter's value"
         case ir.Every(offset=offset, anchor=anchor) if offset is not None and anchor != "start":
             yield "E021", "`offset` counts from the start"
         case ir.Blocks() if node.index is not None and (node.start is not None or node.stop is not None):
@@ -106,7 +106,7 @@ def faults(node: ir.Node) -> Iterator[Fault]:
 
 def _number(value: float) -> Iterator[Fault]:
     if math.isnan(value):
-        yield "E021", "`nan` is no number of the language"
+        yield "E021", "`nan` is not a number of the language"
     elif isinstance(value, int) and abs(value) > NUMBER_LIMIT:
         yield "E016", f"the number is too large: whole numbers go up to {NUMBER_LIMIT}"
 
@@ -121,14 +121,14 @@ class WholeNumber:
     Attributes:
         value: The expression.
         name: Its name in messages.
-        place: The position of the expression, which tells what it may read.
+        context: The context of the expression, which tells what it may read.
         least: The smallest valid number.
         off: Whether the expression may be `off`.
     """
 
     value: ir.Expression
     name: str
-    place: ExpressionPlace
+    context: ExpressionPlace
     least: float = -math.inf
     off: bool = False
 
@@ -188,7 +188,7 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
             yield replace(found, code="E164", message=message, span=node.span)
     for count in counts:
         message = count.fault()
-        if message is None and count.place is POSITION and not isinstance(count.value, ir.Number):
+        if message is None and count.context is POSITION and not isinstance(count.value, ir.Number):
             message = "the position of a block is a constant whole number"
         if message is not None:
             yield Diagnostic("E163", message, span=count.value.span)
@@ -196,7 +196,7 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
         case ir.OnSteps(steps=ir.Name() as name):
             message = f"`on` takes steps, and `{name.name}` is no list parameter"
         case ir.Mask(mask=ir.Text() as mask) if not is_mask(mask.value):
-            message = f"a mask holds the letters 0 and 1 only, not `{mask.value[:60]}`"
+            message = f"a mask has no letters but 0 and 1, unlike `{mask.value[:60]}`"
         case ir.Mask(mask=ir.Name() as name):
             message = f"`mask` takes a string, and `{name.name}` is no string parameter"
         case _:
@@ -243,23 +243,23 @@ def _words(node: ir.Node) -> Iterator[Fault]:
         if not isinstance(value, str):
             continue
         if key in _NAMES and value in RESERVED:
-            yield "E008", f"`{value}` is a word of the language and cannot be a name"
+            yield "E008", f"`{value}` is a reserved word and cannot be a name"
         elif key in _NAMES and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             yield "E021", f"a name is made of ASCII letters, digits and `_`, unlike {value[:60]!r}"
         elif (key in _TEXTS or isinstance(node, ir.Text)) and not is_writable(value):
             yield "E021", f"a string is one line without control characters, unlike {value[:60]!r}"
 
 
-# --- places ----------------------------------------------------------------------------------------------
+# --- positions -------------------------------------------------------------------------------------------
 
 
 def _places(node: ir.Node) -> Iterator[Fault]:
     """Yields intervals and sets in positions that the grammar does not allow."""
     for child in children(node):
         if isinstance(child, ir.Interval) and not isinstance(node, ir.Param | ir.Membership | ir.Setting):
-            yield "E021", "an interval stands after `in`, as a default or as a setting"
+            yield "E021", "an interval is valid after `in`, as a default and as a setting only"
         if isinstance(child, ir.SetOf) and not _takes_set(node, child):
-            yield "E021", "a set stands after `in` or `on`"
+            yield "E021", "a set is valid after `in` and `on` only"
 
 
 def _takes_set(node: ir.Node, child: ir.SetOf) -> bool:

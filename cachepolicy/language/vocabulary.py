@@ -1,4 +1,4 @@
-"""The words of the language and its counted limits: data that parsing, checking and tools share."""
+"""The words of the language and its limits: data that the parser, the checks and the tools share."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cachepolicy.language.ir import ParamType
 # --- limits ----------------------------------------------------------------------------------------------
 
 TEXT_LIMIT = 2**20
-"""Bytes (or characters) of a text."""
+"""Maximum size of a text in bytes (or characters)."""
 TOKEN_LIMIT = 30_000
-"""Words and signs of a text, nodes of a policy that came as JSON."""
+"""Maximum number of tokens of a text, and of nodes of a policy in JSON form."""
 DEPTH_LIMIT = 64
-"""How deep brackets, and the nodes of a policy, may be nested."""
+"""Maximum nesting depth of brackets, and of the nodes of a policy."""
 NUMBER_LIMIT = 2**53
-"""Whole numbers up to here are exact as floats too."""
+"""Largest whole number. Whole numbers up to it are exact as floats."""
 REGEX_LIMIT = 1000
-"""Characters of a regular expression."""
+"""Maximum length of a regular expression in characters."""
 KEPT_LIMIT = 16
-"""How many computes back `kept` reads."""
+"""Maximum number of computes that `kept` reads back."""
 STEPS_LIMIT = 10_000
-"""Steps of an expectation."""
+"""Maximum number of steps of an expectation."""
 
 # --- words -----------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ STATEMENT_WORDS = (*HEADER_WORDS, "param", "let", "table", "signal", "external",
 CLAUSE_WORDS = ("when", "every", "offset", "from", "since", "on", "mask", "while", "at", "follow", "with", "over")
 ACTION_WORDS = ("compute", "skip", "reuse", "predict", "approximate")
 CONTINUING = frozenset((*CLAUSE_WORDS, *ACTION_WORDS, "and", "or", "if", "else", "in"))
-"""Words that a statement never starts with, and that people put at the start of a line."""
+"""Words that no statement starts with. A line that starts with one is meant to continue a statement."""
 SELECTOR_WORDS = (*KINDS, "blocks", "each", "of", "class", "optional")
 VALUE_WORDS = ("and", "or", "not", "if", "else", "in", "off", "inf", "true", "false")
 PROBES = ("input", "output", "residual", "argument")
@@ -43,7 +43,7 @@ PHRASES = (
     "from end", "since compute", "at most", "in a row", "in all", "over N steps", "reuse residual", "of residual",
     "approximate uncond",
 )  # fmt: skip
-"""Fixed phrases: their words are words of the language together, also those that are names elsewhere."""
+"""Fixed phrases. Their words are keywords only within the phrase."""
 KEYWORDS: Mapping[str, tuple[str, ...]] = {
     "apply": (
         "target", "policy", "timestep", "scheduler", "steps", "guidance", "samples", "process_group", "trace",
@@ -79,13 +79,19 @@ CLOCK: Mapping[str, Type] = {
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """How a function is called: the types it takes (`any` for a tensor or a number), how many, what it gives."""
+    """Signature of a function.
+
+    Attributes:
+        takes: Types of the arguments. `any` is a tensor or a number.
+        least: Minimum number of arguments.
+        gives: Type of the result.
+        more: Whether the last argument may be repeated.
+    """
 
     takes: tuple[Type, ...]
     least: int
     gives: Type = "number"
     more: bool = False
-    """Whether the last type may be repeated."""
 
 
 FUNCTIONS: Mapping[str, Signature] = {
@@ -113,7 +119,14 @@ MEMORIES = frozenset({"prev", "kept"})
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """An argument of an action: its type, whether it must be given, whether it must be a constant."""
+    """An argument of an action.
+
+    Attributes:
+        type: Type of the value.
+        required: Whether the argument must be given.
+        constant: Whether the value must not depend on the clock.
+        choices: The valid strings, or an empty tuple if any value of the type is valid.
+    """
 
     type: Type
     required: bool = True

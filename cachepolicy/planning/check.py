@@ -85,7 +85,7 @@ def _empty_intervals(rule: ir.Rule) -> Iterator[Diagnostic]:
     for node in walk(rule.when) if rule.when is not None else ():
         bounds = interval(node)
         if bounds is not None and not _is_possible(*bounds[1:]):
-            message = "no number lies in this interval, so the rule never decides"
+            message = "this interval contains no number, so the rule never decides"
             yield Diagnostic("W512", message, severity="warning", span=node.span, help="the lower end comes first")
 
 

@@ -234,3 +234,8 @@ def suggestion(word: str, candidates: Sequence[str]) -> str | None:
     if 0 < len(candidates) <= 12:
         return "one of " + ", ".join(f"`{candidate}`" for candidate in candidates)
     return None
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural unless the number is 1: `1 site`, `2 sites`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

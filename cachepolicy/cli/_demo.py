@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cachepolicy.cli.output import say, say_json, unwritable
 from cachepolicy.engine.options import is_disabled
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.tools.demo import Demo, Row, Sampling, Spread, measure, save
 
@@ -46,7 +46,10 @@ def show_demo(
             bar.update(done - bar.n)
 
         demo = measure(policy, settings, sampling, progress=progress)
-    headings = (f"uncached, {sampling.steps} steps", f"{Path(name).name}, PSNR {_decibels(demo.policy.psnr)}")
+    headings = (
+        f"uncached, {counted(sampling.steps, 'step')}",
+        f"{Path(name).name}, PSNR {_decibels(demo.policy.psnr)}",
+    )
     try:
         save(demo, output, headings)
     except (OSError, ValueError) as error:
@@ -60,18 +63,19 @@ def show_demo(
 def demo_table(demo: Demo, name: str) -> str:
     """Returns the measurements as text. `name` is the name of the policy."""
     sampling, rows = demo.sampling, (demo.policy, demo.fewer_steps)
-    names = [f"{name}, {demo.policy.steps} steps", f"no policy, {demo.fewer_steps.steps} steps"]
+    names = [f"{name}, {counted(demo.policy.steps, 'step')}", f"no policy, {counted(demo.fewer_steps.steps, 'step')}"]
     width = max(map(len, names))
+    size = f"{counted(sampling.pictures, 'picture')}, {counted(sampling.steps, 'step')}"
     bound = f"FLOPs alone would give {1 / demo.policy.flops:.2f}x." if demo.policy.flops else "No FLOPs are left."
     return "\n".join(
         [
-            f"{sampling.pictures} pictures, {sampling.steps} steps uncached: {demo.seconds:.2f} s on one thread",
+            f"{size} uncached: {demo.seconds:.2f} s on one thread",
             "",
             f"{'':<{width}}  {'speed-up, wall':<19}  {'speed-up, CPU':<19}  FLOPs skipped  calls skipped  PSNR",
             *(f"{label:<{width}}  {_cells(row)}" for label, row in zip(names, rows, strict=True)),
             "",
             _verdict(demo.policy.wall),
-            f"Speed-ups are medians of {sampling.pairs} interleaved pairs (least..most). {bound}",
+            f"Speed-ups are medians of {counted(sampling.pairs, 'interleaved pair')} (least..most). {bound}",
             f"The policy's hash is {demo.digest[:12]}.",
         ]
     )

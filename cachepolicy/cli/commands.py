@@ -14,7 +14,7 @@ import click
 from cachepolicy._resources import shipped_policies
 from cachepolicy.cli import options, output
 from cachepolicy.cli._plan import show_overview, show_plan
-from cachepolicy.errors import Diagnostic, PolicyError, to_json
+from cachepolicy.errors import Diagnostic, PolicyError, counted, to_json
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.formatter import format_node
@@ -282,8 +282,8 @@ def _show_expectations(name: str, expectations: Expectations) -> None:
         output.say(f"{'ok    ' if outcome.holds else 'FAILED'}  {format_node(outcome.expect)}")
     output.report_findings(expectations.findings)
     held, total = sum(outcome.holds for outcome in expectations.outcomes), len(expectations.outcomes)
-    uncovered = f", {len(expectations.uncovered)} rules not reached" if expectations.uncovered else ""
-    output.say(f"{name}: {held} of {total} expectations hold{uncovered}")
+    uncovered = f", {counted(len(expectations.uncovered), 'rule')} not reached" if expectations.uncovered else ""
+    output.say(f"{name}: {held} of {counted(total, 'expectation')} {'holds' if held == 1 else 'hold'}{uncovered}")
 
 
 def _expectations_json(expectations: Expectations) -> dict[str, object]:

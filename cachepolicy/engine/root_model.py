@@ -41,7 +41,7 @@ from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment
 from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
@@ -653,7 +653,8 @@ def _why_nothing(state: State) -> str:
     common = max(reasons, key=lambda reason: reasons[reason], default="")
     ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None] if state.trajectory else []
     seen = f"; t went from {ts[0]:g} to {ts[-1]:g}" if ts else ""
-    return f"the policy reused nothing in a trajectory of {state.count} calls (mostly: {common or 'unknown'}{seen})"
+    length = counted(state.count, "call")
+    return f"the policy reused nothing in a trajectory of {length} (mostly: {common or 'unknown'}{seen})"
 
 
 _identities = itertools.count()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
+from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 
@@ -130,7 +131,7 @@ def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
         # Half goes up: Python's round() would send it to the even neighbour.
         index = math.floor(index * (len(values) - 1) / (steps - 1) + 0.5) if steps > 1 else 0
     if index != int(index) or not 0 <= index < len(values):
-        raise Undefined(f"`{expression.table}[{index}]` is outside its {len(values)} values")
+        raise Undefined(f"`{expression.table}[{index}]` is outside its {counted(len(values), 'value')}")
     return values[int(index)]
 
 

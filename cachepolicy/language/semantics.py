@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from cachepolicy.errors import Diagnostic, PolicyError, suggestion
+from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language._lints import advise
 from cachepolicy.language._selector_checks import judge_selector, takes_model
@@ -260,7 +260,7 @@ class _Judgement:
         if not 1 <= expect.steps <= STEPS_LIMIT:
             self.report.add("E124", f"an expectation has 1 to {STEPS_LIMIT} steps, not {expect.steps}", expect)
         elif len(expect.row) != expect.steps:
-            message = f"the row has {len(expect.row)} letters for {expect.steps} steps"
+            message = f"the row has {counted(len(expect.row), 'letter')} for {counted(expect.steps, 'step')}"
             help = "one letter per step: `C` computes, `R` reuses"
             self.report.add("E117", message, expect, help=help)
         self._settings(expect.settings, EXPECTED)
@@ -276,7 +276,7 @@ class _Judgement:
             self.report.add(code, message, setting, help=help, word=setting.name, once=setting.name)
         items = setting.value.items if isinstance(setting.value, ir.ListOf) else ()
         if sort in ("clock word", "signal", "external") and items and len(items) != steps:
-            message = f"`{setting.name}` has {len(items)} values for {steps} steps"
+            message = f"`{setting.name}` has {counted(len(items), 'value')} for {counted(steps, 'step')}"
             self.report.add("E117", message, setting.value)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, assert_never
 
 from cachepolicy.diffusers.guidance import COND_BRANCHES
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
@@ -504,7 +504,7 @@ def untold(plan: Plan, tick: Tick) -> PolicyError | None:
         if isinstance(schedule, ir.Mask) and isinstance(schedule.mask, ir.Text) and tick.steps is not None:
             length = len(schedule.mask.value)
             if length != tick.steps:
-                message = f"a mask of {length} letters on a run of {tick.steps} steps"
+                message = f"a mask of {counted(length, 'letter')} on a run of {counted(tick.steps, 'step')}"
                 return PolicyError.of("E251", message, help="one letter a step: 1 computes, 0 reuses")
     return None
 

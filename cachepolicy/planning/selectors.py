@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import assert_never
 
-from cachepolicy.errors import Diagnostic, PolicyError, nearest
+from cachepolicy.errors import Diagnostic, PolicyError, counted, nearest
 from cachepolicy.language import ir
 from cachepolicy.language.patterns import searcher
 from cachepolicy.planning.module_tree import Skeleton, ancestors
@@ -147,8 +147,8 @@ def why_nothing(selector: ir.Selector, skeleton: Skeleton) -> str | None:
                 found = f"the model has no `{part.of}`; {_few('its kinds are', _kinds(skeleton))}"
         return found or _few("its parts are", _roots(skeleton))
     if isinstance(selector, ir.AllOf):
-        counts = [f"{len(_members(part, skeleton, _names(skeleton)))}" for part in selector.selectors]
-        return f"its parts take {', '.join(counts[:-1])} and {counts[-1]} modules, none of them in common"
+        *counts, last = (len(_members(part, skeleton, _names(skeleton))) for part in selector.selectors)
+        return f"its parts take {', '.join(map(str, counts))} and {counted(last, 'module')}, none of them in common"
     return None
 
 

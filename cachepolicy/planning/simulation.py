@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
-from cachepolicy.errors import PolicyError, suggestion
+from cachepolicy.errors import PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.language.traversal import names_in, substitute, walk
@@ -74,13 +74,14 @@ class Schedule:
                 return self.decisions[where, step][each.index]
         names = [each.name for each in self.plan.sites]
         if site in names:
-            raise PolicyError.of("E253", f"no step {step} in a schedule of {self.steps} steps")
+            raise PolicyError.of("E253", f"no step {step} in a schedule of {counted(self.steps, 'step')}")
         raise PolicyError.of("E252", f"no rule selects a site `{site}`", help=suggestion(site, names))
 
     def _repr_html_(self) -> str:
         skipped = sum(not each.computes for decisions in self.decisions.values() for each in decisions)
         calls = sum(map(len, self.decisions.values()))
-        summary = f"{self.steps} steps, {len(self.plan.sites)} sites: {skipped} of {calls} site calls skipped"
+        size = f"{counted(self.steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
+        summary = f"{size}: {skipped} of {counted(calls, 'site call')} skipped"
         return notebook_html({branch: self.rows_of(branch) for branch in self.branches}, summary)
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
@@ -201,7 +202,7 @@ def _ticks(
         timesteps = evenly(steps)
     for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
         if given is not None and len(given) != steps:
-            raise PolicyError.of("E254", f"{len(given)} {name} for {steps} steps", help="one a step")
+            raise PolicyError.of("E254", f"{len(given)} {name} for {counted(steps, 'step')}", help="one a step")
     return [
         Tick(step, float(timesteps[step]), steps, None if sigmas is None else float(sigmas[step]), branch)
         for step in range(steps)
@@ -226,7 +227,9 @@ def _a_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[f
         return [float(value)] * steps
     if len(value) != steps:
         raise PolicyError.of(
-            "E255", f"{len(value)} values of `{name}` for {steps} steps", help="one a step, or one number"
+            "E255",
+            f"{counted(len(value), 'value')} of `{name}` for {counted(steps, 'step')}",
+            help="one a step, or one number",
         )
     return [float(each) for each in value]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachepolicy._resources import shipped_policies
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load
@@ -70,13 +70,13 @@ def _numbers(plan: Plan) -> tuple[str, ...]:
 def draw_overview(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect], *, steps: int) -> str:
     """The model's parts with their share of the FLOPs, then a line for each policy."""
     lists = ", ".join(f"{name} {len(skeleton.elements[name])}" for name in skeleton.block_lists)
-    lines = [f"{skeleton.name}: {len(skeleton.modules)} modules, blocks in {lists or 'no list'}"]
+    lines = [f"{skeleton.name}: {counted(len(skeleton.modules), 'module')}, blocks in {lists or 'no list'}"]
     if work is not None:
         lines.append(f"{format_flops(work.total)} a call")
     lines += ["", *_parts(skeleton, work), ""]
     width = max(map(len, found))
     flops = "  FLOPs skipped  at most" if work is not None else ""
-    lines.append(f"{f'{steps} steps':<{width}}  sites  calls skipped{flops}")
+    lines.append(f"{counted(steps, 'step'):<{width}}  sites  calls skipped{flops}")
     lines += [f"{name:<{width}}  {_cells(each)}" for name, each in found.items()]
     return "\n".join(lines)
 

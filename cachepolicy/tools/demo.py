@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cachepolicy.engine.run import apply
+from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
 from cachepolicy.tools.flops import Flops, counting
@@ -180,7 +181,7 @@ def _measured(
 
     return Demo(
         policy=row("policy", "with the policy", cached),
-        fewer_steps=row("fewer steps", f"{fewer} steps", short),
+        fewer_steps=row("fewer steps", counted(fewer, "step"), short),
         digest=digest,
         sampling=sampling,
         seconds=statistics.median(timed["uncached"].wall for timed in rounds),

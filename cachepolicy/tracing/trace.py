@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, counted
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT, Decision, Partition, Tick, prepare
@@ -106,8 +106,9 @@ class Trajectory:
         reached = counts["compute"] + counts["reuse"]
         share = f"{100 * counts['reuse'] / reached:.0f} %" if reached else "none"
         steps = len({call.tick.step for call in self.calls})
-        calls = f"{counts['compute']} site calls computed, {counts['reuse']} reused ({share})"
-        return f"{steps} steps, {len(self.plan.sites)} sites: {calls}, {self.seconds:.2f} s in the model"
+        calls = f"{counted(counts['compute'], 'site call')} computed, {counts['reuse']} reused ({share})"
+        size = f"{counted(steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
+        return f"{size}: {calls}, {self.seconds:.2f} s in the model"
 
     def to_html(self) -> str:
         """The summary and the rows as a piece of HTML, which notebooks show."""
@@ -206,11 +207,9 @@ class Trace:
             if len(newest.branches) > 1:
                 lines.append(f"branch {branch or 'first'}")
             lines += _grouped(newest.rows(branch))
-        over = [site for site, _, _ in (key for key, fact in newest.facts.items() if fact == OVER_LIMIT)]
+        over = dict.fromkeys(site for (site, _, _), fact in newest.facts.items() if fact == OVER_LIMIT)
         if over:
-            lines.append(
-                f"{OVER_LIMIT}: {len(set(over))} sites, which computed instead ({', '.join(dict.fromkeys(over))})"
-            )
+            lines.append(f"{OVER_LIMIT}: {counted(len(over), 'site')}, which computed instead ({', '.join(over)})")
         return "\n".join(lines)
 
 
@@ -307,7 +306,7 @@ def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[CallReco
 def _hold_together(plan: Plan, form: TrajectoryForm, call: CallForm, where: str) -> None:
     sites = len(plan.sites)
     if len(call.decisions) != sites:
-        raise _wrong(f"{where}.decisions", f"{len(call.decisions)} decisions for {sites} sites")
+        raise _wrong(f"{where}.decisions", f"{counted(len(call.decisions), 'decision')} for {counted(sites, 'site')}")
     if call.decisions and max(call.decisions) >= len(form.decisions):
         raise _wrong(f"{where}.decisions", f"there is no decision {max(call.decisions)}")
     for name, numbers in (("facts", call.facts), ("signals", call.signals)):

@@ -187,7 +187,7 @@ def _set(data: object, path: str, value: object) -> None:
         ("plans/0/skeleton/modules/0/name", "root", "plans.0: the first module is the root"),
         ("trajectories/0/plan", 1, "trajectories.0.plan: there is no plan 1"),
         ("trajectories/0/calls/1/decisions/0", 9, "trajectories.0.calls.1.decisions: there is no decision 9"),
-        ("trajectories/0/calls/1/decisions", [0, 0], "trajectories.0.calls.1.decisions: 2 decisions for 1 sites"),
+        ("trajectories/0/calls/1/decisions", [0, 0], "trajectories.0.calls.1.decisions: 2 decisions for 1 site"),
         ("trajectories/0/calls/1/facts", {"5": "why"}, "trajectories.0.calls.1.facts: there is no site 5"),
         ("trajectories/0/calls/1/step", 0, "trajectories.0.calls: a branch is called twice at one step"),
         ("trajectories/0/calls/1/step", -1, "trajectories.0.calls.1.step: input should be greater than"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cachepolicy._resources import render_template, template
+from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
@@ -88,7 +89,11 @@ def _figures(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
     steps = len({tick.step for tick, _ in outcome})
     skipped = f"{gained.skipped} of {gained.site_calls}" + (f", {hidden} of them hidden" if hidden else "")
     yield "Site calls skipped", percent(gained.skipped, gained.site_calls), skipped
-    yield "Steps", str(steps), f"{gained.calls} calls of the model, {len(outcome.plan.sites)} sites"
+    yield (
+        "Steps",
+        str(steps),
+        f"{counted(gained.calls, 'call')} of the model, {counted(len(outcome.plan.sites), 'site')}",
+    )
     if gained.flops is not None:
         flops = gained.flops
         of_total = f"{format_flops(flops.skipped)} of {format_flops(flops.total)}"
@@ -217,7 +222,7 @@ def _profile(trajectory: Trajectory) -> dict[str, Any] | None:
 
 
 def _mean(seconds: Sequence[float]) -> str:
-    return f"{number(1e3 * sum(seconds) / len(seconds))} ({len(seconds)} calls)" if seconds else "never"
+    return f"{number(1e3 * sum(seconds) / len(seconds))} ({counted(len(seconds), 'call')})" if seconds else "never"
 
 
 # --- the policy's text -----------------------------------------------------------------------------------

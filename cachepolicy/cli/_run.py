@@ -14,7 +14,7 @@ from cachepolicy.cli import output
 from cachepolicy.engine.run import Run, apply
 from cachepolicy.language import ir
 from cachepolicy.tools.quality import Quality, compare_pictures
-from cachepolicy.tools.sampling import Sample, checked, sample_pipeline, save_pictures
+from cachepolicy.tools.sampling import Sample, sample_pipeline, save_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,8 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
     """Samples the pipeline and prints the outcome. Progress bars of the pipeline go to standard error.
 
     Raises:
-        PolicyError: The policy does not fit the model, the pipeline does not take an argument (E213), or a file cannot
-            be written (E152).
+        PolicyError: The policy does not fit the model, the call fails (E213), or a file cannot be written (E152).
     """
-    arguments = checked(pipe, task.arguments)
     files, summary = list[Path](), ""
     try:
         task.output.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,7 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
             if run is not None and not run.attached:
                 output.say("note: `CACHEPOLICY_DISABLE` is set, so the bare pipeline alone is sampled", error=True)
                 run = None
-            outcomes = [_sampled(pipe, run, task, arguments, seed, index) for index, seed in enumerate(task.seeds)]
+            outcomes = [_sampled(pipe, run, task, seed, index) for index, seed in enumerate(task.seeds)]
             if run is not None and run.trace is not None:
                 files, summary = [task.output / "trace.json", task.output / "report.html"], str(run.trace)
                 run.trace.save(files[0])
@@ -107,9 +105,7 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
     output.say("\n".join([*lines, *map(str, files)]))
 
 
-def _sampled(
-    pipe: Any, run: Run | None, task: Task, arguments: Mapping[str, Any], seed: int, index: int
-) -> _SeedOutcome:
+def _sampled(pipe: Any, run: Run | None, task: Task, seed: int, index: int) -> _SeedOutcome:
     """Samples one seed. The order alternates between seeds, so that neither variant always runs first."""
     samples = dict[str, Sample]()
     variants = (
@@ -118,7 +114,7 @@ def _sampled(
     for variant in reversed(variants) if index % 2 else variants:
         pipe.set_progress_bar_config(desc=f"seed {seed}, {variant}", leave=False)
         with run.disabled() if run is not None and variant == "uncached" else contextlib.nullcontext():
-            samples[variant] = sample_pipeline(pipe, arguments, seed)
+            samples[variant] = sample_pipeline(pipe, task.arguments, seed)
     cached, bare = samples.get("with the policy"), samples.get("uncached")
     files = list[Path]()
     for name, sample in ((f"seed-{seed}", cached), (f"seed-{seed}-uncached", bare)):

@@ -30,11 +30,13 @@ from cachepolicy.reports.diff import compare, draw_diff
 from cachepolicy.reports.explanation import Explanation, explain, explain_run
 from cachepolicy.reports.html.page import page
 from cachepolicy.tools.meta_model import is_model, read_model
+from cachepolicy.tools.saved_pipeline import check_tensor_file, read_index, require_text_encoder
 from cachepolicy.tracing.perfetto import perfetto_json
 from cachepolicy.tracing.schema import schema as trace_schema
 from cachepolicy.tracing.trace import Trajectory, load_trace
 
 STDIN = "-"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _print_version(context: click.Context, _option: click.Parameter, requested: bool) -> None:
@@ -283,7 +285,7 @@ def _show_expectations(name: str, expectations: Expectations) -> None:
     output.report_findings(expectations.findings)
     held, total = sum(outcome.holds for outcome in expectations.outcomes), len(expectations.outcomes)
     uncovered = f", {counted(len(expectations.uncovered), 'rule')} not reached" if expectations.uncovered else ""
-    output.say(f"{name}: {held} of {counted(total, 'expectation')} {'holds' if held == 1 else 'hold'}{uncovered}")
+    output.say(f"{name}: {held} of {counted(total, 'expectation')} {'holds' if total == 1 else 'hold'}{uncovered}")
 
 
 def _expectations_json(expectations: Expectations) -> dict[str, object]:
@@ -395,24 +397,33 @@ def demo_command(
     "--output", type=click.Path(file_okay=False), default="run", show_default=True, help="Folder to write to."
 )
 @click.option("--device", default="cpu", show_default=True, help="Device to run on.")
-@click.option("--dtype", default="float32", show_default=True, help="Dtype of the weights.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Dtype of the weights.")
 @options.json_form
 @output.guarded
 def run_command(
     *, folder: str, policy: str | None, settings: Sequence[tuple[str, ir.Expression]], **values: Any
 ) -> None:
     """Sample a pipeline from a diffusers folder, with and without a policy: pictures, trace, report and metrics."""
+    # Everything that can be checked without torch is checked before torch and diffusers are imported.
     loaded = None if policy is None else _load_policy(policy)
+    if loaded is not None:
+        resolve(loaded, dict(settings))
+    elif settings:
+        raise click.UsageError("--set needs --policy")
+    index = read_index(folder)
+    named = {"prompt": values["prompt"], "num_inference_steps": values["steps"]}
+    arguments = {name: value for name, value in named.items() if value is not None} | dict(values["more"])
+    if values["embeds"] is None:
+        require_text_encoder(folder, index, arguments)
+    else:
+        check_tensor_file(values["embeds"])
     from cachepolicy.cli._run import Task, show_run
     from cachepolicy.tools.sampling import open_pipeline, read_tensors
 
-    named = {"prompt": values["prompt"], "num_inference_steps": values["steps"]}
-    arguments = {name: value for name, value in named.items() if value is not None}
     if values["embeds"] is not None:
-        arguments |= read_tensors(values["embeds"], device=values["device"])
-    arguments |= dict(values["more"])
+        arguments = read_tensors(values["embeds"], device=values["device"]) | arguments
     task = Task(arguments, values["seeds"] or (0,), Path(values["output"]), loaded, dict(settings), values["compares"])
-    pipe = open_pipeline(folder, dtype=values["dtype"], device=values["device"])
+    pipe = open_pipeline(folder, arguments, dtype=values["dtype"], device=values["device"])
     show_run(pipe, task, as_json=values["as_json"])
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, ParamSpec
 
@@ -74,6 +76,17 @@ def unwritable(path: str | Path, error: Exception) -> PolicyError:
     return PolicyError.of("E152", f"`{path}` cannot be written: {reason.lower()}")
 
 
+def _with_option_help(finding: Diagnostic) -> Diagnostic:
+    """Replaces help about arguments of `simulate` and `apply` by help about the options of the command."""
+    if finding.code == "E257" and (name := re.search("`(.+?)`", finding.message)):
+        help = f"give its value: `--signal {name[1]}=0.05`, or one value per step: `--signal '{name[1]}=[0.05, ...]'`"
+    elif finding.code == "E250" and "`sigma`" in finding.message:
+        help = "give the sigma of each step: `--sigmas 1.0,0.75,...`"
+    else:
+        return finding
+    return replace(finding, help=help)
+
+
 def guarded(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
     """Wraps a command so that expected failures end it with a message and an exit code.
 
@@ -85,11 +98,14 @@ def guarded(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]
         try:
             command(*args, **kwargs)
         except PolicyError as error:
+            findings = error.diagnostics
+            if "signals" in kwargs:  # the command simulates, so it has the options of a clock
+                findings = [_with_option_help(finding) for finding in findings]
             if kwargs.get("as_json"):
-                say(to_json(error.diagnostics))
+                say(to_json(findings))
             else:
-                report_findings(error.diagnostics, error=True)
-            raise SystemExit(exit_code(error.diagnostics) or FINDINGS) from error
+                report_findings(findings, error=True)
+            raise SystemExit(exit_code(findings) or FINDINGS) from error
         except ModuleNotFoundError as error:
             extra = _EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachepolicy.diffusers.guidance import UNCOND_BRANCHES
+from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
@@ -115,7 +116,8 @@ def forecast(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work:
 
 def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> str:
     """Returns text: the share of each rule's sites in a call, what the rules skip, and the bound of the speed-up."""
-    lines = [f"{format_flops(work.total)} a call, {format_flops(outlook.total)} in {steps} steps without the policy"]
+    total = f"{format_flops(outlook.total)} in {counted(steps, 'step')}"
+    lines = [f"{format_flops(work.total)} a call, {total} without the policy"]
     for bound in plan.rules:
         if bound.sites:
             # A block and its attention may both be sites. The FLOPs of the block include those of the attention.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachepolicy.errors import counted
 from cachepolicy.planning.grid import grid
 from cachepolicy.planning.module_tree import ancestors
 from cachepolicy.planning.plan import Plan
@@ -142,4 +143,4 @@ def _verdict(difference: Difference) -> str:
         return "The two mean the same, on any model."
     if difference.differing == 0:
         return "Here the two decide alike at every call."
-    return f"They decide {difference.differing} of {difference.calls} module calls differently."
+    return f"They decide {difference.differing} of {counted(difference.calls, 'module call')} differently."

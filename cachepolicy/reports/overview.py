@@ -52,9 +52,9 @@ def _prospect(name: str, skeleton: Skeleton, work: Work | None, clock: Mapping[s
         return Prospect(refused=error.diagnostics[0].message)
     if not plan.sites:
         return Prospect(refused="none of its rules takes anything here")
-    counted = tally(schedule).calls
+    calls = tally(schedule).calls
     flops = None if work is None else forecast(plan, schedule, work)
-    return Prospect(len(plan.sites), sum(counted.values()), counted["reuse"] + counted["hidden"], signals, flops)
+    return Prospect(len(plan.sites), sum(calls.values()), calls["reuse"] + calls["hidden"], signals, flops)
 
 
 def _numbers(plan: Plan) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachepolicy.errors import counted
 from cachepolicy.planning.grid import grid
 from cachepolicy.planning.plan import Plan, label
 from cachepolicy.planning.schedule import Decision, Tick
@@ -37,7 +38,7 @@ def draw(outcome: Outcome, *, width: int = 80, colour: bool = False) -> str:
 def _spent(trajectory: Trajectory) -> str:
     held = max((call.held for call in trajectory.calls), default=0)
     memory = f", at most {held / 2**20:.1f} MiB held" if held else ""
-    return f"{trajectory.seconds:.2f} s in {_many(len(trajectory.calls), 'call')} of the model{memory}"
+    return f"{trajectory.seconds:.2f} s in {counted(len(trajectory.calls), 'call')} of the model{memory}"
 
 
 def summary(outcome: Outcome) -> str:
@@ -48,10 +49,9 @@ def summary(outcome: Outcome) -> str:
     hidden = f", {calls['hidden']} of them hidden" if calls["hidden"] else ""
     share = f"{100 * skipped / total:.1f} %" if total else "0 %"
     steps = len({tick.step for tick, _ in _calls(outcome)})
-    return (
-        f"{_many(steps, 'step')}, {_many(len(plan.sites), 'site')}: {skipped} of {total} site calls skipped "
-        f"({share}{hidden}); policy {plan.resolved.digest[:12]}"
-    )
+    size = f"{counted(steps, 'step')}, {counted(len(plan.sites), 'site')}"
+    calls_skipped = f"{skipped} of {counted(total, 'site call')} skipped ({share}{hidden})"
+    return f"{size}: {calls_skipped}; policy {plan.resolved.digest[:12]}"
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
@@ -136,16 +136,12 @@ def _by_branch(outcome: Outcome) -> list[tuple[list[str], dict[str, str]]]:
 
 
 def _shares(outcome: Outcome, width: int) -> Iterator[str]:
-    counted = tally(outcome)
+    totals = tally(outcome)
     for bound in plan_of_outcome(outcome).rules:
         head = f"rule {bound.index + 1}"
         if not bound.sites:
             yield f"{head}: takes nothing here   {label(bound.rule, width=max(20, width - len(head) - 24))}"
             continue
-        owned, reused = counted.owned[bound.index], counted.reused[bound.index]
-        share = f"{head}: owns {_many(owned, 'call')}, answers {reused}   "
+        owned, reused = totals.owned[bound.index], totals.reused[bound.index]
+        share = f"{head}: owns {counted(owned, 'call')}, answers {reused}   "
         yield share + label(bound.rule, width=max(20, width - len(share)))
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -13,6 +13,7 @@ from cachepolicy.diffusers.denoisers import DENOISERS
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.module_tree import MODULE_TREE_LIMIT, Skeleton, tree_from_json
+from cachepolicy.tools.saved_pipeline import hub_help, is_hub_id
 
 if TYPE_CHECKING:
     from cachepolicy.tools.example_inputs import Picture
@@ -90,9 +91,9 @@ def read_model(path: str | os.PathLike[str]) -> Blueprint:
 
 
 def is_model(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path is a model and not a policy: a folder, or a JSON file with a configuration or skeleton."""
+    """Return True if a path is a model and not a policy: a folder, a hub id, or a JSON configuration or skeleton."""
     file = Path(path)
-    if file.is_dir():
+    if file.is_dir() or is_hub_id(path):
         return True
     if file.suffix != ".json" or not file.is_file():
         return False
@@ -114,6 +115,9 @@ def _read(file: Path) -> tuple[bytes, Any]:
 
 
 def _config_file(path: Path) -> Path:
+    if is_hub_id(path):
+        help = hub_help(path, only="'*.json'")
+        raise PolicyError.of("E210", f"there is no folder `{path}`, which looks like the hub id of a model", help=help)
     if not path.is_dir():
         return path
     for folder in (path, *(path / name for name in DENOISERS)):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Generator, Iterable, Mapping
@@ -18,9 +17,7 @@ import torch
 
 from cachepolicy.engine.introspection import denoisers
 from cachepolicy.errors import PolicyError, suggestion
-
-TENSOR_FILES = (".safetensors", ".pt", ".pth")
-"""The suffixes of the files that `read_tensors` reads."""
+from cachepolicy.tools.saved_pipeline import EMBEDS_HELP, absent_components, check_tensor_file, read_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,109 +37,71 @@ class Sample:
     model_seconds: float = 0.0
 
 
-def open_pipeline(folder: str | os.PathLike[str], *, dtype: str = "float32", device: str = "cpu") -> Any:
-    """Load a saved pipeline. Nothing is downloaded and no code of the folder is run.
-
-    Components that the index names and the folder does not hold are left out, such as a text encoder where the caller
-    has saved embeddings.
+def open_pipeline(
+    folder: str | os.PathLike[str], arguments: Mapping[str, Any], *, dtype: str = "float32", device: str = "cpu"
+) -> Any:
+    """Loads a pipeline from a folder. Nothing is downloaded, and no code of the folder is run.
 
     Args:
         folder: The folder, with a `model_index.json`.
-        dtype: The name of a floating-point dtype of torch.
-        device: The device to load to.
-
-    Returns:
-        The pipeline.
+        arguments: Arguments of the call, which are checked before the weights are loaded.
+        dtype: The name of the weights' dtype.
+        device: The device of the pipeline.
 
     Raises:
-        PolicyError: E213, the folder holds no pipeline of diffusers, it cannot be loaded, or the dtype is unknown.
+        PolicyError: The folder holds no pipeline of diffusers, it cannot be loaded, or its call does not take an
+            argument (E213).
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
-    index = Path(folder) / "model_index.json"
+    index = read_index(folder)
+    name = index.get("_class_name")
+    pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(pipeline_class, type):
+        accepted = list(inspect.signature(pipeline_class.__call__).parameters)[1:]
+        for argument in arguments:
+            if argument not in accepted:
+                message = f"`{name}` takes no argument `{argument}`"
+                raise PolicyError.of("E213", message, help=suggestion(argument, accepted))
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PolicyError.of(
-            "E213",
-            f"`{folder}` holds no pipeline",
-            help="name a folder with a `model_index.json`, as diffusers saves it",
-        ) from error
-    wanted = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise PolicyError.of("E213", f"`{dtype}` is no dtype of floats", help="`float32`, `bfloat16` or `float16`")
-    if not isinstance(components, dict):
-        components = {}
-    absent = {
-        name: None
-        for name, value in components.items()
-        if isinstance(value, list) and not (Path(folder) / name).exists()
-    }
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
             str(folder),
-            dtype=wanted,
+            dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,
-            **absent,
+            **dict.fromkeys(absent_components(folder, index)),
         )
         return pipe.to(device)
     except Exception as error:
-        name = components.get("_class_name")
         reason = str(error).partition("\n")[0]
         raise PolicyError.of("E213", f"`{folder}`: `{name}` cannot be loaded: {reason}") from error
 
 
 def read_tensors(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Read the named tensors of a file, such as saved `prompt_embeds`. No code of the file is run.
-
-    Args:
-        path: A file with a suffix of `TENSOR_FILES`.
-        device: The device to load to.
+    """Reads tensors by argument name from a file. No code of the file is run.
 
     Returns:
-        The tensors by name.
+        The tensors. A file that holds one tensor without a name is `prompt_embeds`.
 
     Raises:
-        PolicyError: E213, the file cannot be read or is no mapping of names to tensors.
+        PolicyError: The file cannot be read or holds something else (E213).
     """
     file = Path(path)
-    if file.suffix not in TENSOR_FILES:
-        raise PolicyError.of("E213", f"`{file}` is no file of tensors", help=f"one of {', '.join(TENSOR_FILES)}")
+    check_tensor_file(file)
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            tensors: Any = load_file(file, device=device)
+            content: Any = load_file(file, device=device)
         else:
-            tensors = torch.load(file, map_location=device, weights_only=True)
+            content = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
         raise PolicyError.of("E213", f"`{file}` cannot be read: {str(error).partition(chr(10))[0]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise PolicyError.of("E213", f"`{file}` holds no tensors by name")
-    return {str(name): tensor for name, tensor in tensors.items()}
-
-
-def checked(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the names of the arguments of a pipeline's call.
-
-    Args:
-        pipe: The pipeline.
-        arguments: The keyword arguments by name.
-
-    Returns:
-        A copy of the arguments.
-
-    Raises:
-        PolicyError: E213, the pipeline takes no argument of a name; the help names the nearest one.
-    """
-    parameters = list(inspect.signature(type(pipe).__call__).parameters)[1:]
-    for name in arguments:
-        if name not in parameters:
-            raise PolicyError.of(
-                "E213", f"`{type(pipe).__name__}` takes no argument `{name}`", help=suggestion(name, parameters)
-            )
-    return dict(arguments)
+    if isinstance(content, torch.Tensor):
+        return {"prompt_embeds": content}
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise PolicyError.of("E213", f"`{file}` holds neither tensors by name nor one tensor")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
@@ -170,7 +129,9 @@ def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sampl
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise PolicyError.of("E213", f"`{type(pipe).__name__}` failed: {reason}") from error
+        encoders = [component for name, component in pipe.components.items() if name.startswith("text_encoder")]
+        help = EMBEDS_HELP if None in encoders and not any(name.endswith("_embeds") for name in arguments) else None
+        raise PolicyError.of("E213", f"`{type(pipe).__name__}` failed: {reason}", help=help) from error
     seconds = time.perf_counter() - started
     frames = not hasattr(result, "images") and hasattr(result, "frames")
     output = result.frames if frames else result.images if hasattr(result, "images") else result[0]

@@ -243,7 +243,7 @@ def test_plan_of_a_skeleton_file(run, tmp_path):
     ("content", "said"),
     [
         (None, "cannot be read"),
-        ("{", "holds no JSON"),
+        ("{", "it is not JSON"),
         ('{"a": 1}', "no skeleton of a model"),
         ('{"_class_name": "DiffusionPipeline"}', "no model class"),
         ('{"_class_name": "os.system"}', "no model class"),
@@ -301,6 +301,67 @@ def test_wrong_options_are_usage_errors(run, options, said):
     assert 2 == result.exit_code
 
 
+@pytest.mark.parametrize(
+    "command", [("plan",), ("plan", "pab"), ("plan", "pab", "--model"), ("test", "pab", "--model")]
+)
+def test_a_hub_id_is_recognised(run, command):
+    """A hub id in the place of a folder is named as such, with the command that downloads its configuration."""
+    arguments = ("plan", "some-org/Some-1.0", "pab") if command == ("plan", "pab") else (*command, "some-org/Some-1.0")
+    result = run(*arguments)
+    assert (
+        "error[E210]: there is no folder `some-org/Some-1.0`, which looks like the hub id of a model" in result.stderr
+    )
+    assert "hf download some-org/Some-1.0 --include '*.json' --local-dir Some-1.0" in result.stderr
+    assert 2 == result.exit_code
+
+
+@pytest.mark.parametrize("path", ["policies/mine.cp", "folder/mine", "./mine", "nothing"])
+def test_a_path_is_not_taken_for_a_hub_id(run, tmp_path, path):
+    """A path with the suffix of a policy, or in a folder that exists, is reported as a missing policy."""
+    (tmp_path / "folder").mkdir()
+    result = run("plan", path)
+    assert "error[E150]" in result.stderr
+    assert 2 == result.exit_code
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (("plan", "fbc"), "`--signal drift=0.05`"),
+        (("diff", "fbc", "pab"), "`--signal drift=0.05`"),
+        (("explain", "fbc", "model@3"), "`--signal drift=0.05`"),
+        (("plan", "-"), "`--sigmas 1.0,0.75,...`"),
+    ],
+)
+def test_missing_numbers_are_asked_for_as_options(run, command, advice):
+    """The help names the option that gives the number, not an argument of the library."""
+    result = run(*command, stdin='match "attn1$" when sigma > 0.5 every 2 -> reuse')
+    assert advice in result.stderr
+    assert "signals=" not in result.output
+    assert "`apply`" not in result.output
+
+
+def test_the_advised_options_work(run):
+    """Following the help of a signal and of a sigma gives a plan."""
+    assert 0 == run("plan", "fbc", "--signal", "drift=0.05").exit_code
+    sigmas = run("plan", "-", "--sigmas", "1.0,0.75", stdin='match "attn1$" when sigma > 0.5 every 2 -> reuse')
+    assert 0 == sigmas.exit_code
+
+
+def test_counts_agree_with_their_nouns(run):
+    """One site is `1 site`, several are `2 sites`; the same for steps, calls, rules and expectations."""
+    one = run("plan", "-", "--site", "a", "--steps", 1, stdin='match "a" every 2 -> reuse')
+    assert "owns 1 call, answers 0" in one.stdout
+    assert "1 step, 1 site: 0 of 1 site call skipped" in one.stdout
+    two = run("plan", "-", "--site", "a", "--site", "b", "--steps", 2, stdin='match "a|b" every 2 -> reuse')
+    assert "2 steps, 2 sites: 2 of 4 site calls skipped" in two.stdout
+    assert (
+        "1 of 1 expectation holds, 1 rule not reached" in run("test", "-", stdin=GOOD + 'match "ff$" -> reuse').stdout
+    )
+    wrong = run("check", "-", stdin='match "a" -> reuse\nexpect "a" over 2 steps: C\n').stdout
+    assert "the row has 1 letter for 2 steps" in wrong
+
+
 def test_errors_as_json(run):
     """With `--json` the findings are JSON on standard output."""
     result = run("plan", "--json", "bad.cp", bad=BROKEN)
@@ -334,7 +395,7 @@ def test_expectations_that_hold(run):
     """Each expectation is listed, and the exit code is 0."""
     result = run("test", "good.cp", "-", "pab", stdin=GOOD, good=GOOD)
     assert 'ok      expect "attn1$" over 4 steps: C R C R' in result.stdout
-    assert "good.cp: 1 of 1 expectations hold" in result.stdout
+    assert "good.cp: 1 of 1 expectation holds" in result.stdout
     assert 0 == result.exit_code
 
 
@@ -343,7 +404,7 @@ def test_an_expectation_that_fails(run):
     result = run("test", "bad.cp", bad=UNFULFILLED)
     assert "FAILED  expect" in result.stdout
     assert "step 2 differs" in result.stdout
-    assert "bad.cp: 0 of 1 expectations hold" in result.stdout
+    assert "bad.cp: 0 of 1 expectation holds" in result.stdout
     assert 1 == result.exit_code
     assert json.loads(run("test", "--json", "bad.cp").stdout)["bad.cp"]["hold"] is False
 
@@ -467,6 +528,43 @@ def test_commands_import_no_torch(command, tmp_path):
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=tmp_path, env=_environment(), input=b"cachepolicy 1\n", timeout=60
     )
+
+
+MISTAKES = {
+    "a missing folder": (["run", "nowhere"], "there is no folder `nowhere`"),
+    "a hub id": (["run", "some-org/some-model"], "looks like the hub id of a pipeline"),
+    "no pipeline": (["run", "."], "`.` holds no pipeline"),
+    "a misspelt parameter": (["run", "flux", "--policy", "pab", "--set", "spatial_evry=3"], "mean `spatial_every`?"),
+    "a policy that is not there": (["run", "flux", "--policy", "pap"], "did you mean `pab`?"),
+    "parameters of no policy": (["run", "flux", "--set", "spatial_every=3"], "--set needs --policy"),
+    "a prompt without a text encoder": (["run", "flux", "--prompt", "a cat"], "cannot encode the prompt"),
+    "neither prompt nor embeddings": (["run", "flux"], "`--embeds FILE`"),
+    "embeddings that are not there": (["run", "flux", "--embeds", "no.pt"], "there is no file `no.pt`"),
+    "embeddings of no known form": (["run", "flux", "--embeds", "model_index.json"], "is not a file of tensors"),
+    "a dtype": (["run", "flux", "--dtype", "int8"], "'int8' is not one of"),
+    "an argument": (["run", "flux", "--argument", "height"], "`height` is not NAME=VALUE"),
+    "a hub id for plan": (["plan", "some-org/some-model"], "looks like the hub id of a model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_answered_before_heavy_imports(mistake, tmp_path):
+    """`run` and `plan` answer a mistake in their arguments without importing torch or diffusers."""
+    command, said = MISTAKES[mistake]
+    (tmp_path / "flux").mkdir()
+    index = {"_class_name": "FluxPipeline", "text_encoder": [None, None], "transformer": ["diffusers", "X"]}
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    code = (
+        "import sys\nfrom cachepolicy.cli.commands import main\n"
+        f"sys.argv = ['cachepolicy', *{command!r}]\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, {'torch', 'diffusers', 'numpy'} & set(sys.modules))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env=_environment(), timeout=60,
+    )  # fmt: skip
+    assert said in process.stderr
+    assert "2 set()\n" == process.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

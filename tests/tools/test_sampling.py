@@ -11,11 +11,13 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cachepolicy.cli.commands import main
+from cachepolicy.errors import PolicyError
 from cachepolicy.testing.models import redraw
 from cachepolicy.tools import quality
+from cachepolicy.tools.sampling import read_tensors
 from tests.support import zoo
 from tests.support.tiny_pipelines import normal, vae_of
 
@@ -118,7 +120,7 @@ def test_no_comparison_samples_once(folder: Path, tmp_path: Path) -> None:
     [
         (["--argument", "heigth=32"], "did you mean `height`"),
         (["--argument", "height"], "is not NAME=VALUE"),
-        (["--dtype", "int8"], "is no dtype of floats"),
+        (["--dtype", "int8"], "'int8' is not one of"),
         (["--policy", "pap"], "did you mean `pab`"),
         (["--argument", 'height="tall"'], "`FluxPipeline` failed: TypeError"),
     ],
@@ -140,6 +142,35 @@ def test_what_is_no_pipeline_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "embeds.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     result = CliRunner().invoke(main, ["run", str(tmp_path), "--embeds", str(tmp_path / "embeds.pt")])
     assert "E213" in result.stderr
+
+
+def test_a_prompt_needs_a_text_encoder(folder: Path, tmp_path: Path) -> None:
+    """A pipeline that was saved without its text encoders is asked to be given embeddings, before it is loaded."""
+    result = CliRunner().invoke(main, ["run", str(folder / "flux"), "--prompt", "a cat"])
+    assert 2 == result.exit_code
+    assert "was saved without its text encoder, so it cannot encode the prompt" in result.stderr
+    assert "`--embeds FILE`" in result.stderr
+
+
+def test_embeddings_from_a_pt_file(folder: Path, tmp_path: Path) -> None:
+    """Tensors by name in a .pt file give the same pictures as those of a safetensors file."""
+    torch.save(load_file(folder / "prompt.safetensors"), tmp_path / "prompt.pt")
+    assert 0 == run(folder, "--output", tmp_path / "a").exit_code
+    assert 0 == run(folder, "--embeds", tmp_path / "prompt.pt", "--output", tmp_path / "b").exit_code
+    a, b = (tmp_path / name / "seed-0-uncached.png" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_one_tensor_without_a_name_is_the_prompt(tmp_path: Path) -> None:
+    """A .pt file with one tensor is `prompt_embeds`; anything else without names is refused."""
+    embeds = normal(1, 5, 16)
+    torch.save(embeds, tmp_path / "one.pt")
+    tensors = read_tensors(tmp_path / "one.pt")
+    assert ["prompt_embeds"] == list(tensors)
+    assert torch.equal(embeds, tensors["prompt_embeds"])
+    torch.save([embeds], tmp_path / "list.pt")
+    with pytest.raises(PolicyError, match="neither tensors by name nor one tensor"):
+        read_tensors(tmp_path / "list.pt")
 
 
 def test_quality_of_equal_and_of_opposite_pictures() -> None:

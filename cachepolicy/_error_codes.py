@@ -82,6 +82,7 @@ CODES: dict[str, str] = {
     "E212": "FLOPs that cannot be counted",
     "E213": "a pipeline that cannot be run",
     "E220": "an expectation that does not hold",
+    "E221": "expectations that take too much work",
     # E25x: a simulation.
     "E250": "a clock word that the run does not provide",
     "E251": "a mask of another length than the run",

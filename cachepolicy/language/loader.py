@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TypeGuard, cast
@@ -17,7 +18,7 @@ from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.source import prepare_source
+from cachepolicy.language.source import Source, prepare_source
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 
 SHIPPED = "<shipped>/"
@@ -281,7 +282,12 @@ def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagno
     if content is None or name is None:
         return replace(finding, source=name)
     shown = os.path.relpath(name) if _is_file_name(name) else name
-    return prepare_source(content, name if shown.startswith("..") else shown)[0].locate(finding)
+    return _prepared(content, name if shown.startswith("..") else shown).locate(finding)
+
+
+@lru_cache(maxsize=4)  # a file may have many findings
+def _prepared(content: bytes, name: str) -> Source:
+    return prepare_source(content, name)[0]
 
 
 def _text(name: str) -> bytes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -32,3 +32,33 @@ def searcher(regex: str) -> Callable[[str], bool]:
         reason = error.args[0]
         raise ValueError(reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)) from error
     return lambda name: compiled.search(name) is not None
+
+
+def search_all(regexes: Iterable[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Matches several patterns with several names, each name once with all patterns together.
+
+    Returns:
+        For each pattern the names that contain a match.
+
+    Raises:
+        ValueError: RE2 refuses a pattern; the message says why.
+    """
+    ordered = list(dict.fromkeys(regexes))
+    found: dict[str, set[str]] = {regex: set() for regex in ordered}
+    together = re2.Set.SearchSet(_OPTIONS)
+    # The empty pattern matches every name. A name without any match means that RE2 ran out of memory.
+    for regex in ("", *ordered):
+        try:
+            together.Add(regex)
+        except re2.error:
+            searcher(regex)  # raises the reason, which a set does not give
+            raise
+    together.Compile()
+    for name in names if ordered else ():
+        numbers = together.Match(name)
+        if not numbers:
+            return {regex: frozenset(filter(searcher(regex), names)) for regex in ordered}
+        for number in numbers:
+            if number > 0:
+                found[ordered[number - 1]].add(name)
+    return {regex: frozenset(matching) for regex, matching in found.items()}

@@ -11,65 +11,80 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
-from cachepolicy.planning._probes import measured, unmeasurable
+from cachepolicy.planning._probes import Probes
 from cachepolicy.planning.module_tree import Skeleton, ancestors
-from cachepolicy.planning.plan import BoundRule, Plan, ProbePlace, Site, label
-from cachepolicy.planning.selectors import Modules, select, why_nothing
+from cachepolicy.planning.plan import BoundRule, Plan, Site, label
+from cachepolicy.planning.selectors import Modules, Selection, why_nothing
 from cachepolicy.planning.unreachable_rules import shadowed
 
 RUN_CLOCK_WORDS = frozenset({"t", "steps", "progress", "sigma", "branch", "uncond_skipped"})
-"""The clock words that a run may not be able to tell."""
+"""The clock words that a run may not supply."""
 
 
 def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
-    """Find the sites of every rule in a model.
+    """Finds the sites of every rule in a model.
+
+    The work is distinct patterns times names for the selectors, and rules times groups of sites for the rest.
+
+    Args:
+        resolved: The policy with its params and the policies that it uses.
+        skeleton: The module tree of the model.
 
     Raises:
-        PolicyError: all that does not fit, at once: a rule that takes nothing (E200), blocks that the model has not
-            (E201, E202, E205, E206), spans that overlap (E203) or stand among other selectors (E204), a probe that
-            takes not exactly one site (E207) or that the rule may skip (E208), an action that another site is for
-            (E209).
+        PolicyError: All that does not fit, at once: a rule that takes nothing (E200), missing blocks (E201, E202, E205,
+            E206), spans that overlap (E203) or are among other selectors (E204), a probe that takes not exactly one
+            site (E207) or that the rule may skip (E208), an action for another site (E209).
     """
     findings = list[Diagnostic]()
-    taken = [_taken(resolved, number, skeleton, findings) for number in range(len(resolved.rules))]
-    sites = _sites({modules for each in taken for modules in each}, skeleton)
-    findings += _overlaps(resolved, sites, taken)
+    selection = Selection(skeleton, [*resolved.rules, *resolved.signals])
+    taken = [_taken(resolved, number, selection, findings) for number in range(len(resolved.rules))]
+    distinct = dict.fromkeys(modules for sites in {id(sites): sites for sites in taken}.values() for modules in sites)
+    findings += _overlaps(resolved, distinct, taken, skeleton)
     if not findings:
         findings += _misplaced(resolved, taken)
-    by_modules = {site.modules: site.index for site in sites}
-    rules = tuple(
-        BoundRule(number, rule, tuple(sorted(by_modules[modules] for modules in taken[number])))
-        for number, rule in enumerate(resolved.rules)
-    )
-    probes = dict[ir.Probe, ProbePlace]()
-    for each in rules:
-        if each.sites:
-            errors = measured(each.rule, resolved.signals, skeleton, probes)
-            findings += [_at(resolved, each.index, error) for error in errors]
+    probes = Probes(resolved.signals, selection)
+    for number, rule in enumerate(resolved.rules):
+        if taken[number]:
+            findings += [_at(resolved, number, finding) for finding in probes.locate(rule)]
     if not findings:
-        findings += _unmeasurable(resolved, rules, sites, probes, skeleton)
+        for number, rule in enumerate(resolved.rules):
+            findings += [_at(resolved, number, finding) for finding in probes.unmeasurable(rule, taken[number])]
     if findings:
         raise PolicyError(dict.fromkeys(findings))
-    plan = Plan(resolved.policy, resolved, skeleton, sites, rules, needs(rules, resolved.signals), probes)
+    sites = _sites(distinct, skeleton)
+    rules = tuple(_bound_rules(resolved, taken, sites))
+    plan = Plan(resolved.policy, resolved, skeleton, sites, rules, needs(rules, resolved.signals), probes.places)
     return replace(plan, warnings=tuple(_warnings(plan)))
 
 
-def _taken(resolved: Resolved, number: int, skeleton: Skeleton, findings: list[Diagnostic]) -> tuple[Modules, ...]:
+def _taken(resolved: Resolved, number: int, selection: Selection, findings: list[Diagnostic]) -> tuple[Modules, ...]:
     rule = resolved.rules[number]
     try:
-        taken = select(rule.selector, skeleton)
+        taken = selection.select(rule.selector)
     except PolicyError as error:
-        findings += [_at(resolved, number, each) for each in error.diagnostics if not _excused(rule, each)]
+        findings += [_at(resolved, number, finding) for finding in error.diagnostics if not _excused(rule, finding)]
         return ()
     if not taken and not rule.optional:
-        message = f"`{format_node(rule.selector)}` takes nothing in `{skeleton.name}`"
-        finding = Diagnostic("E200", message, span=rule.selector.span, help=why_nothing(rule.selector, skeleton))
+        message = f"`{format_node(rule.selector)}` takes nothing in `{selection.skeleton.name}`"
+        finding = Diagnostic("E200", message, span=rule.selector.span, help=why_nothing(rule.selector, selection))
         findings.append(_at(resolved, number, finding))
     return taken
 
 
+def _bound_rules(
+    resolved: Resolved, taken: Sequence[tuple[Modules, ...]], sites: Sequence[Site]
+) -> Iterator[BoundRule]:
+    """Yields the rules with the numbers of their sites; equal selectors share one tuple of numbers."""
+    by_modules = {site.modules: site.index for site in sites}
+    numbers = dict[int, tuple[int, ...]]()
+    for index, (rule, selected) in enumerate(zip(resolved.rules, taken, strict=True)):
+        if id(selected) not in numbers:
+            numbers[id(selected)] = tuple(sorted(by_modules[modules] for modules in selected))
+        yield BoundRule(index, rule, numbers[id(selected)])
+
+
 def _excused(rule: ir.Rule, finding: Diagnostic) -> bool:
-    """An `optional` rule may find no blocks."""
+    """Returns whether a finding is none for an `optional` rule, which may find no blocks."""
     return rule.optional and finding.code in {"E201", "E202", "E205"}
 
 
@@ -81,7 +96,7 @@ def _at(resolved: Resolved, number: int, finding: Diagnostic) -> Diagnostic:
 
 
 def _sites(taken: Iterable[Modules], skeleton: Skeleton) -> tuple[Site, ...]:
-    """Each set of modules as one site, in model order, the outer one first."""
+    """Returns each set of modules as one site, in model order, an outer site before those inside it."""
     position = skeleton.position
     ordered = sorted(taken, key=lambda modules: (position[modules[0]], -len(modules)))
     holders = dict[str, list[int]]()
@@ -104,19 +119,19 @@ def _sites(taken: Iterable[Modules], skeleton: Skeleton) -> tuple[Site, ...]:
 
 
 def _around(name: str, holders: Mapping[str, Sequence[int]]) -> Iterator[int]:
-    """The sites that hold a module or what it stands in."""
+    """Yields the sites that hold a module or one around it."""
     yield from holders.get(name, ())
     for outer in ancestors(name):
         yield from holders.get(outer, ())
 
 
 def _holds(outer: Modules, inner: Modules) -> bool:
-    """Of two sites around one module, whether the first holds the other: it is longer, or further up."""
+    """Returns whether the first of two sites around one module holds the other: it is longer, or further up."""
     return len(outer) > len(inner) or inner[0] not in outer
 
 
 def site_name(modules: Modules, skeleton: Skeleton) -> str:
-    """The site's name in reports: the module's own, `model` for the root, `list[a:b]` joined by `+` for a span."""
+    """Returns the name of a site in reports: a module, `model` for the root, or `list[a:b]` parts joined by `+`."""
     if len(modules) == 1:
         return modules[0] or "model"
     parts = dict[str, list[str]]()
@@ -130,52 +145,44 @@ def _slice(name: str, blocks: Sequence[str], skeleton: Skeleton) -> str:
     return f"{name}[{first}:{first + len(blocks)}]"
 
 
-def _overlaps(resolved: Resolved, sites: Sequence[Site], taken: Sequence[Sequence[Modules]]) -> Iterator[Diagnostic]:
-    """Spans that share a block though neither stands in the other."""
-    spans = [site for site in sites if len(site.modules) > 1]
-    for index, one in enumerate(spans):
-        for other in spans[index + 1 :]:
-            shared = set(one.modules) & set(other.modules)
-            if shared and shared != set(one.modules) and shared != set(other.modules):
-                message = f"`{one.name}` and `{other.name}` overlap, and neither stands inside the other"
-                help = "one decision and one history belong to a span; cut the spans so that they meet or nest"
-                rule = max(number for number, each in enumerate(taken) if one.modules in each or other.modules in each)
-                yield _at(
-                    resolved, rule, Diagnostic("E203", message, span=resolved.rules[rule].selector.span, help=help)
-                )
+def _overlaps(
+    resolved: Resolved, distinct: Iterable[Modules], taken: Sequence[Sequence[Modules]], skeleton: Skeleton
+) -> Iterator[Diagnostic]:
+    """Yields spans that share a block although neither is inside the other."""
+    holder = dict[str, Modules]()
+    # From the largest span on, all blocks of a span are in the same smallest span so far, or two spans cross.
+    for span in sorted((modules for modules in distinct if len(modules) > 1), key=len, reverse=True):
+        holders = dict.fromkeys(holder.get(name, ()) for name in span)
+        if len(holders) == 1:
+            holder.update(dict.fromkeys(span, span))
+            continue
+        other = next(modules for modules in holders if modules and not set(span) <= set(modules))
+        first, second = sorted((span, other), key=lambda modules: (skeleton.position[modules[0]], -len(modules)))
+        names = f"`{site_name(first, skeleton)}` and `{site_name(second, skeleton)}`"
+        message = f"{names} overlap, and neither stands inside the other"
+        help = "one decision and one history belong to a span; cut the spans so that they meet or nest"
+        rule = max(number for number, sites in enumerate(taken) if span in sites or other in sites)
+        finding = Diagnostic("E203", message, span=resolved.rules[rule].selector.span, help=help)
+        yield _at(resolved, rule, finding)
 
 
 def _misplaced(resolved: Resolved, taken: Sequence[Sequence[Modules]]) -> Iterator[Diagnostic]:
-    """Actions and clauses that fit the whole model only, or any site but that."""
+    """Yields actions that fit only the whole model, and clauses that fit any other site."""
     for number, rule in enumerate(resolved.rules):
-        on_model = [modules == ("",) for modules in taken[number]]
-        if isinstance(rule.action, ir.ApproximateUncond) and not all(on_model):
+        on_model = ("",) in taken[number]
+        if isinstance(rule.action, ir.ApproximateUncond) and any(modules != ("",) for modules in taken[number]):
             finding = Diagnostic("E209", "`approximate uncond` acts on `model` only", span=rule.action.span)
             yield _at(resolved, number, finding)
-        if any(on_model) and "uncond_skipped" in _read(rule, resolved.signals):
+        if on_model and "uncond_skipped" in _read(rule, resolved.signals):
             message = "a rule on `model` decides first, so it cannot read `uncond_skipped`"
             yield _at(resolved, number, Diagnostic("E209", message))
-
-
-def _unmeasurable(
-    resolved: Resolved,
-    rules: Sequence[BoundRule],
-    sites: Sequence[Site],
-    probes: Mapping[ir.Probe, ProbePlace],
-    skeleton: Skeleton,
-) -> Iterator[Diagnostic]:
-    for bound in rules:
-        found = unmeasurable(
-            bound.rule, [sites[index].modules for index in bound.sites], probes, resolved.signals, skeleton
-        )
-        yield from (_at(resolved, bound.index, each) for each in found)
 
 
 # --- what the rules read ---------------------------------------------------------------------------------
 
 
 def needs(rules: Sequence[BoundRule], signals: Sequence[ir.Signal]) -> frozenset[str]:
-    """The clock words that rules with sites read, of those that a run may not be able to tell."""
+    """Returns the clock words of `RUN_CLOCK_WORDS` that rules with sites read."""
     found = set[str]()
     for bound in rules:
         if bound.sites:
@@ -184,7 +191,7 @@ def needs(rules: Sequence[BoundRule], signals: Sequence[ir.Signal]) -> frozenset
 
 
 def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
-    """The names that a rule reads, through its signals too, with what its clauses imply."""
+    """Returns the names that a rule reads, also through signals and as implied by its clauses."""
     found = names_in(rule)
     nodes: list[ir.Node] = [rule]
     # Signals are in dependency order, so that those that read a signal come before it here.

@@ -1,4 +1,4 @@
-"""What can be judged of a policy without a model: names, types, what it uses, doubtful rules, expectations."""
+"""What can be found wrong or doubtful in a policy without a model, and its expectations."""
 
 from __future__ import annotations
 
@@ -19,34 +19,47 @@ from cachepolicy.language.traversal import walk
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.module_tree import Skeleton, ancestors, builtin
 from cachepolicy.planning.plan import BoundRule, Plan, label
-from cachepolicy.planning.selectors import Modules, select, why_nothing
-from cachepolicy.planning.simulation import Schedule, simulate
+from cachepolicy.planning.selectors import Modules, Selection, why_nothing
+from cachepolicy.planning.simulation import Schedule, rule_visits, simulate
 from cachepolicy.planning.unreachable_rules import interval, shadowed
+
+EXPECTATION_WORK = 10_000_000
+"""Rules that the expectations of a policy may visit: steps times rules times groups of sites. Takes about a minute."""
 
 
 def check(policy: str | os.PathLike[str] | ir.Policy) -> tuple[Diagnostic, ...]:
-    """Everything that is wrong or doubtful about a policy as it stands, with its default settings; never raises.
+    """Returns all that is wrong or doubtful in a policy with its default settings. Does not raise.
 
-    Errors come first from the text itself; only a sound text is followed into what it uses.
+    Errors of the text come first. The policies that it uses are looked at if the text has none.
+
+    Args:
+        policy: A file, the name of a shipped policy, or a policy.
     """
     try:
         loaded = load(policy)
     except PolicyError as error:
         return error.diagnostics
-    own = tuple(located(each, loaded, None) for each in check_names(loaded))
-    return own if any(each.severity == "error" for each in own) else (*own, *_whole(loaded))
+    own = tuple(located(finding, loaded, None) for finding in check_names(loaded))
+    return own if any(finding.severity == "error" for finding in own) else (*own, *_whole(loaded))
 
 
 def check_text(text: str | bytes, *, source: str = "<text>") -> tuple[Diagnostic, ...]:
-    """`check` for a text that need not be sound, as an editor holds it; `source` is its path, for what it uses."""
+    """Checks a text that an editor holds, which may have errors.
+
+    Args:
+        text: The text.
+        source: Its path, where the policies that it uses are looked for.
+    """
     policy, findings = recover(text, source=source)
-    if any(each.severity == "error" for each in findings):
+    if any(finding.severity == "error" for finding in findings):
         return findings
     path, held = Path(source).absolute(), prepare_source(text, source)[0]
     if is_file(path):
         policy = policy.model_copy(update={"source_name": str(path)})
-    # What is said of this text shows its lines, not those that its file has at present.
-    further = (held.locate(each) if Path(each.source or "").absolute() == path else each for each in _whole(policy))
+    # Findings about this text show its lines, not those of the file at present.
+    further = (
+        held.locate(finding) if Path(finding.source or "").absolute() == path else finding for finding in _whole(policy)
+    )
     return (*findings, *further)
 
 
@@ -61,18 +74,19 @@ def _whole(policy: ir.Policy) -> tuple[Diagnostic, ...]:
 def _doubts(resolved: Resolved) -> Iterator[Diagnostic]:
     for number, rule in enumerate(resolved.rules):
         source = resolved.sources[number].policy
-        yield from (located(each, source, rule.span) for each in _empty_intervals(rule))
+        yield from (located(finding, source, rule.span) for finding in _empty_intervals(rule))
+    # Without a model each distinct selector stands for one site.
     numbers = dict[ir.Selector, int]()
-    alike = [
+    rules = [
         BoundRule(number, rule, (numbers.setdefault(rule.selector, len(numbers)),))
         for number, rule in enumerate(resolved.rules)
     ]
-    for number, by in shadowed(alike):
+    for number, by in shadowed(rules):
         message = f"this rule never decides: `{label(resolved.rules[by[0]])}` comes first and takes the same"
         help = "the first rule whose `when` holds decides"
-        related = tuple(_earlier(resolved, each) for each in by)
-        found = Diagnostic("W510", message, severity="warning", help=help, related=related)
-        yield located(found, resolved.sources[number].policy, resolved.rules[number].span)
+        related = tuple(_earlier(resolved, rule) for rule in by)
+        finding = Diagnostic("W510", message, severity="warning", help=help, related=related)
+        yield located(finding, resolved.sources[number].policy, resolved.rules[number].span)
 
 
 def _earlier(resolved: Resolved, rule: int) -> Related:
@@ -84,13 +98,9 @@ def _earlier(resolved: Resolved, rule: int) -> Related:
 def _empty_intervals(rule: ir.Rule) -> Iterator[Diagnostic]:
     for node in walk(rule.when) if rule.when is not None else ():
         bounds = interval(node)
-        if bounds is not None and not _is_possible(*bounds[1:]):
+        if bounds is not None and bounds[1] >= bounds[2]:
             message = "this interval contains no number, so the rule never decides"
             yield Diagnostic("W512", message, severity="warning", span=node.span, help="the lower end comes first")
-
-
-def _is_possible(low: float, low_in: bool, high: float, high_in: bool) -> bool:
-    return low < high or (low == high and low_in and high_in)
 
 
 # --- expectations ----------------------------------------------------------------------------------------
@@ -98,7 +108,13 @@ def _is_possible(low: float, low_in: bool, high: float, high_in: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ExpectationOutcome:
-    """One `expect` and what came of it: the rows of the sites it selects, and what is wrong, if anything."""
+    """The outcome of one `expect`.
+
+    Attributes:
+        expect: The expectation.
+        rows: The rows of the sites that it selects, by module name.
+        findings: What is wrong, if anything.
+    """
 
     expect: ir.Expect
     rows: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -112,103 +128,148 @@ class ExpectationOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Expectations:
-    """The outcomes of a policy's `expect`s in order, and a warning for each of its rules that none of them reaches."""
+    """The outcomes of a policy's expectations in order, and a warning for each of its rules that none reaches."""
 
     outcomes: tuple[ExpectationOutcome, ...]
     uncovered: tuple[Diagnostic, ...]
 
     @property
     def hold(self) -> bool:
-        """True where every one holds, also where there is none."""
-        return all(each.holds for each in self.outcomes)
+        """True where all expectations hold, also where there are none."""
+        return all(outcome.holds for outcome in self.outcomes)
 
     @property
     def findings(self) -> tuple[Diagnostic, ...]:
-        """All that is wrong, then what is not covered."""
-        return (*(found for each in self.outcomes for found in each.findings), *self.uncovered)
+        """The findings of all expectations, then those about rules that none reaches."""
+        return (*(finding for outcome in self.outcomes for finding in outcome.findings), *self.uncovered)
 
 
 def run_expectations(policy: str | os.PathLike[str] | ir.Policy, skeleton: Skeleton | None = None) -> Expectations:
-    """Run every `expect` of the policy on a model's skeleton, or the built-in one.
+    """Runs every `expect` of a policy. A rule is reached where it owns a selected site at some step of one.
 
-    A rule counts as reached where it owns a selected site at some step of an expectation.
+    Args:
+        policy: A file, the name of a shipped policy, or a policy.
+        skeleton: The model; a generic transformer by default.
 
     Raises:
-        PolicyError: the policy cannot be loaded; what is wrong with an expectation is in its outcome.
+        PolicyError: The policy cannot be loaded. Errors of an expectation are in its outcome.
     """
-    loaded = load(policy)
-    model = builtin() if skeleton is None else skeleton
-    outcomes, reached = list[ExpectationOutcome](), set[int]()
-    for number, expect in enumerate(each for each in loaded.statements if isinstance(each, ir.Expect)):
-        outcome, covered = _run(loaded, number, expect, model)
-        outcomes.append(outcome)
-        reached |= covered
-    return Expectations(tuple(outcomes), tuple(_uncovered(loaded, reached)))
+    runner = _Runner(load(policy), builtin() if skeleton is None else skeleton)
+    expects = [statement for statement in runner.policy.statements if isinstance(statement, ir.Expect)]
+    outcomes = tuple(runner.run(number, expect) for number, expect in enumerate(expects))
+    return Expectations(outcomes, tuple(_uncovered(runner.policy, runner.reached)))
 
 
-def _run(policy: ir.Policy, number: int, expect: ir.Expect, skeleton: Skeleton) -> tuple[ExpectationOutcome, set[int]]:
-    try:
-        given = _given(policy, expect)
-        resolved = resolve(policy, given.params)
-        selector = resolved.expects[number].selector
-        plan = bind(resolved, skeleton)
-        taken = select(selector, skeleton)
-        if not taken:
-            help = why_nothing(selector, skeleton)
-            raise PolicyError.of("E200", f"the expectation selects nothing in `{skeleton.name}`", help=help)
-        schedule = simulate(
-            plan, steps=expect.steps, timesteps=given.timesteps, sigmas=given.sigmas, signals=given.signals
-        )
-    except PolicyError as error:
+@dataclass(slots=True)
+class _Runner:
+    """Runs expectations of one policy on one model; those with equal params share one plan.
+
+    Attributes:
+        reached: Numbers of the policy's own statements whose rules own a selected site at some step.
+        work: Number of rules that were visited.
+    """
+
+    policy: ir.Policy
+    skeleton: Skeleton
+    reached: set[int] = field(default_factory=set[int])
+    work: int = 0
+    _bound: dict[tuple[tuple[str, object], ...], tuple[Resolved, Plan, Selection]] = field(
+        default_factory=dict[tuple[tuple[str, object], ...], tuple[Resolved, Plan, Selection]]
+    )
+
+    def run(self, number: int, expect: ir.Expect) -> ExpectationOutcome:
+        """Runs one expectation."""
+        try:
+            settings = _settings(self.policy, expect)
+            resolved, plan, selection = self._plan(settings.params)
+            selector = resolved.expects[number].selector
+            taken = selection.select(selector)
+            if not taken:
+                help = why_nothing(selector, selection)
+                raise PolicyError.of("E200", f"the expectation selects nothing in `{self.skeleton.name}`", help=help)
+            self._count(plan, expect)
+            schedule = simulate(
+                plan,
+                steps=expect.steps,
+                timesteps=settings.timesteps,
+                sigmas=settings.sigmas,
+                signals=settings.signals,
+            )
+        except PolicyError as error:
+            findings = tuple(located(finding, self.policy, expect.span) for finding in error.diagnostics)
+            return ExpectationOutcome(expect, {}, findings)
+        rows = dict(zip((modules[0] or "model" for modules in taken), _rows(schedule, taken), strict=True))
+        wrong = [(modules, row) for modules, row in zip(taken, rows.values(), strict=True) if row != expect.row]
+        self._reach(schedule, taken)
         return ExpectationOutcome(
-            expect, {}, tuple(located(each, policy, expect.span) for each in error.diagnostics)
-        ), set()
-    rows = {modules[0] or "model": _row(plan, schedule, modules) for modules in taken}
-    wrong = [(modules, row) for modules, row in zip(taken, rows.values(), strict=True) if row != expect.row]
-    findings = (_difference(policy, expect, schedule, wrong, len(taken)),) if wrong else ()
-    return ExpectationOutcome(expect, rows, findings), _reached(policy, plan, schedule, taken)
+            expect, rows, (_difference(self.policy, expect, schedule, wrong, len(taken)),) if wrong else ()
+        )
+
+    def _plan(self, params: Mapping[str, ir.Expression]) -> tuple[Resolved, Plan, Selection]:
+        key = tuple(params.items())
+        if key not in self._bound:
+            resolved = resolve(self.policy, params)
+            selection = Selection(self.skeleton, [expect.selector for expect in resolved.expects])
+            self._bound[key] = resolved, bind(resolved, self.skeleton), selection
+        return self._bound[key]
+
+    def _count(self, plan: Plan, expect: ir.Expect) -> None:
+        self.work += rule_visits(plan, expect.steps)
+        if self.work > EXPECTATION_WORK:
+            message = f"the expectations visit {self.work} rules, and at most {EXPECTATION_WORK} are visited"
+            help = "a visit is a rule at a group of sites at a step: use fewer rules, steps or expectations"
+            raise PolicyError.of("E221", message, help=help)
+
+    def _reach(self, schedule: Schedule, taken: Sequence[Modules]) -> None:
+        wanted = {site.index for site in schedule.plan.sites if site.modules in set(taken)}
+        owners = {decisions[site].rule for _, decisions in schedule for site in wanted}
+        sources = [schedule.plan.resolved.sources[rule] for rule in owners if rule is not None]
+        self.reached |= {source.statement for source in sources if source.policy is self.policy}
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _Settings:
     """The settings of an expectation, by what they set."""
 
-    params: Mapping[str, object]
+    params: Mapping[str, ir.Expression]
     signals: Mapping[str, Sequence[float]]
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
 
 
-def _given(policy: ir.Policy, expect: ir.Expect) -> _Given:
-    params = {each.name for each in policy.statements if isinstance(each, ir.Param)}
-    values = {each.name: each.value for each in expect.settings}
-    series = {name: _series(name, value, expect.steps) for name, value in values.items() if name not in params}
-    clock = [series.pop("t", None), series.pop("sigma", None)]
-    return _Given({name: value for name, value in values.items() if name in params}, series, clock[0], clock[1])
+def _settings(policy: ir.Policy, expect: ir.Expect) -> _Settings:
+    names = {statement.name for statement in policy.statements if isinstance(statement, ir.Param)}
+    values = {setting.name: setting.value for setting in expect.settings}
+    series = {name: _series(name, value, expect.steps) for name, value in values.items() if name not in names}
+    timesteps, sigmas = series.pop("t", None), series.pop("sigma", None)
+    return _Settings({name: value for name, value in values.items() if name in names}, series, timesteps, sigmas)
 
 
 def _series(name: str, value: ir.Expression, steps: int) -> list[float]:
-    """A number for each step: one for all, or a list of as many as there are steps."""
+    """Returns a number for each step: one for all, or a list of as many as there are steps."""
     try:
         number = constant(value)
     except Undefined as error:
         raise PolicyError.of("E220", f"`{name}` takes constants: {error}") from error
     numbers = number if isinstance(number, tuple) else (number,) * steps
-    plain = [float(each) for each in numbers if isinstance(each, int | float) and not isinstance(each, bool)]
+    plain = [float(item) for item in numbers if isinstance(item, int | float) and not isinstance(item, bool)]
     if len(plain) != len(numbers) or len(plain) != steps:
         raise PolicyError.of("E220", f"`{name}` takes one number, or {steps}: one a step")
     return plain
 
 
-def _row(plan: Plan, schedule: Schedule, modules: Modules) -> str:
-    """The row of what the selector takes; what no rule takes computes, unless a site around it reuses."""
-    for site in plan.sites:
-        if site.modules == modules:
-            return schedule.rows[site.name]
-    holders = {modules[0], *ancestors(modules[0])}
-    around = [site.name for site in plan.sites if holders.intersection(site.modules)]
-    letters = zip(*(schedule.rows[name] for name in around), strict=True) if around else [()] * schedule.steps
-    return "".join("." if set(column) - {"C"} else "C" for column in letters)
+def _rows(schedule: Schedule, taken: Sequence[Modules]) -> Iterator[str]:
+    """Yields the row of each selected site. Modules that no rule takes compute, unless a site around them reuses."""
+    rows, sites = schedule.rows, schedule.plan.sites
+    own = {site.modules: rows[site.name] for site in sites}
+    holding = dict[str, list[str]]()
+    for site in sites:
+        for name in site.modules:
+            holding.setdefault(name, []).append(rows[site.name])
+    for modules in taken:
+        around = [row for name in (modules[0], *ancestors(modules[0])) for row in holding.get(name, ())]
+        letters = zip(*around, strict=True) if around else [()] * schedule.steps
+        yield own.get(modules) or "".join("." if set(column) - {"C"} else "C" for column in letters)
 
 
 def _difference(
@@ -217,14 +278,14 @@ def _difference(
     modules, row = wrong[0]
     name = modules[0] if len(modules) == 1 else f"the span from {modules[0]}"
     more = f", as do {len(wrong) - 1} more of {total} sites" if len(wrong) > 1 else ""
-    step = next(step for step, (is_, wanted) in enumerate(zip(row, expect.row, strict=True)) if is_ != wanted)
+    step = next(step for step, (actual, wanted) in enumerate(zip(row, expect.row, strict=True)) if actual != wanted)
     message = f"`{name or 'model'}` gives {' '.join(row)}{more}"
-    found = Diagnostic("E220", message, label=f"step {step} differs", help=_why(schedule, modules, step))
-    return located(found, policy, expect.span)
+    finding = Diagnostic("E220", message, label=f"step {step} differs", help=_why(schedule, modules, step))
+    return located(finding, policy, expect.span)
 
 
 def _why(schedule: Schedule, modules: Modules, step: int) -> str:
-    site = next((each for each in schedule.plan.sites if each.modules == modules), None)
+    site = next((site for site in schedule.plan.sites if site.modules == modules), None)
     if site is None:
         return f"at step {step}: no rule selects this itself"
     decision = schedule.decision(site.name, step)
@@ -235,21 +296,10 @@ def _why(schedule: Schedule, modules: Modules, step: int) -> str:
 _VERBS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}
 
 
-# --- coverage --------------------------------------------------------------------------------------------
-
-
-def _reached(policy: ir.Policy, plan: Plan, schedule: Schedule, taken: Sequence[Modules]) -> set[int]:
-    """The numbers of the policy's own statements whose rules own a selected site at some step."""
-    wanted = {site.index for site in plan.sites if site.modules in set(taken)}
-    owners = {decisions[site].rule for _, decisions in schedule for site in wanted}
-    sources = [plan.resolved.sources[rule] for rule in owners if rule is not None]
-    return {source.statement for source in sources if source.policy is policy}
-
-
 def _uncovered(policy: ir.Policy, reached: set[int]) -> Iterator[Diagnostic]:
     for number, statement in enumerate(policy.statements):
         if isinstance(statement, ir.Rule) and number not in reached:
             message = f"no expectation reaches `{label(statement)}`"
             help = "add an `expect` for its sites, with steps at which its `when` holds"
-            found = Diagnostic("W520", message, severity="warning", help=help)
-            yield located(found, policy, statement.span)
+            finding = Diagnostic("W520", message, severity="warning", help=help)
+            yield located(finding, policy, statement.span)

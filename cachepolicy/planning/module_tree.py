@@ -1,4 +1,4 @@
-"""The modules of a model as data: names, classes and kinds, and which lists hold its blocks. No torch."""
+"""The module tree of a model as data: names, classes, kinds and the lists that hold the blocks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
 
 MODULE_TREE_LIMIT = 64 * 2**20
-"""Bytes of a skeleton file; the largest of diffusers' models takes about 1 MiB."""
+"""Largest size of a file in bytes. The largest model of diffusers takes about 1 MiB."""
 
 ShortText = Annotated[str, Field(max_length=1000)]
 Kinds = Annotated[frozenset[Kind], PlainSerializer(sorted, list[str], "json")]
-"""Sorted in JSON, so that equal skeletons are equal texts."""
+"""Sorted in JSON, so that equal trees have equal texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module: its qualified name (the root's is ""), its class, what it is, whether it can be called.
+    """One module.
 
-    `is_list` marks a ModuleList; neither it nor any other container is `callable`.
+    Attributes:
+        name: Qualified name; the name of the root is "".
+        class_name: Name of its class.
+        kinds: Its kinds.
+        is_list: Whether it is a ModuleList.
+        callable: Whether it has a forward; containers have none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -40,16 +45,19 @@ class Module:
 
     @property
     def selectable(self) -> bool:
-        """True where a selector can take it."""
+        """True where selectors can take the module."""
         return self.callable and not self.is_list
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model as data: its modules in `named_modules` order, the root first, and the lists of its blocks.
+    """The module tree of a model as data.
 
-    `block_lists` names the ModuleLists directly under the root whose elements carry the hidden states, in the order
-    they run.
+    Attributes:
+        name: Name of the model in reports.
+        modules: The modules in `named_modules` order, the root first.
+        block_lists: Names of the ModuleLists directly under the root whose elements pass on the hidden states, in the
+            order they run.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -60,18 +68,24 @@ class Skeleton:
 
     @cached_property
     def position(self) -> Mapping[str, int]:
-        """Where each module stands in `modules`, by name."""
+        """The position of each module in `modules`, by name."""
         return {module.name: index for index, module in enumerate(self.modules)}
 
     @cached_property
     def elements(self) -> Mapping[str, tuple[str, ...]]:
-        """The elements of each ModuleList, in their numeric order."""
+        """The elements of each ModuleList in numeric order."""
         lists: dict[str, list[str]] = {module.name: [] for module in self.modules if module.is_list}
         for module in self.modules:
             list_name, _, last = module.name.rpartition(".")
             if list_name in lists and last.isdecimal():
                 lists[list_name].append(module.name)
-        return {name: tuple(sorted(each, key=_number)) for name, each in lists.items()}
+        return {name: tuple(sorted(elements, key=_number)) for name, elements in lists.items()}
+
+    @cached_property
+    def block_order(self) -> Mapping[str, int]:
+        """The order in which the blocks run, by name."""
+        blocks = [block for name in self.block_lists for block in self.elements[name]]
+        return {block: index for index, block in enumerate(blocks)}
 
     def __getitem__(self, name: str) -> Module:
         return self.modules[self.position[name]]
@@ -85,7 +99,7 @@ def _number(name: str) -> int:
 
 
 def ancestors(name: str) -> Iterator[str]:
-    """The names of the modules around `name`, the nearest first, the root ("") last."""
+    """Yields the names of the modules around `name`, the nearest first, the root ("") last."""
     while name:
         name = name.rpartition(".")[0]
         yield name
@@ -97,15 +111,15 @@ _FILE = TypeAdapter(Skeleton)
 
 
 def tree_to_json(skeleton: Skeleton) -> str:
-    """The skeleton as JSON text, which `tree_from_json` reads back."""
+    """Returns a module tree as JSON text, which `tree_from_json` reads."""
     return _FILE.dump_json(skeleton, indent=1).decode()
 
 
 def tree_from_json(text: str | bytes) -> Skeleton:
-    """The skeleton that a JSON text describes.
+    """Returns the module tree that a JSON text describes.
 
     Raises:
-        PolicyError: E210, the text is too large, no JSON, or no skeleton.
+        PolicyError: E210, the text is too large, no JSON, or no module tree.
     """
     if len(text) > MODULE_TREE_LIMIT:
         raise PolicyError.of("E210", f"a skeleton of {len(text)} bytes; at most {MODULE_TREE_LIMIT} are read")
@@ -126,7 +140,7 @@ def _lower(message: str) -> str:
 
 
 def fault(skeleton: Skeleton) -> str | None:
-    """What makes the modules no tree with a root, if anything."""
+    """Returns why the modules are no tree with a root, None where they are one."""
     if skeleton.modules[0].name != "":
         return 'the first module is the root, whose name is ""'
     seen = set[str]()
@@ -144,10 +158,10 @@ def fault(skeleton: Skeleton) -> str | None:
 
 
 def read_tree(path: str | os.PathLike[str]) -> Skeleton:
-    """The skeleton in a JSON file.
+    """Reads a module tree from a JSON file.
 
     Raises:
-        PolicyError: E210, the file cannot be read or holds no skeleton.
+        PolicyError: E210, the file cannot be read or holds no module tree.
     """
     try:
         if not Path(path).is_file():
@@ -159,18 +173,18 @@ def read_tree(path: str | os.PathLike[str]) -> Skeleton:
 
 
 def write_tree(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:
-    """Write the skeleton to a JSON file, which `read_tree` reads back."""
+    """Writes a module tree to a JSON file, which `read_tree` reads."""
     Path(path).write_text(tree_to_json(skeleton), encoding="utf-8")
 
 
-# --- skeletons without a model ---------------------------------------------------------------------------
+# --- module trees without a model ---------------------------------------------------------------------------
 
 
 def builtin() -> Skeleton:
-    """A generic diffusion transformer: what `plan`, `expect` and the examples run on where no model is given.
+    """Returns a generic diffusion transformer, used where `plan` or `expect` are given no model.
 
-    Eight blocks with self-attention, cross-attention and feed-forward, four temporal ones as Latte has them, four
-    single-stream ones as Flux has them.
+    It has eight blocks with self-attention, cross-attention and feed-forward, four temporal blocks as in Latte, and
+    four single-stream blocks as in Flux.
     """
     modules = [Module("", "Transformer", frozenset({"model"})), Module("patch_embed", "PatchEmbed")]
     modules += _block_list("transformer_blocks", 8, ("attn1", "attn2", "ff"))
@@ -211,13 +225,16 @@ def _guessed(name: str) -> frozenset[Kind]:
 
 
 def sites_skeleton(names: Sequence[str]) -> Skeleton:
-    """A skeleton around plain module names; kinds are guessed from the names.
+    """Returns a module tree with the given module names; kinds are guessed from the names.
 
-    A number after a dot makes what stands before it a list: the elements of a list directly under the root are blocks,
-    and the lists run in the order they are named.
+    A number after a dot makes the part before it a list. The elements of a list directly under the root are blocks, and
+    the lists run in the order of their first names.
+
+    Args:
+        names: Qualified module names.
 
     Raises:
-        PolicyError: E211, a name is empty, repeated, or no dotted name.
+        PolicyError: E211, a name is empty, too long, or no dotted name.
     """
     modules = {"": Module("", "Model", frozenset({"model"}))}
     for name in names:
@@ -241,7 +258,7 @@ def _grow(modules: dict[str, Module], parts: Sequence[str]) -> None:
 
 
 def _in_tree_order(modules: Mapping[str, Module]) -> Iterator[Module]:
-    """Parents before children, children in the order they were named, as `named_modules` gives them."""
+    """Yields parents before children, and children in the order of their names, as `named_modules` does."""
     children: dict[str, list[str]] = {name: [] for name in modules}
     for name in modules:
         if name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,6 +55,44 @@ class BoundRule:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleGroups:
+    """Sites in groups that are taken by the same rules.
+
+    Attributes:
+        group_of: Group number by site number.
+        rules: The rules of each group, in the order of the policy.
+        taken_by: The numbers of the groups that a rule takes, by rule number.
+    """
+
+    group_of: Mapping[int, int]
+    rules: tuple[tuple[BoundRule, ...], ...]
+    taken_by: Mapping[int, Sequence[int]]
+
+
+def group_rules(rules: Sequence[BoundRule]) -> RuleGroups:
+    """Groups the sites of rules.
+
+    Rules with equal selectors share the object `sites`, so the work is distinct selectors times sites plus rules times
+    groups.
+    """
+    distinct = {id(bound.sites): bound.sites for bound in rules}
+    takers = dict[int, list[int]]()
+    for key, sites in distinct.items():
+        for site in sites:
+            takers.setdefault(site, []).append(key)
+    numbers = dict[tuple[int, ...], int]()
+    group_of = {site: numbers.setdefault(tuple(keys), len(numbers)) for site, keys in takers.items()}
+    groups_of = {key: sorted({group_of[site] for site in sites}) for key, sites in distinct.items()}
+    grouped: list[list[BoundRule]] = [[] for _ in numbers]
+    for bound in rules:
+        for group in groups_of[id(bound.sites)]:
+            grouped[group].append(bound)
+    return RuleGroups(
+        group_of, tuple(map(tuple, grouped)), {bound.index: groups_of[id(bound.sites)] for bound in rules}
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ProbePlace:
     """The modules that a probe measures: its input before the first, its output after the last."""
 
@@ -86,16 +124,13 @@ class Plan:
     warnings: tuple[Diagnostic, ...] = ()
 
     @cached_property
-    def _rules_of(self) -> tuple[tuple[int, ...], ...]:
-        rules: list[list[int]] = [[] for _ in self.sites]
-        for bound in self.rules:
-            for site in bound.sites:
-                rules[site].append(bound.index)
-        return tuple(map(tuple, rules))
+    def groups(self) -> RuleGroups:
+        """The sites in groups with equal rules."""
+        return group_rules(self.rules)
 
     def rules_of(self, site: int) -> tuple[int, ...]:
         """Returns the numbers of the rules that take a site, in the order of the policy."""
-        return self._rules_of[site]
+        return tuple(bound.index for bound in self.groups.rules[self.groups.group_of[site]])
 
 
 def label(rule: ir.Rule, *, width: int = 60) -> str:

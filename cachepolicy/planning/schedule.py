@@ -379,13 +379,7 @@ class Program:
 
 def prepare(plan: Plan) -> Program:
     """Lay a plan out for `decide_all`."""
-    shared = dict[tuple[int, ...], tuple[BoundRule, ...]]()
-
-    def rules_of(site: int) -> tuple[BoundRule, ...]:
-        numbers = tuple(rule.index for rule in plan.rules if site in rule.sites)
-        return shared.setdefault(numbers, tuple(rule for rule in plan.rules if rule.index in numbers))
-
-    rules = [rules_of(site.index) for site in plan.sites]
+    rules = [plan.groups.rules[plan.groups.group_of[site.index]] for site in plan.sites]
     names = {signal.name for signal in plan.resolved.signals}
     measured = frozenset(
         bound.index

@@ -3,75 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import assert_never
 
 from cachepolicy.errors import Diagnostic, PolicyError, counted, nearest
 from cachepolicy.language import ir
-from cachepolicy.language.patterns import searcher
+from cachepolicy.language.patterns import search_all
+from cachepolicy.language.traversal import walk
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 
 Modules = tuple[str, ...]
-"""The names of the modules that one site covers, in the order they run: several for a span of blocks."""
+"""The names of the modules of one site, in the order they run: several for a span of blocks."""
 
 
 def select(selector: ir.Selector, skeleton: Skeleton) -> tuple[Modules, ...]:
-    """The sites that the selector takes, in model order: the outermost of its whole result, or one span of blocks.
-
-    Raises:
-        PolicyError: a position or slice of blocks that the model has not (E201, E202), a span among other selectors
-            (E204), a model or list without blocks (E205, E206).
-    """
-    if isinstance(selector, ir.Blocks) and not selector.each:
-        return (_blocks(selector, skeleton),)
-    taken = _members(selector, skeleton, _names(skeleton))
-    return tuple((name,) for name in sorted(outermost(taken), key=skeleton.position.__getitem__))
+    """Returns the sites that a selector takes, as `Selection.select`."""
+    return Selection(skeleton, [selector]).select(selector)
 
 
 def outermost(names: Iterable[str]) -> frozenset[str]:
-    """The names that stand inside no other of them."""
+    """Returns the names that are inside no other of them."""
     taken = frozenset(names)
     return frozenset(name for name in taken if not any(outer in taken for outer in ancestors(name)))
 
 
-def _members(selector: ir.Selector, skeleton: Skeleton, among: frozenset[str]) -> frozenset[str]:
-    """What a selector takes of `among`, which never holds the root; the root and blocks are given as they are."""
-    match selector:
-        case ir.Pattern():
-            matches = searcher(selector.regex)
-            return frozenset(name for name in among if matches(name))
-        case ir.OfClass():
-            matches = searcher(selector.regex)
-            return frozenset(name for name in among if matches(skeleton[name].class_name))
-        case ir.OfKind(of="model"):
-            return frozenset({""})
-        case ir.OfKind():
-            return frozenset(name for name in among if selector.of in skeleton[name].kinds)
-        case ir.AllOf():
-            # Each selector looks at what the ones before it have left: a kind spares the regexes most of a model.
-            taken: frozenset[str] | None = None
-            for each in selector.selectors:
-                left = among if taken is None else taken - {""}
-                members = _members(each, skeleton, left)
-                taken = members if taken is None else taken & members
-            return taken or frozenset()
-        case ir.AnyOf():
-            return frozenset[str]().union(*(_members(each, skeleton, among) for each in selector.selectors))
-        case ir.NoneOf():
-            return among - _members(selector.selector, skeleton, among)
-        case ir.Blocks():
-            if not selector.each:
-                help = "`each blocks` takes the blocks one by one"
-                raise _error("E204", "a span of blocks stands alone in a selector", selector, help)
-            return frozenset(_blocks(selector, skeleton))
-        case ir.PatternParam():
-            raise _error("E164", f"the parameter `{selector.name}` has no value here", selector)
-        case _:
-            assert_never(selector)
+class Selection:
+    """Evaluates selectors on one module tree. All patterns are matched at once, with each name one time.
 
+    Args:
+        skeleton: The module tree.
+        sources: Rules, signals or selectors that hold all selectors that will be asked for.
+    """
 
-def _names(skeleton: Skeleton) -> frozenset[str]:
-    """Every module that can be a site, but the root: only the kind `model` takes that."""
-    return frozenset(module.name for module in skeleton.modules[1:] if module.selectable)
+    def __init__(self, skeleton: Skeleton, sources: Iterable[ir.Node]) -> None:
+        self.skeleton = skeleton
+        nodes = [node for source in sources for node in walk(source)]
+        patterns = [node.regex for node in nodes if isinstance(node, ir.Pattern)]
+        patterns += [node.of for node in nodes if isinstance(node, ir.Blocks) and node.of is not None]
+        self._by_name = search_all(patterns, [module.name for module in skeleton.modules])
+        classes = [node.regex for node in nodes if isinstance(node, ir.OfClass)]
+        self._by_class = search_all(classes, list({module.class_name for module in skeleton.modules}))
+        self._selected: dict[ir.Selector, tuple[Modules, ...]] = {}
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Modules that can be a site, without the root, which only the kind `model` takes."""
+        return frozenset(module.name for module in self.skeleton.modules[1:] if module.selectable)
+
+    @cached_property
+    def _kinds(self) -> dict[str, frozenset[str]]:
+        kinds: dict[str, set[str]] = {}
+        for module in self.skeleton.modules[1:]:
+            for kind in module.kinds if module.selectable else ():
+                kinds.setdefault(kind, set()).add(module.name)
+        return {kind: frozenset(names) for kind, names in kinds.items()}
+
+    def select(self, selector: ir.Selector) -> tuple[Modules, ...]:
+        """Returns the sites that a selector takes, in model order.
+
+        These are the outermost modules of its whole result, or one span of blocks. Equal selectors give the same tuple.
+
+        Raises:
+            PolicyError: The model has no such block or slice (E201, E202), a span is among other selectors (E204), the
+                model or list has no blocks (E205, E206).
+        """
+        if selector not in self._selected:
+            if isinstance(selector, ir.Blocks) and not selector.each:
+                self._selected[selector] = (_blocks(selector, self),)
+            else:
+                taken = sorted(outermost(self.members(selector)), key=self.skeleton.position.__getitem__)
+                self._selected[selector] = tuple((name,) for name in taken)
+        return self._selected[selector]
+
+    def members(self, selector: ir.Selector) -> frozenset[str]:
+        """Returns all modules that a selector takes, also modules inside others."""
+        match selector:
+            case ir.Pattern():
+                return self._by_name[selector.regex] & self.names
+            case ir.OfClass():
+                classes = self._by_class[selector.regex]
+                return frozenset(name for name in self.names if self.skeleton[name].class_name in classes)
+            case ir.OfKind(of="model"):
+                return frozenset({""})
+            case ir.OfKind():
+                return self._kinds.get(selector.of, frozenset())
+            case ir.AllOf():
+                first, *others = map(self.members, selector.selectors)
+                return first.intersection(*others)
+            case ir.AnyOf():
+                return frozenset[str]().union(*map(self.members, selector.selectors))
+            case ir.NoneOf():
+                return self.names - self.members(selector.selector)
+            case ir.Blocks():
+                if not selector.each:
+                    help = "`each blocks` takes the blocks one by one"
+                    raise _error("E204", "a span of blocks stands alone in a selector", selector, help)
+                return frozenset(_blocks(selector, self))
+            case ir.PatternParam():
+                raise _error("E164", f"the parameter `{selector.name}` has no value here", selector)
+            case _:
+                assert_never(selector)
+
+    def lists(self, regex: str) -> frozenset[str]:
+        """Returns the outermost ModuleLists whose names match a pattern."""
+        return outermost(name for name in self._by_name[regex] if self.skeleton[name].is_list)
 
 
 def _error(code: str, message: str, node: ir.Node, help: str | None = None) -> PolicyError:
@@ -81,8 +116,9 @@ def _error(code: str, message: str, node: ir.Node, help: str | None = None) -> P
 # --- blocks ----------------------------------------------------------------------------------------------
 
 
-def _blocks(node: ir.Blocks, skeleton: Skeleton) -> Modules:
-    every = tuple(block for name in _lists(node, skeleton) for block in skeleton.elements[name])
+def _blocks(node: ir.Blocks, selection: Selection) -> Modules:
+    skeleton = selection.skeleton
+    every = tuple(block for name in _lists(node, selection) for block in skeleton.elements[name])
     for block in every:
         if not skeleton[block].selectable:
             raise _error("E206", f"`{block}` is no block that can be called", node)
@@ -109,13 +145,12 @@ def _position(position: ir.Expression) -> int:
     return int(position.value)
 
 
-def _lists(node: ir.Blocks, skeleton: Skeleton) -> tuple[str, ...]:
-    """The lists that `of` names, in model order, else the model's own."""
+def _lists(node: ir.Blocks, selection: Selection) -> tuple[str, ...]:
+    """Returns the lists that `of` names, in model order, or the block lists of the model."""
+    skeleton = selection.skeleton
     if node.of is None:
         return skeleton.block_lists
-    matches = searcher(node.of)
-    named = outermost(module.name for module in skeleton.modules if module.is_list and matches(module.name))
-    lists = tuple(sorted(named, key=skeleton.position.__getitem__))
+    lists = tuple(sorted(selection.lists(node.of), key=skeleton.position.__getitem__))
     if not lists:
         every = [module.name for module in skeleton.modules if module.is_list]
         outer = sorted(outermost(every), key=skeleton.position.__getitem__)
@@ -132,11 +167,12 @@ def _lists(node: ir.Blocks, skeleton: Skeleton) -> tuple[str, ...]:
 # --- why nothing matches ---------------------------------------------------------------------------------
 
 
-def why_nothing(selector: ir.Selector, skeleton: Skeleton) -> str | None:
-    """A help sentence for a selector that takes nothing: near names, or which part of it takes nothing."""
+def why_nothing(selector: ir.Selector, selection: Selection) -> str | None:
+    """Returns a help sentence for a selector that takes nothing: near names, or the part of it that takes nothing."""
+    skeleton = selection.skeleton
     names = [module.name for module in skeleton.modules[1:]]
     for part in _wanted(selector):
-        if not isinstance(part, ir.Pattern | ir.OfKind | ir.OfClass) or _members(part, skeleton, _names(skeleton)):
+        if not isinstance(part, ir.Pattern | ir.OfKind | ir.OfClass) or selection.members(part):
             continue
         match part:
             case ir.Pattern():
@@ -147,13 +183,13 @@ def why_nothing(selector: ir.Selector, skeleton: Skeleton) -> str | None:
                 found = f"the model has no `{part.of}`; {_few('its kinds are', _kinds(skeleton))}"
         return found or _few("its parts are", _roots(skeleton))
     if isinstance(selector, ir.AllOf):
-        *counts, last = (len(_members(part, skeleton, _names(skeleton))) for part in selector.selectors)
+        *counts, last = (len(selection.members(part)) for part in selector.selectors)
         return f"its parts take {', '.join(map(str, counts))} and {counted(last, 'module')}, none of them in common"
     return None
 
 
 def _wanted(selector: ir.Selector) -> Iterator[ir.Selector]:
-    """The parts that must take something, not those that `not` excludes."""
+    """Yields the parts that must take something, without those that `not` excludes."""
     match selector:
         case ir.AllOf() | ir.AnyOf():
             for part in selector.selectors:
@@ -165,7 +201,7 @@ def _wanted(selector: ir.Selector) -> Iterator[ir.Selector]:
 
 
 def near_name(regex: str, names: Iterable[str]) -> str | None:
-    """`did you mean ...?` for the first word of a regex that no name has, segment by segment of the names."""
+    """Returns `did you mean ...?` for the first word of a regex that is in no segment of a name."""
     segments = sorted({segment for name in names for segment in name.split(".") if not segment.isdecimal()})
     lowered = {segment.lower(): segment for segment in segments}
     for word in _words(regex):
@@ -178,7 +214,7 @@ def near_name(regex: str, names: Iterable[str]) -> str | None:
 
 
 def _words(regex: str) -> list[str]:
-    """The words of a regex that could be meant as names: its letters, without escapes."""
+    """Returns the words of a regex that may be meant as names: its letters, without escapes."""
     words, word = list[str](), ""
     escaped = False
     for letter in regex + " ":
@@ -188,7 +224,7 @@ def _words(regex: str) -> list[str]:
             words.append(word)
             word = ""
         escaped = letter == "\\" and not escaped
-    return [each for each in words if len(each) > 1 and not each.isdecimal()]
+    return [word for word in words if len(word) > 1 and not word.isdecimal()]
 
 
 def _kinds(skeleton: Skeleton) -> list[str]:
@@ -199,6 +235,6 @@ def _roots(skeleton: Skeleton) -> list[str]:
     return [module.name for module in skeleton.modules[1:] if "." not in module.name]
 
 
-def _few(what: str, names: list[str]) -> str:
+def _few(start: str, names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:8])
-    return f"{what} {shown}" + (", ..." if len(names) > 8 else "")
+    return f"{start} {shown}" + (", ..." if len(names) > 8 else "")

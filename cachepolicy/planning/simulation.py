@@ -1,4 +1,4 @@
-"""A whole trajectory decided ahead, without a model: the schedule of a policy, and the reasons in it."""
+"""Simulates a trajectory without a model: the schedule of a policy with its reasons."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ Facts = Mapping[tuple[str, int, str], str]
 MeasuredNumbers = Mapping[tuple[int, str], Mapping[int, Mapping[str, float]]]
 """The numbers of signals by name, for each site number, by step and branch."""
 
+STEPS_LIMIT = 100_000
+"""Most steps of a schedule."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -42,20 +45,18 @@ class Schedule:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The branches, in the order they run within a step."""
+        """The branches in the order they run within a step."""
         return tuple(dict.fromkeys(tick.branch for tick in self.ticks))
 
     @property
     def steps(self) -> int:
-        """How many steps were simulated."""
+        """Number of simulated steps."""
         return len({tick.step for tick in self.ticks})
 
     def rows_of(self, branch: str) -> dict[str, str]:
-        """One letter a step for each site: `C` computes, `R` reuses, `.` is hidden in a site that reuses."""
-        rows = dict[str, str]()
-        for site in self.plan.sites:
-            rows[site.name] = "".join(self.decisions[branch, step][site.index].letter for step in range(self.steps))
-        return rows
+        """Returns one letter a step for each site: `C` computes, `R` reuses, `.` is hidden in a site that reuses."""
+        calls = [self.decisions[branch, step] for step in range(self.steps)]
+        return {site.name: "".join(decisions[site.index].letter for decisions in calls) for site in self.plan.sites}
 
     @property
     def rows(self) -> dict[str, str]:
@@ -63,29 +64,33 @@ class Schedule:
         return self.rows_of(self.branches[0])
 
     def decision(self, site: str, step: int, branch: str | None = None) -> Decision:
-        """What happens to `site` at `step`, by which rule and why.
+        """Returns what happens to a site at a step, by which rule and why.
+
+        Args:
+            site: Name of the site.
+            step: Number of the step.
+            branch: Name of the branch; the first by default.
 
         Raises:
-            PolicyError: no such site or step.
+            PolicyError: There is no such site (E252) or step (E253).
         """
-        where = self.branches[0] if branch is None else branch
-        for each in self.plan.sites:
-            if each.name == site and (where, step) in self.decisions:
-                return self.decisions[where, step][each.index]
-        names = [each.name for each in self.plan.sites]
+        call = self.branches[0] if branch is None else branch, step
+        names = [site.name for site in self.plan.sites]
+        if site in names and call in self.decisions:
+            return self.decisions[call][names.index(site)]
         if site in names:
             raise PolicyError.of("E253", f"no step {step} in a schedule of {counted(self.steps, 'step')}")
         raise PolicyError.of("E252", f"no rule selects a site `{site}`", help=suggestion(site, names))
 
     def _repr_html_(self) -> str:
-        skipped = sum(not each.computes for decisions in self.decisions.values() for each in decisions)
+        skipped = sum(not decision.computes for decisions in self.decisions.values() for decision in decisions)
         calls = sum(map(len, self.decisions.values()))
         size = f"{counted(self.steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
         summary = f"{size}: {skipped} of {counted(calls, 'site call')} skipped"
         return notebook_html({branch: self.rows_of(branch) for branch in self.branches}, summary)
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
-        """The calls in the order they run, each with its decisions by site number."""
+        """Yields the calls in the order they run, with their decisions by site number."""
         for tick in self.ticks:
             yield tick, self.decisions[tick.branch, tick.step]
 
@@ -103,17 +108,22 @@ def simulate(
     facts: Facts | None = None,
     **settings: Any,
 ) -> Schedule:
-    """The schedule of a policy over `steps` steps, by the same decision function that the engine asks.
+    """Simulates a policy by the decision function that the engine uses.
 
-    `timesteps` are in training units (default: evenly from 999 to 0). Sites come from a model's `skeleton`, from plain
-    `sites` names, or from the built-in skeleton. `signals` gives the numbers of signals and externals by name: one
-    number,
-    one a step, or those by branch. `facts` names what only a run can know, by (site, step, branch). Other keywords
-    set the
-    policy's params.
+    Args:
+        policy: A file, the name of a shipped policy, a policy, or a plan.
+        steps: Number of steps, 1 to `STEPS_LIMIT`.
+        timesteps: Timestep of each step in training units, 0 to 1000. They fall evenly from 999 to 0 by default.
+        sigmas: Sigma of each step.
+        sites: Module names of a model, instead of a module tree.
+        skeleton: Module tree of a model. A generic transformer by default.
+        signals: Numbers of signals and externals by name: one number, one for each step, or those by branch.
+        branches: Names of the calls of a step, in the order they run.
+        facts: What only a run can know, by (site, step, branch). A fact turns a reuse into a compute.
+        settings: Values of the policy's params.
 
     Raises:
-        PolicyError: the policy, a setting, or an argument does not fit.
+        PolicyError: The policy, a setting or an argument does not fit.
     """
     bound = policy if isinstance(policy, Plan) else plan(policy, skeleton=skeleton, sites=sites, **settings)
     bound = _with_numbers(bound, frozenset(signals or ()))
@@ -136,10 +146,16 @@ def plan(
     sites: Sequence[str] | None = None,
     **settings: Any,
 ) -> Plan:
-    """Bind a policy to the sites of a model that is known by its skeleton or by its site names.
+    """Binds a policy to a model.
+
+    Args:
+        policy: A file, the name of a shipped policy, or a policy.
+        skeleton: Module tree of the model. A generic transformer by default.
+        sites: Module names of the model, instead of a module tree.
+        settings: Values of the policy's params.
 
     Raises:
-        PolicyError: the policy or a setting is wrong, or a rule selects nothing.
+        PolicyError: The policy or a setting is wrong, or a rule selects nothing.
     """
     if skeleton is None:
         skeleton = sites_skeleton(sites) if sites is not None else builtin()
@@ -149,11 +165,20 @@ def plan(
 def replay(
     bound: Plan, ticks: Sequence[Tick], *, signals: MeasuredNumbers | None = None, facts: Facts | None = None
 ) -> Schedule:
-    """The schedule of a plan over any clock, such as that of a run's trace: a branch may miss steps.
+    """Simulates a plan on any clock, such as that of a recorded run, where a branch may miss steps.
 
-    `signals` and `facts` are what a run measured and found, in the form in which its trajectories give them.
+    Args:
+        bound: The plan.
+        ticks: The calls, in the order they run.
+        signals: Measured numbers, as `Trajectory.signals` has them.
+        facts: What only the run could know, as `Trajectory.facts` has it.
     """
     return Schedule(bound, tuple(ticks), _run(bound, ticks, {}, facts or {}, signals))
+
+
+def rule_visits(bound: Plan, steps: int) -> int:
+    """Returns the number of rules that a simulation of `steps` calls visits, over all groups of sites."""
+    return steps * sum(len(group.rules) for group in prepare(bound).coarse.groups)
 
 
 def _run(
@@ -196,13 +221,13 @@ def _run(
 def _ticks(
     steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, branches: Sequence[str]
 ) -> list[Tick]:
-    if isinstance(steps, bool) or steps < 1:
-        raise PolicyError.of("E254", f"`steps` is {steps}, and a schedule has at least one step")
+    if isinstance(steps, bool) or not 1 <= steps <= STEPS_LIMIT:
+        raise PolicyError.of("E254", f"`steps` is {steps}, and a schedule has 1 to {STEPS_LIMIT} steps")
     if timesteps is None:
         timesteps = evenly(steps)
-    for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if given is not None and len(given) != steps:
-            raise PolicyError.of("E254", f"{len(given)} {name} for {counted(steps, 'step')}", help="one a step")
+    for name, numbers in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if numbers is not None and len(numbers) != steps:
+            raise PolicyError.of("E254", f"{len(numbers)} {name} for {counted(steps, 'step')}", help="one a step")
     return [
         Tick(step, float(timesteps[step]), steps, None if sigmas is None else float(sigmas[step]), branch)
         for step in range(steps)
@@ -211,18 +236,17 @@ def _ticks(
 
 
 def evenly(steps: int) -> list[float]:
-    """Timesteps that fall evenly from 999 to 0, the clock where nobody gives one."""
+    """Returns timesteps that fall evenly from 999 to 0, the default clock."""
     return [999.0 * (steps - 1 - step) / (steps - 1) if steps > 1 else 999.0 for step in range(steps)]
 
 
 def _by_branch(name: str, value: SignalValues, steps: int, branches: Sequence[str]) -> Mapping[str, Sequence[float]]:
     if isinstance(value, Mapping):
-        return {branch: _a_step(name, value.get(branch, ()), steps) for branch in branches}
-    series = _a_step(name, value, steps)
-    return dict.fromkeys(branches, series)
+        return {branch: _by_step(name, value.get(branch, ()), steps) for branch in branches}
+    return dict.fromkeys(branches, _by_step(name, value, steps))
 
 
-def _a_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[float]:
+def _by_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[float]:
     if isinstance(value, int | float):
         return [float(value)] * steps
     if len(value) != steps:
@@ -231,40 +255,42 @@ def _a_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[f
             f"{counted(len(value), 'value')} of `{name}` for {counted(steps, 'step')}",
             help="one a step, or one number",
         )
-    return [float(each) for each in value]
+    return [float(number) for number in value]
 
 
 def _with_numbers(bound: Plan, given: frozenset[str]) -> Plan:
-    """The plan with signals that follow from the given numbers written out; the rest must be given.
+    """Returns the plan with signals that follow from given numbers substituted.
 
     Raises:
-        PolicyError: a clause reads a signal that is neither given nor computable, or a given name is unknown.
+        PolicyError: A clause reads a signal that is neither given nor computable, or a given name is unknown.
     """
     signals = {signal.name: signal.value for signal in bound.resolved.signals}
     unknown = [name for name in given if name not in signals and name not in bound.resolved.externals]
     if unknown:
         known = [*signals, *bound.resolved.externals]
         raise PolicyError.of("E256", f"the policy has no signal `{unknown[0]}`", help=suggestion(unknown[0], known))
-    written = dict[str, ir.Expression]()
+    values = dict[str, ir.Expression]()
     for name, value in signals.items():
         if name not in given:
-            written[name] = substitute(value, written)
+            values[name] = substitute(value, values)
     rules = list[BoundRule]()
     for rule in bound.rules:
         condition = rule.rule.condition
-        if condition is not None:
-            condition = substitute(condition, {name: value for name, value in written.items() if name not in given})
-            _require_numbers(rule.rule.condition, condition, signals)
-        rules.append(replace(rule, rule=rule.rule.model_copy(update={"condition": condition})))
+        if condition is None or not values:
+            rules.append(rule)
+            continue
+        substituted = substitute(condition, values)
+        _require_numbers(condition, substituted, signals)
+        rules.append(replace(rule, rule=rule.rule.model_copy(update={"condition": substituted})))
     return replace(bound, rules=tuple(rules))
 
 
 def _require_numbers(
-    written: ir.Expression | None, condition: ir.Expression, signals: Mapping[str, ir.Expression]
+    condition: ir.Expression, substituted: ir.Expression, signals: Mapping[str, ir.Expression]
 ) -> None:
-    if not any(isinstance(node, ir.Probe) for node in walk(condition)):
+    if not any(isinstance(node, ir.Probe) for node in walk(substituted)):
         return
-    read = sorted(name for name in names_in(written or condition) if name in signals)
+    read = sorted(name for name in names_in(condition) if name in signals)
     first = read[0] if read else next(iter(signals))
     raise PolicyError.of(
         "E257",

@@ -1,65 +1,144 @@
-"""Rules that can never own a site, because earlier ones take it whenever they would."""
+"""Rules that can never own a site, because earlier rules take it whenever they would."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from cachepolicy.language import ir
-from cachepolicy.planning.plan import BoundRule
+from cachepolicy.planning.plan import BoundRule, group_rules
+
+COMPARED = 100
+"""Earlier `when` clauses of several parts that one rule is compared with. Single parts are found by a search."""
+
+End = tuple[float, int]
+"""An end of an interval, so that ends compare: (0, 0) is a closed lower or an open upper end, (0, 1) the other."""
 
 
 def shadowed(rules: Sequence[BoundRule]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The numbers of rules that never decide, each with those of the earlier rules that decide in its place."""
-    for number, bound in enumerate(rules):
-        wanted = _parts(bound.rule.when)
-        left, by = set(bound.sites), list[int]()
-        for earlier in rules[:number]:
-            covered = left.intersection(earlier.sites)
-            if covered and all(_follows(part, wanted) for part in _parts(earlier.rule.when)):
-                by.append(earlier.index)
-                left -= covered
-        if bound.sites and not left:
-            yield bound.index, tuple(by)
+    """Yields the number of each rule that never decides, and the numbers of the earlier rules that do in its place.
+
+    The work is one visit for each rule and group of sites with equal rules. Clauses are compared as far as equal texts
+    and intervals of constants tell, and with `COMPARED` earlier clauses of several parts.
+    """
+    groups = group_rules(rules)
+    earlier = [_Earlier() for _ in groups.rules]
+    for bound in rules:
+        clause = _Clause.of(bound.rule.when)
+        by = [earlier[group].visit(clause, bound.index) for group in groups.taken_by[bound.index]]
+        if by and None not in by:
+            yield bound.index, tuple(sorted({rule for rule in by if rule is not None}))
 
 
-def _parts(when: ir.Expression | None) -> tuple[ir.Expression, ...]:
-    """What must all hold for a `when` to hold."""
+@dataclass(slots=True)
+class _Clause:
+    """What must hold for a `when` to hold: intervals of values, and other expressions."""
+
+    others: set[ir.Expression] = field(default_factory=set[ir.Expression])
+    intervals: dict[ir.Expression, tuple[End, End]] = field(default_factory=dict[ir.Expression, tuple[End, End]])
+
+    @classmethod
+    def of(cls, when: ir.Expression | None) -> _Clause:
+        clause = cls()
+        for part in _parts(when):
+            bounds = interval(part)
+            if bounds is None:
+                clause.others.add(part)
+            else:
+                value, low, high = bounds
+                before = clause.intervals.get(value, (low, high))
+                clause.intervals[value] = max(low, before[0]), min(high, before[1])
+        return clause
+
+    def follows_from(self, other: _Clause) -> bool:
+        """Returns whether this clause holds whenever `other` holds."""
+        return self.others <= other.others and all(
+            value in other.intervals and low <= other.intervals[value][0] and other.intervals[value][1] <= high
+            for value, (low, high) in self.intervals.items()
+        )
+
+
+@dataclass(slots=True)
+class _Earlier:
+    """The clauses of the earlier rules of one group of sites, with the numbers of the rules."""
+
+    always: int | None = None
+    others: dict[ir.Expression, int] = field(default_factory=dict[ir.Expression, int])
+    intervals: dict[ir.Expression, list[tuple[End, End, int]]] = field(
+        default_factory=dict[ir.Expression, list[tuple[End, End, int]]]
+    )
+    """For each value intervals of which none is inside another, so that both ends ascend."""
+    compound: list[tuple[_Clause, int]] = field(default_factory=list[tuple[_Clause, int]])
+
+    def visit(self, clause: _Clause, rule: int) -> int | None:
+        """Returns an earlier rule that decides in place of this one. Without one the rule is added."""
+        found = self._decider(clause)
+        if found is None:
+            self._add(clause, rule)
+        return found
+
+    def _decider(self, clause: _Clause) -> int | None:
+        if self.always is not None:
+            return self.always
+        for part in clause.others:
+            if part in self.others:
+                return self.others[part]
+        for value, (low, high) in clause.intervals.items():
+            known = self.intervals.get(value, [])
+            position = bisect_right(known, low, key=lambda entry: entry[0]) - 1
+            if position >= 0 and known[position][1] >= high:
+                return known[position][2]
+        return next((rule for earlier, rule in self.compound if earlier.follows_from(clause)), None)
+
+    def _add(self, clause: _Clause, rule: int) -> None:
+        match [*clause.others], [*clause.intervals.items()]:
+            case [], []:
+                self.always = rule
+            case [part], []:
+                self.others[part] = rule
+            case [], [(value, (low, high))]:
+                known = self.intervals.setdefault(value, [])
+                start = bisect_left(known, low, key=lambda entry: entry[0])
+                end = bisect_right(known, high, key=lambda entry: entry[1])
+                known[start : max(start, end)] = [(low, high, rule)]
+            case _ if len(self.compound) < COMPARED:
+                self.compound.append((clause, rule))
+            case _:
+                pass
+
+
+def _parts(when: ir.Expression | None) -> Iterator[ir.Expression]:
+    """Yields the operands that must all hold for a `when` to hold."""
     match when:
         case None | ir.Boolean(value=True):
-            return ()
+            pass
         case ir.Both():
-            return tuple(part for operand in when.operands for part in _parts(operand))
+            for operand in when.operands:
+                yield from _parts(operand)
         case _:
-            return (when,)
+            yield when
 
 
-def _follows(part: ir.Expression, given: Sequence[ir.Expression]) -> bool:
-    """True where `part` holds whenever all of `given` hold, as far as equal texts and intervals tell."""
-    if part in given:
-        return True
-    outer = interval(part)
-    return outer is not None and any(
-        inner is not None and inner[0] == outer[0] and _inside(inner, outer) for inner in map(interval, given)
-    )
+def interval(part: ir.Node) -> tuple[ir.Expression, End, End] | None:
+    """Returns what a comparison or a membership bounds by constants, with the lower and the upper end.
 
-
-Bounds = tuple[ir.Expression, float, bool, float, bool]
-"""What is bounded, its lower end and whether that is in, its upper end and whether that is in."""
-
-
-def interval(part: ir.Node) -> Bounds | None:
-    """What a comparison with constants, or a membership in a constant interval, bounds."""
+    The interval is empty where the lower end is not below the upper one.
+    """
     match part:
-        case ir.Membership(container=ir.Interval(low=ir.Number() as low, high=ir.Number() as high) as interval):
-            return part.value, low.value, interval.low_closed, high.value, interval.high_closed
+        case ir.Membership(container=ir.Interval(low=ir.Number() as low, high=ir.Number() as high) as container):
+            return part.value, (low.value, int(not container.low_closed)), (high.value, int(container.high_closed))
         case ir.Comparison(operands=(ir.Number(value=first), value, ir.Number(value=last)), operators=(left, right)):
             if {left, right} <= {"<", "<="}:
-                return value, first, left == "<=", last, right == "<="
-            return (value, last, right == ">=", first, left == ">=") if {left, right} <= {">", ">="} else None
-        case ir.Comparison(operands=(value, ir.Number() as end), operators=(operator,)):
-            return _half(value, operator, end.value)
-        case ir.Comparison(operands=(ir.Number() as end, value), operators=(operator,)):
-            return _half(value, _TURNED.get(operator, operator), end.value)
+                return value, (first, int(left == "<")), (last, int(right == "<="))
+            if {left, right} <= {">", ">="}:
+                return value, (last, int(right == ">")), (first, int(left == ">="))
+            return None
+        case ir.Comparison(operands=(value, ir.Number(value=end)), operators=(operator,)):
+            return _half_line(value, operator, end)
+        case ir.Comparison(operands=(ir.Number(value=end), value), operators=(operator,)):
+            return _half_line(value, _TURNED.get(operator, operator), end)
         case _:
             return None
 
@@ -67,21 +146,13 @@ def interval(part: ir.Node) -> Bounds | None:
 _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
-def _half(value: ir.Expression, operator: str, end: float) -> Bounds | None:
+def _half_line(value: ir.Expression, operator: str, end: float) -> tuple[ir.Expression, End, End] | None:
     match operator:
         case "<" | "<=":
-            return value, float("-inf"), True, end, operator == "<="
+            return value, (-math.inf, 0), (end, int(operator == "<="))
         case ">" | ">=":
-            return value, end, operator == ">=", float("inf"), True
+            return value, (end, int(operator == ">")), (math.inf, 1)
         case "==":
-            return value, end, True, end, True
+            return value, (end, 0), (end, 1)
         case _:
             return None
-
-
-def _inside(inner: Bounds, outer: Bounds) -> bool:
-    _, low, low_in, high, high_in = inner
-    _, outer_low, outer_low_in, outer_high, outer_high_in = outer
-    above = low > outer_low or (low == outer_low and (outer_low_in or not low_in))
-    below = high < outer_high or (high == outer_high and (outer_high_in or not high_in))
-    return above and below

@@ -24,11 +24,11 @@ class CellReasons:
     texts: dict[str, int] = field(default_factory=dict[str, int])
     reasons: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
     rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    _known: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict[tuple[int, tuple[int, ...]], int])
+    _known: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
 
     def number_of(self, plan: Plan, site: int, tick: Tick, decision: Decision) -> int:
         """Returns the number of a decision's reason. The sites of a group share the decision object and the rules."""
-        key = id(decision), plan.rules_of(site)
+        key = id(decision), plan.groups.group_of[site]
         if key not in self._known:
             explanation = explain_decision(plan, plan.sites[site].name, tick.step, tick.branch, decision)
             rule = -1 if decision.rule is None else decision.rule

@@ -21,7 +21,7 @@ from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning.schedule import Tick
+from cachepolicy.planning.schedule import OVER_LIMIT, Tick
 
 
 @dataclass(slots=True)
@@ -300,9 +300,23 @@ class Guide:
     """Guidance state of one trajectory: the stored difference, and the conditional prediction of this step.
 
     The conditional prediction is stored only if the halves run in separate calls.
+
+    Attributes:
+        over_limit: Whether the memory limit did not admit the stored difference, or the prediction of this step.
     """
 
-    __slots__ = ("_alone", "_apart", "_called", "_clones", "_cond", "_kept", "_rows", "_step", "_versions")
+    __slots__ = (
+        "_alone",
+        "_apart",
+        "_called",
+        "_clones",
+        "_cond",
+        "_kept",
+        "_rows",
+        "_step",
+        "_versions",
+        "over_limit",
+    )
 
     def __init__(self) -> None:
         self._kept: list[tuple[Bands, Frames]] = []
@@ -314,6 +328,7 @@ class Guide:
         self._called: tuple[int, int] = (-1, 0)
         self._alone = False
         self._apart = False
+        self.over_limit = False
 
     def release(self, *, kept: bool, cond: bool) -> None:
         """Release the stored difference (`kept`) or the conditional prediction (`cond`)."""
@@ -321,6 +336,13 @@ class Guide:
             self._kept = []
         if cond:
             self._cond = None
+
+    def limit(self, *, admitted: bool) -> None:
+        """Release everything that the memory limit does not admit."""
+        if not admitted:
+            self.release(kept=True, cond=True)
+        if not admitted or self._kept:
+            self.over_limit = not admitted
 
     @property
     def held(self) -> list[torch.Tensor]:
@@ -336,7 +358,8 @@ class Guide:
         """Return why this call cannot be approximated, or None."""
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
-                return Problem("the conditional call has not run in this step", final=True)
+                missing = "the conditional call has not run in this step"
+                return Problem(OVER_LIMIT if self.over_limit and self._step == tick.step else missing, final=True)
             if tick.branch in UNCOND_BRANCHES and self._overwritten():
                 # Other code modifies the predictions in place, so copies are stored from now on.
                 self._clones, self._cond = True, None
@@ -350,7 +373,7 @@ class Guide:
             return Problem("the batch has no two halves", final=True)
         if not self._alone and not self.named(tick.branch):
             return Problem("no step has shown that it has one call", final=False)
-        return None if self._kept else Problem("nothing is kept yet", final=False)
+        return None if self._kept else Problem(OVER_LIMIT if self.over_limit else "nothing is kept yet", final=False)
 
     def _several_calls(self, step: int, calls: int) -> bool:
         """Return whether a step has had more than one call. Also record a completed step with a single call."""

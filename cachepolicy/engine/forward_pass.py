@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -378,7 +378,8 @@ class ForwardPass:
     def _inputs(self, site: int, memory: Memory) -> Inputs:
         leaders = {name: decided[site] for name, decided in self.leaders.items()}
         signals = self.signals_of.get(site, {})
-        return Inputs(self.tick, memory, signals, self.host.execution.program.tables, leaders, self.facts.get(site))
+        tick = replace(self.tick, uncond_skipped=True) if self.halved else self.tick
+        return Inputs(tick, memory, signals, self.host.execution.program.tables, leaders, self.facts.get(site))
 
     def repeats(self, site: int) -> None:
         """Mark a site that one forward pass calls more than once. It has one slot, so it always computes."""
@@ -408,7 +409,7 @@ class ForwardPass:
             self.measuring.agree("what did not run", "", undecided)
         for site in undecided:
             self._decide(site)
-            if not any(hides(self.decisions[parent]) for parent in self._around(site)):
+            if not any(hides(self.decisions[parent], self.tick.branch) for parent in self._around(site)):
                 self._consent(site, self.facts.get(site))
         if self.facts:
             self.decide_again()
@@ -481,7 +482,7 @@ class ForwardPass:
         groups = self.branch.partition.groups
         for index, group in enumerate(groups):
             site, memory = group.sites[0], self.branch.memories[index]
-            hidden = any(hides(self.decisions[parent]) for parent in group.parents)
+            hidden = any(hides(self.decisions[parent], self.tick.branch) for parent in group.parents)
             if hidden:
                 self.decisions[index] = HIDDEN
             if hidden or site in self.signals_of:

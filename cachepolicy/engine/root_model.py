@@ -418,9 +418,13 @@ class RootModel(Handle):
         if problem is not None:
             call.guidance = None if problem.final else settings
             if forward_pass.decision(itself).verdict == "reuse":
-                forward_pass.refuse(itself, problem.reason)
+                # The sites inside keep their own histories, so they may still reuse.
+                forward_pass.facts[itself] = problem.reason
                 forward_pass.decide_again()
         elif forward_pass.decision(itself).verdict == "reuse":
+            if itself in forward_pass.signals_of:
+                # The other sites were decided before the signals of this one were measured.
+                forward_pass.decide_again()
             settings |= forward_pass.arguments(action, itself)
             if guide.named(forward_pass.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)
@@ -504,8 +508,9 @@ class RootModel(Handle):
         """Release the history that no later step of the trajectory reads, and count the rest."""
         forward_pass, state = call.forward_pass, call.state
         if forward_pass.host.execution.approximation is not None:
+            to_come = self._uncond_to_come(call)
             state.guide.release(
-                kept=not forward_pass.liveness.approximates(forward_pass.tick, now=False),
+                kept=not forward_pass.liveness.approximates(forward_pass.tick, now=to_come),
                 cond=forward_pass.tick.branch in UNCOND_BRANCHES,
             )
         changed = forward_pass.let_go()
@@ -525,8 +530,7 @@ class RootModel(Handle):
         kept = state.guide.held if state.host.execution.approximation is not None else []
         if kept:
             state.rebuilding = state.rebuilding or Lease(account)
-            if not state.rebuilding.admits(storage_bytes(kept)):
-                state.guide.release(kept=True, cond=True)
+            state.guide.limit(admitted=state.rebuilding.admits(storage_bytes(kept)))
         else:
             state.rebuilding = None
 
@@ -536,10 +540,13 @@ class RootModel(Handle):
         if forward_pass.halved:
             return True
         if branch in COND_BRANCHES:
-            # Only while the unconditional call of this step is still to come.
-            called = any(each in UNCOND_BRANCHES for each in call.state.calls.present)
-            return not called and forward_pass.liveness.approximates(forward_pass.tick, now=True)
+            return self._uncond_to_come(call) and forward_pass.liveness.approximates(forward_pass.tick, now=True)
         return forward_pass.liveness.approximates(forward_pass.tick, now=False)
+
+    def _uncond_to_come(self, call: RootCall) -> bool:
+        """Return whether an unconditional call of its own may follow in this step."""
+        named = call.forward_pass.tick.branch in COND_BRANCHES or UNCOND_BRANCHES & call.state.branches.keys()
+        return bool(named) and UNCOND_BRANCHES.isdisjoint(call.state.calls.present)
 
     def held(self, state: State) -> int:
         """Return the bytes of history that the session holds on this root model."""
@@ -552,7 +559,7 @@ class RootModel(Handle):
         state, tick = call.state, call.forward_pass.tick
         state.over = True
         call.forward_pass.branch.forget()
-        if tick.branch not in COND_BRANCHES:
+        if not self._uncond_to_come(call):
             state.guide = Guide()
         for other in call.session.states.values():
             if other.step < tick.step - 1:

@@ -267,7 +267,7 @@ class Run:
             for root, state in holding
             for branch in list(state.branches.values())
             for site, slot in enumerate(branch.slots)
-            if slot.storing.lacking is OVER_LIMIT
+            if slot.storing.lacking is OVER_LIMIT or (state.guide.over_limit and site == root.execution.itself)
         }
         calls = [call for trajectory in self.trace or () for call in list(trajectory.calls)]
         return MemoryUsage(

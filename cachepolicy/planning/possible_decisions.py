@@ -83,8 +83,12 @@ class Event:
 
     @property
     def hides(self) -> bool:
-        """True where the sites inside do not run."""
+        """True if the sites inside do not run."""
         return self.what in {"read", "skip"}
+
+    def may_hide(self, branch: str) -> bool:
+        """Return True if the sites inside may not run. An unconditional call of its own is answered as a whole."""
+        return self.hides or (self.what == "approximate" and branch in UNCOND_BRANCHES)
 
 
 Outlook = frozenset[Event]
@@ -130,8 +134,8 @@ class Outlooks:
         )
 
     def approximates(self, moment: Moment) -> bool:
-        """True where the unconditional half of that step may be rebuilt."""
-        branches = UNCOND_BRANCHES if moment.branch in COND_BRANCHES else (moment.branch,)
+        """Return True if the unconditional half of that step may be rebuilt, on this branch or on one of its own."""
+        branches = UNCOND_BRANCHES | ({moment.branch} - COND_BRANCHES)
         return any(
             _APPROXIMATE in self._own(group, replace(moment, branch=branch), None)
             for group in self.approximating
@@ -143,7 +147,7 @@ class Outlooks:
         may, may_not = False, True
         for parent in self.program.alike.groups[group].parents:
             events = self._own(parent, moment, None)
-            may |= any(event.hides for event in events)
+            may |= any(event.may_hide(moment.branch) for event in events)
             may_not &= self.loose or not all(event.hides for event in events)
         return Truth(may, may_not)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, assert_never
 
-from cachepolicy.diffusers.guidance import COND_BRANCHES
+from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
@@ -437,7 +437,7 @@ def decide_all(
         leaders = {name: decided[site] for name, decided in followed.items()} if followed else _NO_LEADERS
         here = given if signals_of is None else signals_of.get(site, given)
         inputs = Inputs(tick, memory, here, program.tables, leaders, facts.get(site) if facts else None)
-        if group.parents and any(hides(decisions[parent]) for parent in group.parents):
+        if group.parents and any(hides(decisions[parent], tick.branch) for parent in group.parents):
             decision = HIDDEN
         elif signals_of is not None and site not in signals_of and _waits(program, group, inputs):
             decisions.append(WAITING)
@@ -471,9 +471,14 @@ def _waits(program: Program, group: Group, inputs: Inputs) -> bool:
     return owner is not None and owner.index in program.measured
 
 
-def hides(decision: Decision) -> bool:
-    """True where the sites inside do not run. A model whose unconditional half is rebuilt runs."""
-    return decision.verdict == "reuse" and not isinstance(decision.action, ir.ApproximateUncond)
+def hides(decision: Decision, branch: str) -> bool:
+    """Return True if the sites inside do not run.
+
+    A model whose unconditional half is rebuilt runs for the conditional half of a batch. An unconditional call of its
+    own is answered, and nothing runs.
+    """
+    runs = isinstance(decision.action, ir.ApproximateUncond) and branch not in UNCOND_BRANCHES
+    return decision.verdict == "reuse" and not runs
 
 
 def follows(plan: Plan) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.planning.plan import Plan, Site
-from cachepolicy.planning.schedule import Decision, Inputs, Tick, clock_words
+from cachepolicy.planning.schedule import Decision, Inputs, Tick, clock_words, hides
 from cachepolicy.planning.simulation import replay
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def first_match_wins(schedule: Decided) -> None:
         if decision.verdict == "hidden":
             continue
         assert decision.inputs is not None
-        environment = Environment(clock_words(tick, decision.inputs.memory), decision.inputs.tables)
+        environment = Environment(clock_words(decision.inputs.tick, decision.inputs.memory), decision.inputs.tables)
         rules = [bound for bound in schedule.plan.rules if site.index in bound.sites]
         first = next((bound.index for bound in rules if _holds(bound.rule.when, environment)), None)
         assert decision.rule == first, f"{_where(site, tick)} is owned by rule {decision.rule}, not by {first}"
@@ -175,7 +175,8 @@ def _holds(clause: ir.Expression | None, environment: Environment) -> bool:
 def nesting_hides(schedule: Decided) -> None:
     """Check that a site is hidden exactly where a site that contains it reuses.
 
-    `approximate uncond` hides nothing: the modules of the model still run, on half of the batch.
+    `approximate uncond` hides nothing in a guidance batch, because the modules of the model run on half of it. It hides
+    every site of an unconditional call of its own.
 
     Args:
         schedule: A simulated schedule or a traced trajectory.
@@ -185,10 +186,7 @@ def nesting_hides(schedule: Decided) -> None:
     """
     for tick, decisions in schedule:
         for site in schedule.plan.sites:
-            hidden = any(
-                decisions[parent].verdict == "reuse" and not isinstance(decisions[parent].action, ir.ApproximateUncond)
-                for parent in site.parents
-            )
+            hidden = any(hides(decisions[parent], tick.branch) for parent in site.parents)
             assert hidden == (decisions[site.index].verdict == "hidden"), (
                 f"{_where(site, tick)} is {'not ' if hidden else ''}hidden"
             )
@@ -218,7 +216,7 @@ def bounds_hold(schedule: Decided) -> None:
         if rule.follow is not None and rule.follow != tick.branch:
             continue
         assert decision.inputs is not None
-        words = Environment(clock_words(tick, decision.inputs.memory), decision.inputs.tables)
+        words = Environment(clock_words(decision.inputs.tick, decision.inputs.memory), decision.inputs.tables)
         for bound in rule.bounds:
             used = tick.step - last.get(key, -1) if bound.scope == "row" else reuses[decision.rule, *key]
             assert used <= evaluate(bound.count, words), f"{_where(site, tick)} reuses beyond its bound"
@@ -336,10 +334,11 @@ def engine_agrees(
 def _executions_agree(trajectories: Iterable[Trajectory], executed: dict[str, int]) -> None:
     traced, sites = Counter[str](), dict[str, Site]()
     for trajectory in trajectories:
-        for site, _, decision in _decisions(trajectory):
+        for site, tick, decision in _decisions(trajectory):
             if len(site.modules) == 1:
                 sites[site.modules[0]] = site
-                traced[site.modules[0]] += decision.verdict == "compute"
+                half = decision.verdict == "reuse" and not hides(decision, tick.branch)
+                traced[site.modules[0]] += half or decision.verdict == "compute"
     for name, site in sites.items():
         assert executed[name] == traced[name], (
             f"`{site.name}` was executed {executed[name]} times, the trace records {traced[name]} computes"

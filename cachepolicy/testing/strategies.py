@@ -165,6 +165,7 @@ def rules(
     stateful: bool = True,
     follow: str | None = None,
     measured: bool = False,
+    guided: bool = False,
 ) -> str:
     """Draw the text of one rule, with `match optional`.
 
@@ -176,13 +177,17 @@ def rules(
         stateful: If True, the rule may have a `while` clause.
         follow: The branch that the rule may follow; None draws no `follow`.
         measured: If True, the `while` clause may read the signals of `signals`.
+        guided: If True, the `when` clause may read `uncond_skipped`.
 
     Returns:
         One line of a policy.
     """
-    parts = ["match optional", draw(st.sampled_from(list(selectors)))]
+    selector = draw(st.sampled_from(list(selectors)))
+    parts = ["match optional", selector]
     if draw(st.booleans()):
-        parts.append(f"when {draw(_when())}")
+        skipped = st.sampled_from(["uncond_skipped", "not uncond_skipped"])
+        # Whether the unconditional half is skipped follows from the rules on the model, which cannot read it.
+        parts.append(f"when {draw(skipped | _when() if guided and selector != 'model' else _when())}")
     if draw(st.booleans()):
         parts.append(draw(_schedule(steps)))
     if stateful and draw(st.booleans()):
@@ -193,6 +198,10 @@ def rules(
     if follow is not None and draw(st.booleans()):
         parts.append(f"follow {follow}")
     return " ".join(part for part in parts if part)
+
+
+APPROXIMATION = 'approximate uncond spectral(low: 1.1, high: 1, format: "BSC", grid: [1, 2, 2], layout: "uncond first")'
+"""Rebuilds the unconditional half of the predictions of the toys in `cachepolicy.testing.models`."""
 
 
 @st.composite
@@ -207,6 +216,7 @@ def policies(
     stateful: bool = True,
     follow: str | None = None,
     measured: bool = False,
+    approximate: str | None = None,
 ) -> ir.Policy:
     """Draw a policy. All rules are optional, so the policy can be bound to any model that the first rule matches.
 
@@ -220,18 +230,23 @@ def policies(
         stateful: If True, rules may have `while` clauses.
         follow: The branch that rules may follow; None draws no `follow`.
         measured: If True, rules may read signals. The policy declares the signals above or below its rules.
+        approximate: An `approximate uncond` action that one rule for the model takes; None draws no such rule.
 
     Returns:
         The parsed policy.
     """
     options: dict[str, Any] = {
         "steps": steps, "actions": actions, "stateful": stateful, "follow": follow, "measured": measured,
+        "guided": approximate is not None,
     }  # fmt: skip
     first = draw(
         rules(selectors=[selector for selector in selectors if selector in EVERYWHERE] or selectors, **options)
     )
     others = draw(st.lists(rules(selectors=selectors, **options), min_size=least - 1, max_size=most - 1))
     lines = [first, *others]
+    if approximate is not None:
+        options |= {"actions": [approximate], "follow": None}
+        lines.insert(draw(st.integers(0, len(lines))), draw(rules(selectors=["model"], **options)))
     declared = draw(signals()) if measured else []
     lines = [*declared, *lines] if draw(st.booleans()) else [*lines, *declared]
     return parse("\n".join(["policy drawn", *lines, ""]))

@@ -18,6 +18,7 @@ import cachepolicy
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
+from cachepolicy.planning.schedule import OVER_LIMIT
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes
 from tests.support import zoo
@@ -84,6 +85,42 @@ def test_every_shipped_policy_runs_twice_alike(name: str, policy: str) -> None:
         first, second = run.trace.trajectories[:: len(tiny.denoisers)][:2]
     assert [call.tick for call in first.calls] == [call.tick for call in second.calls]
     assert first.rows() == second.rows()
+
+
+@pytest.mark.parametrize("name", ["wan", "flux_true_cfg", "qwenimage", "wan22"])
+def test_sequential_guidance_is_approximated_as_planned(name: str) -> None:
+    """The difference is kept up to the unconditional call of the last step, on each of the denoisers."""
+    tiny = PIPELINES[name]()
+    ranges = {} if name != "wan22" else {"uncond_range": (-1, 1001), "spatial_range": (-1, 1001)}
+    with cachepolicy.apply(tiny.pipe, "fastercache", **ranges) as run:
+        probes = [Probes(getattr(tiny.pipe, each)) for each in tiny.denoisers]
+        tiny(num_inference_steps=10)
+        trajectories = run.trace.trajectories
+    for trajectory in trajectories:
+        checks.well_formed(trajectory)
+        checks.trace_agrees(trajectory)
+        assert {} == trajectory.facts
+        timesteps = [call.tick.t for call in trajectory.calls if call.tick.branch == "cond"]
+        if name != "wan22":  # the second denoiser begins in mid-trajectory
+            plan, clock = trajectory.plan, {"steps": len(timesteps), "timesteps": timesteps}
+            planned = cachepolicy.simulate(plan, branches=tiny.branches, **clock)
+            assert {each: planned.rows_of(each) for each in tiny.branches} == {
+                each: trajectory.rows(each) for each in tiny.branches
+            }
+    assert "RRR" == trajectories[-1].rows("uncond")["model"][-3:]
+    checks._executions_agree(trajectories, _total(probes))
+
+
+def test_a_limit_that_does_not_admit_the_kept_difference_is_the_reason_of_the_compute() -> None:
+    """The unconditional calls that the plan answers compute, the trace says why, and the simulator follows it."""
+    tiny = PIPELINES["wan"]()
+    with cachepolicy.apply(tiny.pipe, "fastercache", memory_limit=64) as run:
+        tiny(num_inference_steps=10)
+        trajectory = run.trace.last
+    checks.trace_agrees(trajectory)
+    assert "C" * 10 == trajectory.rows("uncond")["model"]
+    assert {("model", step, "uncond") for step in (7, 8, 9)} == {key for key in trajectory.facts if key[0] == "model"}
+    assert {OVER_LIMIT} == set(trajectory.facts.values())
 
 
 def _total(probes: list[Probes]) -> dict[str, int]:

@@ -81,6 +81,26 @@ def flux_true_cfg() -> Tiny:
     return tiny
 
 
+def qwenimage() -> Tiny:
+    pipe = diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=zoo.build("qwenimage"),
+    )
+    width, mask = pipe.transformer.config.joint_attention_dim, torch.ones(1, 5, dtype=torch.int64)
+    arguments = {
+        "prompt_embeds": normal(1, 5, width),
+        "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": normal(1, 5, width, seed=2),
+        "negative_prompt_embeds_mask": mask,
+        "height": 64,
+        "width": 64,
+    }
+    return Tiny(pipe, arguments, branches=("cond", "uncond"))
+
+
 def sd3() -> Tiny:
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=zoo.build("sd3"),
@@ -316,6 +336,7 @@ PIPELINES: dict[str, Callable[[], Tiny]] = {
     for each in (
         flux,
         flux_true_cfg,
+        qwenimage,
         sd3,
         cogvideox,
         wan,

@@ -30,7 +30,9 @@ from cachepolicy.planning.schedule import Tick
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The arguments of `cache_context(name, ...)`, which apply to the calls inside. None means not given.
+    """The arguments of `cache_context(name, ...)` or `run.step(...)`, which apply to the calls inside.
+
+    None means not given.
 
     Attributes:
         name: The guidance branch, such as `"cond"`.
@@ -38,6 +40,7 @@ class Context:
         num_inference_steps: The number of steps of the trajectory.
         timestep: The timestep in training units (0..1000), a number or a tensor.
         sigma: The noise level of the step.
+        own: Whether it is a `run.step(...)`, which comes before all other sources.
     """
 
     name: str
@@ -45,9 +48,45 @@ class Context:
     num_inference_steps: int | None = None
     timestep: Any = None
     sigma: float | None = None
+    own: bool = False
 
 
 CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=None)
+
+
+def step_context(*, t: Any, step: Any, steps: Any, sigma: Any, branch: Any) -> Context:
+    """Return the context of a `run.step(...)`.
+
+    Raises:
+        PolicyError: A value does not fit (E324).
+    """
+
+    def whole(value: Any, least: int) -> bool:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+
+    def real(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1
+        return value is None or (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
+
+    problem = None
+    if not real(t):
+        problem = f"`t` is `{t!r}`", "the timestep in training units (0..1000), a number or a tensor of one element"
+    elif not whole(step, 0):
+        problem = f"`step` is `{step!r}`", "the number of the step, from 0"
+    elif not whole(steps, 1):
+        problem = f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
+    elif step is not None and steps is not None and step >= steps:
+        problem = f"`step` is {step} of {steps} `steps`", f"steps count from 0 to {steps - 1}"
+    elif not real(sigma):
+        problem = f"`sigma` is `{sigma!r}`", "the noise level, a number"
+    elif branch is not None and not isinstance(branch, str):
+        problem = f"`branch` is `{branch!r}`", "the name of the guidance branch, such as `cond`"
+    if problem is not None:
+        raise PolicyError.of("E324", problem[0], help=problem[1])
+    return Context(branch or "", step, steps, t, sigma, own=True)
 
 
 # --- one call of the root --------------------------------------------------------------------------------
@@ -256,7 +295,8 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     name = context.name if context is not None else None
     calls.follow(clock.number)
     repeats = _Repeats(calls, calls.matching(name, conditioning), latents)
-    if sources.scheduler is not None and sources.follower is not None:
+    told = context is not None and context.own and (context.timestep is not None or context.step_index is not None)
+    if sources.scheduler is not None and sources.follower is not None and not told:
         starts, moved, tick = _by_scheduler(clock, calls, sources.scheduler, sources.follower, root, arguments, repeats)
     else:
         starts, moved, tick = _by_value(clock, calls, sources, context, root, arguments, repeats)
@@ -492,10 +532,11 @@ def _by_value(
         # Second-order samplers repeat every timestep except the first, so a run that was aborted starts again.
         starts, moved = True, True
     else:
-        moved = repeats.same() if t is None else repeats.stage()
+        moved = repeats.same() if t is None or (context is not None and context.own) else repeats.stage()
         unending = len(calls.present) >= _MOST_BRANCHES and (t is None or clock.step == 0)
         starts = unending or (t is None and moved and repeats.elsewhere())
-    if not starts and moved and sources.steps is not None and clock.step + 1 >= sources.steps:
+    steps = sources.steps if context is None or context.num_inference_steps is None else context.num_inference_steps
+    if not starts and moved and steps is not None and clock.step + 1 >= steps:
         starts = index is None
     if starts or moved:
         following = 0 if starts else clock.step + 1
@@ -525,6 +566,8 @@ def _timestep(
     sources: Sources, context: Context | None, root: Root, arguments: CallArguments
 ) -> tuple[float | None, bool]:
     """Return the timestep or None, and whether it is in training units."""
+    if context is not None and context.own and context.timestep is not None:
+        return _number(context.timestep), True
     if sources.timestep is not None:
         value = sources.timestep()
         if value is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -39,6 +40,7 @@ class Frame:
         unfit: Sites whose history did not fit and which computed instead, with the reasons.
         forward_pass: Handles sites whose action is more than a store or a reuse.
         profile: Times of the modules, where the run is profiled.
+        spans_calls: Whether the frame belongs to a `run.step` context, so that a call of the root model is part of it.
         stage: State that compiled graphs read. Blocks that are compiled alone read theirs in `blocks`.
     """
 
@@ -54,6 +56,7 @@ class Frame:
         "serial",
         "shares",
         "slots",
+        "spans_calls",
         "stage",
         "step",
         "store",
@@ -74,6 +77,7 @@ class Frame:
         self.inference = forward_pass.inference
         self.shares = not forward_pass.halved and not forward_pass.inference
         self.serial = next(_serials)
+        self.spans_calls = False
         self.unfit: list[tuple[int, str]] = []
         self.profile: list[Any] = []
         self.stage: Stage | None = None
@@ -148,6 +152,11 @@ class SiteOwner(Protocol):
     """The interface of a root model for site calls outside a root call."""
 
     keeps_graphs: bool
+    expects_calls: bool
+
+    def runs_alone(self, site: SiteHandle, module: Any) -> None:
+        """Warn once that a site runs outside any call of its root model."""
+        ...
 
     def refuse_recompute(self, name: str) -> None:
         """Raise if the call repeats a site that the root model has answered."""
@@ -208,6 +217,8 @@ def site_override(original: Method) -> Method:
             if site is not None and not torch.compiler.is_compiling():
                 if site.owner.keeps_graphs:
                     site.owner.refuse_recompute(site.name)
+                if site.owner.expects_calls:
+                    site.owner.runs_alone(site, self)
                 if original is _CALL:
                     # torch.fx patches `Module.__call__` while it traces, so it is looked up at call time.
                     return torch.nn.Module.__call__(self, *args, **kwargs)
@@ -333,11 +344,11 @@ class RootHandle(Protocol):
         """Return the call, or None. `compiler` tells whether the root model is compiled as a whole."""
         ...
 
-    def end(self, forward_pass: Any, output: Any) -> Any:
+    def end(self, forward_pass: Any, output: Any, /) -> Any:
         """Commit the call and return its output."""
         ...
 
-    def fail(self, forward_pass: Any, error: BaseException) -> None:
+    def fail(self, forward_pass: Any, error: BaseException, /) -> None:
         """Undo the call."""
         ...
 
@@ -430,6 +441,28 @@ def _fail(handle: RootHandle, forward_pass: RootPass, error: BaseException) -> N
     handle.fail(forward_pass, error)
 
 
+def runs(handle: object) -> bool:
+    """Return True inside a forward pass of this root model."""
+    return LOCAL.frame is not None and LOCAL.frame.owner is handle
+
+
+@contextlib.contextmanager
+def published(handle: RootHandle, forward_pass: RootPass) -> Generator[None]:
+    """Return a context manager that is one forward pass: the sites that run inside read its frame."""
+    outer = LOCAL.frame, LOCAL.stage
+    forward_pass.frame.spans_calls = True
+    LOCAL.frame, LOCAL.stage = forward_pass.frame, None
+    try:
+        with UNCOMPILED if forward_pass.learns else contextlib.nullcontext():
+            yield
+        handle.end(forward_pass, None)
+    except BaseException as error:
+        handle.fail(forward_pass, error)
+        raise
+    finally:
+        LOCAL.frame, LOCAL.stage = outer
+
+
 def root_override(original: Method) -> Method:
     """Build the `__call__` of a root model: decide in eager mode, publish the frame, run, restore the frame."""
 
@@ -439,6 +472,9 @@ def root_override(original: Method) -> Method:
         handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
         if handle is None or handle.module is not self:
             # `nn.DataParallel` replicas copy `__dict__`, so they carry the handle of the original; they run bare.
+            return original(self, *args, **kwargs)
+        frame = LOCAL.frame
+        if frame is not None and frame.spans_calls and frame.owner is handle:
             return original(self, *args, **kwargs)
         at_work = _callback() is not None
         compiler = at_work or self.__dict__.get("_compiled_call_impl") is not None

@@ -35,13 +35,13 @@ from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.forward_pass import Branch, ForwardPass
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
-from cachepolicy.engine.hooks import Frame, SiteHandle, parameters_of
+from cachepolicy.engine.hooks import Frame, SiteHandle, parameters_of, runs
 from cachepolicy.engine.memory_budget import Account, Budget, Lease
 from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
-from cachepolicy.errors import PolicyError, counted
+from cachepolicy.errors import PolicyError, counted, warn
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment
 from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
@@ -108,6 +108,7 @@ class RootModel(Handle):
         self.continuations = Continuations()
         self.repeated: set[int] = set()
         self.keeps_graphs = False
+        self.expects_calls = True
         self.switches = compat.checkpointing(module)
         self.handles = self._handles()
         self.graphs = Graphs(self)
@@ -196,6 +197,43 @@ class RootModel(Handle):
             with self._lock:
                 self.active -= 1
             raise
+
+    def runs_alone(self, site: SiteHandle, module: torch.nn.Module) -> None:
+        """Warn once that a site runs outside any call of the root model, where the policy has no effect (W601)."""
+        if site.index < 0 and not site.members:
+            return  # a probed embedding may be called ahead of the loop
+        with self._lock:
+            if self.active or self.closed or not self.expects_calls:
+                return
+        if self.identity in DISABLED.get() or compat.traced() or compat.recomputes():
+            return
+        if self.module.get_submodule(site.name) is not module:
+            return  # a replica
+        self.expects_calls = False
+        warn(
+            "W601",
+            f"`{site.name}` runs outside any call of its `{type(self.module).__name__}`, where the policy does nothing",
+            help="a loop of your own over the blocks needs `with run.step(t=..., branch=...):` around each evaluation",
+        )
+
+    def refuse_step(self) -> None:
+        """Reject a step context for a policy that needs the inputs or the output of the root model.
+
+        Raises:
+            PolicyError: A rule or a probe is on the model itself, or a call is running (E324).
+        """
+        if runs(self):
+            raise PolicyError.of(
+                "E324",
+                f"`run.step` is inside a call of `{type(self.module).__name__}`, or inside another `run.step`",
+                help="leave one of them out: each is an evaluation of the model",
+            )
+        if self.execution.itself is not None or self.handles[""].special:
+            raise PolicyError.of(
+                "E324",
+                "the policy has a rule or a probe on the model itself, and `run.step` cannot answer or see its calls",
+                help="call the model's own `forward`, or select its blocks",
+            )
 
     def close(self) -> bool:
         """Stop accepting calls, before the hooks are removed. Return False while a call is running."""

@@ -17,12 +17,12 @@ from cachepolicy.diffusers.configs import config_of
 from cachepolicy.diffusers.guidance import GUIDANCE_PROPERTY
 from cachepolicy.engine import compat
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
-from cachepolicy.engine.clock import CONTEXT, Context, Sources
+from cachepolicy.engine.clock import CONTEXT, Context, Sources, step_context
 from cachepolicy.engine.distributed.groups import member_ranks
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.engine.hook_placement import Placement
-from cachepolicy.engine.hooks import SiteHandle, root_override
+from cachepolicy.engine.hooks import SiteHandle, published, root_override
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline
 from cachepolicy.engine.memory_budget import Budget, MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, is_disabled, supplier
@@ -510,6 +510,69 @@ class Run:
         if session_config is not None:
             self._sessions.agree(key, session_config)
         with Entered(self._sessions, key=key, session_config=session_config).inside():
+            yield
+
+    def step(
+        self,
+        model: str | torch.nn.Module | None = None,
+        /,
+        *,
+        t: Any = None,
+        step: int | None = None,
+        steps: int | None = None,
+        sigma: float | None = None,
+        branch: str | None = None,
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager: the modules that run inside are one forward pass of the model.
+
+        For code that calls the blocks of a model itself and never its `forward`. Each evaluation of the model is one
+        context: the decisions are made when it is entered, and committed when it is left. A call of the model inside
+        is part of it. Do not `await` inside.
+
+        What is given here comes before `timestep=` and the scheduler. They tell the step where `t` and `step` are left
+        out; without them, the second context on a branch is the next step.
+
+        Args:
+            model: The denoiser or its name, where the run has more than one.
+            t: The timestep in training units (0..1000), a number or a tensor of one element. A new trajectory starts
+                where it rises.
+            step: The number of the step, from 0. A new trajectory starts where it falls.
+            steps: The number of steps of the trajectory, at least 1.
+            sigma: The noise level.
+            branch: The guidance branch, such as `"cond"`. Each has a history of its own.
+
+        Raises:
+            PolicyError: An argument does not fit, the policy has a rule or a probe on the model itself, or the run has
+                several denoisers and none is named (E324).
+        """
+        context = step_context(t=t, step=step, steps=steps, sigma=sigma, branch=branch)
+        return self._stepped(self._denoiser(model), context) if self.attached else contextlib.nullcontext()
+
+    def _denoiser(self, model: str | torch.nn.Module | None) -> RootModel | None:
+        """Return the root model of a `run.step`, or None if the run was removed."""
+        every = dict(self._attached)
+        found = [each for name, each in every.items() if model is None or model == name or model is each.module]
+        if len(found) > 1 or (every and not found):
+            names = " and ".join(f"`{name or type(each.module).__name__}`" for name, each in every.items())
+            raise PolicyError.of(
+                "E324",
+                f"`run.step` is for one denoiser, and the run has {names}",
+                help="pass the denoiser or its name first, as in `run.step(pipe.transformer_2, t=t)`",
+            )
+        return found[0] if found else None
+
+    @contextlib.contextmanager
+    def _stepped(self, attached: RootModel | None, context: Context) -> Generator[None]:
+        if attached is None:
+            yield
+            return
+        attached.refuse_step()
+        with _set(CONTEXT, context):
+            forward_pass = attached.begin((), {})
+        if forward_pass is None:
+            yield
+            return
+        with published(attached, forward_pass):
             yield
 
     def reset(self, key: Hashable | None = None) -> None:

@@ -1,0 +1,83 @@
+"""DiffSynth's Wan, whose pipelines loop over `dit.blocks` and never call the model. Needs `diffsynth`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffsynth")
+
+import torch
+from diffsynth.models.wan_video_dit import WanModel  # pyright: ignore[reportMissingImports]
+from diffsynth.pipelines.wan_video import model_fn_wan_video  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+import cachepolicy
+from cachepolicy.language.parser import parse
+from cachepolicy.testing.models import redraw
+
+TIMES = [900.0, 800.0, 600.0, 500.0, 300.0, 100.0]
+LATENTS = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+PROMPTS = {
+    name: torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
+    for seed, name in enumerate(("cond", "uncond"), 1)
+}
+
+
+class Called(WanModel):
+    """The same model, with the function of the pipeline as its `forward`."""
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return evaluate(self, latents, timestep, context)
+
+
+def evaluate(dit: Any, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    return model_fn_wan_video(dit, latents=latents, timestep=timestep, context=context)
+
+
+def build(kind: type) -> Any:
+    sizes = {"dim": 24, "in_dim": 4, "ffn_dim": 32, "out_dim": 4, "text_dim": 16, "freq_dim": 16}
+    model = kind(**sizes, eps=1e-6, patch_size=(1, 2, 2), num_heads=2, num_layers=4, has_image_input=False)
+    redraw(model, 0)
+    return model.eval()
+
+
+def called(dit: Any, run: Any, x: Tensor, t: float, name: str) -> Tensor:
+    return dit(x, torch.tensor([t]), PROMPTS[name])
+
+
+def stepped(dit: Any, run: Any, x: Tensor, t: float, name: str) -> Tensor:
+    with run.step(t=t, branch=name):
+        return evaluate(dit, x, torch.tensor([t]), PROMPTS[name])
+
+
+def sample(call: Callable[..., Tensor], dit: Any, run: Any) -> Tensor:
+    x = LATENTS
+    for t in TIMES:
+        cond, uncond = (call(dit, run, x, t, name) for name in ("cond", "uncond"))
+        x = x - 0.1 * (uncond + 4 * (cond - uncond))
+    return x
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'match "_attn$" every 2 -> reuse',
+        "match blocks[1:] every 3 -> reuse residual",
+        "match each blocks when step > 1 every 2 -> predict taylor(order: 1)",
+    ],
+)
+def test_a_step_context_is_a_call_of_the_model(text: str) -> None:
+    """The same decisions and latents as the same function called as the model's `forward`."""
+    results = list[Any]()
+    for call, kind in ((called, Called), (stepped, WanModel)):
+        dit = build(kind)
+        with torch.no_grad(), cachepolicy.apply(dit, parse(text)) as run:
+            latents = sample(call, dit, run)
+            results.append((latents, [run.trace.rows(name) for name in run.trace.last.branches]))
+    (expected, rows), (got, rows_too) = results
+    assert torch.equal(expected, got)
+    assert rows == rows_too
+    assert "R" in "".join(rows[0].values())

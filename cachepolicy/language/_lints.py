@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from cachepolicy.language import ir
 from cachepolicy.language.scope import Report, Scope, propagated
-from cachepolicy.language.traversal import children, names_in, walk
+from cachepolicy.language.traversal import children, fold_constants, names_in, walk
+from cachepolicy.language.validate import counts_of
 from cachepolicy.language.vocabulary import ACCUMULATORS, NORMS
 
 
@@ -17,10 +18,20 @@ def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) ->
     """
     drifts = _drifts_of_signals(policy, scope)
     for statement in policy.statements:
-        if isinstance(statement, ir.Rule) and statement.condition is not None:
+        if not isinstance(statement, ir.Rule):
+            continue
+        if statement.condition is not None:
             _judge_anchors(statement.condition, drifts, report)
+        for count in counts_of(statement):
+            if not _is_whole(count.value, scope):
+                help = "it is rounded down: where it is 2.7, 2 is used"
+                report.add("W505", f"the number of {count.name} can be a fraction", count.value, help=help)
     if not partial:
         _judge_unread(policy, report)
+        if not any(isinstance(statement, ir.Rule | ir.Use) for statement in policy.statements):
+            help = "a rule is `match SELECTOR every N -> reuse`"
+            nowhere = policy.model_copy(update={"span": None})
+            report.add("W506", "the policy has no rules, so every step is computed", nowhere, help=help)
 
 
 # --- anchors ---------------------------------------------------------------------------------------------
@@ -91,6 +102,42 @@ def _with_sums(node: ir.Node, *, summed: bool) -> Iterator[tuple[ir.Node, bool]]
     for child in children(node):
         if not (summed and isinstance(child, ir.Call) and child.function in ACCUMULATORS):
             yield from _with_sums(child, summed=within)
+
+
+# --- fractions -------------------------------------------------------------------------------------------
+
+
+def _is_whole(node: ir.Expression, scope: Scope) -> bool:
+    """Returns whether the value of `node` is a whole number at every step."""
+    parts: tuple[ir.Expression, ...]
+    match node:
+        case ir.Number(value=value):
+            return value == value // 1
+        case ir.Name(name=name):
+            declared = scope.declared.get(name)
+            if isinstance(declared, ir.Let):
+                return _is_whole(declared.value, scope)
+            return declared.type == "int" if isinstance(declared, ir.Param) else name in ("step", "steps", "age")
+        case ir.Lookup(table=table):
+            declared = scope.declared.get(table)
+            return isinstance(declared, ir.Table) and all(value == value // 1 for value in declared.values)
+        case ir.Arithmetic(operator=operator, left=left, right=right):
+            if isinstance(folded := fold_constants(node), ir.Number):
+                return _is_whole(folded, scope)
+            if operator == "/":
+                return False
+            parts = (left, right)
+        case ir.Negative(operand=operand):
+            parts = (operand,)
+        case ir.Conditional(then=then, otherwise=otherwise):
+            parts = (then, otherwise)
+        case ir.Call(function="abs" | "min" | "max" | "clamp", arguments=arguments):
+            parts = arguments
+        case ir.Off():
+            return True
+        case _:
+            return False
+    return all(_is_whole(part, scope) for part in parts)
 
 
 # --- unused declarations ---------------------------------------------------------------------------------

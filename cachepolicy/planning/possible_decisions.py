@@ -14,7 +14,7 @@ from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.plan import BoundRule
-from cachepolicy.planning.schedule import Program, Tick
+from cachepolicy.planning.schedule import Program, Tick, floored
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,13 +303,16 @@ def _every(schedule: ir.Every, view: View) -> Truth:
     interval = known(schedule.interval, view)
     if interval is EITHER:
         return BOTH
+    interval = floored(interval)
     if interval is None or interval <= 0:
         return _TRUE
     step, age = view.names["step"], view.names["age"]
     match schedule.anchor:
         case "start":
             offset = 0 if schedule.offset is None else known(schedule.offset, view)
-            return BOTH if isinstance(step, Range) or offset is EITHER else _sure((step - offset) % interval == 0)
+            if isinstance(step, Range) or offset is EITHER:
+                return BOTH
+            return _sure((step - math.floor(offset)) % interval == 0)
         case "end":
             steps = view.names.get("steps")
             return BOTH if isinstance(step, Range) or steps is None else _sure((steps - 1 - step) % interval == 0)
@@ -332,6 +335,7 @@ def _within(bound: ir.Bound, view: View) -> Truth:
         return _TRUE
     if count is EITHER:
         return BOTH
+    count = floored(count)
     if bound.scope == "all":
         return BOTH if count > 0 else _FALSE
     if isinstance(age, Range):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, assert_never
@@ -186,13 +187,18 @@ def due(schedule: ir.ScheduleClause, environment: Environment) -> bool:
         return True
 
 
+def floored(number: Any) -> Any:
+    """Rounds the number of a schedule or bound down. `None` stands for `off`."""
+    return math.floor(number) if number is not None and math.isfinite(number) else number
+
+
 def _every(schedule: ir.Every, step: int, environment: Environment) -> bool:
-    interval = evaluate(schedule.interval, environment)
+    interval = floored(evaluate(schedule.interval, environment))
     if interval is None or interval <= 0:
         return True
     match schedule.anchor:
         case "start":
-            offset = 0 if schedule.offset is None else evaluate(schedule.offset, environment)
+            offset = 0 if schedule.offset is None else math.floor(evaluate(schedule.offset, environment))
             return (step - offset) % interval == 0
         case "end":
             return (evaluate(_STEPS, environment) - 1 - step) % interval == 0
@@ -208,7 +214,7 @@ _STEPS = ir.Name(name="steps")
 def within(bound: ir.Bound, rule: int, memory: Memory, tick: Tick, environment: Environment) -> bool:
     """True where one more reuse stays within the bound."""
     try:
-        count = evaluate(bound.count, environment)
+        count = floored(evaluate(bound.count, environment))
     except Undefined:
         return False
     if count is None:

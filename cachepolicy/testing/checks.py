@@ -6,6 +6,7 @@ the decisions of each call.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -114,12 +115,12 @@ def _asks_for_compute(schedule: ir.ScheduleClause, inputs: Inputs) -> bool:
             case ir.Mask():
                 return value(schedule.mask)[step : step + 1] != "0"
             case ir.Every(anchor="compute"):
-                return words["age"] >= value(schedule.interval)
+                return words["age"] >= math.floor(value(schedule.interval))
             case ir.Every(anchor="end"):
-                return step in range(words["steps"] - 1, -1, -max(1, value(schedule.interval)))
+                return step in range(words["steps"] - 1, -1, -max(1, math.floor(value(schedule.interval))))
             case ir.Every():
-                interval = value(schedule.interval)
-                offset = 0 if schedule.offset is None else value(schedule.offset)
+                interval = math.floor(value(schedule.interval))
+                offset = 0 if schedule.offset is None else math.floor(value(schedule.offset))
                 return interval <= 0 or (step - offset) / interval == (step - offset) // interval
     except Undefined:
         return True

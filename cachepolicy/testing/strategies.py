@@ -91,6 +91,8 @@ def _schedule(steps: int) -> TextStrategy:
         _count.map(lambda interval: f"every {interval} from end"),
         _count.map(lambda interval: f"every {interval} since compute"),
         _count.map(lambda interval: f"every step - {interval}"),
+        st.builds("every 1 + step / {} offset step / {}".format, _count, _count),
+        _count.map(lambda interval: f"every {interval} * progress since compute"),
         _set.map(lambda at: f"on {at}"),
         st.text("01", min_size=steps, max_size=steps).map(lambda mask: f'mask "{mask}"'),
     )
@@ -152,7 +154,10 @@ def _measured() -> TextStrategy:
     return st.builds("{} <= {}".format, read, limit)
 
 
-_bounds = st.sampled_from(["", "", "at most {} in a row", "at most {} in all", "at most {} in all at most {} in a row"])
+_bounds = st.sampled_from([
+    "", "", "at most {} in a row", "at most {} in all", "at most {} in all at most {} in a row",
+    "at most (step + {}) / 2 in all", "at most 1 + progress * {} in a row",
+])  # fmt: skip
 
 
 @st.composite

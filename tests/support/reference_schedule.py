@@ -125,14 +125,15 @@ def scheduled(schedule: Any, log: Log) -> bool:
             case ir.Mask():
                 return step >= len(schedule.mask.value) or schedule.mask.value[step] == "1"
             case ir.Every():
-                n = value(schedule.interval, log, len(log.entries) - 1, None)
+                n = math.floor(value(schedule.interval, log, len(log.entries) - 1, None))
                 if n <= 0:
                     return True
                 if schedule.anchor == "compute":
                     return clock["age"] >= n
                 if schedule.anchor == "end":
                     return (clock["steps"] - 1 - step) % n == 0
-                return (step - (schedule.offset.value if schedule.offset else 0)) % n == 0
+                offset = value(schedule.offset, log, len(log.entries) - 1, None) if schedule.offset else 0
+                return (step - math.floor(offset)) % n == 0
     except NotFinite:
         return True
     raise TypeError(schedule)
@@ -152,7 +153,7 @@ def outcome(rules: Sequence[tuple[int, ir.Rule]], log: Log, branch: str, led: En
             reuses = not scheduled(rule.schedule, log) and true(rule.condition, log, index)
             for bound in rule.bounds:
                 used = here.clock["age"] - 1 if bound.scope == "row" else len(past)
-                reuses = reuses and used < bound.count.value
+                reuses = reuses and used < math.floor(value(bound.count, log, len(log.entries) - 1, index))
         if isinstance(rule.action, ir.Compute):
             reuses = False
         if not isinstance(rule.action, ir.Skip) and not log.computes(len(log.entries) - 1):

@@ -41,7 +41,7 @@ def show_plan(
         flops = None if outlook is None else outlook.to_json()
         output.say_json({**report_text.outcome_to_json(simulated), "flops": flops, "held": held})
         return
-    output.report_findings(simulated.plan.warnings, error=True)
+    output.report_findings(simulated.warnings, error=True)
     output.say(report_text.draw(simulated, width=output.columns(), colour=output.coloured(sys.stdout)))
     if outlook is not None and work is not None:
         output.say(cost_model.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps))

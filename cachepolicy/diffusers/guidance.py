@@ -14,3 +14,8 @@ BATCH_CONTEXT = "cond_uncond"
 
 GUIDANCE_PROPERTY = "do_classifier_free_guidance"
 """The property of a pipeline that says whether guidance is on. It does not say how many parts a batch has."""
+
+FURTHER_BRANCHES = frozenset(
+    {"uncond_stg", "uncond_modality", "pred_cond_skip", "pred_cond_seg", "pred_cond_stg", "pred_cond_modality"}
+)
+"""Names of the further calls of a step, of perturbed and of skip-layer guidance."""

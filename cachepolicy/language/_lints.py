@@ -27,11 +27,11 @@ def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) ->
                 help = "it is rounded down: where it is 2.7, 2 is used"
                 report.add("W505", f"the number of {count.name} can be a fraction", count.value, help=help)
     if not partial:
-        _judge_unread(policy, report)
         if not any(isinstance(statement, ir.Rule | ir.Use) for statement in policy.statements):
             help = "a rule is `match SELECTOR every N -> reuse`"
             nowhere = policy.model_copy(update={"span": None})
             report.add("W506", "the policy has no rules, so every step is computed", nowhere, help=help)
+        _judge_unread(policy, report)
 
 
 # --- anchors ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning._probes import Probes
+from cachepolicy.planning.doubtful_rules import doubts
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, Site, label
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
@@ -212,6 +213,9 @@ def _warnings(plan: Plan) -> Iterator[Diagnostic]:
     if plan.rules and not plan.sites:
         message = f"no rule takes anything in `{plan.skeleton.name}`: every step is computed"
         yield located(Diagnostic("W511", message, severity="warning"), plan.policy, None)
+    for bound in plan.rules:
+        if bound.sites:
+            yield from (_at(plan.resolved, bound.index, doubt) for doubt in doubts(bound.rule))
     for number, by in shadowed(plan.rules):
         others = " and ".join(f"rule {each + 1}, `{label(plan.rules[each].rule)}`" for each in by)
         message = f"this rule never decides: {others} come{'s' if len(by) == 1 else ''} first at all its sites"

@@ -15,13 +15,13 @@ from cachepolicy.language.loader import is_file, load, located
 from cachepolicy.language.parser import recover
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.source import prepare_source
-from cachepolicy.language.traversal import walk
 from cachepolicy.planning.bind import bind
+from cachepolicy.planning.doubtful_rules import doubts
 from cachepolicy.planning.module_tree import Skeleton, ancestors, builtin
 from cachepolicy.planning.plan import BoundRule, Plan, label
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
 from cachepolicy.planning.simulation import Schedule, rule_visits, simulate
-from cachepolicy.planning.unreachable_rules import interval, shadowed
+from cachepolicy.planning.unreachable_rules import shadowed
 
 EXPECTATION_WORK = 10_000_000
 """Rules that the expectations of a policy may visit: steps times rules times groups of sites. Takes about a minute."""
@@ -74,7 +74,7 @@ def _whole(policy: ir.Policy) -> tuple[Diagnostic, ...]:
 def _doubts(resolved: Resolved) -> Iterator[Diagnostic]:
     for number, rule in enumerate(resolved.rules):
         source = resolved.sources[number].policy
-        yield from (located(finding, source, rule.span) for finding in _empty_intervals(rule))
+        yield from (located(finding, source, rule.span) for finding in doubts(rule))
     # Without a model each distinct selector stands for one site.
     numbers = dict[ir.Selector, int]()
     rules = [
@@ -93,14 +93,6 @@ def _earlier(resolved: Resolved, rule: int) -> Related:
     source = resolved.sources[rule]
     span = source.policy.statements[source.statement].span or Span(0, 0, 1, 1, 1, 1)
     return Related("this rule comes first", span, source.policy.source_name)
-
-
-def _empty_intervals(rule: ir.Rule) -> Iterator[Diagnostic]:
-    for node in walk(rule.when) if rule.when is not None else ():
-        bounds = interval(node)
-        if bounds is not None and bounds[1] >= bounds[2]:
-            message = "this interval contains no number, so the rule never decides"
-            yield Diagnostic("W512", message, severity="warning", span=node.span, help="the lower end comes first")
 
 
 # --- expectations ----------------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from cachepolicy.errors import Diagnostic
+from cachepolicy.errors import Diagnostic, PolicyError, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
+from cachepolicy.language.parser import parse_selector
 from cachepolicy.language.traversal import stateful_calls
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.planning.module_tree import Skeleton
-from cachepolicy.planning.selectors import Modules
+from cachepolicy.planning.selectors import Modules, select
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,33 @@ class Plan:
     def rules_of(self, site: int) -> tuple[int, ...]:
         """Returns the numbers of the rules that take a site, in the order of the policy."""
         return tuple(bound.index for bound in self.groups.rules[self.groups.group_of[site]])
+
+
+def find_site(plan: Plan, name: str) -> Site:
+    """Finds a site by its name, or by a selector that selects nothing else, such as `blocks[1:]`.
+
+    Raises:
+        PolicyError: E252, there is no such site.
+    """
+    for site in plan.sites:
+        if site.name == name:
+            return site
+    for site in plan.sites:
+        if name in site.modules:
+            message = f"`{name}` is no site by itself, it belongs to the site `{site.name}`"
+            raise PolicyError.of("E252", message, help=f"ask about `{site.name}`")
+    try:
+        selected = select(parse_selector(name), plan.skeleton)
+    except PolicyError:
+        selected = ()
+    sites = [site for site in plan.sites if site.modules in selected]
+    if len(sites) == 1:
+        return sites[0]
+    if sites:
+        message = f"`{name}` selects {len(sites)} sites, not one"
+        raise PolicyError.of("E252", message, help=f"ask about one of them, such as `{sites[0].name}`")
+    help = suggestion(name, [site.name for site in plan.sites])
+    raise PolicyError.of("E252", f"no rule selects a site `{name}`", help=help)
 
 
 def label(rule: ir.Rule, *, width: int = 60) -> str:

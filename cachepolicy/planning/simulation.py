@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
-from cachepolicy.errors import PolicyError, counted, suggestion
+from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
+from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, substitute, walk
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
-from cachepolicy.planning.plan import BoundRule, Plan
+from cachepolicy.planning.plan import BoundRule, Plan, find_site, label
 from cachepolicy.planning.schedule import (
     Decision,
     Tick,
@@ -74,13 +75,26 @@ class Schedule:
         Raises:
             PolicyError: There is no such site (E252) or step (E253).
         """
-        call = self.branches[0] if branch is None else branch, step
-        names = [site.name for site in self.plan.sites]
-        if site in names and call in self.decisions:
-            return self.decisions[call][names.index(site)]
-        if site in names:
+        where = self.branches[0] if branch is None else branch
+        index = find_site(self.plan, site).index
+        if (where, step) not in self.decisions:
             raise PolicyError.of("E253", f"no step {step} in a schedule of {counted(self.steps, 'step')}")
-        raise PolicyError.of("E252", f"no rule selects a site `{site}`", help=suggestion(site, names))
+        return self.decisions[where, step][index]
+
+    @property
+    def warnings(self) -> tuple[Diagnostic, ...]:
+        """The warnings of the plan, and one for each rule with sites that decides no call of this schedule (W515)."""
+        owners = {decision.rule for _, decisions in self for decision in decisions}
+        shadowed = {found.span for found in self.plan.warnings if found.code in ("W510", "W512")}
+        unused = [bound for bound in self.plan.rules if bound.sites and bound.index not in owners]
+        return (*self.plan.warnings, *(self._unused(bound) for bound in unused if bound.rule.span not in shadowed))
+
+    def _unused(self, bound: BoundRule) -> Diagnostic:
+        number, steps = bound.index + 1, counted(self.steps, "step")
+        message = f"rule {number}, `{label(bound.rule)}`, decides no call in {steps}"
+        help = "its `when` never holds, rules above it decide, or its sites are inside sites that reuse"
+        found = Diagnostic("W515", message, "warning", span=bound.rule.span, help=help)
+        return located(found, self.plan.resolved.sources[bound.index].policy, None)
 
     def _repr_html_(self) -> str:
         skipped = sum(not decision.computes for decisions in self.decisions.values() for decision in decisions)

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cachepolicy.errors import PolicyError, suggestion
+from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.traversal import names_in, walk
-from cachepolicy.planning.plan import BoundRule, Plan
+from cachepolicy.planning.plan import BoundRule, Plan, find_site
 from cachepolicy.planning.schedule import (
     Decision,
     Inputs,
@@ -91,7 +91,7 @@ def explain(
     schedule = simulate(policy, steps=steps, **options)
     name = schedule.branches[0] if branch is None else branch
     decision = schedule.decision(site, step, name)
-    return explain_decision(schedule.plan, site, step, name, decision)
+    return explain_decision(schedule.plan, find_site(schedule.plan, site).name, step, name, decision)
 
 
 def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None) -> Explanation:
@@ -101,13 +101,11 @@ def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None
         PolicyError: E258, no such form; E252, no such site; E253, the branch has no call at that step.
     """
     site, step = _place(where)
-    names = [each.name for each in trajectory.plan.sites]
-    if site not in names:
-        raise PolicyError.of("E252", f"no rule selects a site `{site}`", help=suggestion(site, names))
+    found = find_site(trajectory.plan, site)
     wanted = next(iter(trajectory.branches), "") if branch is None else branch
     for call in trajectory.calls:
         if (call.tick.step, call.tick.branch) == (step, wanted):
-            return explain_decision(trajectory.plan, site, step, wanted, call.decisions[names.index(site)])
+            return explain_decision(trajectory.plan, found.name, step, wanted, call.decisions[found.index])
     of = f" of branch `{wanted}`" if wanted else ""
     help = f"its branches are {', '.join(f'`{each}`' for each in trajectory.branches)}" if branch is not None else None
     raise PolicyError.of("E253", f"the run has no step {step}{of}", help=help)

@@ -203,8 +203,8 @@ def test_a_finding_leads_to_its_page(editor: Editor) -> None:
 
 
 def test_a_warning_is_a_warning(editor: Editor) -> None:
-    """What nobody reads is a warning, and faded."""
-    (found,) = editor.findings(editor.open(PARAM))
+    """A parameter that is not used is a warning, and faded."""
+    (found,) = editor.findings(editor.open(PARAM + "match attention every 2 -> reuse\n"))
     assert ("W503", types.DiagnosticSeverity.Warning) == (found.code, found.severity)
     assert [types.DiagnosticTag.Unnecessary] == list(found.tags or ())
 

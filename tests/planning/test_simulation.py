@@ -199,3 +199,58 @@ def test_verbs_of_the_package_are_these() -> None:
     """`cachepolicy.simulate` and `cachepolicy.plan` are the functions, whatever was imported before."""
     assert simulate is cachepolicy.simulate
     assert callable(cachepolicy.plan)
+
+
+# --- rules and numbers that do not act as they look ------------------------------------------------------
+
+
+@given(st.integers(1, 12), st.integers(0, 11))
+def test_a_fraction_is_rounded_down(steps: int, divisor: int) -> None:
+    """A schedule or bound with a fraction decides as with the whole number below it, at every step."""
+    table = ", ".join(str(1 + step // (divisor + 1)) for step in range(steps))
+    for clause in (
+        "every {}",
+        "every 3 offset {}",
+        "every {} since compute",
+        "at most {} in a row",
+        "at most {} in all",
+    ):
+        fraction = f"match attention {clause.format(f'1 + step / {divisor + 1}')} -> reuse"
+        whole = f"table n = [{table}]\nmatch attention {clause.format('n[step]')} -> reuse"
+        rows = [simulate(parse(text), steps=steps).rows for text in (whole, fraction)]
+        assert rows[0] == rows[1], clause
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ("match attention when t > 2000 every 2 -> reuse", ["W515"]),
+        ("match attention every 2 -> reuse", []),
+        ("match attention every 2 -> reuse\nmatch attention every 3 -> reuse", ["W510"]),
+        ("match blocks when step > 0 -> reuse\nmatch self_attention when step > 0 every 2 -> reuse", ["W515"]),
+        ('match optional "nothing" every 2 -> reuse\nmatch feedforward when step == 9 -> reuse', ["W515"]),
+    ],
+)
+def test_a_rule_that_decides_no_call_is_named(rules: str, expected: list[str]) -> None:
+    """The schedule warns of each rule with sites that owns no call of it, once, and shows its line."""
+    schedule = simulate(parse(rules), steps=8)
+    assert expected == [warning.code for warning in schedule.warnings]
+    assert all(warning.severity == "warning" for warning in schedule.warnings)
+
+
+def test_a_site_is_found_by_a_selector() -> None:
+    """A span may be named as its rule writes it. A block of it and a selector of several sites say what to ask for."""
+    schedule = simulate(parse("match blocks[1:] every 2 -> reuse\nmatch feedforward every 2 -> reuse"), steps=4)
+    (span,) = (site.name for site in schedule.plan.sites if len(site.modules) > 1)
+    assert schedule.decision(span, 1) == schedule.decision("blocks[1:]", 1)
+    assert cachepolicy.explain(schedule.plan, "blocks[1:]@1", steps=4) == cachepolicy.explain(
+        schedule.plan, f"{span}@1", steps=4
+    )
+    for name, message in [
+        ("transformer_blocks.3", f"`transformer_blocks.3` is no site by itself, it belongs to the site `{span}`"),
+        ("feedforward", "`feedforward` selects 12 sites, not one"),
+        ("blocks[2:]", "no rule selects a site `blocks[2:]`"),
+    ]:
+        with pytest.raises(PolicyError) as raised:
+            schedule.decision(name, 1)
+        assert ("E252", message) == (raised.value.diagnostics[0].code, raised.value.diagnostics[0].message)

@@ -12,6 +12,7 @@ from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import check, run_expectations
 from cachepolicy.planning.module_tree import builtin
+from cachepolicy.planning.simulation import simulate
 
 
 def findings(path: Path) -> Sequence[Diagnostic]:
@@ -26,5 +27,5 @@ def findings(path: Path) -> Sequence[Diagnostic]:
         except PolicyError as error:
             return error.diagnostics
         if plan.warnings or not any(isinstance(each, ir.Expect) for each in policy.statements):
-            return plan.warnings
+            return plan.warnings or simulate(plan, steps=8).warnings
         return run_expectations(policy).findings

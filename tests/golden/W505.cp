@@ -1,0 +1,1 @@
+match attention every 2 + step / 10 -> reuse

@@ -1,0 +1,1 @@
+match attention every 1 -> reuse

@@ -1,0 +1,1 @@
+match attention when branch == "condd" every 2 -> reuse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +12,28 @@ from typing import Literal
 from cachepolicy._error_codes import CODES
 
 __all__ = [
-    "CODES", "Diagnostic", "PolicyError", "Related", "Severity", "Span", "nearest", "render", "suggestion", "to_json",
-    "warn",
+    "CODES", "HIDDEN", "Diagnostic", "PolicyError", "Related", "Severity", "Span", "nearest", "render", "suggestion",
+    "to_json", "visible", "warn",
 ]  # fmt: skip
 
 Severity = Literal["error", "warning"]
+
+# Characters that a terminal or an editor does not show, or that change how the text around them is shown: control
+# characters, spaces other than U+0020, zero-width characters, variation selectors, bidirectional controls, tags, and
+# halves of surrogate pairs. Tabs and newlines are not among them.
+_HIDDEN_CLASS = (
+    "\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f"
+    "\u205f-\u206f\u2800\u3000\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+HIDDEN = re.compile(f"[{_HIDDEN_CLASS}]")
+"""Matches one character that cannot be seen or that reorders the text around it."""
+_HIDDEN_IN_SENTENCE = re.compile(f"[\t\n{_HIDDEN_CLASS}]")
+
+
+def visible(sentence: str) -> str:
+    r"""Returns a sentence with each hidden character, tab and newline as its escape, such as `\u200b`."""
+    return _HIDDEN_IN_SENTENCE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), sentence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +65,9 @@ class Related:
     span: Span
     source: str | None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", visible(self.message))
+
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
@@ -73,6 +94,13 @@ class Diagnostic:
     label: str = ""
     help: str | None = None
     related: tuple[Related, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Sentences quote words of the user, which must not act on the terminal.
+        for name in ("message", "label", "help"):
+            sentence = getattr(self, name)
+            if sentence:
+                object.__setattr__(self, name, visible(sentence))
 
 
 class PolicyError(Exception):
@@ -144,12 +172,12 @@ def _render_one(diagnostic: Diagnostic) -> str:
     span = diagnostic.span
     if span is None:
         if diagnostic.source is not None:
-            lines.append(f" {_BLUE}-->{_RESET} {diagnostic.source}")
+            lines.append(f" {_BLUE}-->{_RESET} {visible(diagnostic.source)}")
         if diagnostic.help:
             lines.append(f"  {_BLUE}={_RESET} {_BOLD}help{_RESET}: {diagnostic.help}")
         return "\n".join(lines)
     margin = " " * len(str(span.line))
-    lines.append(f"{margin}{_BLUE}-->{_RESET} {diagnostic.source or '<text>'}:{span.line}:{span.column}")
+    lines.append(f"{margin}{_BLUE}-->{_RESET} {visible(diagnostic.source or '<text>')}:{span.line}:{span.column}")
     if diagnostic.excerpt and span.column <= len(diagnostic.excerpt[0]) + 1:
         lines += _frame(diagnostic, span, margin, paint)
     if diagnostic.help:
@@ -188,7 +216,7 @@ def _clipped(line: str, column: int, end: int) -> tuple[str, int, int]:
 
 
 def to_json(diagnostics: Iterable[Diagnostic]) -> str:
-    """Renders diagnostics as a JSON list with one object per diagnostic.
+    """Renders diagnostics as a JSON list with one object per diagnostic. Hidden characters are escaped.
 
     Args:
         diagnostics: The diagnostics, in the order of the list.
@@ -196,7 +224,8 @@ def to_json(diagnostics: Iterable[Diagnostic]) -> str:
     Returns:
         The JSON text.
     """
-    return json.dumps([asdict(diagnostic) for diagnostic in diagnostics], ensure_ascii=False, indent=2)
+    text = json.dumps([asdict(diagnostic) for diagnostic in diagnostics], ensure_ascii=False, indent=2)
+    return HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:

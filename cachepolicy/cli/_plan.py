@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from cachepolicy._strict_json import load_json
 from cachepolicy.cli import output
 from cachepolicy.cli.options import SampledModel
 from cachepolicy.errors import PolicyError
@@ -78,7 +78,7 @@ def _work(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None)
 def _shapes(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            shapes = json.load(file)
+            shapes = load_json(file.read())
     except (OSError, ValueError) as error:
         raise PolicyError.of("E212", f"`{path}` cannot be read: {error}") from error
     if not isinstance(shapes, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import constant
@@ -46,7 +46,9 @@ class _JsonAssignment(_Assignment):
     def parse(self, text: str) -> Any:
         """Returns the value of the JSON text, or the text itself if it is not JSON."""
         try:
-            return json.loads(text)
+            return load_json(text)
+        except DuplicateKeyError as error:
+            raise PolicyError.of("E213", str(error)) from error
         except ValueError:
             return text
 

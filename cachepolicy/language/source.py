@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
-from cachepolicy.errors import Diagnostic, Span
+from cachepolicy.errors import HIDDEN, Diagnostic, Span
 from cachepolicy.language.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
 
 
@@ -83,7 +83,7 @@ class Source:
         # The file may be shorter now than when its policy was read.
         lines = range(span.line, min(last, span.line + _EXCERPT_LINES - 1, len(starts)) + 1)
         stretches = (self.clean[starts[line - 1] : ends[line - 1] - 1][:_EXCERPT_WIDTH] for line in lines)
-        return tuple(_FORBIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
+        return tuple(HIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
 
     def locate(self, diagnostic: Diagnostic) -> Diagnostic:
         """Adds the name and the source lines of this source to `diagnostic`."""
@@ -109,15 +109,14 @@ def _shortened(text: str) -> str:
 
 
 # Control characters, and characters that make a text look different from what it is (CVE-2021-42574): bidirectional
-# overrides, line separators that Python and editors treat differently, byte order marks, halves of surrogate pairs.
-_FORBIDDEN = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
+# overrides, line separators that Python and editors treat differently (also a carriage return without a line feed), byte
+# order marks, halves of surrogate pairs.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def is_writable(text: str) -> bool:
     """Returns whether `text` is allowed inside a string of a policy."""
-    return "\n" not in text and "\r" not in text and not _FORBIDDEN.search(text)
+    return "\n" not in text and not _FORBIDDEN.search(text)
 
 
 def prepare_source(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnostic, ...], bool]:
@@ -135,7 +134,7 @@ def prepare_source(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnost
         message = f"the text has {len(text)} characters, the limit is {TEXT_LIMIT}"
         return source, (source.locate(Diagnostic("E013", message, help="is this a policy file?")),), False
     decoded, wrong = _decode(text)
-    clean = decoded.replace("\r\n", " \n").replace("\r", "\n") + "\n"
+    clean = decoded.replace("\r\n", " \n") + "\n"
     if clean.startswith("\ufeff"):
         # A newline in place of the mark, so that the statement after it starts in column 0.
         clean = "\n" + clean[1:]
@@ -158,11 +157,16 @@ def _decode(text: str | bytes) -> tuple[str, int | None]:
         return text.decode("utf-8", "replace"), len(text[: error.start].decode("utf-8"))
 
 
+_NAMES = {"\0": "NULL", "\r": "CARRIAGE RETURN", "\x1b": "ESCAPE", "\x7f": "DELETE"}
+"""Names of control characters, which have none in Unicode."""
+
+
 def _forbidden(source: Source, offset: int) -> Diagnostic:
     letter = source.clean[offset]
-    named = f"U+{ord(letter):04X} {unicodedata.name(letter, '')}".strip()
+    named = f"U+{ord(letter):04X} {unicodedata.name(letter, _NAMES.get(letter, ''))}".strip()
     message = f"the character {named} is not allowed in a policy"
-    return source.finding("E012", message, offset, offset + 1, help="delete it")
+    help = "end lines with LF or CR LF" if letter == "\r" else "delete it"
+    return source.finding("E012", message, offset, offset + 1, help=help)
 
 
 _TOKENS = re.compile(

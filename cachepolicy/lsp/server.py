@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
@@ -14,11 +17,12 @@ from pygls.uris import from_fs_path, to_fs_path
 
 from cachepolicy import __version__
 from cachepolicy._resources import documentation
-from cachepolicy.errors import Diagnostic, PolicyError, Related
+from cachepolicy.errors import Diagnostic, PolicyError, Related, visible
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.parser import parse
 from cachepolicy.lsp._code_actions import fixes
 from cachepolicy.lsp._completion import CompletionSort, completions
+from cachepolicy.lsp._framing import MessageReader
 from cachepolicy.lsp._hover import DocumentRange, definitions, hover
 from cachepolicy.lsp._positions import Positions
 from cachepolicy.lsp.document import PolicyDocument, TextRange, opened_document
@@ -92,7 +96,17 @@ SERVER = Server()
 
 def serve() -> None:
     """Serves an editor over standard input and output until it exits or closes the stream."""
-    SERVER.start_io()
+    reader = MessageReader(sys.stdin.buffer, _refuse)
+    SERVER.start_io(cast("BinaryIO", reader))
+
+
+def _refuse(reason: str) -> None:
+    """Answers a message that cannot be read. Its id is unknown, so the answer has none."""
+    error = {"code": types.ErrorCodes.InvalidRequest, "message": visible(reason)}
+    body = json.dumps({"jsonrpc": "2.0", "id": None, "error": error}).encode()
+    # One write, since the server may write from another thread.
+    sys.stdout.buffer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    sys.stdout.buffer.flush()
 
 
 # --- texts -----------------------------------------------------------------------------------------------

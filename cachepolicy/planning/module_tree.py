@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
+from cachepolicy._strict_json import DuplicateKeyError, refuse_duplicate_keys
 from cachepolicy.diffusers.module_names import ATTENTION, CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
@@ -124,7 +125,10 @@ def tree_from_json(text: str | bytes) -> Skeleton:
     if len(text) > MODULE_TREE_LIMIT:
         raise PolicyError.of("E210", f"a skeleton of {len(text)} bytes; at most {MODULE_TREE_LIMIT} are read")
     try:
+        refuse_duplicate_keys(text)
         skeleton = _FILE.validate_json(text)
+    except DuplicateKeyError as error:
+        raise PolicyError.of("E210", f"no skeleton of a model: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the text"

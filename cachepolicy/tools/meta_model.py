@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.diffusers.denoisers import DENOISERS
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.cost_model import Work
@@ -108,7 +108,9 @@ def _read(file: Path) -> tuple[bytes, Any]:
     try:
         with file.open("rb") as opened:
             content = opened.read(MODULE_TREE_LIMIT + 1)
-        return content, json.loads(content)
+        return content, load_json(content)
+    except DuplicateKeyError as error:
+        raise PolicyError.of("E210", f"`{file}` cannot be read: {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is not JSON"
         raise PolicyError.of("E210", f"`{file}` cannot be read: {reason}") from error

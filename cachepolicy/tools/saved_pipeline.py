@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.errors import PolicyError
 
 TENSOR_FILES = (".safetensors", ".pt", ".pth")
@@ -42,7 +42,9 @@ def read_index(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
         help = hub_help(folder) if hint else help
         raise PolicyError.of("E213", f"there is no folder `{folder}`{hint}", help=help)
     try:
-        index: Any = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        index: Any = load_json((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    except DuplicateKeyError as error:
+        raise PolicyError.of("E213", f"`{folder}` holds no pipeline: {error}", help=help) from error
     except (OSError, ValueError) as error:
         raise PolicyError.of("E213", f"`{folder}` holds no pipeline", help=help) from error
     return cast("Mapping[str, Any]", index) if isinstance(index, dict) else {}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cachepolicy._strict_json import DuplicateKeyError, refuse_duplicate_keys
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
@@ -129,7 +130,10 @@ def document(text: str | bytes) -> Document:
     if len(text) > FILE_LIMIT:
         raise PolicyError.of("E260", f"a trace of {len(text)} bytes; at most {FILE_LIMIT} are read")
     try:
+        refuse_duplicate_keys(text)
         return Document.model_validate_json(text)
+    except DuplicateKeyError as error:
+        raise PolicyError.of("E260", f"no trace: {error}", help="`Trace.save` writes one") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the text"

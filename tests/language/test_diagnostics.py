@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cachepolicy.errors import CODES, Diagnostic, PolicyError, Span, nearest, render, suggestion, to_json
-from cachepolicy.language.parser import recover
+from cachepolicy.errors import CODES, Diagnostic, PolicyError, Related, Span, nearest, render, suggestion, to_json
+from cachepolicy.language.parser import parse, recover
+from cachepolicy.planning.check import check_text
+from cachepolicy.planning.simulation import simulate
 from tests.support import goldens
 
 # What reading a text can find; loading, binding and running have their own tests.
@@ -49,6 +55,54 @@ def test_messages_keep_the_house_style(code: str) -> None:
             assert "\n" not in text
             assert text.startswith(("`", "RE2", "UTF-8")) or text[:1] == text[:1].lower()
             assert text.count("`") % 2 == 0
+
+
+HIDDEN = "\x1b\x00\x7f\x85\xa0\xad\u200b\u200c\u200d\u200e\u202e\u2060\u2066\u2028\u3000\ufe0f\ufeff\ud800\U000e0041"
+
+
+def is_shown(text: str) -> bool:
+    """True if the text has no character that Unicode counts as a control, format, surrogate, or unusual space."""
+    categories = {unicodedata.category(letter) for letter in text if letter not in " \n\t"}
+    return not categories & {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"} and not set(text) & set(HIDDEN)
+
+
+@given(st.text(max_size=8), st.sampled_from(HIDDEN), st.text(max_size=8))
+def test_no_message_has_a_character_that_cannot_be_seen(before: str, hidden: str, after: str) -> None:
+    """Message, help, label, related messages and file names are shown with escapes, as text and as JSON."""
+    word = f"{before}{hidden}{after}\n\t"
+    related = (Related(f"see `{word}`", Span(0, 1, 1, 1, 1, 2), None),)
+    for span in (None, Span(0, 1, 1, 1, 1, 2)):
+        found = Diagnostic("E101", f"`{word}` is unknown", "error", span, word, ("a",), word, word, related)
+        for text in (found.message, found.help, found.label, found.related[0].message):
+            assert is_shown(text)
+            assert "\n" not in text
+            assert hidden.encode("unicode_escape").decode() in text
+        assert is_shown(render([found]))
+        assert is_shown(to_json([found]))
+        assert word == json.loads(to_json([found]))[0]["source"]
+        assert found == replace(found, code="E101")
+
+
+@pytest.mark.parametrize(
+    "hidden", [letter for letter in HIDDEN if letter not in "\x00\x1b\x7f\x85\ufeff\ud800\u202e\u2066\u2028"]
+)
+def test_findings_of_a_policy_show_hidden_characters(hidden: str) -> None:
+    """In names, regexes, strings and comments, found by the parser, the checker or the binding."""
+    for text in (
+        f"match blo{hidden}ck -> skip",
+        f'match "blo{hidden}cks(" -> skip',
+        f'match block when branch == "{hidden}" and stp < 3 -> skip',
+        f"# {hidden}\nmatch block wen t < 3 -> skip # {hidden}",
+    ):
+        findings = check_text(text)
+        assert findings
+        assert is_shown(render(findings))
+        assert is_shown(to_json(findings))
+        for finding in findings:
+            assert is_shown("".join(finding.excerpt))
+    with pytest.raises(PolicyError) as caught:
+        simulate(parse(f'match "bl{hidden}ocks" -> reuse # {hidden}'), steps=3)
+    assert is_shown(str(caught.value))
 
 
 def test_severity_follows_the_code() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cachepolicy._resources import shipped_policies
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as printed
@@ -81,6 +83,7 @@ def test_json_by_path(folder: Path) -> None:
     [
         ("", "E154"),
         ("[]", "E154"),
+        ('{"statements": [], "statements": []}', "E154"),
         ('{"statements": [{"kind": "nothing"}]}', "E154"),
         ('{"statements": [{"kind": "let", "name": "a", "value": {"kind": "name", "name": "b"}}]}', "E101"),
         ('{"statements": [{"kind": "param", "name": "a b", "type": "int", "default": {"kind": "off"}}]}', "E021"),
@@ -90,6 +93,22 @@ def test_json_is_held_to_the_rules(folder: Path, text: str, code: str) -> None:
     """What is wrong with a JSON policy is the same error as in a text."""
     (folder / "mine.json").write_text(text)
     assert code in codes(refused(load, "mine.json"))
+
+
+@given(st.data())
+def test_a_key_that_stands_twice_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """In whatever object of the JSON form, also where both values are equal, and the message names the key."""
+    text = data.draw(st.sampled_from([load(name) for name in shipped_policies()])).model_dump_json()
+    members = list(re.finditer(r'"(\w+)":(?=[^,{}\[\]]+[,}])', text))
+    member = data.draw(st.sampled_from(members))
+    path = tmp_path_factory.mktemp("json") / "mine.json"
+    path.write_text(text)
+    assert load(path).statements
+    path.write_text(f"{text[: member.start()]}{member[0]}null,{text[member.start() :]}")
+    with pytest.raises(PolicyError) as caught:
+        load(path)
+    assert "E154" == caught.value.diagnostics[0].code
+    assert f"the key `{member[1]}` stands twice" in caught.value.diagnostics[0].message
 
 
 @pytest.mark.parametrize("here", ["pab.cp", "pab.cachepolicy"])

@@ -149,7 +149,7 @@ def test_statements_end_with_their_line_unless_indented() -> None:
     assert ["# one", "# two", "# three"] == [each.text for each in policy.comments if each.text]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", ""])
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_line_ends_and_byte_order_marks_mean_nothing(end: str, mark: str) -> None:
     """Files of any editor say the same, as text and as bytes."""
@@ -158,7 +158,7 @@ def test_line_ends_and_byte_order_marks_mean_nothing(end: str, mark: str) -> Non
     assert parse("\n".join(lines)) == parse(text) == parse(text.encode())
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_spans_are_places_in_the_original_text(end: str, mark: str) -> None:
     """Offsets count every character, columns do not count a byte order mark."""
@@ -172,6 +172,27 @@ def test_spans_are_places_in_the_original_text(end: str, mark: str) -> None:
     first = parse(f"{mark}match attention -> skip").statements[0].span
     assert first is not None
     assert (1, 1) == (first.line, first.column)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column"),
+    [
+        ("match attention -> skip\r", 1, 24),
+        ("\ufeffmatch attention -> skip\r", 1, 24),
+        ("match attention\r  -> skip", 1, 16),
+        ("# note\r\r\nmatch attention -> skip", 1, 7),
+        ("match attention -> skip # harmless\rmatch block -> skip\n", 1, 35),
+        ("match attention -> skip\nmatch 'a\rb' -> skip\n", 2, 9),
+    ],
+)
+def test_a_carriage_return_alone_is_refused(text: str, line: int, column: int) -> None:
+    """Editors and Python disagree whether it ends a line: what is read must be what is shown."""
+    for read in (text, text.encode()):
+        findings = recover(read)[1]
+        assert ["E012"] == [finding.code for finding in findings]
+        assert (line, column) == (findings[0].span.line, findings[0].span.column)
+        assert "U+000D CARRIAGE RETURN" in findings[0].message
+        assert "\r" not in render(findings)
 
 
 @pytest.mark.parametrize("name", examples.NAMES)

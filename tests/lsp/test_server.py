@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from click.testing import CliRunner
 
 pytest.importorskip("pygls")
 
+from hypothesis import given
+from hypothesis import strategies as st
 from lsprotocol import types
 from pygls.lsp.client import LanguageClient
 from pygls.uris import from_fs_path
@@ -24,6 +27,7 @@ from cachepolicy.cli import output
 from cachepolicy.cli.commands import main
 from cachepolicy.language.formatter import format
 from cachepolicy.language.vocabulary import KINDS, STATEMENT_WORDS
+from cachepolicy.lsp._framing import MESSAGE_LIMIT, MessageReader
 from tests.test_docs import ROOT
 
 COMMAND = [sys.executable, "-m", "cachepolicy", "lsp", "--stdio"]
@@ -590,6 +594,61 @@ def test_nonsense_on_the_wire(environment: dict[str, str]) -> None:
     assert "error" in answered[3]
     assert answered[4]["result"] is None
     assert 0 == done.returncode
+
+
+PING = {"jsonrpc": "2.0", "id": 7, "method": "shutdown", "params": None}
+BROKEN = {
+    "longer than memory": b"Content-Length: 1000000000000\r\n\r\n{}",
+    "longer than a number": b"Content-Length: " + b"9" * 6000 + b"\r\n\r\n",
+    "longer than the limit": b"Content-Length: %d\r\n\r\n" % (MESSAGE_LIMIT + 1) + b" " * (MESSAGE_LIMIT + 1),
+    "negative": b"Content-Length: -5\r\n\r\n{}",
+    "no number": b"Content-Length: five\r\n\r\n{}",
+    "another script's digits": "Content-Length: \u0665\r\n\r\n{}".encode(),
+    "nothing": b"Content-Length:\r\n\r\n{}",
+    "zero": b"Content-Length: 0\r\n\r\n",
+    "absent": b'Content-Type: application/json\r\n\r\n{"jsonrpc": "2.0"}',
+    "absent, in lines": b'X: y\r\n\r\n{\r\n\r\n"jsonrpc":\r\n\r\n"2.0"}\r\n',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_length_that_cannot_be_is_answered_and_skipped(environment: dict[str, str], name: str) -> None:
+    """The server says what is wrong, allocates nothing, and answers the next message."""
+    start = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"capabilities": {}}}
+    leave = {"jsonrpc": "2.0", "method": "exit", "params": None}
+    talk = framed(start) + BROKEN[name] + framed(PING) + framed(leave)
+    done = subprocess.run(COMMAND, input=talk, capture_output=True, env=environment, timeout=PATIENCE, check=False)
+    answers = [json.loads(body) for body in bodies(done.stdout)]
+    (complaint,) = [answer["error"] for answer in answers if "method" not in answer and answer["id"] is None]
+    assert -32600 == complaint["code"]
+    assert "was skipped" in complaint["message"]
+    assert [1, 7] == [answer["id"] for answer in answers if answer.get("id") is not None]
+    assert 0 == done.returncode
+
+
+JUNK = st.sampled_from([*BROKEN.values(), b"x", b"\r\n", b"\n", b"Content-Length: 3\r\n"])
+
+
+@given(st.lists(JUNK, max_size=4))
+def test_any_bytes_are_followed_by_the_next_message(junk: list[bytes]) -> None:
+    """Whatever comes before it, a message whose header is right is read whole, unless a wrong length swallowed it."""
+    asked = list[int]()
+
+    class Stream(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size or 0)
+            return super().read(size)
+
+    stream = Stream(b"".join(junk) + b"Content-Length: 4\r\n\r\ntrueContent-Length: 5\r\nX: y\r\n\r\nfalse")
+    reader = MessageReader(stream, lambda _: None)
+    read = list[bytes]()
+    while header := reader.readline():
+        length = int(header.removeprefix(b"Content-Length: "))
+        assert b"\r\n" == reader.readline()
+        read.append(reader.read(length))
+    assert max(asked) <= MESSAGE_LIMIT
+    assert b"false" == read[-1]
+    assert b"true" == read[-2] or b"Content-Length: 3\r\n" in junk
 
 
 def bodies(stream: bytes) -> Iterator[bytes]:

@@ -45,6 +45,15 @@ def test_json_gives_the_skeleton_back(given_names: list[str]) -> None:
     assert skeleton == tree_from_json(tree_to_json(skeleton))
 
 
+def test_a_key_that_stands_twice_is_refused() -> None:
+    """At the top, and in a module."""
+    text = tree_to_json(builtin())
+    for key in ("name", "class_name"):
+        start = text.index(f'"{key}"', text.index('"modules"') if key == "class_name" else 0)
+        with pytest.raises(PolicyError, match=f"E210.*the key `{key}` stands twice"):
+            tree_from_json(f'{text[:start]}"{key}": "x", {text[start:]}')
+
+
 @given(names)
 def test_lists_hold_their_elements_by_number(given_names: list[str]) -> None:
     """`blocks.2` comes before `blocks.10`, in whatever order they were named."""

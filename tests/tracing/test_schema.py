@@ -57,6 +57,14 @@ def refusal(text: str | bytes) -> str:
     return diagnostic.message
 
 
+@pytest.mark.parametrize("key", ["cachepolicy_trace", "plans", "calls", "seconds"])
+def test_a_key_that_stands_twice_is_refused(key: str) -> None:
+    """The first value would be gone without a word."""
+    text = drifting().to_json()
+    start = text.index(f'"{key}"')
+    assert f"the key `{key}` stands twice" in refusal(f'{text[:start]}"{key}": 1, {text[start:]}')
+
+
 @given(policy=strategies.policies(steps=5), timesteps=strategies.timesteps(5, 5), branches=strategies.branches())
 def test_any_schedule_comes_back(policy, timesteps, branches):
     """Whatever a policy decides on whatever clock, a trace of it is read back with the same decisions."""

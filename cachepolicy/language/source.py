@@ -109,8 +109,8 @@ def _shortened(text: str) -> str:
 
 
 # Control characters, and characters that make a text look different from what it is (CVE-2021-42574): bidirectional
-# overrides, line separators that Python and editors treat differently (also a carriage return without a line feed), byte
-# order marks, halves of surrogate pairs.
+# overrides, line separators that Python and editors treat differently (also a carriage return without a line feed),
+# byte order marks, halves of surrogate pairs.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 

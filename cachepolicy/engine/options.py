@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -92,13 +93,29 @@ def is_disabled() -> bool:
     return disabled
 
 
+def _refuse_arguments(name: str, function: Callable[..., Any]) -> None:
+    """Raises PolicyError if the function for an external needs other arguments than it is called with."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    arguments = ("module",) if getattr(function, "takes_module", False) else ()
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        message = f"the function for `{name}` cannot be called: {error}"
+        help = "it is called with the module of the site" if arguments else "it is called without arguments"
+        raise PolicyError.of("E307", message, help=help) from error
+
+
 def supplier(name: str, value: Any) -> Callable[[], float]:
     """Return a function that gives the value of an external.
 
     Raises:
-        PolicyError: The value is neither a number nor a function.
+        PolicyError: E307, the value is neither a number nor a function that can be called without arguments.
     """
     if callable(value):
+        _refuse_arguments(name, value)
         return cast("Callable[[], float]", value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return lambda: value

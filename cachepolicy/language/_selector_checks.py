@@ -69,7 +69,9 @@ def _judge_param(node: ir.PatternParam, checker: Checker) -> None:
     name, sort = node.name, checker.scope.sort(node.name)
     param = checker.scope.param(name)
     if sort is None:
-        checker.unknown(node, name, frozenset({"parameter"}), *KINDS, "blocks")
+        help = checker.scope.near(name, frozenset({"parameter"}), *KINDS, "blocks")
+        help = help or f'write a regex in quotes, `"{name}"`, or declare `param {name}: string = "..."`'
+        checker.unknown(node, name, frozenset({"parameter"}), help=help)
     elif sort == "unknown":
         pass
     elif param is None or param.type not in ("string", "list"):

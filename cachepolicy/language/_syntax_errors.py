@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from cachepolicy.errors import Diagnostic, nearest
+from cachepolicy.language.scope import SYNONYMS
 from cachepolicy.language.source import Chunk, Source
-from cachepolicy.language.vocabulary import KINDS, RESERVED, STATEMENT_WORDS, TYPES
+from cachepolicy.language.vocabulary import APPROXIMATIONS, KINDS, PREDICTORS, RESERVED, STATEMENT_WORDS, TYPES
 
 USAGE = {
     "cachepolicy": "`cachepolicy 1`",
@@ -106,6 +108,9 @@ def _ending_hint(source: Source, chunk: Chunk, stop: Stop) -> str | None:
     following = source.clean[chunk.end :].lstrip()
     if re.match(r"(when|every|on|mask|while|at)\b|->", following):
         return "indent the lines that continue a statement"
+    unfinished = _unfinished(source.clean[chunk.start : chunk.end], stop, "$")
+    if unfinished is not None:
+        return unfinished
     if "_ARROW" in stop.accepts:
         return "a rule ends with an action: `-> reuse`"
     return None
@@ -269,6 +274,12 @@ def _usage(chunk: Chunk) -> str | None:
 
 
 def _hint(source: Source, chunk: Chunk, stop: Stop, found: str) -> str | None:
+    pattern = _unquoted_regex(source, chunk, stop)
+    if pattern is not None:
+        return f'a regex stands in quotes: `"{pattern}"`'
+    unfinished = _unfinished(source.clean[chunk.start : stop.offset], stop, found)
+    if unfinished is not None:
+        return unfinished
     preceding = source.clean[chunk.start : stop.offset].split()[-1:]
     special = _AFTER.get("".join(preceding)) or _WORDS.get(found)
     if special and found not in _SIGNS:
@@ -289,6 +300,50 @@ def _hint(source: Source, chunk: Chunk, stop: Stop, found: str) -> str | None:
     if found[0].isdigit():
         return "a name cannot start with a digit, and a number ends before a letter"
     return None
+
+
+def _unfinished(before: str, stop: Stop, found: str) -> str | None:
+    """Returns the hint for a percentage, a bound without its end, or an action's argument without its name.
+
+    Args:
+        before: The text of the statement before the error.
+        stop: The position of the error.
+        found: The word or sign at the error.
+    """
+    percentage = re.search(r"(?<![A-Za-z0-9_.])([0-9.]+)\s*%\s*$", before)
+    if percentage is not None and re.fullmatch(r"[0-9]*\.?[0-9]+", percentage[1]):
+        return f"`%` is the remainder of a division; write `{float(percentage[1]) / 100:g}`"
+    bound = re.search(r"\bat\s+most\s+([A-Za-z0-9_]+)\s*$", before)
+    if bound is not None and "_IN" in stop.accepts:
+        return f"write `at most {bound[1]} in a row` or `at most {bound[1]} in all`"
+    method = re.search(r"\b(?:predict|uncond)\s+([a-z_]+)\s*\(\s*$", before)
+    labels = {**PREDICTORS, **APPROXIMATIONS}.get(method[1]) if method is not None else None
+    if method is not None and labels:
+        first, *others = [name for name, label in labels.items() if label.required]
+        value = found if found[0].isdigit() else "..."
+        arguments = ", ".join([f"{first}: {value}", *(f"{name}: ..." for name in others)])
+        return f"arguments have names: `{method[1]}({arguments})`"
+    used = re.search(r"\b([a-z_]+)\s*$", before)
+    if found == "[" and used is not None and SYNONYMS.get(used[1]) == "blocks":
+        return "did you mean `blocks`?"
+    return None
+
+
+def _unquoted_regex(source: Source, chunk: Chunk, stop: Stop) -> str | None:
+    """Returns the regular expression without quotes at the error, if the error is in the selector of a rule."""
+    start, end = stop.offset, stop.offset
+    while start > chunk.start and source.clean[start - 1] in _REGEX_LETTERS:
+        start -= 1
+    while end < chunk.end and source.clean[end] in _REGEX_LETTERS and not source.clean.startswith("->", end):
+        end += 1
+    before, pattern = source.clean[chunk.start : start], source.clean[start:end]
+    selector = r"(?:match(?:\s+optional)?|expect)\s+(?:[a-z_\s()]|\"[^\"]*\")*$"
+    clauses = {*_ORDER, "over", "with", "most"}
+    in_selector = re.match(selector, before) and not clauses & set(re.findall(r"[a-z_]+", before))
+    return pattern if in_selector and re.search(r"[A-Za-z_]", pattern) and re.search(r"[.^$*\\|+?]", pattern) else None
+
+
+_REGEX_LETTERS = frozenset(string.ascii_letters + string.digits + "_.^$*\\|+?-")
 
 
 def _word_hint(stop: Stop, found: str, words: Collection[str]) -> str | None:

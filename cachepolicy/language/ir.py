@@ -45,7 +45,7 @@ class Node(BaseModel):
 
 
 _HASHED: Any = Node.__dict__["_hashed"]  # the slot descriptor, because frozen models refuse assignments
-_PLACES = frozenset({"span", "comments", "source_name"})
+_PLACES = frozenset({"span", "comments", "source_name", "text"})
 """Fields that say where a node stands in a text."""
 
 
@@ -492,6 +492,9 @@ class Policy(Node):
     comments: SkipJsonSchema[tuple[Comment, ...]] = Field(default=(), exclude=True, repr=False)
     source_name: SkipJsonSchema[str | None] = Field(
         default=None, exclude=True, repr=False, description="name of the file of the text"
+    )
+    text: SkipJsonSchema[str | None] = Field(
+        default=None, exclude=True, repr=False, description="the text, which diagnostics quote"
     )
 
 

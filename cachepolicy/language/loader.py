@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,31 @@ from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.source import Source, prepare_source
-from cachepolicy.language.vocabulary import TEXT_LIMIT
+from cachepolicy.language.vocabulary import STATEMENT_WORDS, TEXT_LIMIT
 
 SHIPPED = "<shipped>/"
 """What the names of shipped files begin with in `Policy.source_name`, so that no path is taken for one."""
+
+
+# What the text of a policy starts with, and no name or path does.
+_STATEMENT = re.compile(rf"\s*(?:{'|'.join(STATEMENT_WORDS)})\s+\S")
+
+_OTHER_NAMES = {
+    "firstblockcache": "fbc",
+    "firstblock": "fbc",
+    "pyramidattentionbroadcast": "pab",
+    "fastforwardcaching": "fora",
+}
+"""Shipped policies by other names of their methods."""
+_NOT_SHIPPED = {
+    method.lower().replace("-", ""): method
+    for method in (
+        "AdaCache", "BlockDance", "DBCache", "DeepCache", "Delta-DiT", "DiTFastAttn", "EasyCache", "HiCache",
+        "Learning-to-Cache", "MagCache", "SeaCache", "SmoothCache", "T-GATE", "TaylorSeer", "TeaCache", "TextKVCache",
+        "ToCa",
+    )
+}  # fmt: skip
+"""Published methods by their names in lower case. A shipped policy of that name comes first."""
 
 
 def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
@@ -47,8 +69,9 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
         return _from_path(source)
     if source.startswith(SHIPPED):
         return _shipped(source.removeprefix(SHIPPED))
-    if "\n" in source:
-        raise PolicyError.of("E150", "a policy's text where its name or path stands", help="`parse(text)` reads a text")
+    if "\n" in source or (_STATEMENT.match(source) and not is_file(Path(source))):
+        message = "this is the text of a policy, and a name or a path is expected"
+        raise PolicyError.of("E150", message, help="parse the text first: `cachepolicy.parse(text)`")
     if not _bare(source):
         return read_policy(Path(source), source)
     return _named(source, Path())
@@ -56,8 +79,10 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
 
 def _from_path(source: object) -> ir.Policy:
     if not isinstance(source, os.PathLike):
-        kind = type(source).__name__
-        raise PolicyError.of("E150", f"a policy is a name, a path or a `Policy`, not a `{kind}`")
+        kind, help = type(source).__name__, None
+        if callable(source) and (hasattr(source, "forward") or hasattr(source, "components")):
+            help = "the model is the first argument, the policy the second: `apply(model, policy)`"
+        raise PolicyError.of("E150", f"a policy is a name, a path or a `Policy`, not a `{kind}`", help=help)
     name = os.fsdecode(cast("os.PathLike[str]", source))
     return read_policy(Path(name), name)
 
@@ -95,6 +120,12 @@ def _near(stem: str, folder: Path) -> str | None:
     for suffix in (*POLICY_SUFFIXES, ".json"):
         if is_file(folder / (stem + suffix)):
             return f"there is a file `./{stem}{suffix}`"
+    method = re.sub(r"[^a-z0-9]", "", stem.lower()).removesuffix("config")
+    if method in _OTHER_NAMES:
+        return f"its name here is `{_OTHER_NAMES[method]}`"
+    if method in _NOT_SHIPPED:
+        names = ", ".join(f"`{name}`" for name in shipped_policies())
+        return f"{_NOT_SHIPPED[method]} is not shipped; write it as a policy file, or use one of {names}"
     return suggestion(stem, list(shipped_policies()))
 
 
@@ -268,11 +299,11 @@ def chain(origins: Sequence[Origin]) -> str:
 
 
 def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagnostic:
-    """Adds the source location to a diagnostic.
+    """Adds the name and the lines of the policy's text to a diagnostic.
 
     Args:
         finding: The diagnostic. It is returned unchanged if it has a source.
-        policy: The policy that the diagnostic is about. The source lines are read again from its file.
+        policy: The policy that the diagnostic is about.
         span: Location that is used if the diagnostic has none.
 
     Returns:
@@ -282,22 +313,12 @@ def located(finding: Diagnostic, policy: ir.Policy, span: Span | None) -> Diagno
         return finding
     finding = replace(finding, span=finding.span or span)
     name = policy.source_name
-    content = _text(name) if name is not None else None
-    if content is None or name is None:
+    if policy.text is None or name is None:
         return replace(finding, source=name)
     shown = os.path.relpath(name) if _is_file_name(name) else name
-    return _prepared(content, name if shown.startswith("..") else shown).locate(finding)
+    return _prepared(policy.text, name if shown.startswith("..") else shown).locate(finding)
 
 
-@lru_cache(maxsize=4)  # a file may have many findings
-def _prepared(content: bytes, name: str) -> Source:
-    return prepare_source(content, name)[0]
-
-
-def _text(name: str) -> bytes | None:
-    try:
-        if name.startswith(SHIPPED):
-            return shipped_policies()[_stem(name.removeprefix(SHIPPED))].read_bytes()
-        return _content(Path(name), name) if _is_file_name(name) and not name.endswith(".json") else None
-    except (PolicyError, KeyError, OSError):
-        return None
+@lru_cache(maxsize=4)  # a policy may have many findings
+def _prepared(text: str, name: str) -> Source:
+    return prepare_source(text, name)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -95,6 +96,10 @@ def python(value: ir.Expression) -> Value:
 
 def _mistyped(param: ir.Param, setting: object, help: str | None = None) -> PolicyError:
     shown = "off" if setting is None or isinstance(setting, ir.Off) else _shown(setting)
+    if help is None and isinstance(setting, str | ir.Text) and param.type != "string":
+        text = setting if isinstance(setting, str) else setting.value
+        if re.fullmatch(r"-?[0-9.]+|true|false|off|[\[(].*[\])]", text, re.IGNORECASE):
+            help = f"write `{text}` without quotes"
     return PolicyError.of("E161", f"`{param.name}` takes {_ARTICLE[param.type]}, not `{shown}`", help=help)
 
 
@@ -114,7 +119,7 @@ def _shown(setting: object) -> str:
             setting = constant(setting)  # pyright: ignore[reportArgumentType]
         except Undefined:
             setting = setting.name if isinstance(setting, ir.Name) else type(setting).__name__.lower()
-    text = setting if isinstance(setting, str) else repr(setting)
+    text = f'"{setting}"' if isinstance(setting, str) else repr(setting)
     return text if len(text) <= 60 else text[:59] + "…"
 
 

@@ -234,6 +234,7 @@ class _Reading:
             statements=tuple(self.statements),
             comments=tuple(self.comments),
             source_name=source.name,
+            text=source.text,
             span=source.span(0, len(source.text)),
         )
 
@@ -350,6 +351,9 @@ class _Reading:
         tokens = _CLAUSE_OR_TEXT.finditer(self.source.clean, head.end(), stop)
         end = next((token.start() for token in tokens if token[0][0] not in "\"'"), stop)
         end = head.end() + len(self.source.clean[head.end() : end].rstrip())
+        if end == stop:
+            # The error touches the last word, which may be the beginning of a regex without quotes.
+            return
         try:
             tree = _parse(self.source, head.end(), end, "selector")
         except lark.exceptions.UnexpectedInput:

@@ -26,7 +26,10 @@ SORTS: Mapping[str, Sort] = {
 SYNONYMS: Mapping[str, str] = {
     "timestep": "t", "time": "t", "timesteps": "t", "i": "step", "index": "step", "step_index": "step",
     "num_steps": "steps", "num_inference_steps": "steps", "total_steps": "steps", "True": "true", "False": "false",
-    "None": "off", "null": "off", "none": "off", "infinity": "inf",
+    "None": "off", "null": "off", "none": "off", "infinity": "inf", "mlp": "feedforward", "ff": "feedforward",
+    "ffn": "feedforward", "feed_forward": "feedforward", "attn": "attention", "self_attn": "self_attention",
+    "cross_attn": "cross_attention", "layers": "blocks", "layer": "block", "transformer_blocks": "blocks",
+    "transformer": "model", "unet": "model",
 }  # fmt: skip
 """Names from other libraries, mapped to the words of this language."""
 

@@ -166,7 +166,7 @@ class _Judgement:
         """Checks that `name` is a parameter of the type `wanted`."""
         sort, param = self.scope.sort(name.name), self.scope.param(name.name)
         if sort is None:
-            self.checker.unknown(name, name.name, frozenset({"parameter"}))
+            self.checker.unknown(name, name.name, frozenset({"parameter"}), type_=wanted)
         elif sort != "unknown" and (param is None or param.type != wanted):
             found = f"`{param.type}` parameter" if param else sort
             self.report.add("E110", f"{clause} takes a `{wanted}` parameter, and `{name.name}` is a {found}", name)

@@ -29,6 +29,14 @@ _PARAM_TYPES: dict[ir.ParamType, Type] = {
     "range": "range",
     "list": "list",
 }
+_EXAMPLES: dict[ir.ParamType, str] = {
+    "int": "int = 2",
+    "float": "float = 0.5",
+    "bool": "bool = true",
+    "string": 'string = "..."',
+    "range": "range = (100, 800)",
+    "list": "list = [0, 1, 2]",
+}
 _NAMED: dict[Type, str] = {
     "number": "a number",
     "boolean": "true or false",
@@ -95,6 +103,9 @@ class Checker:
         """Checks a whole number, or `off` where that is allowed."""
         node = count.value
         if count.off and isinstance(node, ir.Off):
+            return
+        if isinstance(node, ir.Name) and self.scope.sort(node.name) is None:
+            self.unknown(node, node.name, count.context.knows, type_="int")
             return
         param = self.scope.param(node.name) if isinstance(node, ir.Name) else None
         if param is None or not (count.off and param.optional):
@@ -189,9 +200,19 @@ class Checker:
             return "any"
         return _PARAM_TYPES[param.type]
 
-    def unknown(self, node: ir.Node, name: str, sorts: frozenset[Sort], *words: str, help: str | None = None) -> None:
-        """Reports an undeclared name once."""
+    def unknown(
+        self,
+        node: ir.Node,
+        name: str,
+        sorts: frozenset[Sort],
+        *words: str,
+        help: str | None = None,
+        type_: ir.ParamType = "float",
+    ) -> None:
+        """Reports an undeclared name once. `type_` is the type of a parameter that would fit."""
         help = help or self.scope.near(name, sorts, *words, "true", "false", "off", "inf")
+        if help is None and "parameter" in sorts:
+            help = f"declare it: `param {name}: {_EXAMPLES[type_]}`"
         self.report.add("E101", f"the name `{name}` is not declared", node, help=help, word=name, once=name)
 
     def forbidden(self, node: ir.Node, name: str, sort: Sort, context: ExpressionPlace) -> bool:
@@ -312,7 +333,7 @@ class Checker:
         sort = self.scope.sort(node.name)
         param = self.scope.param(node.name)
         if sort is None:
-            self.unknown(node, node.name, frozenset({"parameter"}))
+            self.unknown(node, node.name, frozenset({"parameter"}), type_="range")
         elif sort == "unknown" or self.forbidden(node, node.name, sort, context):
             pass
         elif param is None or param.type not in ("range", "list"):

@@ -29,7 +29,7 @@ def within_bounds(policy: ir.Policy, report: Report) -> bool:
     while waiting:
         node, level, statement = waiting.pop()
         nodes += 1
-        letters += sum(len(text) for text in node.__dict__.values() if isinstance(text, str))
+        letters += sum(len(value) for name, value in node.__dict__.items() if isinstance(value, str) and name != "text")
         nodes += len(node.values) if isinstance(node, ir.Table) else 0
         if level > DEPTH_LIMIT:
             report.add("E015", f"the statement is nested deeper than {DEPTH_LIMIT}", statement, help=_SPLIT)

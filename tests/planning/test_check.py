@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy._resources import shipped_policies
-from cachepolicy.errors import Diagnostic
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.loader import load
 from cachepolicy.language.parser import parse
@@ -237,13 +237,27 @@ def test_a_text_is_shown_as_it_is_held(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_file_that_became_shorter(tmp_path: Path) -> None:
-    """A finding about lines that a file has no more is told without them."""
+    """A finding shows the lines of the file as they were when the policy was loaded."""
     path = tmp_path / "mine.cp"
     path.write_text(f"\n\n{RULE}{RULE}")
     policy = load(path)
     path.write_text("")
     (found,) = check(policy)
-    assert ("W510", ()) == (found.code, found.excerpt)
+    assert ("W510", (RULE.strip(),)) == (found.code, found.excerpt)
+
+
+def test_errors_of_parsed_texts_show_their_lines() -> None:
+    """What is found when a parsed text meets its params and its model shows the line of the text."""
+    policy = parse('param n: int = 2\nmatch attention every n -> reuse\nmatch optional "nothing" -> reuse\n')
+    for settings, line in [({"n": 0}, 2), ({"n": "no"}, None)]:
+        with pytest.raises(PolicyError) as raised:
+            simulate(policy, steps=4, **settings)
+        shown = ("match attention every n -> reuse",) if line else ()
+        assert shown == raised.value.diagnostics[0].excerpt
+    with pytest.raises(PolicyError) as raised:
+        simulate(parse('policy mine\n\nmatch "nothing" every 2 -> reuse\n'), steps=4)
+    (found,) = raised.value.diagnostics
+    assert ("E200", "<text>", ('match "nothing" every 2 -> reuse',)) == (found.code, found.source, found.excerpt)
 
 
 def test_warnings_of_names_are_checked_too() -> None:

@@ -8,7 +8,7 @@ import io
 import pickle
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -964,3 +964,39 @@ def test_disabled_runs_the_bare_model_and_leaves_the_state() -> None:
                     assert same(bare, run(model))
     assert same(expected, got)
     assert rows == attached.trace.rows()
+
+
+# --- arguments that do not fit ---------------------------------------------------------------------------
+
+PUSHED = "external push: float\nmatch attention every 2 -> predict linear(weight: push)"
+
+
+@pytest.mark.parametrize(
+    ("push", "message", "help"),
+    [
+        (lambda step: step, "missing a required argument: 'step'", "it is called without arguments"),
+        ("half", "`push` is `str`", "a number, or a function that returns one"),
+    ],
+)
+def test_an_external_that_cannot_be_called(push: Any, message: str, help: str) -> None:
+    """A function with other arguments is refused by `apply`, not in the middle of a run."""
+    model = Toy().build()
+    with pytest.raises(cachepolicy.PolicyError) as raised:
+        cachepolicy.apply(model, cachepolicy.parse(PUSHED), steps=4, push=push)
+    (found,) = raised.value.diagnostics
+    assert ("E307", help) == (found.code, found.help)
+    assert message in found.message
+    with cachepolicy.apply(model, cachepolicy.parse(PUSHED), steps=4, push=lambda strength=0.5: strength):
+        run(model, timesteps=[900.0, 600.0, 300.0])
+
+
+def test_arguments_of_apply_that_are_swapped() -> None:
+    """The policy before the model is an error that says so, and a policy text says how to parse it."""
+    model = Toy().build()
+    for target, policy, help in [
+        ("pab.cp", model, "the model is the first argument, the policy the second: `apply(model, policy)`"),
+        (model, "match attention every 2 -> reuse", "parse the text first: `cachepolicy.parse(text)`"),
+    ]:
+        with pytest.raises(cachepolicy.PolicyError) as raised:
+            cachepolicy.apply(cast("Any", target), cast("Any", policy))
+        assert [("E150", help)] == [(found.code, found.help) for found in raised.value.diagnostics]

@@ -138,6 +138,7 @@ CODES: dict[str, str] = {
     "W513": "a rule that never reuses",
     "W514": "a branch name that no diffusers pipeline uses",
     "W515": "a rule that decides no call of a schedule",
+    "W516": "an unconditional half that the model does not have",
     "W520": "a rule that no expectation reaches",
     # W6xx: a policy on a running model.
     "W601": "modules that run outside any call of their model",

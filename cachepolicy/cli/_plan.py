@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from cachepolicy._strict_json import load_json
@@ -12,6 +13,7 @@ from cachepolicy.cli.options import SampledModel
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning import cost_model
 from cachepolicy.planning.cost_model import Work
+from cachepolicy.planning.guidance import reads_guidance, without_uncond
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.simulation import simulate
 from cachepolicy.reports import overview
@@ -30,6 +32,8 @@ def show_plan(
         shapes: A JSON file with shapes of the call's arguments, which replace `picture`.
         as_json: Print JSON.
     """
+    guidance = sampled.guidance
+    plan = without_uncond(plan) if guidance.form == "distilled" else plan
     simulated = simulate(plan, **sampled.arguments)
     work = _work(sampled, picture, shapes)
     outlook = held = None
@@ -39,10 +43,14 @@ def show_plan(
         outlook, held = cost_model.forecast(simulated.plan, simulated, work), holdings(plan, simulated, work)
     if as_json:
         flops = None if outlook is None else outlook.to_json()
-        output.say_json({**report_text.outcome_to_json(simulated), "flops": flops, "held": held})
+        output.say_json(
+            {**report_text.outcome_to_json(simulated), "flops": flops, "held": held, "guidance": asdict(guidance)}
+        )
         return
     output.report_findings(simulated.warnings, error=True)
     output.say(report_text.draw(simulated, width=output.columns(), colour=output.coloured(sys.stdout)))
+    if guidance.form != "unknown" or reads_guidance(plan):
+        output.say(str(guidance))
     if outlook is not None and work is not None:
         output.say(cost_model.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps))
         peak = cost_model.format_bytes(max(held or (), default=0))
@@ -53,11 +61,14 @@ def show_overview(sampled: SampledModel, picture: Mapping[str, Any], shapes: str
     """Prints the parts of the model, and the outcome of each shipped policy on it."""
     work = _work(sampled, picture, shapes)
     clock = {name: value for name, value in sampled.arguments.items() if name != "signals"}
-    prospects = overview.prospects(sampled.skeleton, work, **clock)
+    distilled = sampled.guidance.form == "distilled"
+    prospects = overview.prospects(sampled.skeleton, work, distilled=distilled, **clock)
     if as_json:
-        output.say_json(overview.overview_to_json(sampled.skeleton, work, prospects))
+        as_data = overview.overview_to_json(sampled.skeleton, work, prospects)
+        output.say_json({**as_data, "guidance": asdict(sampled.guidance)})
     else:
         output.say(overview.draw_overview(sampled.skeleton, work, prospects, steps=sampled.arguments["steps"]))
+        output.say(str(sampled.guidance))
 
 
 def _work(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None) -> Work | None:

@@ -13,6 +13,8 @@ from typing import Any
 from cachepolicy.cli import output
 from cachepolicy.engine.run import Run, apply
 from cachepolicy.language import ir
+from cachepolicy.planning.tally import tally
+from cachepolicy.reports.stats import speed_up
 from cachepolicy.tools.quality import Quality, compare_pictures
 from cachepolicy.tools.sampling import Sample, sample_pipeline, save_pictures
 
@@ -40,18 +42,24 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class _SeedOutcome:
-    """Seconds with and without the policy, distance from the bare pipeline, and the files of one seed."""
+    """Seconds with and without the policy, distance from the bare pipeline, and the files of one seed.
+
+    `skipped` is the number of site calls that the policy skipped.
+    """
 
     seed: int
     cached: Sample | None
     bare: Sample | None
     quality: Quality | None
     files: Sequence[Path]
+    skipped: float
 
     @property
     def ratio(self) -> float | None:
-        """The speed-up, or None if only one of the two was sampled."""
-        return self.bare.seconds / self.cached.seconds if self.bare and self.cached else None
+        """The speed-up in the calls of the model; None if only one of the two was sampled, or nothing was skipped."""
+        if self.bare is None or self.cached is None:
+            return None
+        return speed_up(self.cached.model_seconds, self.bare.model_seconds, self.skipped)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the outcome as plain data."""
@@ -92,16 +100,19 @@ def show_run(pipe: Any, task: Task, *, as_json: bool) -> None:
     except OSError as error:
         raise output.unwritable(task.output, error) from error
     ratios = [outcome.ratio for outcome in outcomes if outcome.ratio is not None]
-    speed_up = statistics.median(ratios) if ratios else None
+    faster = statistics.median(ratios) if ratios else None
     if as_json:
         seeds = [outcome.to_json() for outcome in outcomes]
-        output.say_json({"seeds": seeds, "files": {path.name: str(path) for path in files}, "speed_up": speed_up})
+        output.say_json({"seeds": seeds, "files": {path.name: str(path) for path in files}, "speed_up": faster})
         return
     lines = [summary] if summary else []
     lines += map(str, outcomes)
-    if speed_up is not None:
+    if faster is not None:
         spread = f" ({min(ratios):.2f}..{max(ratios):.2f})" if len(ratios) > 1 else ""
-        lines.append(f"{speed_up:.2f}x as fast{spread}, timed once per seed; the first call includes the warm-up")
+        timed = "timed once per seed; the first call includes the warm-up"
+        lines.append(f"{faster:.2f}x as fast in the calls of the model{spread}, {timed}")
+    elif task.compares and run is not None:
+        lines.append("no speed-up: the policy reused nothing")
     output.say("\n".join([*lines, *map(str, files)]))
 
 
@@ -120,7 +131,8 @@ def _sampled(pipe: Any, run: Run | None, task: Task, seed: int, index: int) -> _
     for name, sample in ((f"seed-{seed}", cached), (f"seed-{seed}-uncached", bare)):
         files += [] if sample is None else save_pictures(sample, task.output, name)
     quality = None if cached is None or bare is None else compare_pictures(bare.pictures, cached.pictures)
-    return _SeedOutcome(seed, cached, bare, quality, files)
+    recorded = run.trace.latest if run is not None and run.trace is not None else ()
+    return _SeedOutcome(seed, cached, bare, quality, files, sum(tally(trajectory).skipped for trajectory in recorded))
 
 
 def _quality(quality: Quality | None) -> str:

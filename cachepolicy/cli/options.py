@@ -13,6 +13,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import constant
 from cachepolicy.language.parser import parse_value
+from cachepolicy.planning.guidance import Guidance
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 from cachepolicy.tools.meta_model import Blueprint, read_model
 
@@ -122,11 +123,13 @@ class SampledModel:
         blueprint: The model.
         settings: Values of policy parameters by name.
         arguments: Keyword arguments of `simulate`.
+        guidance: How guidance runs, as the options say or the model shows.
     """
 
     blueprint: Blueprint
     settings: Mapping[str, ir.Expression]
     arguments: Mapping[str, Any]
+    guidance: Guidance
 
     @property
     def skeleton(self) -> Skeleton:
@@ -153,6 +156,8 @@ def model_and_clock(values: Mapping[str, Any]) -> SampledModel:
         "timesteps": values["timesteps"],
         "sigmas": values["sigmas"],
         "signals": {name: constant(value) for name, value in values["signals"]},
-        "branches": values["branches"] or ("",),
+        "branches": values["branches"] or blueprint.guidance.branches,
     }
-    return SampledModel(blueprint, dict(values["settings"]), arguments)
+    branches = tuple(values["branches"])
+    guidance = Guidance("sequential", "--branch", branches) if branches else blueprint.guidance
+    return SampledModel(blueprint, dict(values["settings"]), arguments, guidance)

@@ -15,6 +15,7 @@ from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
 from cachepolicy.planning.schedule import Decision, Program, Tick
 from cachepolicy.planning.simulation import evenly, replay
+from cachepolicy.planning.tally import percent
 
 STEPS = 50
 """Steps of a trajectory whose length is not known."""
@@ -130,11 +131,6 @@ def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> s
             )
     limit = f"at most {outlook.speed_up:.2f}x faster" if outlook.share < 1 else "nothing is left to compute"
     return "\n".join([*lines, f"{percent(outlook.skipped, outlook.total)} of the FLOPs are skipped: {limit}"])
-
-
-def percent(part: float, whole: float) -> str:
-    """Returns a share as text: `30.0 %`."""
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
 def format_flops(flops: float) -> str:

@@ -26,6 +26,7 @@ from cachepolicy.planning.schedule import (
     rebuilds_uncond,
     untold,
 )
+from cachepolicy.planning.tally import tally
 
 SignalValues = float | Sequence[float] | Mapping[str, Sequence[float]]
 Facts = Mapping[tuple[str, int, str], str]
@@ -97,11 +98,8 @@ class Schedule:
         return located(found, self.plan.resolved.sources[bound.index].policy, None)
 
     def _repr_html_(self) -> str:
-        skipped = sum(not decision.computes for decisions in self.decisions.values() for decision in decisions)
-        calls = sum(map(len, self.decisions.values()))
         size = f"{counted(self.steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
-        summary = f"{size}: {skipped} of {counted(calls, 'site call')} skipped"
-        return notebook_html({branch: self.rows_of(branch) for branch in self.branches}, summary)
+        return notebook_html({branch: self.rows_of(branch) for branch in self.branches}, f"{size}: {tally(self)}")
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
         """Yields the calls in the order they run, with their decisions by site number."""

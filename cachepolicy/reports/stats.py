@@ -1,4 +1,4 @@
-"""The numbers of a report: what a run gains, and what its `while` clauses compare with which limits."""
+"""The numbers of a report: what a run gains, and the values that `while` clauses compare with their limits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 from cachepolicy.planning.cost_model import Forecast, Work, forecast
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import Decision, Tick, accumulate, environment_of
-from cachepolicy.reports.text import Outcome, Tally, tally
+from cachepolicy.planning.tally import Tally, tally
+from cachepolicy.reports.text import Outcome
 from cachepolicy.tracing.trace import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """The numbers at the head of a report.
+    """The figures of a report.
 
-    `seconds` were spent in the model and `uncached` would have been without the policy: as the caller measured, or,
-    where `estimated`, as many calls as there were at the median of those that computed everything. Both are None where
-    there is nothing to tell them from. `held` are the most bytes that the session held.
+    Attributes:
+        calls: Calls of the model.
+        tally: Counts of the site calls.
+        flops: FLOPs that are skipped, if the FLOPs of a call are known.
+        seconds: Seconds in the calls of the model; None for a schedule.
+        uncached: Seconds of the calls without the policy: those that the caller measured, or an estimate.
+        estimated: Whether `uncached` is an estimate: as many calls at the median of those that computed everything.
+        held: Most bytes that the session held; None for a schedule.
     """
 
     calls: int
@@ -36,41 +42,47 @@ class Gains:
     held: int | None
 
     @property
-    def skipped(self) -> int:
-        """Site calls that did not compute, hidden ones included."""
-        return self.tally.calls["reuse"] + self.tally.calls["hidden"]
-
-    @property
-    def site_calls(self) -> int:
-        """Site calls in all."""
-        return sum(self.tally.calls.values())
-
-    @property
     def speed_up(self) -> float | None:
-        """How many times faster the calls of the model were than without the policy."""
-        return self.uncached / self.seconds if self.seconds and self.uncached else None
+        """The speed-up of the calls of the model, as `speed_up` defines it."""
+        return speed_up(self.seconds, self.uncached, self.tally.skipped)
+
+
+def speed_up(seconds: float | None, uncached: float | None, skipped: float) -> float | None:
+    """Returns how many times faster the calls of the model were than without the policy.
+
+    Args:
+        seconds: Seconds in the calls of the model with the policy.
+        uncached: Seconds in the same calls without it.
+        skipped: Number of skipped site calls. If there are none, a difference is noise and the result is None.
+    """
+    return uncached / seconds if seconds and uncached and skipped else None
 
 
 def gains(outcome: Outcome, *, work: Work | None = None, uncached: float | None = None) -> Gains:
-    """Add up a schedule or a trajectory; `uncached` are the seconds that the model takes without the policy."""
-    run = outcome.calls if isinstance(outcome, Trajectory) else []
-    seconds = sum(call.seconds for call in run) if run else None
+    """Adds up a schedule or a trajectory.
+
+    Args:
+        outcome: The schedule or trajectory.
+        work: The FLOPs of one call.
+        uncached: Seconds that the calls of the model take without the policy.
+    """
+    calls = outcome.calls if isinstance(outcome, Trajectory) else []
     estimate = None if uncached is not None or not isinstance(outcome, Trajectory) else _estimated(outcome)
     return Gains(
         calls=len(list(outcome)),
         tally=tally(outcome),
         flops=None if work is None else forecast(outcome.plan, outcome, work),
-        seconds=seconds,
+        seconds=sum(call.seconds for call in calls) if calls else None,
         uncached=uncached if estimate is None else estimate,
         estimated=estimate is not None,
-        held=max((call.held for call in run), default=None),
+        held=max((call.held for call in calls), default=None),
     )
 
 
 def _estimated(trajectory: Trajectory) -> float | None:
-    """What all calls would have taken at the speed of those that computed everything, without the very first one.
+    """Returns the seconds of all calls at the median of those that computed everything.
 
-    The first call of a model warms up what later ones find warm.
+    The first call is left out, because it includes the warm-up of the model.
     """
     full = [call.seconds for call in trajectory.calls[1:] if all(decision.computes for decision in call.decided)]
     return statistics.median(full) * len(trajectory.calls) if full else None
@@ -81,7 +93,7 @@ def _estimated(trajectory: Trajectory) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A side of a comparison that a rule's `while` reads: `value operator limit` speaks for reuse, as it is written."""
+    """A comparison in a rule's `while`: `value operator limit`, where the value is measured or remembered."""
 
     rule: int
     value: ir.Expression
@@ -90,13 +102,13 @@ class Curve:
 
     @property
     def text(self) -> str:
-        """`drift <= 0.05`, in the language."""
+        """The comparison in the language: `drift <= 0.05`."""
         return f"{format_node(self.value)} {self.operator} {format_node(self.limit)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A curve at one call of one site: its value and its limit, None where they are undefined, and what was decided."""
+    """A curve at one call of one site: value and limit (None: undefined), and the decision."""
 
     tick: Tick
     value: float | None
@@ -105,7 +117,7 @@ class Point:
 
 
 def curves(plan: Plan) -> tuple[Curve, ...]:
-    """Every comparison of something measured or remembered with a number, by rule, in the order they are written."""
+    """Returns every comparison of a measured or remembered value, by rule, in the order of the text."""
     signals = frozenset(signal.name for signal in plan.resolved.signals)
     return tuple(
         dict.fromkeys(
@@ -139,22 +151,22 @@ _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 
 
 def _moves(node: ir.Expression, signals: frozenset[str]) -> bool:
-    """True where the expression reads a signal, or what a site remembers: the clock alone is no curve."""
-    calls = {each.function for each in walk(node) if isinstance(each, ir.Call)}
+    """Returns whether an expression reads a signal or a memory. An expression of the clock alone is no curve."""
+    calls = {call.function for call in walk(node) if isinstance(call, ir.Call)}
     return bool(names_in(node) & signals or calls & (ACCUMULATORS | MEMORIES))
 
 
 def points(
     plan: Plan, curve: Curve, site: int, calls: Iterable[tuple[Tick, Sequence[Decision]]], branch: str
 ) -> list[Point]:
-    """The curve along the calls of a branch in which its rule decided for the site."""
+    """Returns the points of a curve at the calls of a branch in which its rule decided for the site."""
     found = list[Point]()
     bound = plan.rules[curve.rule]
     for tick, decisions in calls:
         decision = decisions[site]
         if tick.branch == branch and decision.rule == curve.rule and decision.inputs is not None:
             environment = _environment(bound, decision)
-            value, limit = (_number(each, environment) for each in (curve.value, curve.limit))
+            value, limit = (_number(side, environment) for side in (curve.value, curve.limit))
             found.append(Point(tick, value, limit, decision))
     return found
 
@@ -178,11 +190,11 @@ Series = tuple[tuple[float | None, float | None, str], ...]
 def series(
     plan: Plan, curve: Curve, calls: Sequence[tuple[Tick, Sequence[Decision]]], branch: str
 ) -> Mapping[Series, tuple[list[str], list[Point]]]:
-    """The sites that the curve runs alike for, with its points; those where it has none are left out."""
+    """Returns the points of a curve by their values, with the names of the sites that share them."""
     alike: dict[Series, tuple[list[str], list[Point]]] = {}
     for site in plan.rules[curve.rule].sites:
         run = points(plan, curve, site, calls, branch)
         if run:
-            key = tuple((each.value, each.limit, each.decision.verdict) for each in run)
+            key = tuple((point.value, point.limit, point.decision.verdict) for point in run)
             alike.setdefault(key, ([], run))[0].append(plan.sites[site].name)
     return alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.diffusers.denoisers import DENOISERS
+from cachepolicy.diffusers.guidance import BATCH_CONTEXT, CALL_CONTEXT, COND_BRANCHES, DISTILLED, UNCOND_BRANCHES
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.cost_model import Work
+from cachepolicy.planning.guidance import Guidance
 from cachepolicy.planning.module_tree import MODULE_TREE_LIMIT, Skeleton, tree_from_json
 from cachepolicy.tools.saved_pipeline import hub_help, is_hub_id
 
@@ -28,12 +31,14 @@ class Blueprint:
         class_name: The class of diffusers, None if only the modules are known (from a skeleton file).
         config: The configuration of the class.
         model: The `nn.Module` on the meta device, None if only the modules are known.
+        guidance: How guidance runs in the model's pipeline, as far as the files show it.
     """
 
     skeleton: Skeleton
     class_name: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     model: Any = field(default=None, repr=False)
+    guidance: Guidance = field(default_factory=Guidance)
 
     def work(self, picture: Picture, shapes: Mapping[str, Any] | None = None) -> Work:
         """Count the FLOPs and output sizes of one call.
@@ -144,8 +149,26 @@ def _build(config: Mapping[str, Any], file: str) -> Blueprint:
         with torch.device("meta"):
             model_class: Any = found
             model = model_class.from_config(dict(config)).eval()
-            return Blueprint(describe(model), name, dict(model.config), model)
+            guidance = _guidance(model.config, Path(file))
+            return Blueprint(describe(model), name, dict(model.config), model, guidance)
     except PolicyError:
         raise
     except Exception as error:
         raise PolicyError.of("E210", f"`{file}`: no `{name}` can be built from it: {error}") from error
+
+
+def _guidance(config: Mapping[str, Any], file: Path) -> Guidance:
+    """Returns how guidance runs, from the model's config, and from the source of the pipeline class beside it."""
+    import diffusers
+
+    if config.get(DISTILLED) is True:
+        return Guidance("distilled", DISTILLED)
+    index = file.parent.parent / "model_index.json"
+    name = _read(index)[1].get("_class_name") if index.is_file() else None
+    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(name, str) or not isinstance(pipeline, type):
+        return Guidance()
+    contexts = tuple(dict.fromkeys(CALL_CONTEXT.findall(inspect.getsource(pipeline.__call__))))
+    if COND_BRANCHES & {*contexts} and UNCOND_BRANCHES & {*contexts}:
+        return Guidance("sequential", name, tuple(name for name in contexts if name in COND_BRANCHES | UNCOND_BRANCHES))
+    return Guidance("batched", name) if BATCH_CONTEXT in contexts else Guidance()

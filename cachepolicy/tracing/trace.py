@@ -15,6 +15,7 @@ from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT, Decision, Partition, Tick, prepare
 from cachepolicy.planning.simulation import replay
+from cachepolicy.planning.tally import tally
 from cachepolicy.tracing import schema
 from cachepolicy.tracing.schema import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
 
@@ -96,19 +97,15 @@ class Trajectory:
             yield call.tick, call.decisions
 
     def counts(self) -> Counter[str]:
-        """How many site calls were computed, reused and hidden."""
-        return Counter(decision.verdict for call in self.calls for decision in call.decisions)
+        """Returns the number of site calls by verdict."""
+        return tally(self).calls
 
     @property
     def summary(self) -> str:
-        """Steps, sites, what was computed and reused, and the time, in one line."""
-        counts = self.counts()
-        reached = counts["compute"] + counts["reuse"]
-        share = f"{100 * counts['reuse'] / reached:.0f} %" if reached else "none"
+        """Steps, sites, skipped site calls and the time, on one line."""
         steps = len({call.tick.step for call in self.calls})
-        calls = f"{counted(counts['compute'], 'site call')} computed, {counts['reuse']} reused ({share})"
         size = f"{counted(steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
-        return f"{size}: {calls}, {self.seconds:.2f} s in the model"
+        return f"{size}: {tally(self)}, {self.seconds:.2f} s in the model"
 
     def to_html(self) -> str:
         """The summary and the rows as a piece of HTML, which notebooks show."""

@@ -125,7 +125,7 @@ def test_flux_counts_what_it_is_known_to_count() -> None:
         model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
     blueprint = Blueprint(describe(model), "FluxTransformer2DModel", dict(model.config), model)
     work = blueprint.work(Picture())
-    found = overview.prospects(blueprint.skeleton, work, steps=50)
+    found = overview.prospects(blueprint.skeleton, work, distilled=True, steps=50)
     assert overview.draw_overview(blueprint.skeleton, work, found, steps=50) in (DOCS / "planning.md").read_text(
         "utf-8"
     )

@@ -18,9 +18,10 @@ from cachepolicy.planning.cost_model import Work, forecast, format_bytes
 from cachepolicy.planning.module_tree import sites_skeleton
 from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
+from cachepolicy.planning.tally import tally
 from cachepolicy.reports.html.page import page
 from cachepolicy.reports.stats import curves, gains, points
-from cachepolicy.reports.text import draw, tally
+from cachepolicy.reports.text import draw
 from cachepolicy.testing import strategies
 from cachepolicy.tracing.trace import Trace, from_json
 from tests.support import report_data as reports
@@ -143,6 +144,13 @@ def test_a_speed_up_is_measured_against_what_is_known():
     assert gains(reports.flux(4)).seconds is None
 
 
+def test_two_denoisers_share_what_was_measured():
+    """The seconds of the uncached run are those of all denoisers, so each part has the speed-up of all."""
+    first, second = reports.drifting().last, reports.as_trace(simulate("fora", steps=8)).last
+    text = page([first, second], uncached=3 * (first.seconds + second.seconds))
+    assert ["3.00×"] * 2 == re.findall(r"<dt>Speed-up, measured</dt><dd><b>([^<]*)</b>", text)
+
+
 def test_rules_stand_beside_their_share():
     """Each rule of the policy's text, and each that comes by `use`, has its share of the decisions."""
     trajectory = reports.drifting().last
@@ -232,7 +240,7 @@ def test_the_terminal_tells_time_and_memory():
     """The grid of a trace ends with the seconds and the most bytes held."""
     trajectory = reports.drifting().last
     assert (
-        f"{trajectory.seconds:.2f} s in 8 calls of the model, at most 0.0 MiB held" == draw(trajectory).splitlines()[-1]
+        f"{trajectory.seconds:.2f} s in 8 calls of the model, at most 8.0 KiB held" == draw(trajectory).splitlines()[-1]
     )
 
 

@@ -57,7 +57,7 @@ def test_a_run_reports_itself(tmp_path):
     assert "A toy on ToyDiT" in text
     assert "against the uncached run" in text
     assert "FLOPs skipped" not in run.report()
-    assert "site calls computed" in run._repr_html_()
+    assert "site calls skipped" in run._repr_html_()
 
 
 def test_the_flops_that_a_report_names_are_those_that_did_not_run():

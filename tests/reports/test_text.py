@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import cachepolicy
 from cachepolicy.planning.grid import folded, grid
 from cachepolicy.planning.simulation import simulate
-from cachepolicy.reports.text import draw, outcome_to_json, summary, tally
+from cachepolicy.planning.tally import tally
+from cachepolicy.reports.text import draw, outcome_to_json, summary
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 

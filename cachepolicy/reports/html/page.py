@@ -12,8 +12,9 @@ from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.cost_model import Work, format_bytes, format_flops, percent
+from cachepolicy.planning.cost_model import Work, format_bytes, format_flops
 from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.tally import percent
 from cachepolicy.reports.html._cells import CellReasons, decision_grid
 from cachepolicy.reports.html._charts import Chart, Mark, bar_chart, curve_chart, number
 from cachepolicy.reports.stats import Curve, Gains, Point, curves, gains, series
@@ -33,13 +34,18 @@ def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: flo
     Args:
         outcomes: What ran, or what would run. A pipeline with two denoisers has one outcome for each.
         work: The FLOPs of one call of the model.
-        uncached: Seconds that the model takes without the policy.
+        uncached: Seconds in the calls of all denoisers without the policy.
 
     Returns:
         The text of the page.
     """
     reasons = CellReasons()
-    parts = [_part(outcome, reasons, gains(outcome, work=work, uncached=uncached)) for outcome in outcomes]
+    # The seconds of all denoisers are known together, so each of them has the same speed-up.
+    total = sum(map(_seconds, outcomes))
+    parts = [
+        _part(outcome, reasons, gains(outcome, work=work, uncached=_part_of(uncached, _seconds(outcome), total)))
+        for outcome in outcomes
+    ]
     script = template("report.js")
     rules = [[format_node(bound.rule) for bound in outcome.plan.rules] for outcome in outcomes]
     return render_template(
@@ -51,6 +57,14 @@ def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: flo
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data={**reasons.to_json(), "rules": rules},
     )
+
+
+def _seconds(outcome: Outcome) -> float:
+    return outcome.seconds if isinstance(outcome, Trajectory) else 0.0
+
+
+def _part_of(uncached: float | None, seconds: float, total: float) -> float | None:
+    return uncached if uncached is None or not total else uncached * seconds / total
 
 
 def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, Any]:
@@ -87,8 +101,8 @@ def _figures(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
     """Yields the name, the value and a note of each figure at the head of the report."""
     hidden = gained.tally.calls["hidden"]
     steps = len({tick.step for tick, _ in outcome})
-    skipped = f"{gained.skipped} of {gained.site_calls}" + (f", {hidden} of them hidden" if hidden else "")
-    yield "Site calls skipped", percent(gained.skipped, gained.site_calls), skipped
+    skipped = f"{gained.tally.skipped:g} of {gained.tally.total}" + (f", {hidden} of them hidden" if hidden else "")
+    yield "Site calls skipped", percent(gained.tally.skipped, gained.tally.total), skipped
     yield (
         "Steps",
         str(steps),
@@ -253,9 +267,15 @@ def _share(plan: Plan, rule: int | None, gained: Gains) -> dict[str, Any]:
         return {"rule": None, "text": "off"}
     if not plan.rules[rule].sites:
         return {"rule": None, "text": f"Rule {rule + 1} takes nothing here"}
-    owned, reused = gained.tally.owned[rule], gained.tally.reused[rule]
-    text = f"decides {percent(owned, gained.site_calls)}, reuses {reused} of {owned}"
+    owned, reused, halved = (counts[rule] for counts in (gained.tally.owned, gained.tally.reused, gained.tally.halved))
+    text = f"decides {percent(owned, gained.tally.total)}, reuses {reused} of {owned}"
+    text += f", half of {halved} of them" if halved else ""
     if gained.flops is not None:
         text += f", skips {percent(gained.flops.skipped_by_rule.get(rule, 0), gained.flops.total)} of the FLOPs"
-    of_all = 100 / max(1, gained.site_calls)
-    return {"rule": rule + 1, "text": text, "owned": f"{of_all * owned:.2f}", "reused": f"{of_all * reused:.2f}"}
+    of_all = 100 / max(1, gained.tally.total)
+    return {
+        "rule": rule + 1,
+        "text": text,
+        "owned": f"{of_all * owned:.2f}",
+        "reused": f"{of_all * (reused - halved / 2):.2f}",
+    }

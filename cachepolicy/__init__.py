@@ -4,7 +4,7 @@
         image = pipe("a lighthouse at dusk").images[0]
     print(run.trace)
 
-Names are imported on first use. Only `apply`, `remove` and the cache API of diffusers import torch.
+Names are imported on first use. Only `apply`, `remove`, `tune` and the cache API of diffusers import torch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cachepolicy.planning.simulation import plan, simulate
     from cachepolicy.reports.explanation import explain
     from cachepolicy.tracing.trace import load_trace
+    from cachepolicy.tuning.tuner import tune
 
     __version__: str
 
@@ -64,6 +65,7 @@ __all__ = [
     "remove",
     "reset_stateful_cache",
     "simulate",
+    "tune",
 ]
 
 _MODULES = {
@@ -91,6 +93,7 @@ _MODULES = {
     "remove": "engine.run",
     "reset_stateful_cache": "diffusers.api",
     "simulate": "planning.simulation",
+    "tune": "tuning.tuner",
 }
 
 logging.getLogger("cachepolicy").addHandler(logging.NullHandler())

@@ -125,6 +125,12 @@ CODES: dict[str, str] = {
     "E350": "another process that failed",
     "E351": "processes that are not at the same decision",
     "E352": "a process that does not answer",
+    # E40x: tuning.
+    "E400": "a run that steps no scheduler",
+    "E401": "a target that cannot be sampled",
+    "E402": "not exactly one target",
+    "E403": "calls that cannot be planned together",
+    "E404": "a target out of reach",
     # W5xx: doubtful, but a policy.
     "W501": "a `sum` over a distance from the last compute",
     "W502": "a distance from the step before, without a `sum`",

@@ -109,8 +109,9 @@ def _pipeline() -> object:
 
     class AnyPipeline(EmojiPipeline):
         def __call__(self, *_prompt: object, **options: object) -> object:
-            steps = options.get("num_inference_steps", 8)
-            return super().__call__([0], num_inference_steps=steps, guidance_scale=options.get("guidance_scale", 2.0))
+            taken = ("num_inference_steps", "guidance_scale", "generator", "output_type")
+            given = {name: value for name, value in options.items() if name in taken}
+            return super().__call__([0], **{"num_inference_steps": 8, **given})
 
     loaded = load_pipeline()
     pipe = AnyPipeline(loaded.transformer, loaded.scheduler)

@@ -42,6 +42,7 @@ EXPORTS = [
     "remove",
     "reset_stateful_cache",
     "simulate",
+    "tune",
 ]
 
 

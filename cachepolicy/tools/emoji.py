@@ -96,7 +96,8 @@ class EmojiPipeline(DiffusionPipeline):
             seed: Instead of `generator`: a seed from which each picture gets its own noise, which does not depend on
                 the number of pictures.
             latents: Instead of drawn noise: the initial noise, `(N, 3, 32, 32)`.
-            output_type: `"pil"` for Pillow images, `"pt"` for a tensor `(N, 3, 32, 32)` in [-1, 1].
+            output_type: `"pil"` for Pillow images, `"pt"` for a tensor `(N, 3, 32, 32)` in [-1, 1], `"np"` for an array
+                `(N, 32, 32, 3)` in [0, 1].
             return_dict: If False, return a tuple.
             sequential_guidance: If True, call the model twice for each step, instead of once on `[uncond; cond]`.
             callback_on_step_end: Called after each step; it may return other latents.
@@ -128,7 +129,11 @@ class EmojiPipeline(DiffusionPipeline):
                 x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
         self._current_timestep = None
         self.maybe_free_model_hooks()
-        images: Any = x.clamp(-1, 1) if output_type == "pt" else to_pil(x.clamp(-1, 1))
+        images: Any = x.clamp(-1, 1)
+        if output_type == "np":
+            images = ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+        elif output_type != "pt":
+            images = to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _velocity(

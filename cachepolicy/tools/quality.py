@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,9 +63,36 @@ def psnr(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
         The mean over the pictures that differ and the smallest ratio, in dB. Both are infinite if no picture differs. A
         picture with a number that is not finite has minus infinity.
     """
-    errors: list[float] = (reference.double() - other.double()).square().flatten(1).mean(1).tolist()
-    ratios = [10 * math.log10(4 / error) if math.isfinite(error) else -math.inf for error in errors if error != 0]
+    ratios = [ratio for ratio in each_psnr(reference, other) if ratio != math.inf]
     return (statistics.fmean(ratios), min(ratios)) if ratios else (math.inf, math.inf)
+
+
+def each_psnr(reference: torch.Tensor, other: torch.Tensor) -> list[float]:
+    """Compute the peak signal-to-noise ratio of each picture.
+
+    Args:
+        reference: The reference pictures, `(N, ...)` in [-1, 1].
+        other: The pictures to compare, of the same shape.
+
+    Returns:
+        The ratios in dB: infinite for a picture that does not differ, minus infinity for one with a number that is not
+        finite.
+    """
+    errors: list[float] = (reference.double() - other.double()).square().flatten(1).mean(1).tolist()
+    return [
+        math.inf if error == 0 else 10 * math.log10(4 / error) if math.isfinite(error) else -math.inf
+        for error in errors
+    ]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least `share` percent of all values do not exceed.
+
+    Args:
+        values: At least one number; they may be infinite.
+        share: 0 to 100.
+    """
+    return sorted(values)[max(0, math.ceil(len(values) * share / 100) - 1)]
 
 
 def ssim(reference: torch.Tensor, other: torch.Tensor) -> float | None:

@@ -105,7 +105,7 @@ def read_tensors(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[s
 
 
 def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sample:
-    """Call a pipeline once.
+    """Call a pipeline once with noise from a seed.
 
     Args:
         pipe: The pipeline.
@@ -118,13 +118,28 @@ def sample_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Sampl
     Raises:
         PolicyError: E213, the call failed; the message has the reason.
     """
+    return call_pipeline(pipe, {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)})
+
+
+def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Sample:
+    """Call a pipeline once.
+
+    Args:
+        pipe: The pipeline.
+        arguments: The keyword arguments of the call, without `output_type`.
+
+    Returns:
+        The pictures and the seconds.
+
+    Raises:
+        PolicyError: E213, the call failed; the message has the reason.
+    """
     import numpy as np
 
-    generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     try:
         with torch.no_grad(), _timed(denoisers(pipe).values()) as model_seconds:
-            result = pipe(**arguments, generator=generator, output_type="np")
+            result = pipe(**arguments, output_type="np")
     except PolicyError:
         raise
     except Exception as error:

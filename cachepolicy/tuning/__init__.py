@@ -1,0 +1,1 @@
+"""Tuning: finds the policy for a model from recorded runs."""

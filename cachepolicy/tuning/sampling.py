@@ -1,0 +1,91 @@
+# diffusers comes without complete types.
+# pyright: basic
+"""Runs the same calls of a pipeline or sampling function again and again, with the same noise."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cachepolicy.engine.introspection import denoisers, is_pipeline
+from cachepolicy.errors import PolicyError
+from cachepolicy.tools.sampling import call_pipeline
+
+Call = Mapping[str, Any]
+SampleFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The result of one call: samples of shape `(n, ...)` in [-1, 1], and the seconds in all and in the denoisers."""
+
+    samples: torch.Tensor
+    seconds: float
+    model_seconds: float
+
+
+class Sampler:
+    """Samples calls of a target, each with the same noise every time.
+
+    Args:
+        target: A diffusers pipeline, or a denoiser.
+        sample: Samples once from the keyword arguments of a call and returns a tensor `(n, ...)` of numbers in [-1, 1].
+            Required for a denoiser; for a pipeline, replaces its call.
+        scheduler: The scheduler that `sample` steps. Required for a denoiser.
+    """
+
+    def __init__(self, target: Any, sample: SampleFunction | None = None, scheduler: Any = None) -> None:
+        self.target = target
+        self._sample = sample
+        self.models: list[nn.Module] = list(denoisers(target).values())
+        if sample is None and not is_pipeline(target):
+            raise PolicyError.of(
+                "E401",
+                f"nothing samples the `{type(target).__name__}`",
+                help="pass a pipeline, or a function that samples once: `sample=`",
+            )
+        self._scheduler = scheduler
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """The schedulers that a call steps."""
+        if self._scheduler is not None:
+            return [self._scheduler]
+        components: Mapping[str, Any] = getattr(self.target, "components", {})
+        return [part for part in components.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
+
+    def __call__(self, call: Call) -> Sampled:
+        """Sample one call. Generators among its arguments are restored afterwards, so that the call can be repeated."""
+        with _restored(call):
+            if self._sample is None:
+                sample = call_pipeline(self.target, call)
+                return Sampled(sample.pictures, sample.seconds, sample.model_seconds)
+            started = time.perf_counter()
+            with torch.no_grad():
+                samples = self._sample(**call)
+            seconds = time.perf_counter() - started
+            return Sampled(torch.as_tensor(samples).detach().float().cpu(), seconds, seconds)
+
+
+@contextlib.contextmanager
+def _restored(call: Call) -> Generator[None]:
+    """Set the generators of a call back to where they were."""
+    generators = list[torch.Generator]()
+    for value in call.values():
+        generators += [item for item in (value if isinstance(value, Sequence) else [value]) if _is_generator(item)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _is_generator(value: object) -> bool:
+    return isinstance(value, torch.Generator)

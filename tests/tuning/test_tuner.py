@@ -1,0 +1,151 @@
+# pyright: reportPrivateImportUsage=false, reportOptionalMemberAccess=false
+"""`tune`: from a target to a policy, on the shipped model."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+import cachepolicy
+from cachepolicy.errors import PolicyError
+from cachepolicy.planning.check import check_text
+from cachepolicy.tools.emoji import load_pipeline
+from cachepolicy.tools.quality import each_psnr
+from cachepolicy.tuning.tuner import Tuning, tune
+
+STEPS = 12
+
+
+def call(seed: int, **more: object) -> dict:
+    """One call of the pipeline, for one picture."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"class_labels": [(7 * seed) % 36], "num_inference_steps": STEPS, "generator": generator, **more}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def tuned(pipe) -> Tuning:
+    return tune(pipe, [call(seed) for seed in range(8)], cost=0.5)
+
+
+def pictures(pipe, seed: int) -> torch.Tensor:
+    return pipe(**call(seed), output_type="pt").images
+
+
+def test_a_cost_is_kept_and_used(tuned: Tuning) -> None:
+    """The schedule computes the share of the calls that was asked for."""
+    assert STEPS // 2 == len(tuned.chosen.steps)
+    assert 0.5 == tuned.chosen.cost
+
+
+def test_the_tuned_schedule_beats_uniform_ones_on_other_seeds(pipe, tuned: Tuning) -> None:
+    """At equal cost, other pictures are as near to the uncached ones as with every second call, or nearer."""
+
+    def quality(policy) -> float:
+        ratios = list[float]()
+        for seed in range(20, 26):
+            expected = pictures(pipe, seed)
+            with cachepolicy.apply(pipe, policy):
+                ratios += each_psnr(expected, pictures(pipe, seed))
+        return statistics.fmean(ratios)
+
+    best = quality(tuned.policy)
+    assert best > quality(cachepolicy.parse("match model every 2 -> reuse\n"))
+    assert best >= quality(cachepolicy.parse("match model every 2 -> predict taylor(order: 1)\n"))
+
+
+def test_the_file_is_a_checked_formatted_and_tested_policy(pipe, tuned: Tuning, tmp_path) -> None:
+    """The text has no finding, is in canonical form, and its expectation is the schedule that runs."""
+    tuned.save(str(tmp_path / "mine.cp"))
+    text = (tmp_path / "mine.cp").read_text(encoding="utf-8")
+    assert not check_text(text.encode(), source="mine.cp")
+    assert text == cachepolicy.format(cachepolicy.parse(text))
+    with cachepolicy.apply(pipe, tmp_path / "mine.cp") as run:
+        pictures(pipe, 3)
+    row = "".join("C" if step in tuned.chosen.steps else "R" for step in range(STEPS))
+    assert [row] == list(run.trace.rows().values())
+
+
+def test_the_result_counts_what_was_spent(tuned: Tuning) -> None:
+    """Eight uncached runs and the result on two calls at half the cost, and what the choice took."""
+    assert 8 + 2 * 0.5 < tuned.evaluations <= 8 + 2 * 0.5 + 0.5 * 2 * (5 + 3 + 2)
+    assert tuned.linear
+    assert 0.5 < tuned.model_share <= 1
+
+
+def test_the_forecast_of_each_schedule_rises_with_its_cost(tuned: Tuning) -> None:
+    """The frontier goes from the fewest computed calls to all of them, which is exact."""
+    forecasts = [point.forecast for point in tuned.frontier]
+    assert forecasts == sorted(forecasts)
+    assert tuple(range(STEPS)) == tuned.frontier[-1].steps
+    assert float("inf") == forecasts[-1]
+
+
+def test_a_quality_is_met_at_a_cost_below_one(pipe) -> None:
+    """The cheapest measured schedule that meets the PSNR is chosen."""
+    found = tune(pipe, [call(seed) for seed in range(5)], psnr=42)
+    assert found.chosen.psnr is not None
+    assert found.chosen.psnr >= 42
+    assert found.chosen.cost < 1
+
+
+def test_sequential_guidance_is_planned_as_one(pipe) -> None:
+    """With a call for each branch, the list of steps is the same for both."""
+    calls = [call(seed, sequential_guidance=True, num_inference_steps=8) for seed in range(3)]
+    found = tune(pipe, calls, cost=0.5)
+    with cachepolicy.apply(pipe, found.policy) as run:
+        pipe(**calls[0])
+    rows = [row for branch in run.trace.last.branches for row in run.trace.rows(branch).values()]
+    assert 2 == len(rows)
+    assert rows[0] == rows[1]
+    assert 4 == rows[0].count("C")
+
+
+def test_a_speed_out_of_reach_says_what_is_reachable(pipe) -> None:
+    """E404 has the best measured schedule and the denoiser's share."""
+    calls = [call(seed, num_inference_steps=4) for seed in range(2)]
+    with pytest.raises(PolicyError, match="speedup") as caught:
+        tune(pipe, calls, speedup=1000)
+    assert "E404" == caught.value.diagnostics[0].code
+
+
+@pytest.mark.parametrize("targets", [{}, {"cost": 0.5, "psnr": 40}])
+def test_exactly_one_target_is_needed(pipe, targets: dict) -> None:
+    """E402 names the targets that were found."""
+    with pytest.raises(PolicyError, match="exactly one target") as caught:
+        tune(pipe, [call(0), call(1)], **targets)
+    assert "E402" == caught.value.diagnostics[0].code
+
+
+def test_calls_of_different_lengths_are_refused(pipe) -> None:
+    """E403: one list of steps cannot serve several numbers of steps."""
+    with pytest.raises(PolicyError, match="number of steps") as caught:
+        tune(pipe, [call(0, num_inference_steps=4), call(1, num_inference_steps=5), call(2)], cost=0.5)
+    assert "E403" == caught.value.diagnostics[0].code
+
+
+def test_a_denoiser_needs_a_function_that_samples(pipe) -> None:
+    """E401 asks for it."""
+    with pytest.raises(PolicyError, match="nothing samples") as caught:
+        tune(pipe.transformer, [call(0), call(1)], cost=0.5)
+    assert "E401" == caught.value.diagnostics[0].code
+
+
+def test_a_denoiser_is_tuned_by_its_sampling_function(pipe) -> None:
+    """A bare model, its sampling function and its scheduler are enough."""
+
+    def sample(**arguments: object) -> torch.Tensor:
+        return pipe(**arguments, output_type="pt").images
+
+    calls = [call(seed, num_inference_steps=8) for seed in range(3)]
+    found = tune(pipe.transformer, calls, cost=0.5, sample=sample, scheduler=pipe.scheduler)
+    assert 4 == len(found.chosen.steps)
+    assert found.chosen.psnr is not None

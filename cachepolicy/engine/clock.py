@@ -100,11 +100,24 @@ class CallArguments:
         named: The arguments by name.
         latents: The name of the latents argument, or None.
         timestep: The name of the timestep argument, or None if the call has none.
+        time: The timestep: None, a number, a tensor, or `RowTimesteps` where each row of the batch has its own.
     """
 
     named: dict[str, Any]
     latents: str | None
     timestep: str | None
+    time: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        value = self.named.get(self.timestep or "")
+        if isinstance(value, list | tuple) and all(isinstance(each, int | float) for each in value):  # pyright: ignore[reportUnknownVariableType]
+            value = torch.tensor(value)
+        if isinstance(value, torch.Tensor) and value.ndim and value.numel() > 1:
+            latents = self.named.get(self.latents or "")
+            rows = len(latents) if isinstance(latents, torch.Tensor | list | tuple) else 0  # pyright: ignore[reportUnknownArgumentType]
+            if value.shape[0] == value.numel() == rows:
+                value = value.flatten()[0] if value.stride(0) == 0 else RowTimesteps(value)
+        self.time = value
 
     def signature(self) -> tuple[Any, ...]:
         """Return shapes, dtypes and devices of all tensors. Histories apply only to calls with the same signature."""
@@ -168,6 +181,46 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, dict):
         return [tensor for item in value.values() for tensor in _tensors(item)]  # pyright: ignore[reportUnknownVariableType]
     return []
+
+
+class RowTimesteps:
+    """The timesteps of the rows of a batch, in a tensor with one element for each. It is read once, when needed."""
+
+    __slots__ = ("_tensor", "_value")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._value: float | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if reading waits for no device."""
+        return self._tensor.device.type == "cpu"
+
+    @property
+    def value(self) -> float:
+        """The one timestep of all rows.
+
+        Raises:
+            PolicyError: The rows differ (E323).
+        """
+        if self._value is None:
+            found: list[float] = self._tensor.flatten().tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            distinct = list(dict.fromkeys(f"{each:g}" for each in found))
+            if len(distinct) > 1:
+                shown = ", ".join(distinct[:_MOST_SHOWN]) + (", ..." if len(distinct) > _MOST_SHOWN else "")
+                raise PolicyError.of(
+                    "E323",
+                    f"the {len(found)} rows of one call are at different timesteps ({shown}), and a policy decides for"
+                    " all of them at once",
+                    help="call the model once for each timestep, each in its own session; or pass `timestep=` if one"
+                    " stands for all",
+                )
+            self._value = float(found[0])
+        return self._value
+
+
+_MOST_SHOWN = 4
 
 
 # --- the clock -------------------------------------------------------------------------------------------
@@ -306,7 +359,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
         clock.number += 1
         calls.follow(clock.number)
     if not calls.present and sources.follower is not None:
-        calls.raw = named.get(arguments.timestep or "")
+        calls.raw = arguments.time
     starts = calls.trajectory != clock.trajectories
     if starts:
         calls.begin(clock.trajectories)
@@ -357,7 +410,9 @@ def _by_scheduler(
         Whether a trajectory starts, whether the step changed, and the tick.
     """
     timesteps, sigmas = follower.numbers(scheduler)
-    raw = arguments.named.get(arguments.timestep or "")
+    raw = arguments.time
+    if isinstance(raw, RowTimesteps) and raw.on_cpu:
+        _ = raw.value
     turns, step = False, clock.step
     if clock.generation == follower.generation:
         turns, step = _followed(clock, calls, scheduler, follower, timesteps, raw, repeats)
@@ -580,7 +635,7 @@ def _timestep(
         return _number(value), False
     if context is not None and context.timestep is not None:
         return _number(context.timestep), True
-    raw = arguments.named.get(arguments.timestep or "")
+    raw = arguments.time
     if raw is None:
         return None, False
     value = _number(raw, lowest=root.scale is not None and root.scale.lowest)
@@ -612,6 +667,8 @@ _SLACK, _TOP = 1.0, 1000.0
 
 def _number(value: Any, *, lowest: bool = False) -> float:
     """Return a timestep as a number: the largest (or lowest) one of several samples, frames or tokens."""
+    if isinstance(value, RowTimesteps):
+        return value.value
     if not isinstance(value, torch.Tensor):
         return float(value)
     if value.ndim == 0:

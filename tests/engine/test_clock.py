@@ -152,6 +152,68 @@ def test_one_value_a_token_counts_by_its_largest() -> None:
     assert [(0, pytest.approx(900.0)), (1, pytest.approx(500.0)), (2, pytest.approx(100.0))] == plain(run)[0]
 
 
+ROWS = torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize("text", [READS_T, BLIND], ids=["reads t", "blind"])
+@pytest.mark.parametrize("form", [torch.tensor, lambda rows: torch.tensor(rows)[:, None], list, tuple])
+def test_rows_at_different_timesteps_are_refused(form: Any, text: str) -> None:
+    """One decision would be taken for rows of which each has a time of its own."""
+    root = Root()
+    with cachepolicy.apply(root, parse(text)) as run:
+        root(ROWS, form([900.0, 900.0, 900.0]))
+        with pytest.raises(PolicyError, match="E323") as error:
+            root(ROWS, form([800.0, 700.0, 800.0]))
+        assert "(800, 700)" in str(error.value)
+        root(ROWS, form([900.0] * 3))
+        root(ROWS, form([800.0] * 3))
+        assert [(0, 900.0), (1, 800.0)] == plain(run)[-1]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_at_different_timesteps_are_refused_with_a_scheduler(known: bool) -> None:
+    """The scheduler has one timestep; the rows would be elsewhere. `timestep=` says which time stands for all."""
+    root, scheduler = Root(), scheduler_of("DDIMScheduler", 4)
+    options: dict[str, Any] = {"timestep": lambda: 900.0} if known else {"scheduler": scheduler}
+    refused = contextlib.nullcontext() if known else pytest.raises(PolicyError, match="E323")
+    with cachepolicy.apply(root, parse(BLIND), **options), refused:
+        root(ROWS, torch.tensor([900.0, 800.0, 900.0]))
+
+
+@given(
+    rows=st.integers(2, 4),
+    tokens=st.integers(2, 5),
+    data=st.data(),
+)
+def test_a_timestep_for_each_token_is_no_row(rows: int, tokens: int, data: st.DataObject) -> None:
+    """Clean tokens differ from row to row; the noisiest tells the time."""
+    values = st.lists(st.integers(0, 900), min_size=tokens, max_size=tokens)
+    drawn = data.draw(st.lists(values, min_size=rows, max_size=rows))
+    root = Root()
+    with cachepolicy.apply(root, parse(READS_T)) as run:
+        root(torch.zeros(rows, 2), torch.tensor(drawn, dtype=torch.float32))
+        assert [[(0, float(max(map(max, drawn))))]] == plain(run)
+
+
+def test_one_timestep_for_all_rows_is_read_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither branches nor the comparison with the step before read a batch of timesteps again."""
+    reads, original = list[int](), torch.Tensor.tolist
+
+    def counted(self: Tensor) -> Any:
+        reads.append(self.numel())
+        return original(self)
+
+    root = Root()
+    with cachepolicy.apply(root, parse(READS_T)) as run:
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+        for t in (900.0, 800.0, 700.0):
+            root(ROWS, torch.full((3,), t), torch.zeros(1))
+        assert [3, 3, 3] == reads
+        root(ROWS, torch.tensor(600.0).expand(3), torch.zeros(1))
+        assert [3, 3, 3] == reads
+        assert [[(0, 900.0), (1, 800.0), (2, 700.0), (3, 600.0)]] == plain(run)
+
+
 def test_without_any_timestep_steps_are_told_by_repetition() -> None:
     """A root that is called with latents and conditioning alone: the same conditioning again is the next step."""
     run = drive([None, None, None], BLIND)

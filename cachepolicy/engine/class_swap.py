@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Handle:
 
 
 _generated: dict[tuple[type, Methods], tuple[type, dict[str, Any]]] = {}
+_generating = threading.Lock()
 
 
 def swap(target: Any, methods: dict[str, Override], handle: object) -> None:
@@ -95,11 +97,12 @@ def _own(target: Any) -> type | None:
 
 def _subclass(base: type, methods: Methods) -> type:
     """Return the cached generated class, or a new one if foreign code has modified it."""
-    known = _generated.get((base, methods))
-    if known is None or dict(known[0].__dict__) != known[1]:
-        cls = _generate(base, methods)
-        known = _generated[base, methods] = cls, dict(cls.__dict__)
-    return known[0]
+    with _generating:
+        known = _generated.get((base, methods))
+        if known is None or dict(known[0].__dict__) != known[1]:
+            cls = _generate(base, methods)
+            known = _generated[base, methods] = cls, dict(cls.__dict__)
+        return known[0]
 
 
 def _generate(base: type, methods: Methods) -> type:

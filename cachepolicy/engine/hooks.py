@@ -90,10 +90,11 @@ _serials = itertools.count()
 class _Local(threading.local):
     frame: Frame | None = None
     stage: Stage | None = None
+    root: object = None
 
 
 LOCAL = _Local()
-"""The frame of this thread's current root call, and the stage of its current compiled block.
+"""The frame of this thread's current root call, the stage of its current compiled block, and the innermost root model.
 
 A `threading.local` is used because Dynamo can trace it. Dynamo cannot trace a ContextVar.
 """
@@ -465,7 +466,34 @@ def published(handle: RootHandle, forward_pass: RootPass) -> Generator[None]:
 
 def root_override(original: Method) -> Method:
     """Build the `__call__` of a root model: decide in eager mode, publish the frame, run, restore the frame."""
+    decided = _decided(original)
 
+    # `torch.export` rejects disabled frames. It exports the bare model and enters only this frame.
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return original(self, *args, **kwargs) if exporting() else decided(self, *args, **kwargs)
+
+    _skip_code(__call__.__code__)
+    return __call__
+
+
+def root_entry_override(original: Method) -> Method:
+    """Build the `_call_impl` of a root model, which `Module.__call__` calls.
+
+    `torch.compile(model)` keeps the `__call__` that the model had at that time. If that was before the policy was
+    attached, its calls enter here. Calls that have come through `root_override` pass.
+    """
+    decided = _decided(original)
+
+    def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if exporting() or LOCAL.root is self.__dict__.get(ATTRIBUTE):
+            return original(self, *args, **kwargs)
+        return decided(self, *args, **kwargs)
+
+    _skip_code(_call_impl.__code__)
+    return _call_impl
+
+
+def _decided(original: Method) -> Method:
     # Dynamo skips this frame and traces its callees, so the decision is never part of a graph.
     @_eager_itself
     def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -480,11 +508,15 @@ def root_override(original: Method) -> Method:
         compiler = at_work or self.__dict__.get("_compiled_call_impl") is not None
         # Without an active compiler, the `torch.compiler.disable` wrappers are not needed.
         begin, end = (_begin, _end) if at_work else (_begin_bare, _end_bare)
+        # Root calls can be nested, so the outer state is restored afterwards.
+        outer = LOCAL.frame, LOCAL.stage, LOCAL.root
         forward_pass = begin(handle, args, kwargs, compiler)
+        LOCAL.root = handle
         if forward_pass is None:
-            return original(self, *args, **kwargs)
-        # Root calls can be nested, so the outer frame is restored afterwards.
-        outer = LOCAL.frame, LOCAL.stage
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                LOCAL.root = outer[2]
         LOCAL.frame, LOCAL.stage = forward_pass.frame, None
         try:
             if forward_pass.answered:
@@ -504,11 +536,6 @@ def root_override(original: Method) -> Method:
             _fail(handle, forward_pass, error)
             raise
         finally:
-            LOCAL.frame, LOCAL.stage = outer
+            LOCAL.frame, LOCAL.stage, LOCAL.root = outer
 
-    # `torch.export` rejects disabled frames. It exports the bare model and enters only this frame.
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return original(self, *args, **kwargs) if exporting() else decided(self, *args, **kwargs)
-
-    _skip_code(__call__.__code__)
-    return __call__
+    return decided

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from cachepolicy.diffusers.denoisers import DENOISER_PACKAGES, DENOISERS
 from cachepolicy.diffusers.module_names import (
@@ -33,14 +35,47 @@ def is_pipeline(target: Any) -> bool:
     return not isinstance(target, nn.Module) and callable(target) and hasattr(target, "components")
 
 
+def unwrapped(target: Any) -> Any:
+    """Return the model inside wrappers that call it: `torch.compile(model)`, a `PeftModel`, a distributed replica.
+
+    A wrapper has none of the model's classes and paths, and it calls the model as `model(...)`. Therefore hooks are
+    placed on the model. Anything that is no wrapper is returned as it is.
+    """
+    peft = sys.modules.get("peft")
+    while True:
+        if isinstance(target, OptimizedModule):
+            target = target.get_submodule("_orig_mod")
+        elif isinstance(target, nn.parallel.DistributedDataParallel):
+            target = target.module
+        elif peft is not None and isinstance(target, peft.PeftModel):
+            target = target.get_base_model()
+        else:
+            return target
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by path.
+
+    A module that was replaced by `torch.compile(module)` keeps its path: the wrapper has the same attributes, so that
+    `get_submodule` of the path works with and without it.
+    """
+    # The module inside comes after its wrapper, and takes its place.
+    return {
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
+        for name, module in model.named_modules()
+    }
+
+
 def denoisers(target: Any) -> dict[str, nn.Module]:
     """Return the root models of a target by the names of their attributes. A module is its own root, named "".
+
+    Of a wrapped model, the root is the model inside.
 
     Raises:
         PolicyError: The target is neither a module nor a pipeline with a denoiser (E300).
     """
     if isinstance(target, nn.Module):
-        return {"": target}
+        return {"": unwrapped(target)}
     if not is_pipeline(target):
         raise PolicyError.of(
             "E300",
@@ -49,8 +84,9 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
         )
     found = dict[str, nn.Module]()
     for name, component in target.components.items():
-        if isinstance(component, nn.Module) and (name in DENOISERS or _is_denoiser(component)):
-            found.setdefault(name, component)
+        model = unwrapped(component)
+        if isinstance(model, nn.Module) and (name in DENOISERS or _is_denoiser(model)):
+            found.setdefault(name, model)
     if not found:
         raise PolicyError.of(
             "E300",
@@ -66,7 +102,7 @@ def _is_denoiser(component: nn.Module) -> bool:
 
 def describe(model: nn.Module) -> Skeleton:
     """Return the module tree of a live model: names, classes and kinds of its modules, and the lists of its blocks."""
-    named = list(model.named_modules())
+    named = list(modules_by_path(model).items())
     native = any(_is_one_of(module, ATTENTION_CLASSES) for _, module in named)
     modules = list[Module]()
     for name, module in named:

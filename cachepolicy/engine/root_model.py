@@ -36,6 +36,7 @@ from cachepolicy.engine.forward_pass import Branch, ForwardPass
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
 from cachepolicy.engine.hooks import Frame, SiteHandle, parameters_of, runs
+from cachepolicy.engine.introspection import modules_by_path
 from cachepolicy.engine.memory_budget import Account, Budget, Lease
 from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
@@ -371,9 +372,9 @@ class RootModel(Handle):
     @cached_property
     def weights(self) -> list[Weight]:
         """The compute weight of each site."""
-        named: Any = dict(self.module.named_modules())  # pyright: ignore[reportUnknownArgumentType]
         counts = {
-            name: sum(each.numel() for each in module.parameters(recurse=False)) for name, module in named.items()
+            path: sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            for path, module in modules_by_path(self.module).items()
         }
         return site_weights(self.plan, counts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Generator, Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
@@ -22,8 +23,8 @@ from cachepolicy.engine.distributed.groups import member_ranks
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.engine.hook_placement import Placement
-from cachepolicy.engine.hooks import SiteHandle, published, root_override
-from cachepolicy.engine.introspection import denoisers, describe, is_pipeline
+from cachepolicy.engine.hooks import SiteHandle, published, root_entry_override, root_override
+from cachepolicy.engine.introspection import denoisers, describe, is_pipeline, unwrapped
 from cachepolicy.engine.memory_budget import Budget, MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, is_disabled, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
@@ -41,6 +42,9 @@ from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT
 from cachepolicy.reports.html.page import page
 from cachepolicy.tracing.trace import Trace
+
+_HOOKS = threading.RLock()
+"""Held while the hooks of a run are placed or removed, so that two runs never place hooks on one model."""
 
 P = TypeVar("P")
 PolicyLike = str | os.PathLike[str] | ir.Policy | Any
@@ -73,7 +77,8 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
 
     Args:
         target: An `nn.Module`, or a diffusers pipeline. With a pipeline, its denoisers, scheduler and call boundaries
-            are known.
+            are known. Of `torch.compile(model)`, a `PeftModel` or `DistributedDataParallel`, the policy is attached to
+            the model inside, and acts on calls of both.
         policy: The name of a shipped policy (`"pab"`), a path, a `Policy`, a cache config of `cachepolicy.diffusers` or
             of diffusers, or an object with a `.policy()` method.
         timestep: Returns the current timestep in training units (0..1000), as a number or a tensor. By default the
@@ -143,11 +148,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     roots = denoisers(target)
     attaches = not is_disabled()
     if attaches:
-        for name, module in roots.items():
-            _refuse_attached(name, module)
-            compat.refuse(module, target)
-        if is_swapped(target):
-            raise _already("the pipeline")
+        _require_free(target, roots)
     plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
     if not any(bound.sites for bound in plans.values()):
         names = ", ".join(f"`{type(module).__name__}`" for module in roots.values())
@@ -187,7 +188,7 @@ def remove(target: Any) -> None:
 
 def run_of(target: Any) -> Run | None:
     """Return the run that is attached to a model or pipeline, or None."""
-    handle = getattr(target, "__dict__", {}).get(ATTRIBUTE)
+    handle = getattr(unwrapped(target), "__dict__", {}).get(ATTRIBUTE)
     return handle.run if isinstance(handle, RootModel | PipelineHandle) else None
 
 
@@ -313,17 +314,23 @@ class Run:
     # --- attaching ---------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Place all hooks. When one fails, remove those that were placed."""
-        try:
-            for name, module in self._roots.items():
-                self._attach_root(name, module)
-            if is_pipeline(self.target):
-                self._take_up(self.target)
-            if self._terms.options.scheduler is not None:
-                self._follow(self._terms.options.scheduler)
-        except BaseException:
-            self._detach()
-            raise
+        """Place all hooks. When one fails, remove those that were placed.
+
+        Raises:
+            PolicyError: The model has a run (E301) or another cache (E340), perhaps since `apply` checked it.
+        """
+        with _HOOKS:
+            _require_free(self.target, self._roots)
+            try:
+                for name, module in self._roots.items():
+                    self._attach_root(name, module)
+                if is_pipeline(self.target):
+                    self._take_up(self.target)
+                if self._terms.options.scheduler is not None:
+                    self._follow(self._terms.options.scheduler)
+            except BaseException:
+                self._detach()
+                raise
 
     def disable(self) -> None:
         """Mark a run that is never attached, because `CACHEPOLICY_DISABLE` is set."""
@@ -347,8 +354,8 @@ class Run:
         placement = Placement(module, root.handles, profiled=self._terms.options.trace == "profile")
         placement.place()
         self._placements[root.identity] = placement
-        methods = {"__call__": root_override}
-        methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(module, name)}
+        methods = {"__call__": root_override, "_call_impl": root_entry_override}
+        methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(type(module), name)}
         self._swap(module, methods, root)
 
     def _settle(self, root: RootModel) -> None:
@@ -423,8 +430,8 @@ class Run:
             return pipeline
         if handle is not None:
             raise _already("the pipeline")
-        shared = cast("Any", pipeline).components.values()
-        if not any(each is module for each in shared for module in self._roots.values()):
+        shared = map(unwrapped, cast("Any", pipeline).components.values())
+        if not any(model is root for model in shared for root in self._roots.values()):
             raise PolicyError.of(
                 "E315",
                 f"no denoiser of this `{type(pipeline).__name__}` is one that the policy was applied to",
@@ -463,7 +470,7 @@ class Run:
         """
         mine = pipeline is self.target
         for name, module in self._roots.items():
-            if getattr(pipeline, name, module if not mine else None) is not module:
+            if unwrapped(getattr(pipeline, name, module if not mine else None)) is not module:
                 raise _replaced(name)
         scheduler = getattr(pipeline, "scheduler", None)
         return PipelineCall(self._sessions, pipeline, self._follow(scheduler) if scheduler is not None else None)
@@ -606,16 +613,17 @@ class Run:
         self._detach()
 
     def _detach(self) -> None:
-        for scheduler in self._schedulers:
-            unfollow(scheduler, self)
-        for pipeline in self._pipelines:
-            restore(pipeline)
-        for module in reversed(self._swapped):
-            restore(module)
-        for placement in self._placements.values():
-            placement.lift()
-        for each in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
-            each.clear()
+        with _HOOKS:
+            for scheduler in self._schedulers:
+                unfollow(scheduler, self)
+            for pipeline in self._pipelines:
+                restore(pipeline)
+            for module in reversed(self._swapped):
+                restore(module)
+            for placement in self._placements.values():
+                placement.lift()
+            for each in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
+                each.clear()
 
     def __reduce__(self) -> Any:
         raise PolicyError.of(
@@ -685,9 +693,14 @@ _ROOT_METHODS = {
 # --- refusals --------------------------------------------------------------------------------------------
 
 
-def _refuse_attached(name: str, module: torch.nn.Module) -> None:
-    if any(is_swapped(each) for each in module.modules()):
-        raise _already(f"`{name}`" if name else "the model")
+def _require_free(target: Any, roots: Mapping[str, torch.nn.Module]) -> None:
+    """Raise if a model has a run (E301) or another cache (E340)."""
+    for name, root in roots.items():
+        if any(is_swapped(module) for module in root.modules()):
+            raise _already(f"`{name}`" if name else "the model")
+        compat.refuse(root, target)
+    if is_swapped(target):
+        raise _already("the pipeline")
 
 
 def _replaced(name: str) -> PolicyError:

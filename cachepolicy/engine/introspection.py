@@ -45,7 +45,7 @@ def unwrapped(target: Any) -> Any:
     while True:
         if isinstance(target, OptimizedModule):
             target = target.get_submodule("_orig_mod")
-        elif isinstance(target, nn.parallel.DistributedDataParallel):
+        elif isinstance(target, nn.DataParallel | nn.parallel.DistributedDataParallel):
             target = target.module
         elif peft is not None and isinstance(target, peft.PeftModel):
             target = target.get_base_model()

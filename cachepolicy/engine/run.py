@@ -419,26 +419,27 @@ class Run:
         """
         if self._disabled:
             return pipeline
-        if not self.attached:
-            raise PolicyError.of("E302", "the run was removed", help="`cachepolicy.apply` attaches a new one")
-        if not is_pipeline(pipeline):
-            raise PolicyError.of(
-                "E300", f"`{type(pipeline).__name__}` is no pipeline", help="pass a diffusers pipeline"
-            )
-        handle = pipeline.__dict__.get(ATTRIBUTE)
-        if handle is self._handle:
+        with _HOOKS:
+            if not self.attached:
+                raise PolicyError.of("E302", "the run was removed", help="`cachepolicy.apply` attaches a new one")
+            if not is_pipeline(pipeline):
+                raise PolicyError.of(
+                    "E300", f"`{type(pipeline).__name__}` is no pipeline", help="pass a diffusers pipeline"
+                )
+            handle = pipeline.__dict__.get(ATTRIBUTE)
+            if handle is self._handle:
+                return pipeline
+            if handle is not None:
+                raise _already("the pipeline")
+            shared = map(unwrapped, cast("Any", pipeline).components.values())
+            if not any(model is root for model in shared for root in self._roots.values()):
+                raise PolicyError.of(
+                    "E315",
+                    f"no denoiser of this `{type(pipeline).__name__}` is one that the policy was applied to",
+                    help="`run.share(scheduler=...)` makes one that shares them; or apply the policy to this one too",
+                )
+            self._take_up(pipeline)
             return pipeline
-        if handle is not None:
-            raise _already("the pipeline")
-        shared = map(unwrapped, cast("Any", pipeline).components.values())
-        if not any(model is root for model in shared for root in self._roots.values()):
-            raise PolicyError.of(
-                "E315",
-                f"no denoiser of this `{type(pipeline).__name__}` is one that the policy was applied to",
-                help="`run.share(scheduler=...)` makes one that shares them; or apply the policy to this one too",
-            )
-        self._take_up(pipeline)
-        return pipeline
 
     def share(self, kind: type | None = None, **parts: Any) -> Any:
         """Create a pipeline over the models of the target, and let it use this run.
@@ -600,17 +601,18 @@ class Run:
         Raises:
             PolicyError: A forward pass is running.
         """
-        # The list closes every root before the check, so that no new forward pass begins in between.
-        if not all([root.close() for root in self._attached.values()]):
-            for root in self._attached.values():
-                root.reopen()
-            raise PolicyError.of(
-                "E305",
-                "the run cannot be removed while a forward is running",
-                help="remove it when the call has returned",
-            )
-        self._sessions.clear()
-        self._detach()
+        with _HOOKS:
+            # The list closes every root before the check, so that no new forward pass begins in between.
+            if not all([root.close() for root in self._attached.values()]):
+                for root in self._attached.values():
+                    root.reopen()
+                raise PolicyError.of(
+                    "E305",
+                    "the run cannot be removed while a forward is running",
+                    help="remove it when the call has returned",
+                )
+            self._sessions.clear()
+            self._detach()
 
     def _detach(self) -> None:
         with _HOOKS:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, TypeVar
 PredictorArguments = Mapping[str, Any]
 
 
-class Value(Protocol):
+class Extrapolated(Protocol):
     """Something that is extrapolated: a tensor in the engine, a number in the planner of schedules."""
 
     def __add__(self, other: Any, /) -> Self: ...
@@ -20,7 +20,7 @@ class Value(Protocol):
     def __truediv__(self, other: Any, /) -> Self: ...
 
 
-V = TypeVar("V", bound=Value)
+V = TypeVar("V", bound=Extrapolated)
 
 
 @dataclass(frozen=True, slots=True)

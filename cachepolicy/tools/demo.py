@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,9 +22,7 @@ from cachepolicy.language import ir
 from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
 from cachepolicy.tools.flops import Flops, counting
 from cachepolicy.tools.quality import psnr
-
-Progress = Callable[[int, int, str], None]
-"""Called after each step with the steps done, the steps in all, and a description of the present run."""
+from cachepolicy.tools.sampling import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class PlanningProblem:
     """What is planned.
 
     Args:
@@ -63,7 +63,7 @@ class Problem:
         return len(self.outputs[0].weights)
 
 
-def plan_steps(problem: Problem) -> Mapping[int, PlannedSteps]:
+def plan_steps(problem: PlanningProblem) -> Mapping[int, PlannedSteps]:
     """Find the best schedule for each number of computed calls.
 
     The state of the program is the latest `order + 1` computed calls, since nothing else enters a prediction. The cost
@@ -99,7 +99,7 @@ def plan_steps(problem: Problem) -> Mapping[int, PlannedSteps]:
     return best
 
 
-def forecast(problem: Problem, steps: Sequence[int]) -> float:
+def schedule_error(problem: PlanningProblem, steps: Sequence[int]) -> float:
     """Return the error of a given schedule.
 
     Args:
@@ -133,7 +133,7 @@ def _steps(path: _Path | None) -> tuple[int, ...]:
 class _GapErrors:
     """Errors of predicted calls, computed once for each history."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: PlanningProblem) -> None:
         self._problem = problem
         self._gaps = dict[History, _Gap]()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,12 @@ from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.ir import Policy
 from cachepolicy.language.parser import parse
 from cachepolicy.tools.quality import each_psnr, percentile
-from cachepolicy.tuning.planner import PlannedSteps, Problem, Recorded, forecast, plan_steps
+from cachepolicy.tools.sampling import Progress
+from cachepolicy.tuning.planner import PlannedSteps, PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.recording import OutputRecord, record
-from cachepolicy.tuning.sampling import Call, Sampled, SampleFunction, Sampler
+from cachepolicy.tuning.sampling import CallArguments, Sampled, SampleFunction, Sampler
 from cachepolicy.tuning.solver import SolverWeights, solver_weights
 
-Progress = Callable[[int, int, str], None]
 MOST_RUNS = 6
 """Most schedules that are sampled to reach a target of quality or speed."""
 ROUND = 2
@@ -33,7 +33,7 @@ WAYS = ((1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class SchedulePoint:
     """A schedule, and what is known of it.
 
     Args:
@@ -69,8 +69,8 @@ class Tuning:
 
     policy: Policy
     text: str
-    chosen: Point
-    frontier: Sequence[Point]
+    chosen: SchedulePoint
+    frontier: Sequence[SchedulePoint]
     model_share: float
     evaluations: float
     linear: bool
@@ -90,13 +90,13 @@ class Tuning:
 
 def tune(  # noqa: PLR0913 (one target of four, and how to sample)
     target: Any,
-    calls: Sequence[Call],
+    calls: Sequence[CallArguments],
     *,
     cost: float | None = None,
     speedup: float | None = None,
     psnr: float | None = None,
     psnr_p10: float | None = None,
-    held_out: Sequence[Call] | None = None,
+    held_out: Sequence[CallArguments] | None = None,
     sample: SampleFunction | None = None,
     scheduler: Any = None,
     order: int = 1,
@@ -158,7 +158,9 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
     )
 
 
-def _split(calls: Sequence[Call], held_out: Sequence[Call] | None) -> tuple[Sequence[Call], Sequence[Call]]:
+def _split(
+    calls: Sequence[CallArguments], held_out: Sequence[CallArguments] | None
+) -> tuple[Sequence[CallArguments], Sequence[CallArguments]]:
     if held_out is None:
         count = max(1, len(calls) // 4)
         calls, held_out = calls[:-count], calls[-count:]
@@ -180,17 +182,17 @@ class _Evidence:
     weights: Sequence[SolverWeights]
     model: str
 
-    def problem(self, order: int, gap: int) -> Problem:
+    def problem(self, order: int, gap: int) -> PlanningProblem:
         """Return what is planned: the means over the runs."""
         outputs = list[Recorded]()
         for records, weights in zip(self.outputs, self.weights, strict=True):
             gram = torch.stack([one.gram for one in records]).mean(0)
             scale = torch.tensor([one.scale for one in records], dtype=torch.float64).mean(0)
             outputs.append(Recorded(gram.tolist(), weights.error_weights(scale.tolist())))
-        return Problem(outputs, order, gap, self.outputs[0][0].starts)
+        return PlanningProblem(outputs, order, gap, self.outputs[0][0].starts)
 
 
-Frontier = Mapping[int, Point]
+Frontier = Mapping[int, SchedulePoint]
 """The schedule of each number of computed calls."""
 
 
@@ -205,12 +207,15 @@ def _frontiers(evidence: _Evidence, order: int, gap: int) -> list[Frontier]:
     problems = [replace(problem, outputs=_early(problem.outputs, by), coherence=c) for by, c in WAYS]
     planned = [plan_steps(one) for one in problems]
     even = {
-        count: PlannedSteps(steps, forecast(problem, steps))
+        count: PlannedSteps(steps, schedule_error(problem, steps))
         for count in planned[0]
         if {*problem.starts} <= {*(steps := tuple(number * problem.calls // count for number in range(count)))}
     }
     return [
-        {count: _point(replace(one, error=forecast(problem, one.steps)), problem.calls) for count, one in plans.items()}
+        {
+            count: _point(replace(one, error=schedule_error(problem, one.steps)), problem.calls)
+            for count, one in plans.items()
+        }
         for plans in (*planned, even)
     ]
 
@@ -223,10 +228,10 @@ def _early(outputs: Sequence[Recorded], by: float) -> list[Recorded]:
     ]
 
 
-def _point(planned: PlannedSteps, calls: int) -> Point:
+def _point(planned: PlannedSteps, calls: int) -> SchedulePoint:
     # The error is a mean square per element. Numbers in [-1, 1] span 2, so the square of the peak is 4.
     decibels = 10 * math.log10(4 / planned.error) if planned.error > 0 else math.inf
-    return Point(planned.steps, len(planned.steps) / calls, decibels)
+    return SchedulePoint(planned.steps, len(planned.steps) / calls, decibels)
 
 
 class _Bench:
@@ -238,10 +243,10 @@ class _Bench:
         self._sampler = sampler
         self._progress = progress
         self._done, self._total = 0, total
-        self._training = list[tuple[Call, Sampled]]()
-        self._held_out = list[tuple[Call, Sampled]]()
+        self._training = list[tuple[CallArguments, Sampled]]()
+        self._held_out = list[tuple[CallArguments, Sampled]]()
 
-    def recorded(self, calls: Sequence[Call]) -> _Evidence:
+    def recorded(self, calls: Sequence[CallArguments]) -> _Evidence:
         """Record all calls.
 
         Raises:
@@ -251,7 +256,7 @@ class _Bench:
         runs = list[list[OutputRecord]]()
         for call in calls:
 
-            def run(call: Call = call) -> None:
+            def run(call: CallArguments = call) -> None:
                 self._training.append((call, self._sample(call, "recording")))
 
             runs.append(record(run, sampler.schedulers, sampler.models))
@@ -266,18 +271,18 @@ class _Bench:
         weights = [solver_weights(records[0].solver) for records in outputs]
         return _Evidence(outputs, weights, ", ".join(type(model).__name__ for model in sampler.models))
 
-    def reference(self, calls: Sequence[Call]) -> None:
+    def reference(self, calls: Sequence[CallArguments]) -> None:
         """Sample the held-out calls uncached."""
         self._held_out = [(call, self._sample(call, "uncached")) for call in calls]
         uncached = [sampled for _, sampled in self._held_out]
         self.model_share = sum(one.model_seconds for one in uncached) / sum(one.seconds for one in uncached)
 
-    def measured(self, point: Point, order: int) -> Point:
+    def measured(self, point: SchedulePoint, order: int) -> SchedulePoint:
         """Sample the held-out calls with a schedule."""
         ratios, speedup = self._with(point, order, self._held_out)
         return replace(point, psnr=statistics.fmean(ratios), psnr_p10=percentile(ratios, 10), speedup=speedup)
 
-    def best(self, points: Sequence[Point], order: int) -> int:
+    def best(self, points: Sequence[SchedulePoint], order: int) -> int:
         """Return the index of the best schedule on recorded calls, by successive halving.
 
         Each round samples `ROUND` more calls with the better half of the schedules that are left.
@@ -298,7 +303,9 @@ class _Bench:
             begin += ROUND
         return next(iter(ratios))
 
-    def _with(self, point: Point, order: int, calls: Sequence[tuple[Call, Sampled]]) -> tuple[list[float], float]:
+    def _with(
+        self, point: SchedulePoint, order: int, calls: Sequence[tuple[CallArguments, Sampled]]
+    ) -> tuple[list[float], float]:
         """Sample with a schedule, and return the PSNR of each sample and the speed-up."""
         self._total += len(calls)
         ratios, uncached, cached = list[float](), 0.0, 0.0
@@ -309,7 +316,7 @@ class _Bench:
                 uncached, cached = uncached + reference.seconds, cached + sampled.seconds
         return ratios, uncached / cached
 
-    def _sample(self, call: Call, what: str, cost: float = 1.0) -> Sampled:
+    def _sample(self, call: CallArguments, what: str, cost: float = 1.0) -> Sampled:
         sampled = self._sampler(call)
         self.evaluations += cost
         self._done += 1
@@ -332,7 +339,7 @@ class _Search:
         self._name = name
         self._target = target
 
-    def chosen(self) -> Point:
+    def chosen(self) -> SchedulePoint:
         """Return the measured point.
 
         Raises:
@@ -348,7 +355,7 @@ class _Search:
             return self._bench.measured(self.frontier[counts[guess]], self._order)
         return self._bisected([self.frontier[count] for count in counts], guess)
 
-    def _bisected(self, points: Sequence[Point], middle: int) -> Point:
+    def _bisected(self, points: Sequence[SchedulePoint], middle: int) -> SchedulePoint:
         """Bisect on the number of computed calls: more of them are nearer to the uncached run, and slower."""
         low, high, found, best = 0, len(points) - 1, None, None
         for _ in range(MOST_RUNS):
@@ -374,7 +381,7 @@ class _Search:
             )
         return found
 
-    def _value(self, point: Point) -> float:
+    def _value(self, point: SchedulePoint) -> float:
         value = {"speedup": point.speedup, "psnr": point.psnr, "psnr_p10": point.psnr_p10}[self._name]
         assert value is not None
         return value
@@ -409,7 +416,7 @@ def _rule(steps: Sequence[int], order: int) -> str:
     return f"match model on {{{numbers}}} -> {'predict taylor(order: ' + str(order) + ')' if order else 'reuse'}\n"
 
 
-def _policy_text(point: Point, evidence: _Evidence, *, order: int, held_out: int, target: str) -> str:
+def _policy_text(point: SchedulePoint, evidence: _Evidence, *, order: int, held_out: int, target: str) -> str:
     """Return the policy with where it comes from, and an expectation of its schedule."""
     record = evidence.outputs[0][0]
     calls = len(record.models)

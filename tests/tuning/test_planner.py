@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy.planning.predictors import coefficients
-from cachepolicy.tuning.planner import Problem, Recorded, forecast, plan_steps
+from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 
 numbers = st.floats(-3, 3).map(lambda number: round(number, 3))
 
@@ -18,13 +18,13 @@ Outputs = list[list[list[float]]]
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, most: int = 9) -> tuple[Problem, Outputs]:
+def problems(draw: st.DrawFn, *, most: int = 9) -> tuple[PlanningProblem, Outputs]:
     """A problem, and the outputs of each call that it was recorded from."""
     calls = draw(st.integers(1, most))
     vectors = st.lists(st.lists(numbers, min_size=2, max_size=2), min_size=calls, max_size=calls)
     outputs = draw(st.lists(vectors, min_size=1, max_size=2))
     factors = st.lists(st.floats(0.1, 2), min_size=calls, max_size=calls)
-    problem = Problem(
+    problem = PlanningProblem(
         outputs=[Recorded(gram_of(output), draw(factors)) for output in outputs],
         order=draw(st.integers(0, 2)),
         gap=draw(st.integers(1, calls + 1)),
@@ -39,7 +39,7 @@ def gram_of(output: list[list[float]]) -> list[list[float]]:
     return [[sum(a * b for a, b in zip(left, right, strict=True)) for right in output] for left in output]
 
 
-def simulated_error(problem: Problem, outputs: Outputs, steps: tuple[int, ...]) -> float:
+def simulated_error(problem: PlanningProblem, outputs: Outputs, steps: tuple[int, ...]) -> float:
     """The weighted squared error of a schedule, by predicting each output of the trajectory."""
     total, history = 0.0, list[int]()
     summed = [[0.0, 0.0] for _ in outputs]
@@ -61,7 +61,7 @@ def simulated_error(problem: Problem, outputs: Outputs, steps: tuple[int, ...]) 
 
 
 @given(problems())
-def test_the_program_finds_the_best_of_all_schedules(drawn: tuple[Problem, Outputs]) -> None:
+def test_the_program_finds_the_best_of_all_schedules(drawn: tuple[PlanningProblem, Outputs]) -> None:
     """No schedule within the gap limit has a lower error than the one that is found for its number of calls."""
     problem, outputs = drawn
     plans = plan_steps(problem)
@@ -79,17 +79,17 @@ def test_the_program_finds_the_best_of_all_schedules(drawn: tuple[Problem, Outpu
 
 
 @given(problems())
-def test_the_forecast_of_a_schedule_is_its_error(drawn: tuple[Problem, Outputs]) -> None:
+def test_the_forecast_of_a_schedule_is_its_error(drawn: tuple[PlanningProblem, Outputs]) -> None:
     """What the program says of a schedule is what predicting its outputs gives."""
     problem, outputs = drawn
     for plan in plan_steps(problem).values():
         assert simulated_error(problem, outputs, plan.steps) == pytest.approx(plan.error, rel=1e-6, abs=1e-6)
-        assert plan.error == pytest.approx(forecast(problem, plan.steps), rel=1e-9, abs=1e-12)
+        assert plan.error == pytest.approx(schedule_error(problem, plan.steps), rel=1e-9, abs=1e-12)
 
 
 def test_all_calls_computed_has_no_error() -> None:
     """The schedule that computes everything is among the results and is exact."""
-    problem = Problem([Recorded([[1.0, 0.5], [0.5, 2.0]], [1.0, 1.0])])
+    problem = PlanningProblem([Recorded([[1.0, 0.5], [0.5, 2.0]], [1.0, 1.0])])
     assert (0, 1) == plan_steps(problem)[2].steps
     assert 0.0 == plan_steps(problem)[2].error
 
@@ -97,6 +97,6 @@ def test_all_calls_computed_has_no_error() -> None:
 @pytest.mark.parametrize("steps", [(), (1, 2), (0, 1)])
 def test_a_schedule_without_the_first_call_of_a_model_is_refused(steps: tuple[int, ...]) -> None:
     """A model has no history at its first call, so a schedule cannot skip it."""
-    problem = Problem([Recorded([[1.0] * 4] * 4, [1.0] * 4)], starts={3})
+    problem = PlanningProblem([Recorded([[1.0] * 4] * 4, [1.0] * 4)], starts={3})
     with pytest.raises(ValueError, match="first call of each model"):
-        forecast(problem, steps)
+        schedule_error(problem, steps)

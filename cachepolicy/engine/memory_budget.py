@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cachepolicy.errors import counted
 from cachepolicy.planning.cost_model import format_bytes
 from cachepolicy.planning.schedule import OVER_LIMIT
 
@@ -188,12 +189,16 @@ class MemoryUsage:
         most: The most bytes that one session has held after a call.
         limit: The memory limit in bytes, or None.
         refused: Names of sites that compute in some session because of the limit.
+        continued: How often a session went on after `max_sessions` had ended it in mid-trajectory.
+        max_sessions: The number of sessions that hold history at a time, or None if unknown.
     """
 
     held: int
     most: int
     limit: int | None = None
     refused: tuple[str, ...] = ()
+    continued: int = 0
+    max_sessions: int | None = None
 
     def __str__(self) -> str:
         of = "" if self.limit is None else f" of {format_bytes(self.limit)}"
@@ -202,4 +207,7 @@ class MemoryUsage:
             first, *others = self.refused
             more = f" and {len(others)} more" if others else ""
             lines.append(f"{OVER_LIMIT}: {first}{more}")
+        if self.continued:
+            times = counted(self.continued, "time")
+            lines.append(f"max_sessions={self.max_sessions}: {times} a session went on without its histories")
         return "\n".join(lines)

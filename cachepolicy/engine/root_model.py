@@ -257,6 +257,8 @@ class RootModel(Handle):
             state.account = None if self.context.budget is None else Account(self.context.budget)
         arguments = arguments_of(self.root, args, kwargs)
         reading = self._read(session, state, self.context.sources(session_config, here), arguments)
+        if session.goes_on(reading.tick):
+            self.context.sessions.continues(session)
         if reading.starts:
             self.context.settle(self)
             self._start(session, state, reading.tick)

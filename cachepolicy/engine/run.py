@@ -276,6 +276,8 @@ class Run:
             max((call.held for call in calls), default=0),
             self._terms.options.limit,
             tuple(refused),
+            self._sessions.continued,
+            self._terms.options.max_sessions,
         )
 
     # --- telling -----------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.forward_pass import Branch, Host
 from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.engine.session_config import SessionConfig
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, warn
 from cachepolicy.planning.liveness import Liveness
-from cachepolicy.planning.schedule import Decision
+from cachepolicy.planning.schedule import Decision, Tick
 from cachepolicy.tracing.trace import Trajectory
 
 
@@ -77,16 +77,25 @@ class State:
         self.reused = self.over = False
 
 
-class Session:
-    """One request: its clock, its settings (None before the first call), and the state of each root model."""
+Lost = tuple[float | None, int]
 
-    __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "session_config", "states")
+
+class Session:
+    """One request: its clock, its settings (None before the first call), and the state of each root model.
+
+    Attributes:
+        lost: The last timestep, and the direction of `t`, of a trajectory that was under way when `max_sessions` ended
+            the session.
+    """
+
+    __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "lost", "session_config", "states")
 
     def __init__(self, key: object) -> None:
         self.key = key
         self.clock = Clock()
         self.session_config: SessionConfig | None = None
         self.states: dict[str, State] = {}
+        self.lost: Lost | None = None
         self._thread: int | None = None
         self._depth = 0
 
@@ -129,8 +138,18 @@ class Session:
     def end(self) -> list[tuple[str, State]]:
         """Release the state and return it by root model. The next call starts a trajectory."""
         states, self.states = self.states, {}
-        self.clock, self.session_config = Clock(), None
+        self.clock, self.session_config, self.lost = Clock(), None, None
         return list(states.items())
+
+    def goes_on(self, tick: Tick) -> bool:
+        """Return True if this first call continues the trajectory that was lost, and forget that one."""
+        lost, self.lost = self.lost, None
+        if lost is None:
+            return False
+        t, direction = lost
+        if tick.step > 0 or t is None or tick.t is None:
+            return True
+        return tick.t >= t if direction > 0 else tick.t <= t
 
 
 # --- owners ----------------------------------------------------------------------------------------------
@@ -247,6 +266,9 @@ def entered(sessions: Sessions) -> Entered | None:
 # --- the sessions of one run -----------------------------------------------------------------------------
 
 
+_MOST_LOST = 4096  # sessions that the limit has ended in mid-trajectory and that may still go on
+
+
 class Sessions:
     """The sessions of one run, at most `most` with state. Beyond it, the least recently used ends.
 
@@ -256,6 +278,9 @@ class Sessions:
     Args:
         most: The largest number of sessions with state.
         finished: Called with the name and the state of each root model when a session ends without an error.
+
+    Attributes:
+        continued: How often a session went on after the limit had ended it in mid-trajectory.
     """
 
     def __init__(self, most: int, finished: Callable[[str, State], None]) -> None:
@@ -263,6 +288,8 @@ class Sessions:
         self._finished = finished
         self._lock = threading.Lock()
         self._recent: OrderedDict[object, Session | weakref.ref[Session]] = OrderedDict()
+        self._lost: OrderedDict[int, Lost] = OrderedDict()
+        self.continued = 0
 
     def begin(self) -> tuple[Session, Entered | None]:
         """Begin a call in its session.
@@ -296,6 +323,7 @@ class Sessions:
         session = self._recent.get(("session", key))
         if not isinstance(session, Session):
             session = Session(key)
+            session.lost = self._lost.pop(hash(key), None)
         self._touch(("session", key), session)
         return session
 
@@ -319,7 +347,31 @@ class Sessions:
             if place is not newest and (session is None or not session.busy):
                 del self._recent[place]
                 if session is not None:
-                    session.end()
+                    self._lose(session, keyed=not isinstance(each, weakref.ref))
+
+    def _lose(self, session: Session, *, keyed: bool) -> None:
+        """End a session beyond the limit. If its trajectory was under way, its next call tells whether it goes on."""
+        lost = (session.clock.t, session.clock.direction) if session.under_way else session.lost
+        session.end()
+        session.lost = lost
+        if keyed and lost is not None:
+            # Hashes, because keys may hold what their owners want to be gone.
+            self._lost[hash(session.key)] = lost
+            if len(self._lost) > _MOST_LOST:
+                self._lost.popitem(last=False)
+
+    def continues(self, session: Session) -> None:
+        """Count a session that goes on although the limit has ended it, and warn of the first (W602)."""
+        with self._lock:
+            self.continued += 1
+            first = self.continued == 1
+        if first:
+            warn(
+                "W602",
+                f"more than `max_sessions={self._most}` sessions are under way: `{session.key}` has lost its histories"
+                " in mid-trajectory and computes anew",
+                help="raise `max_sessions`, or end what is done with `run.reset(key)`; `run.memory` counts on",
+            )
 
     def agree(self, key: Hashable, session_config: SessionConfig) -> None:
         """Apply settings to the session of a key. A session with different settings ends first.
@@ -352,6 +404,7 @@ class Sessions:
         """End the session of a key."""
         with self._lock:
             session = self._recent.pop(("session", key), None)
+            self._lost.pop(hash(key), None)
         if isinstance(session, Session):
             self.end(session)
 
@@ -392,6 +445,7 @@ class Sessions:
             self.end(session)
         with self._lock:
             self._recent.clear()
+            self._lost.clear()
 
     def alive(self) -> list[Session]:
         """Return the sessions whose owners are alive."""

@@ -468,9 +468,10 @@ def test_few_sessions_hold_something() -> None:
             with run.session(seed):
                 next(loops[seed])
         assert (2, 0, 3) == run._sessions.keys
-        for seed in (1, 2):
-            with run.session(seed):
-                next(loops[seed])
+        with pytest.warns(UserWarning, match="W602"):
+            for seed in (1, 2):
+                with run.session(seed):
+                    next(loops[seed])
         assert {0, 1, 2, 3} == {each.session for each in run.trace}
         assert 6 == len(run.trace)
 

@@ -182,7 +182,7 @@ class ForwardPass:
         self.started = time.perf_counter()
         self.decisions: list[Decision]
         self.after: list[Memory]
-        if facts:
+        if facts or self._leaders_part():
             self.decide_again()
         else:
             self.decisions, self.after = self._decided()
@@ -196,6 +196,16 @@ class ForwardPass:
         self._begun: dict[ir.Probe, tuple[Names, int | None]] = {}
         self._opened: Begun | None = None
         self._last: tuple[Any, Names, list[Any]] | None = None
+
+    def _leaders_part(self) -> bool:
+        """Return whether a followed branch was decided site by site, so that the sites of a group may have to part."""
+        groups = self.branch.partition.groups
+        return any(
+            decided[site] is not decided[group.sites[0]]
+            for decided in self.leaders.values()
+            for group in groups
+            for site in group.sites[1:]
+        )
 
     def _decided(self) -> tuple[list[Decision], list[Memory]]:
         execution, program = self.host.execution, self.host.execution.program

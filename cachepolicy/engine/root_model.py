@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.diffusers.guidance import BATCH_CONTEXT, COND_BRANCHES, UNCOND_BRANCHES
+from cachepolicy.diffusers.guidance import BATCH_CONTEXT, COND_BRANCHES, DISTILLED, UNCOND_BRANCHES
 from cachepolicy.engine import compat
 from cachepolicy.engine.actions import (
     ANSWER,
@@ -58,6 +58,7 @@ from cachepolicy.planning.schedule import (
     rebuilds_uncond,
     untold,
 )
+from cachepolicy.reports.nothing_reused import why_nothing_was_reused
 from cachepolicy.tracing.trace import CallRecord, Trace
 
 DISABLED: ContextVar[frozenset[int]] = ContextVar("cachepolicy_disabled", default=frozenset())
@@ -160,7 +161,7 @@ class RootModel(Handle):
         """Handle the end of a trajectory: warn once per root model if it has reused nothing."""
         if state.count > 1 and not state.reused and not self._warned:
             self._warned = True
-            warnings.warn(_why_nothing(state), UserWarning, stacklevel=2)
+            warnings.warn(_why_nothing(state, self.module), UserWarning, stacklevel=2)
 
     def drop_current(self) -> None:
         """End the session of the current call, because its trajectory has ended."""
@@ -692,17 +693,15 @@ def _channels(module: torch.nn.Module) -> int | None:
     return None
 
 
-def _why_nothing(state: State) -> str:
-    reasons = dict[str, int]()
-    if state.trajectory is not None:
-        for call in state.trajectory.calls:
-            for decision in call.decided:
-                reasons[decision.reason] = reasons.get(decision.reason, 0) + 1
-    common = max(reasons, key=lambda reason: reasons[reason], default="")
-    ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None] if state.trajectory else []
-    seen = f"; t went from {ts[0]:g} to {ts[-1]:g}" if ts else ""
+def _why_nothing(state: State, module: torch.nn.Module) -> str:
     length = counted(state.count, "call")
-    return f"the policy reused nothing in a trajectory of {length} (mostly: {common or 'unknown'}{seen})"
+    if state.trajectory is None:
+        return f"the policy reused nothing in a trajectory of {length}"
+    distilled = getattr(getattr(module, "config", None), DISTILLED, False) is True
+    why = why_nothing_was_reused(state.trajectory, distilled=distilled)
+    ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None]
+    seen = f" (t went from {ts[0]:g} to {ts[-1]:g})" if ts else ""
+    return f"the policy reused nothing in a trajectory of {length}: {why or 'no rule allows it'}{seen}"
 
 
 _identities = itertools.count()

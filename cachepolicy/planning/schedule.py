@@ -18,6 +18,9 @@ from cachepolicy.planning.plan import BoundRule, Plan
 OVER_LIMIT = "over the memory limit"
 """The fact of a site that computes because its history does not fit the memory limit."""
 
+WHILE_IS_FALSE = "its `while` is false"
+"""The reason of a compute whose owner's condition does not hold."""
+
 Verdict = Literal["compute", "reuse", "hidden"]
 
 
@@ -142,7 +145,7 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
     if rule.schedule is not None and due(rule.schedule, environment):
         return verdict("compute", "its schedule says so")
     if not holds(rule.condition, environment):
-        return verdict("compute", "its `while` is false")
+        return verdict("compute", WHILE_IS_FALSE)
     for bound_clause in rule.bounds:
         if not within(bound_clause, bound.index, memory, tick, environment):
             scope = "in a row" if bound_clause.scope == "row" else "in all"

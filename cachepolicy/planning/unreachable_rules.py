@@ -42,7 +42,7 @@ class _Clause:
     @classmethod
     def of(cls, when: ir.Expression | None) -> _Clause:
         clause = cls()
-        for part in _parts(when):
+        for part in parts_of(when):
             bounds = interval(part)
             if bounds is None:
                 clause.others.add(part)
@@ -109,14 +109,14 @@ class _Earlier:
                 pass
 
 
-def _parts(when: ir.Expression | None) -> Iterator[ir.Expression]:
-    """Yields the operands that must all hold for a `when` to hold."""
+def parts_of(when: ir.Expression | None) -> Iterator[ir.Expression]:
+    """Yields the parts of a `when` that must all hold for it to hold."""
     match when:
         case None | ir.Boolean(value=True):
             pass
         case ir.Both():
             for operand in when.operands:
-                yield from _parts(operand)
+                yield from parts_of(operand)
         case _:
             yield when
 

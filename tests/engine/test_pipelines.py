@@ -132,6 +132,23 @@ def _total(probes: list[Probes]) -> dict[str, int]:
     return total
 
 
+def test_a_distilled_pipeline_is_told_that_it_has_no_unconditional_half() -> None:
+    """FasterCache reuses nothing on Flux; the warning says why, and what to set."""
+    tiny = PIPELINES["flux"]()
+    model = tiny.pipe.transformer
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    tiny.pipe.transformer = type(model).from_config(config | {"guidance_embeds": True}).eval()
+    run = cachepolicy.apply(tiny.pipe, "fastercache")
+    with run, pytest.warns(UserWarning, match="reused nothing") as caught:
+        tiny()
+    text = "\n".join(str(warning.message) for warning in caught)
+    assert "rule 1: this model has no unconditional half, try `distilled=True`" in text
+    assert not any(row.count("R") for row in run.trace.rows().values())
+    with cachepolicy.apply(tiny.pipe, "fastercache", distilled=True) as run:
+        tiny()
+    assert any(row.count("R") for row in run.trace.rows().values())
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_policy_that_never_reuses_changes_nothing(name: str) -> None:
     """Latents under an all-compute policy, and after `remove`, are the bare pipeline's; identity is restored."""

@@ -263,6 +263,8 @@ class Calls:
     Attributes:
         number: The number of the current step.
         trajectory: The number of the trajectory.
+        raw: The timestep argument of the first call of the current step.
+        context: The entry of a `cache_context` that the last call was in, or None.
         present: Branches that were called in the current step.
         known: All known branches.
         doubted: Branches as they were before a doubtful call of the current step.
@@ -271,6 +273,7 @@ class Calls:
     number: int = -1
     trajectory: int = -1
     raw: Any = None
+    context: object = None
     present: list[str] = field(default_factory=list[str])
     known: dict[str, Known] = field(default_factory=dict[str, Known])
     doubted: dict[str, Known] = field(default_factory=dict[str, Known])

@@ -360,6 +360,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
         calls.follow(clock.number)
     if not calls.present and sources.follower is not None:
         calls.raw = arguments.time
+    calls.context = context
     starts = calls.trajectory != clock.trajectories
     if starts:
         calls.begin(clock.trajectories)
@@ -583,6 +584,9 @@ def _by_value(
         starts, moved = index < clock.step, index != clock.step
     elif t is not None and clock.t is not None and t != clock.t:
         starts, moved = _turns(clock, t, known=known), True
+    elif context is not None and calls.context is context and repeats.same():
+        # Tiles enter the context anew. A call that repeats another inside one entry is the next step.
+        starts, moved = False, True
     elif t is not None and clock.step == 0 and repeats.stage():
         # Second-order samplers repeat every timestep except the first, so a run that was aborted starts again.
         starts, moved = True, True

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import torch
 from cachepolicy.engine.introspection import denoisers
 from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.tools.saved_pipeline import EMBEDS_HELP, absent_components, check_tensor_file, read_index
+
+Progress = Callable[[int, int, str], None]
+"""Called with the steps or runs done, their number in all, and a description of the present one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ CODES: dict[str, str] = {
     "E330": "no evidence of guidance",
     "E331": "a prediction whose layout is not clear",
     "E332": "samples of different shapes",
+    "E333": "a guidance batch of more than two parts",
     "E340": "another cache on the model",
     "E341": "a site that is no longer where it was",
     "E342": "a call that a policy cannot follow",

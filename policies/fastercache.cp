@@ -36,8 +36,8 @@ param spatial_names: list = ["^blocks.*attn", "^transformer_blocks.*attn",
 param temporal_names: list = ["^temporal_transformer_blocks.*attn"]
   "regexes of the modules with temporal attention"
 
-param layout: string = "uncond first" in {"uncond first", "cond first"}
-  "which half of a guidance batch is unconditional"
+param layout: string = "found" in {"found", "uncond first", "cond first"}
+  "which half of a guidance batch comes first"
 param format: string = "found" in {"found", "BCFHW", "BFCHW", "BFHWC", "BCHW", "BSC"}
   "how the prediction is laid out"
 param grid: list = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 COND_BRANCHES = frozenset({"cond", "pred_cond"})
 UNCOND_BRANCHES = frozenset({"uncond", "pred_uncond"})
@@ -30,3 +31,70 @@ DISTILLED = "guidance_embeds"
 
 Such a model has no unconditional half.
 """
+
+PERTURBED_PROPERTY = "do_perturbed_attention_guidance"
+"""The property of the pipelines with perturbed attention guidance (`diffusers.pipelines.pag`) that says that it is on.
+
+Their batches have three parts (unconditional, conditional, perturbed).
+"""
+
+PIPELINES = "diffusers.pipelines."
+"""The package of pipelines, whose classes have unique names."""
+
+Order = tuple[str, ...]
+"""The parts of a guidance batch in order, each with one row per sample."""
+
+UNCOND_FIRST: Order = ("uncond", "cond")
+
+ORDERS: Mapping[str, tuple[Order, ...]] = {
+    "AceStepPipeline": (("cond", "uncond"),),
+    "CycleDiffusionPipeline": (("source uncond", "uncond", "source cond", "cond"),),
+    "DiTPipeline": (("cond", "uncond"),),
+    "DreamLitePipeline": (("uncond", "cond"), ("uncond", "image", "cond")),
+    "LEditsPPPipelineStableDiffusion": (("uncond", "edit"), ("uncond", "edit", "...")),
+    "LEditsPPPipelineStableDiffusionXL": (("uncond", "edit"), ("uncond", "edit", "...")),
+    "LuminaPipeline": (("cond", "uncond"),),
+    "OmniGenPipeline": (("cond", "uncond"), ("cond", "uncond", "image")),
+    "SemanticStableDiffusionPipeline": (("uncond", "cond"), ("uncond", "cond", "edit", "...")),
+    "StableCascadeDecoderPipeline": (("cond", "uncond"),),
+    "StableCascadePriorPipeline": (("cond", "uncond"),),
+    "StableDiffusionDiffEditPipeline": (("uncond", "cond"), ("source uncond", "source cond", "uncond", "cond")),
+    "StableDiffusionInstructPix2PixPipeline": (("cond", "image", "uncond"),),
+    # One pair of rows per view, instead of two halves.
+    "StableDiffusionPanoramaPipeline": (("uncond", "cond"), ("uncond", "cond", "uncond", "cond", "...")),
+    "StableDiffusionPipelineSafe": (("uncond", "cond"), ("uncond", "cond", "safety")),
+    "StableDiffusionXLInstructPix2PixPipeline": (("cond", "image", "uncond"),),
+    "WuerstchenDecoderPipeline": (("cond", "uncond"),),
+    "WuerstchenPriorPipeline": (("cond", "uncond"),),
+    "ZImageControlNetInpaintPipeline": (("cond", "uncond"),),
+    "ZImageControlNetPipeline": (("cond", "uncond"),),
+    "ZImageImg2ImgPipeline": (("cond", "uncond"),),
+    "ZImageInpaintPipeline": (("cond", "uncond"),),
+    "ZImageOmniPipeline": (("cond", "uncond"),),
+    "ZImagePipeline": (("cond", "uncond"),),
+}
+"""The orders that the guidance batch of a pipeline may have, by class name.
+
+They were read from the place where the `__call__` of each pipeline splits the prediction. All other pipelines with
+guidance batches use `UNCOND_FIRST`.
+"""
+
+COND_FIRST_MODELS = frozenset(
+    {
+        "diffusers.models.transformers.ace_step_transformer.AceStepTransformer1DModel",
+        "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel",
+        "diffusers.models.transformers.lumina_nextdit2d.LuminaNextDiT2DModel",
+        "diffusers.models.transformers.transformer_omnigen.OmniGenTransformer2DModel",
+        "diffusers.models.transformers.transformer_z_image.ZImageTransformer2DModel",
+        "diffusers.models.unets.unet_stable_cascade.StableCascadeUNet",
+    }
+)
+"""The denoisers whose pipelines in diffusers put the conditional half first."""
+
+
+def orders_of(pipeline: type) -> tuple[Order, ...] | None:
+    """Return the orders that the guidance batch of a pipeline may have, or None for pipelines outside diffusers."""
+    for each in pipeline.__mro__:
+        if each.__module__.startswith(PIPELINES):
+            return ORDERS.get(each.__name__, (UNCOND_FIRST,))
+    return None

@@ -20,6 +20,7 @@ from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, GRID_SIZ
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
+from cachepolicy.engine.guidance_batch import GuidanceSource, rows_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.schedule import OVER_LIMIT, Tick
 
@@ -201,7 +202,9 @@ def whole(uncond: torch.Tensor, cond: torch.Tensor, layout: str) -> torch.Tensor
     return torch.cat([uncond, cond] if layout == "uncond first" else [cond, uncond], dim=0)
 
 
-def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None) -> dict[str, Any]:
+def conditional(
+    named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None, *, lists: bool = False
+) -> dict[str, Any]:
     """Return the arguments of a call with the conditional half of all batched values.
 
     Args:
@@ -209,11 +212,15 @@ def conditional(named: Mapping[str, Any], batch: int, layout: str, only: Sequenc
         batch: The size of the full batch.
         layout: `"uncond first"` or the other order.
         only: Names of the arguments to halve. By default all values with `batch` rows or items.
+        lists: Whether batches are lists of samples, as the latents of Z-Image are.
     """
     if only is not None:
-        return {name: _half(value, None, layout) if name in only else value for name, value in named.items()}
+        return {
+            name: _half(value, None, layout, lists=lists) if name in only else value for name, value in named.items()
+        }
     return {
-        name: value if _holds_positions(name, value) else _half(value, batch, layout) for name, value in named.items()
+        name: value if _holds_positions(name, value) else _half(value, batch, layout, lists=lists)
+        for name, value in named.items()
     }
 
 
@@ -223,19 +230,23 @@ def _holds_positions(name: str, value: Any) -> bool:
     return row and POSITIONS.search(name) is not None
 
 
-def _half(value: Any, batch: int | None, layout: str) -> Any:
+def _half(value: Any, batch: int | None, layout: str, *, lists: bool) -> Any:
     """Return the conditional half of a value with `batch` rows (None: any even number), or the value."""
     if isinstance(value, torch.Tensor):
         rows = value.shape[0] if value.ndim > 0 else 1
         return halves(value, layout)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
     if isinstance(value, dict):
-        return {key: _half(item, batch, layout) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {key: _half(item, batch, layout, lists=lists) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(value, list | tuple) or not value:
         return value
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
-    # Either all items of a sequence are batched, or the sequence itself is the batch.
-    if all(isinstance(item, torch.Tensor) and item.ndim > 1 and item.shape[0] == batch for item in items):
-        return type(value)(_half(item, batch, layout) for item in items)  # pyright: ignore[reportUnknownVariableType]
+    # Either all items of a sequence are batched, or the sequence itself is the batch. Samples in a list may have as
+    # many channels as there are samples.
+    samples = lists and len(items) == batch
+    if not samples and all(
+        isinstance(item, torch.Tensor) and item.ndim > 1 and item.shape[0] == batch for item in items
+    ):
+        return type(value)(_half(item, batch, layout, lists=lists) for item in items)  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list) and (len(items) == batch or batch is None):
         middle = len(items) // 2
         return items[middle:] if layout == "uncond first" else items[:middle]
@@ -311,6 +322,7 @@ class Guide:
         "_called",
         "_clones",
         "_cond",
+        "_examined",
         "_kept",
         "_rows",
         "_step",
@@ -329,6 +341,7 @@ class Guide:
         self._alone = False
         self._apart = False
         self.over_limit = False
+        self._examined: tuple[object, str | None] | None = None
 
     def release(self, *, kept: bool, cond: bool) -> None:
         """Release the stored difference (`kept`) or the conditional prediction (`cond`)."""
@@ -354,8 +367,18 @@ class Guide:
         """Return True if the name of the branch tells which half it is."""
         return branch in COND_BRANCHES or branch in UNCOND_BRANCHES
 
-    def problem(self, tick: Tick, arguments: CallArguments, *, guided: bool, calls: int) -> Problem | None:
-        """Return why this call cannot be approximated, or None."""
+    def problem(
+        self, tick: Tick, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module, *, calls: int
+    ) -> Problem | None:
+        """Return why this call cannot be approximated, or None.
+
+        Args:
+            tick: Step and branch of the call.
+            arguments: The arguments of the call.
+            source: What is known of the guidance.
+            model: The root model.
+            calls: The number of calls in this step, with this one.
+        """
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
                 missing = "the conditional call has not run in this step"
@@ -364,16 +387,28 @@ class Guide:
                 # Other code modifies the predictions in place, so copies are stored from now on.
                 self._clones, self._cond = True, None
                 return Problem("the conditional prediction was overwritten in place", final=True)
-        elif not guided:
+        elif not source.guided:
             return Problem("there is no guidance", final=True)
         elif self._several_calls(tick.step, calls):
             self._kept = []
             return Problem("guidance runs in several calls", final=True)
         elif _batch(arguments) % 2:
             return Problem("the batch has no two halves", final=True)
-        if not self._alone and not self.named(tick.branch):
-            return Problem("no step has shown that it has one call", final=False)
+        if not self.named(tick.branch):
+            if not self._alone:
+                return Problem("no step has shown that it has one call", final=False)
+            doubt = self._doubt(arguments, source, model)
+            if doubt is not None:
+                self._kept = []
+                return Problem(doubt, final=True)
         return None if self._kept else Problem(OVER_LIMIT if self.over_limit else "nothing is kept yet", final=False)
+
+    def _doubt(self, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module) -> str | None:
+        """Return why the batch may not have two halves, or None. Batches of equal size are examined once."""
+        key = (_batch(arguments), source.samples)
+        if self._examined is None or self._examined[0] != key:
+            self._examined = (key, source.problem(arguments.named.get(arguments.latents or ""), model))
+        return self._examined[1]
 
     def _several_calls(self, step: int, calls: int) -> bool:
         """Return whether a step has had more than one call. Also record a completed step with a single call."""
@@ -387,7 +422,8 @@ class Guide:
         self, arguments: CallArguments, args: tuple[Any, ...], settings: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the root model with the conditional half of all batched values."""
-        named = conditional(arguments.named, _batch(arguments), settings["layout"], settings.get("inputs") or None)
+        only, lists = settings.get("inputs") or None, isinstance(arguments.named.get(arguments.latents or ""), list)
+        named = conditional(arguments.named, _batch(arguments), settings["layout"], only, lists=lists)
         names = list(named)
         positional = tuple(named[name] for name in names[: len(args)])
         return positional, {name: named[name] for name in names[len(args) :]}
@@ -456,7 +492,4 @@ _SEQUENCE = 3  # dimensions of a batch of token sequences (B, S, C)
 
 
 def _batch(arguments: CallArguments) -> int:
-    latents = arguments.named.get(arguments.latents or "")
-    if isinstance(latents, torch.Tensor):
-        return latents.shape[0] if latents.ndim > 0 else 1
-    return len(latents) if isinstance(latents, list) else 1  # pyright: ignore[reportUnknownArgumentType]
+    return rows_of(arguments.named.get(arguments.latents or ""))

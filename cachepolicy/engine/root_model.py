@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.diffusers.guidance import BATCH_CONTEXT, COND_BRANCHES, DISTILLED, UNCOND_BRANCHES
+from cachepolicy.diffusers.guidance import COND_BRANCHES, DISTILLED, UNCOND_BRANCHES
 from cachepolicy.engine import compat
 from cachepolicy.engine.actions import (
     ANSWER,
@@ -26,13 +26,14 @@ from cachepolicy.engine.actions import (
 from cachepolicy.engine.block_chain import Continuations
 from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.class_swap import Handle
-from cachepolicy.engine.clock import CONTEXT, CallArguments, Reading, Sources, arguments_of, inspect_root, read
+from cachepolicy.engine.clock import CallArguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.compile.regions import Graphs
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.groups import Peers, holders_of, peers_of
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.forward_pass import Branch, ForwardPass
+from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
 from cachepolicy.engine.hooks import Frame, SiteHandle, parameters_of, runs
@@ -69,7 +70,7 @@ class RootContext:
     """Callbacks and settings that a run passes to each of its root models."""
 
     sources: Callable[[SessionConfig, Entered | None], Sources]
-    guided: Callable[[SessionConfig, Entered | None], bool | None]
+    guidance: Callable[[SessionConfig, Entered | None, Sources], GuidanceSource]
     refuted: Callable[[], None]
     settle: Callable[[RootModel], None]
     intercept: Callable[[RootModel, str, SiteHandle], None]
@@ -257,7 +258,8 @@ class RootModel(Handle):
             state = session.states[self.name] = State(self._hosted(session_config))
             state.account = None if self.context.budget is None else Account(self.context.budget)
         arguments = arguments_of(self.root, args, kwargs)
-        reading = self._read(session, state, self.context.sources(session_config, here), arguments)
+        sources = self.context.sources(session_config, here)
+        reading = self._read(session, state, sources, arguments)
         if session.goes_on(reading.tick):
             self.context.sessions.continues(session)
         if reading.starts:
@@ -266,7 +268,7 @@ class RootModel(Handle):
         forward_pass = self._new_pass(session_config, state, reading)
         call = RootCall(session, state, forward_pass, arguments, args, kwargs)
         if forward_pass.host.execution.approximation is not None:
-            call.guided = self.context.guided(session_config, here)
+            call.source = self.context.guidance(session_config, here, sources)
         self._open(call)
         if self.graphs.used(whole=compiler) and not call.answered:
             call.learns = self.graphs.learns(arguments)
@@ -444,18 +446,14 @@ class RootModel(Handle):
         itself = forward_pass.host.execution.itself
         assert itself is not None
         settings = forward_pass.arguments(action, itself, without=_FACTORS)
-        forward_pass.half = int(settings["layout"] == "uncond first")
         guide = call.state.guide
+        settings.setdefault("layout", "found")
+        if not guide.named(forward_pass.tick.branch) and call.source.require():
+            settings["layout"] = call.source.layout(settings["layout"], self.module)
+        forward_pass.half = int(settings["layout"] != "cond first")
         call.guidance = settings
-        guided = _guided(call)
-        if guided is None and not guide.named(forward_pass.tick.branch):
-            raise PolicyError.of(
-                "E330",
-                "nothing tells whether this batch holds both halves of guidance",
-                help="apply the policy to the pipeline, or say `guidance=True` (or False) to `apply`",
-            )
         problem = guide.problem(
-            forward_pass.tick, call.arguments, guided=guided is True, calls=len(call.state.calls.present)
+            forward_pass.tick, call.arguments, call.source, self.module, calls=len(call.state.calls.present)
         )
         if problem is not None:
             call.guidance = None if problem.final else settings
@@ -467,7 +465,8 @@ class RootModel(Handle):
             if itself in forward_pass.signals_of:
                 # The other sites were decided before the signals of this one were measured.
                 forward_pass.decide_again()
-            settings |= forward_pass.arguments(action, itself)
+            factors = forward_pass.arguments(action, itself)
+            settings |= {name: factors[name] for name in _FACTORS}
             if guide.named(forward_pass.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)
             else:
@@ -649,6 +648,9 @@ _MOST_CLOCKS = 32  # number of clock forecasts whose planned reuses are cached
 _MOST_SIGNATURES = 256  # number of cached code lists, one per set of decisions
 
 
+_NO_GUIDANCE_SOURCE = GuidanceSource()
+
+
 @dataclass(slots=True)
 class RootCall:
     """State of one root call between `begin` and `end`. The root model runs with `args` and `kwargs`."""
@@ -665,13 +667,7 @@ class RootCall:
     guidance: dict[str, Any] | None = None
     learns: bool = False
     parts: Mapping[int, Part] = field(default_factory=dict[int, Part])
-    guided: bool | None = None
-
-
-def _guided(call: RootCall) -> bool | None:
-    """Return whether this batch holds both guidance halves, or None where this is unknown."""
-    context = CONTEXT.get()
-    return True if context is not None and context.name == BATCH_CONTEXT else call.guided
+    source: GuidanceSource = _NO_GUIDANCE_SOURCE
 
 
 def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:

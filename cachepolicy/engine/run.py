@@ -20,6 +20,7 @@ from cachepolicy.engine import compat
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
 from cachepolicy.engine.clock import CONTEXT, Context, Sources, step_context
 from cachepolicy.engine.distributed.groups import member_ranks
+from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.engine.hook_placement import Placement
@@ -341,7 +342,7 @@ class Run:
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
         context = RootContext(
             self._sources,
-            _guided,
+            _guidance,
             self._detach,
             self._settle,
             self._intercept,
@@ -652,12 +653,11 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
         variable.reset(token)
 
 
-def _guided(session_config: SessionConfig, here: Entered | None) -> bool | None:
-    """Return whether the caller or the running pipeline states that batches hold both guidance halves."""
-    if session_config.options.guidance is not None or here is None:
-        return session_config.options.guidance
-    said = getattr(here.pipeline, GUIDANCE_PROPERTY, None)
-    return said if isinstance(said, bool) else None
+def _guidance(session_config: SessionConfig, here: Entered | None, sources: Sources) -> GuidanceSource:
+    """Return what the caller, the running pipeline and its scheduler tell of guidance."""
+    samples = sources.follower.rows if sources.follower is not None else None
+    pipeline = here.pipeline if here is not None else None
+    return GuidanceSource(session_config.options.guidance, pipeline, samples)
 
 
 # --- the root's other methods ----------------------------------------------------------------------------

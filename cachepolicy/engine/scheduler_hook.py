@@ -21,10 +21,11 @@ class SchedulerFollower(Handle):
         step: How often `step` was called since the last restart.
         begin: The index of the first timestep of the trajectory, or None before the first call of a model.
         generation: The number of the last restart. No two followers have the same.
+        rows: The number of samples of the last call of `step`, or None before it.
         users: The runs that use it.
     """
 
-    __slots__ = ("_after", "_at", "_first", "_numbers", "_source", "begin", "generation", "step", "users")
+    __slots__ = ("_after", "_at", "_first", "_numbers", "_source", "begin", "generation", "rows", "step", "users")
 
     def __init__(self) -> None:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -47,6 +48,7 @@ class SchedulerFollower(Handle):
         self._first: Any = None
         self._at: Any = None
         self._after: int | None = None
+        self.rows: int | None = None
 
     def stepped(self, scheduler: Any, timestep: Any) -> None:
         """Record a call of `scheduler.step` with this timestep."""
@@ -136,6 +138,10 @@ def _floats(values: Any) -> list[float]:
     return [float(each) for each in (values.tolist() if hasattr(values, "tolist") else values)]
 
 
+def _rows(sample: Any) -> int | None:
+    return sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else None
+
+
 def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
     """Return the follower of a scheduler for a run, or None if the object is no scheduler."""
     follower: Any = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
@@ -173,12 +179,14 @@ def _step_override(original: Method) -> Method:
     """Override of `scheduler.step` that records the call."""
     parameters = list(inspect.signature(original).parameters)[1:]
     place = parameters.index("timestep") if "timestep" in parameters else len(parameters)
+    sample = parameters.index("sample") if "sample" in parameters else len(parameters)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         follower = self.__dict__.get(ATTRIBUTE)
         if follower is not None:
             follower.stepped(self, args[place] if place < len(args) else kwargs.get("timestep"))
+            follower.rows = _rows(args[sample] if sample < len(args) else kwargs.get("sample"))
         return result
 
     return step

@@ -150,7 +150,7 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Label]] = {
     "spectral": {
         "low": Label("number"),
         "high": Label("number"),
-        "layout": Label("text", constant=True, choices=("uncond first", "cond first")),
+        "layout": Label("text", required=False, constant=True, choices=("found", "uncond first", "cond first")),
         "format": Label(
             "text", required=False, constant=True, choices=("found", "BCFHW", "BFCHW", "BFHWC", "BCHW", "BSC")
         ),

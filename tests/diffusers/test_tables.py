@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -187,3 +188,110 @@ def test_lists_beside_the_main_stream_are_known_by_name() -> None:
         assert any(word in name for name in attributes), word
     main = {"transformer_blocks", "single_transformer_blocks", "blocks", "layers", "double_blocks", "down_blocks"}
     assert not [name for name in main if module_names.SIDE_LIST.search(name)]
+
+
+# --- guidance batches ------------------------------------------------------------------------------------
+
+
+def _classes() -> dict[str, ast.ClassDef]:
+    """The classes of all pipelines by name, from their source: importing them all takes minutes."""
+    return {
+        node.name: node
+        for text in _sources("pipelines").values()
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef) and re.search(r"Pipeline(?!Output)|PAGMixin", node.name)
+    }
+
+
+PIPELINES = _classes()
+assert len(PIPELINES) > 200
+
+
+def _orders(name: str) -> tuple[guidance.Order, ...]:
+    orders = guidance.orders_of(type(name, (), {"__module__": "diffusers.pipelines.any"}))
+    assert orders is not None
+    return orders
+
+
+def _part(name: str) -> str:
+    """The part of a guidance batch that a variable in the source of a pipeline stands for."""
+    if "..." in name:
+        return "..."
+    for part, words in {
+        "uncond": "uncond|neg|null",
+        "cond": "text|pos",
+        "image": "img|image",
+        "perturbed": "perturb",
+    }.items():
+        if re.search(words, name):
+            return part
+    return "cond"
+
+
+def _splits(pipeline: ast.ClassDef) -> set[tuple[str, ...]]:
+    """The orders of parts into which a pipeline splits its predictions."""
+    found = set[tuple[str, ...]]()
+    for node in ast.walk(pipeline):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+            continue
+        if getattr(node.value.func, "attr", "") not in {"chunk", "split"}:
+            continue
+        target, value = node.targets[0], ast.unparse(node.value)
+        if not re.search(r"\.chunk\(|torch\.split\(", value) or re.search(r"dim=1|dim=-1|, 1\)|embeds", value):
+            continue
+        if isinstance(target, ast.Tuple):
+            names = [ast.unparse(each) for each in target.elts]
+            if "_" not in names and any(_part(name) == "uncond" for name in names):
+                found.add(tuple(map(_part, names)))
+        elif re.search(r"chunk\((?!\d+[,)])", value):
+            found.add(("...", "...", "..."))  # as many parts as there are edits
+    for node in ast.walk(pipeline):  # Z-Image: a list of predictions, of which the first half is taken
+        if isinstance(node, ast.Assign) and getattr(getattr(node.value, "value", None), "id", "") == "model_out_list":
+            first = re.fullmatch(r"(\w+)_out = model_out_list\[:\w+\]", ast.unparse(node))
+            if first:
+                found.add(("cond", "uncond") if _part(first[1]) == "cond" else ("uncond", "cond"))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_the_orders_of_guidance_batches_are_those_of_the_source(name: str) -> None:
+    """How a pipeline splits a prediction is what the table says of it; pipelines that call twice split nothing."""
+    orders, splits = _orders(name), _splits(PIPELINES[name])
+    pairs, more = ({each for each in splits if (len(each) > 2) is many} for many in (False, True))
+    if name == "PAGMixin":
+        assert more == {("uncond", "cond", "perturbed")}
+        return
+    known = {tuple("cond" if part == "edit" else part for part in order) for order in orders}
+    assert pairs <= known
+    assert any(len(order) > 2 for order in orders) == bool(more) or name == "StableDiffusionPanoramaPipeline"
+    assert not pairs or any(len(order) == 2 for order in orders)
+
+
+def test_pipelines_with_perturbed_attention_have_the_property() -> None:
+    """All of them share the class with the property that says whether it is on."""
+    methods = {node.name for node in PIPELINES["PAGMixin"].body if isinstance(node, ast.FunctionDef)}
+    assert guidance.PERTURBED_PROPERTY in methods
+    with_pag = [node for name, node in PIPELINES.items() if "PAG" in name and name != "PAGMixin"]
+    assert len(with_pag) > 10
+    assert all("PAGMixin" in map(ast.unparse, node.bases) for node in with_pag)
+
+
+def test_the_table_of_guidance_batches_has_names_of_pipelines_only() -> None:
+    """Every entry is a pipeline of the installed diffusers, current or deprecated."""
+    assert guidance.ORDERS.keys() <= PIPELINES.keys()
+
+
+def test_the_models_of_conditional_first_pipelines_are_listed() -> None:
+    """A denoiser is in the table if all pipelines that split its predictions put the conditional half first."""
+    listed = {path.rpartition(".")[2] for path in guidance.COND_FIRST_MODELS}
+    assert listed == {_resolved(path).__name__ for path in guidance.COND_FIRST_MODELS}
+    holding = dict[str, set[bool]]()
+    for name, node in PIPELINES.items():
+        init = next((each for each in node.body if getattr(each, "name", "") == "__init__"), None)
+        if init is None or not _splits(node):
+            continue
+        for argument in init.args.args:
+            if argument.arg in DENOISERS and argument.annotation is not None:
+                first = _orders(name)[0]
+                holding.setdefault(ast.unparse(argument.annotation), set()).add(first == ("cond", "uncond"))
+    assert listed == {model for model, sides in holding.items() if sides == {True} and hasattr(diffusers, model)}

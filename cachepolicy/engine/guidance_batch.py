@@ -112,9 +112,14 @@ class GuidanceSource:
             return f"the batch has {parts:g} parts for each sample"
         if several and rows > 2:
             return f"`{type(self.pipeline).__name__}` may have more than two parts in a batch"
-        if not _equal_halves(latents, model):
-            return "the halves of the batch have different latents"
-        return None
+        if _equal_parts(latents, 2, model):
+            return None
+        if self.stated and parts is None and self.pipeline is None:
+            # Only the caller's word is left, which a third part would contradict.
+            odd = (number for number in range(3, rows + 1, 2) if rows % number == 0)
+            found = next((number for number in odd if _equal_parts(latents, number, model)), None)
+            return None if found is None else f"the batch has {found} parts with the same latents"
+        return "the halves of the batch have different latents"
 
     def layout(self, stated: str, model: torch.nn.Module) -> str:
         """Return which half comes first: as the policy says, as in the pipeline, else the unconditional half.
@@ -152,23 +157,25 @@ def rows_of(latents: Any) -> int:
     return len(latents) if isinstance(latents, list) else 1
 
 
-def _equal_halves(latents: Any, model: torch.nn.Module) -> bool:
-    """Return True if both halves of a batch have equal latents.
+def _equal_parts(latents: Any, number: int, model: torch.nn.Module) -> bool:
+    """Return True if this number of parts of a batch have equal latents.
 
-    Further input channels are not compared, because pipelines append images and masks, which differ between halves.
+    Further input channels are not compared, because pipelines append images and masks, which differ between parts.
     """
-    middle = len(latents) // 2
-    pairs = [(latents[:middle], latents[middle:])]
+    last = len(latents) - len(latents) // number
+    pairs = [(latents[:last], latents[len(latents) - last :])]
     if isinstance(latents, list):
-        pairs = list(zip(latents[:middle], latents[middle:], strict=True))
+        pairs = list(zip(*pairs[0], strict=True))
     config = getattr(model, "config", None)
     given, predicted = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
-    for one, other in pairs:
-        if not isinstance(one, torch.Tensor) or one.shape != other.shape or one.device.type == "meta":
-            return False
-        places = [place for place, size in enumerate(one.shape) if place > 0 and size == given]
-        if isinstance(given, int) and isinstance(predicted, int) and given > predicted and len(places) == 1:
-            one, other = (each.narrow(places[0], 0, predicted) for each in (one, other))  # noqa: PLW2901
-        if not torch.equal(one, other):
-            return False
-    return True
+    more = isinstance(given, int) and isinstance(predicted, int) and given > predicted
+    return all(_equal(one, other, given if more else None, predicted) for one, other in pairs)
+
+
+def _equal(one: Any, other: Any, given: int | None, predicted: Any) -> bool:
+    """Return True if two tensors are equal, with `given` channels in the first `predicted` of them."""
+    if not isinstance(one, torch.Tensor) or one.shape != other.shape or one.device.type == "meta":
+        return False
+    places = [place for place, size in enumerate(one.shape) if place > 0 and size == given]
+    cuts = [(one, other), *((one.narrow(place, 0, predicted), other.narrow(place, 0, predicted)) for place in places)]
+    return any(torch.equal(*cut) for cut in cuts)

@@ -38,6 +38,9 @@ PERTURBED_PROPERTY = "do_perturbed_attention_guidance"
 Their batches have three parts (unconditional, conditional, perturbed).
 """
 
+ORDER_ATTRIBUTE = "guidance_order"
+"""The attribute by which a pipeline outside diffusers may say the order of its batches: `("uncond", "cond")`."""
+
 PIPELINES = "diffusers.pipelines."
 """The package of pipelines, whose classes have unique names."""
 
@@ -93,7 +96,10 @@ COND_FIRST_MODELS = frozenset(
 
 
 def orders_of(pipeline: type) -> tuple[Order, ...] | None:
-    """Return the orders that the guidance batch of a pipeline may have, or None for pipelines outside diffusers."""
+    """Return the orders that the guidance batch of a pipeline may have, or None for unknown pipelines."""
+    own = getattr(pipeline, ORDER_ATTRIBUTE, None)
+    if own is not None:
+        return (tuple(own),)
     for each in pipeline.__mro__:
         if each.__module__.startswith(PIPELINES):
             return ORDERS.get(each.__name__, (UNCOND_FIRST,))

@@ -86,8 +86,8 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
             clock reads `scheduler`, the pipeline's scheduler, or the timestep argument of the model.
         scheduler: The scheduler that the clock reads.
         steps: The number of steps of a trajectory (at least 1), for policies that use it.
-        guidance: Whether a batch contains the unconditional and the conditional half. Needed where no pipeline provides
-            this.
+        guidance: Whether every batch consists of the unconditional and the conditional half, in the order of the
+            policy's `layout` (by default the unconditional half first). Needed where no pipeline provides this.
         samples: How a signal is reduced over the samples of a batch, `"mean"` or `"max"`.
         process_group: A `ProcessGroup` or `DeviceMesh` of the processes that hold parts of the same samples and decide
             together. None detects diffusers' context parallelism and sharded parameters (FSDP2); False disables the

@@ -43,6 +43,7 @@ class EmojiPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer"
+    guidance_order = ("uncond", "cond")
 
     def __init__(self, transformer: DiTTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         super().__init__()

@@ -433,12 +433,11 @@ class RootModel(Handle):
             return
         problem = forward_pass.problem(site, call.arguments.named, call.args, call.kwargs)
         decision = forward_pass.decision(execution.itself, problem)
-        if execution.approximation is not None and (
-            isinstance(decision.action, ir.ApproximateUncond) or decision.verdict != "reuse"
-        ):
-            action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else execution.approximation
-            self._open_guidance(call, action)
-        else:
+        action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else None
+        if execution.approximation is not None and (action is not None or decision.verdict != "reuse"):
+            self._open_guidance(call, action or execution.approximation)
+        if not (call.answered or forward_pass.halved):
+            # Another rule may reuse the model at a later step.
             call.answered, call.output = forward_pass.open(site, call.arguments.named, call.args, call.kwargs)
 
     def _open_guidance(self, call: RootCall, action: ir.ApproximateUncond) -> None:
@@ -496,7 +495,7 @@ class RootModel(Handle):
         """Commit the forward pass: memories, counts and trace. Return its output."""
         forward_pass, state = call.forward_pass, call.state
         site = self.handles[""]
-        if forward_pass.host.execution.itself is not None and not call.answered and call.guidance is None:
+        if forward_pass.host.execution.itself is not None and not (call.answered or forward_pass.halved):
             forward_pass.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
         if call.guidance is not None and not call.answered and self._guides(call):
             output = state.guide.ended(

@@ -21,6 +21,8 @@ ROWS = {
     "`torch.nn.utils.parametrizations`": "test_adapters:test_parametrisations_come_and_go_in_any_order",
     "torch's dynamic quantisation": "test_adapters:test_quantised_linears_are_modules_like_any_other",
     "torchao": "test_adapters:test_linears_may_be_quantised_while_a_policy_is_on",
+    "optimum-quanto": "test_orders:test_two_changes_and_a_policy_in_any_order",
+    "a `PeftModel`": "test_orders:test_two_changes_and_a_policy_in_any_order",
     "attention processors": "test_adapters:test_attention_may_be_refitted_while_a_policy_is_on",
     "an IP-Adapter": "test_adapters:test_an_image_prompt_is_part_of_the_model",
     "blocks that change places": "test_adapters:test_blocks_may_change_places",

@@ -501,7 +501,8 @@ def _joined(
         first = follower.first(scheduler)
         if first is None:
             # The timestep argument gives the index of this step; the steps taken so far lead back to the first one.
-            nearest = _nearest(timesteps, root, raw)
+            element = follower.element(raw)
+            nearest = _nearest(timesteps, root, raw) if element is None else element
             first = 0 if nearest is None else max(0, nearest - follower.step)
         follower.begin = first
     clock.begin = follower.begin

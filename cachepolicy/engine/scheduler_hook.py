@@ -101,18 +101,28 @@ class SchedulerFollower(Handle):
         """Return an index that lies within the timesteps, else None: it is left over from another schedule."""
         return index if index is not None and 0 <= index < len(self._numbers[0]) else None
 
+    def element(self, timestep: Any) -> int | None:
+        """Return the index of a tensor that is an element of the scheduler's timesteps, else None.
+
+        It is known by its place in memory: nothing is read from a device.
+        """
+        every = self._source
+        if not isinstance(timestep, torch.Tensor) or not isinstance(every, torch.Tensor) or timestep.numel() != 1:
+            return None
+        if every.ndim != 1 or not every.stride(0) or not _shares(timestep, every):
+            return None
+        return self._within((int(timestep.storage_offset()) - int(every.storage_offset())) // every.stride(0))
+
     def _index_of(self, timestep: Any, near: int) -> int | None:
         """Return the index of a timestep, the nearest to `near` if it occurs more than once, or None.
 
         Nothing is read from a device.
         """
-        every = self._source
+        index = self.element(timestep)
+        if index is not None:
+            return index
         if isinstance(timestep, torch.Tensor):
-            if timestep.numel() != 1:
-                return None
-            if isinstance(every, torch.Tensor) and every.ndim == 1 and every.stride(0) and _shares(timestep, every):
-                return self._within((int(timestep.storage_offset()) - int(every.storage_offset())) // every.stride(0))
-            if timestep.device.type != "cpu":
+            if timestep.numel() != 1 or timestep.device.type != "cpu":
                 return None
         elif isinstance(timestep, bool) or not isinstance(timestep, int | float):
             return None

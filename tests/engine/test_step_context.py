@@ -94,6 +94,23 @@ def test_a_loop_over_the_blocks_is_the_model(text: str, names: tuple[str, ...]) 
     assert "r" in {verdict for one in decided for _, _, verdicts in one for verdict in verdicts}
 
 
+@pytest.mark.parametrize("text", POLICIES[:2])
+def test_compiled_blocks_run_as_eager_ones(text: str) -> None:
+    """Blocks that are compiled one by one take their decisions from the context."""
+    results = list[Any]()
+    for compiled in (False, True):
+        dit = Toy(blocks=3).build()
+        if compiled:
+            torch._dynamo.reset()
+            for block in dit.blocks:
+                block.compile(backend="eager")
+        with torch.no_grad(), cachepolicy.apply(dit, parse(text), steps=len(TIMES)) as run:
+            results.append((sample(by_blocks, dit, run), decisions(run)))
+    (expected, decided), (got, decided_too) = results
+    assert torch.equal(expected, got)
+    assert decided == decided_too
+
+
 @pytest.mark.parametrize("name", ["wan", "flux", "sd3", "cogvideox", "hunyuan_video", "unet2d_condition"])
 def test_forward_in_a_context_is_the_model_of_diffusers(name: str) -> None:
     """Every architecture: its `forward`, called past the model, decides and answers as the model does."""

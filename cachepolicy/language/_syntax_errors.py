@@ -35,11 +35,13 @@ class Stop:
         offset: Offset in the text.
         accepts: Names of the terminals that the parser accepts there.
         words: Maps the names of keyword terminals to their keywords.
+        signs: Maps the names of terminals such as `COLON` to their signs.
     """
 
     offset: int
     accepts: frozenset[str]
     words: Mapping[str, str]
+    signs: Mapping[str, str]
 
 
 def unknown_statement(source: Source, chunk: Chunk) -> Diagnostic:
@@ -163,22 +165,7 @@ _ENGLISH = {
     "LETTERS": "the letters `C` and `R`",
     "PROBE": "a probe",
     "COMPARE": "a comparison",
-    "OFFABLE": "`?`",
-    "COLON": "`:`",
-    "COMMA": "`,`",
-    "EQUAL": "`=`",
-    "LPAR": "`(`",
-    "RPAR": "`)`",
-    "LSQB": "`[`",
-    "RSQB": "`]`",
-    "LBRACE": "`{`",
-    "RBRACE": "`}`",
-    "PLUS": "`+`",
     "MINUS": "`-`",
-    "STAR": "`*`",
-    "SLASH": "`/`",
-    "PERCENT": "`%`",
-    "_ARROW": "`->`",
     "$END": "the end of the statement",
     "_END": "the end of the statement",
 }
@@ -203,10 +190,9 @@ def expectation(stop: Stop) -> str:
         left -= _VALUES | {"_NOT"}
     elif left - _OPERATORS - {"LPAR", "LSQB"}:
         left -= _OPERATORS | {"LPAR", "LSQB"} if len(left) > 4 else set[str]()
+    shown = {**stop.signs, **stop.words}
     ordered = sorted(left, key=lambda terminal: (_POSITION.get(terminal, 50), terminal))
-    expected += [
-        _ENGLISH.get(terminal) or f"`{stop.words.get(terminal, terminal.strip('_').lower())}`" for terminal in ordered
-    ]
+    expected += [_ENGLISH.get(terminal) or f"`{shown.get(terminal, terminal)}`" for terminal in ordered]
     expected = list(dict.fromkeys(expected))
     return expected[0] if len(expected) == 1 else ", ".join(expected[:-1]) + f" or {expected[-1]}"
 

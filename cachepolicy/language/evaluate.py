@@ -137,24 +137,20 @@ def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
 
 def _arithmetic(expression: ir.Arithmetic, environment: Environment) -> float:
     left, right = evaluate(expression.left, environment), evaluate(expression.right, environment)
+    function, name = _ARITHMETIC[expression.operator]
     try:
-        match expression.operator:
-            case "+":
-                return _finite(left + right, "a sum")
-            case "-":
-                return _finite(left - right, "a difference")
-            case "*":
-                return _finite(left * right, "a product")
-            case "/":
-                return _finite(left / right, "a quotient")
-            case "%":
-                return _finite(left % right, "a remainder")
-            case _:
-                assert_never(expression.operator)
+        return _finite(function(left, right), name)
     except (ZeroDivisionError, OverflowError) as error:
         raise Undefined(f"`{expression.operator}` has no finite result") from error
 
 
+_ARITHMETIC: Mapping[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "+": (operator.add, "a sum"),
+    "-": (operator.sub, "a difference"),
+    "*": (operator.mul, "a product"),
+    "/": (lambda left, right: left / right, "a quotient"),
+    "%": (operator.mod, "a remainder"),
+}
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,

@@ -200,8 +200,9 @@ def _pieces(statement: ir.Statement) -> Iterator[str]:
             yield expression(statement.value)
         case ir.Table():
             yield f"table {statement.name} ="
-            numbers = [_number(value) for value in statement.values]
-            yield from _listed("[", numbers, "]")
+            *first, last = map(repr, statement.values)
+            yield from ("[" * (number == 0) + value + "," for number, value in enumerate(first))
+            yield "[" * (not first) + last + "]"
         case ir.External():
             yield f"external {statement.name}: float"
         case ir.Rule():
@@ -350,7 +351,7 @@ def _all(nodes: Iterable[ir.Expression]) -> str:
 def _expressed(node: ir.Expression) -> tuple[str, int]:
     match node:
         case ir.Number():
-            return _number(node.value), _UNARY if math.copysign(1, node.value) < 0 else _ATOM
+            return repr(node.value), _UNARY if math.copysign(1, node.value) < 0 else _ATOM
         case ir.Boolean():
             return "true" if node.value else "false", _ATOM
         case ir.Text():
@@ -375,8 +376,8 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
             return f"{node.stream}({selector(node.selector)}{named})", _ATOM
         case ir.Negative():
             # `-5` is a number, `-(5)` its negation.
-            plain = isinstance(node.operand, ir.Number)
-            return f"-{_expression(node.operand, _ATOM + 1 if plain and _is_atom(node.operand) else _UNARY)}", _UNARY
+            positive = isinstance(node.operand, ir.Number) and _expressed(node.operand)[1] == _ATOM
+            return f"-{_expression(node.operand, _ATOM + 1 if positive else _UNARY)}", _UNARY
         case ir.Arithmetic():
             level = _SUM if node.operator in "+-" else _TERM
             left, right = _expression(node.left, level), _expression(node.right, level + 1)
@@ -400,15 +401,7 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
             assert_never(node)
 
 
-def _is_atom(node: ir.Expression) -> bool:
-    return _expressed(node)[1] == _ATOM
-
-
 # --- words -----------------------------------------------------------------------------------------------
-
-
-def _number(value: float) -> str:
-    return repr(value)
 
 
 def quote(text: str) -> str:
@@ -425,12 +418,6 @@ def quote(text: str) -> str:
 
 def _quoted_all(text: str | None) -> list[str]:
     return [] if text is None else [quote(text)]
-
-
-def _listed(opening: str, items: Sequence[str], closing: str) -> Iterator[str]:
-    for number, item in enumerate(items):
-        start = opening if number == 0 else ""
-        yield start + item + (closing if number == len(items) - 1 else ",")
 
 
 def _is_name(text: str) -> bool:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar, cast
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Value
+from cachepolicy.language.evaluate import Value, constant
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
-from cachepolicy.language.params import python, settled
+from cachepolicy.language.params import settled
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform
 from cachepolicy.language.validate import resolved_faults
@@ -112,7 +112,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
         tables=flat.tables,
         externals=tuple(flat.externals),
         expects=tuple(flat.expects),
-        settings={param.name: python(names[param.name]) for param in _of(policy, ir.Param)},
+        settings={param.name: constant(names[param.name]) for param in _of(policy, ir.Param)},
         digest=digest(policy.edition, rules, signals, flat.tables),
         used=flat.files,
     )

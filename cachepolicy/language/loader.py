@@ -104,7 +104,7 @@ def _named(name: str, folder: Path) -> ir.Policy:
                 help=f"`./{beside}` is the file, `{SHIPPED}{stem}.cp` the shipped policy",
             )
         return _shipped(stem)
-    if is_file(folder / name) or _is_there(folder / name):
+    if _is_there(folder / name):
         return read_policy(folder / name, name)
     raise PolicyError.of("E150", f"no shipped policy and no file `{name}`", help=_near(stem, folder))
 

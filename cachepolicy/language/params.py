@@ -11,7 +11,7 @@ from typing import assert_never, cast
 
 from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Undefined, Value, constant
+from cachepolicy.language.evaluate import Undefined, constant
 
 LIST_LIMIT = 100_000
 """Maximum number of items of a list parameter. No run has as many steps, and no model as many modules."""
@@ -87,11 +87,6 @@ def typed(param: ir.Param, setting: object) -> ir.Expression:
             assert_never(param.type)
     _within(param, value)
     return value
-
-
-def python(value: ir.Expression) -> Value:
-    """Converts a constant to a Python value: a tuple for a list, an `Interval` for a range, `None` for `off`."""
-    return constant(value)
 
 
 def _mistyped(param: ir.Param, setting: object, help: str | None = None) -> PolicyError:

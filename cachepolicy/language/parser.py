@@ -159,6 +159,14 @@ def _words() -> Mapping[str, str]:
     return {name: found[1] for name, pattern in patterns if (found := re.fullmatch(r"([a-z_]+)\\b", pattern))}
 
 
+@functools.cache
+def _signs() -> Mapping[str, str]:
+    """Maps the name of each terminal that is a fixed sign to the sign."""
+    return {
+        terminal.name: str(terminal.pattern.value) for terminal in _parser().terminals if terminal.pattern.type == "str"
+    }
+
+
 def _parse(source: Source, start: int, end: int, rule: str) -> Any:
     """Parses a part of the text. Positions in the tree refer to the whole text.
 
@@ -183,7 +191,7 @@ def _stop(source: Source, start: int, end: int, rule: str) -> syntax_errors.Stop
     except lark.exceptions.UnexpectedInput as error:
         offset = start + (error.pos_in_stream or 0)
     # After a complete statement the parser accepts no terminal, not even the end.
-    return syntax_errors.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words())
+    return syntax_errors.Stop(offset, frozenset(parser.accepts()) or frozenset({"$END"}), _words(), _signs())
 
 
 def _parse_part(text: str, start: str) -> Any:

@@ -153,12 +153,14 @@ class Checker:
                 self.expect(node.operand, "boolean", context, "`not`")
                 return "boolean"
             case ir.Conditional():
-                return self._chosen(node, context)
+                self.expect(node.condition, "boolean", context, "`if`")
+                return self._alike((node.then, node.otherwise), context, "`if ... else`")
             case ir.Interval():
                 self.interval(node, context)
                 return "range"
             case ir.SetOf():
-                return self._items(node, context)
+                self._alike(node.items, context, "a set")
+                return "any"
             case ir.Membership():
                 return self._contained(node, context)
             case ir.Call():
@@ -274,7 +276,8 @@ class Checker:
         if any(isinstance(node, ir.Name) and node.name == "branch" for node in nodes):
             self._branch_names(nodes)
         found: list[Type] = [self.infer(node, context) for node in nodes]
-        first = _first_known(found)
+        known: list[Type] = [type_ for type_ in found if type_ != "any"]
+        first: Type = known[0] if known else "any"
         for node, type_ in zip(nodes, found, strict=True):
             if type_ not in ("any", "number", "boolean", "text"):
                 help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`" if type_ == "tensor" else None
@@ -291,10 +294,6 @@ class Checker:
                 help = f'the name of a branch is a string: `"{node.name}"`'
                 self.unknown(node, node.name, frozenset(), help=help)
 
-    def _chosen(self, node: ir.Conditional, context: ExpressionPlace) -> Type:
-        self.expect(node.condition, "boolean", context, "`if`")
-        return self._alike((node.then, node.otherwise), context, "`if ... else`")
-
     def interval(self, node: ir.Interval, context: ExpressionPlace) -> None:
         """Checks the ends of an interval."""
         self.expect(node.low, "number", context, "an interval")
@@ -305,10 +304,6 @@ class Checker:
                 self.report.add(
                     "E124", f"nothing lies between {low} and {high}", node, help="the lower end stands first"
                 )
-
-    def _items(self, node: ir.SetOf, context: ExpressionPlace) -> Type:
-        self._alike(node.items, context, "a set")
-        return "any"
 
     def _contained(self, node: ir.Membership, context: ExpressionPlace) -> Type:
         container = node.container
@@ -420,10 +415,3 @@ class Checker:
             help = "`argument(S, NAME)` reads an argument by its name"
             self.report.add("E106", f"`{node.stream}` takes a selector alone", node, help=help)
         return "tensor" if context.probes else "any"
-
-
-def _first_known(types: Sequence[Type]) -> Type:
-    for type_ in types:
-        if type_ != "any":
-            return type_
-    return "any"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from cachepolicy.language.ir import ParamType
+from cachepolicy.language.ir import Kind, ParamType
 
 # --- limits ----------------------------------------------------------------------------------------------
 
@@ -27,8 +27,8 @@ STEPS_LIMIT = 10_000
 
 # --- words -----------------------------------------------------------------------------------------------
 
-KINDS = ("attention", "self_attention", "cross_attention", "feedforward", "block", "model")
-TYPES: tuple[ParamType, ...] = ("int", "float", "bool", "string", "range", "list")
+KINDS: tuple[str, ...] = get_args(Kind)
+TYPES: tuple[ParamType, ...] = get_args(ParamType)
 HEADER_WORDS = ("cachepolicy", "policy", "source")
 STATEMENT_WORDS = (*HEADER_WORDS, "param", "let", "table", "signal", "external", "match", "use", "expect")
 CLAUSE_WORDS = ("when", "every", "offset", "from", "since", "on", "mask", "while", "at", "follow", "with", "over")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from cachepolicy._resources import render_template
 
@@ -13,9 +14,12 @@ _MOST_ROWS = 40
 
 
 def grid(rows: Mapping[str, str], *, width: int = 80, colour: bool = False) -> str:
-    """Rows of letters under a ruler of steps; sites that read the same share a line.
+    """Draws rows of letters under a ruler of steps. Sites with equal rows share a line.
 
-    What does not fit `width` columns goes on in a further panel below.
+    Args:
+        rows: The row of each site.
+        width: Width in columns. Steps that do not fit continue in another panel below.
+        colour: Whether to use ANSI colours.
     """
     lines = [(name, row) for row, names in alike(rows).items() for name in folded(names)]
     if not lines:
@@ -61,7 +65,7 @@ def _painted(letters: str) -> str:
 
 
 def _cut(name: str, width: int) -> str:
-    """The end of a name tells sites apart better than its middle."""
+    """Returns a name without a part of its middle, because the end distinguishes sites better."""
     if len(name) <= width:
         return name
     head = (width - 1) // 3
@@ -69,41 +73,35 @@ def _cut(name: str, width: int) -> str:
 
 
 def alike(rows: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names by the row that they share, in the order in which rows appear."""
-    alike = dict[str, list[str]]()
+    """Returns the names by the row that they share, in the order of the rows."""
+    names = dict[str, list[str]]()
     for name, row in rows.items():
-        alike.setdefault(row, []).append(name)
-    return alike
+        names.setdefault(row, []).append(name)
+    return names
 
 
 def folded(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names that differ in one number under one: `blocks.0.attn1`, `blocks.1.attn1` under `blocks.0-1.attn1`."""
+    """Returns names that differ in numbers under one: `blocks.0.attn1`, `blocks.1.attn1` under `blocks.0-1.attn1`."""
     parts = {tuple(name.split(".")): [name] for name in names}
-    for place in reversed(range(max(map(len, parts), default=0))):
-        parts = _folded_at(parts, place)
-    return {".".join(each): members for each, members in parts.items()}
+    for position in reversed(range(max(map(len, parts), default=0))):
+        parts = _folded_at(parts, position)
+    return {".".join(name): members for name, members in parts.items()}
 
 
 _Parts = tuple[str, ...]
 
 
-def _folded_at(names: Mapping[_Parts, list[str]], place: int) -> dict[_Parts, list[str]]:
-    groups = dict[_Parts, dict[_Parts, list[str]]]()
+def _folded_at(names: Mapping[_Parts, list[str]], position: int) -> dict[_Parts, list[str]]:
+    """Returns names that are equal but for a number at one position under one name with a range of numbers."""
+    groups = dict[tuple[_Parts, _Parts | None], dict[str, list[str]]]()
     for name, members in names.items():
-        numbered = len(name) > place and name[place].isdecimal()
-        key = (*name[:place], "#", *name[place + 1 :]) if numbered else name
-        groups.setdefault(key, {})[name] = members
+        part = name[position] if len(name) > position else ""
+        key = (name[:position], name[position + 1 :]) if part.isdecimal() else (name, None)
+        groups.setdefault(key, {})[part] = members
     return {
-        _merged(key, place, each): [member for members in each.values() for member in members]
-        for key, each in groups.items()
+        before if after is None else (*before, _ranges(sorted(map(int, parts))), *after): list(chain(*parts.values()))
+        for (before, after), parts in groups.items()
     }
-
-
-def _merged(key: _Parts, place: int, names: Iterable[_Parts]) -> _Parts:
-    """The names of a group as one: their numbers at `place` as ranges, or the only name itself."""
-    if len(key) <= place or key[place] != "#":
-        return key
-    return (*key[:place], _ranges(sorted(int(name[place]) for name in names)), *key[place + 1 :])
 
 
 def _ranges(numbers: Sequence[int]) -> str:

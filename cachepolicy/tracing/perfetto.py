@@ -1,4 +1,4 @@
-"""A run in the Trace Event Format, which Perfetto and `chrome://tracing` open: a track for each session and branch."""
+"""Exports a trace in the Trace Event Format of Perfetto and `chrome://tracing`: a track for each session and branch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ _PROCESS = 1
 
 
 def events(trace: Trace) -> dict[str, Any]:
-    """The document: a slice for each call of the root, inside it one for each module of a profiled run.
+    """Returns the document: a slice for each call of the root model, and inside it one for each profiled module.
 
-    Times are in microseconds from the first call that the trace holds. What a session holds, and what was measured, are
-    counters.
+    Times are in microseconds from the first call of the trace. Held bytes and measured numbers are counters.
     """
     return {"traceEvents": list(_events(trace)), "displayTimeUnit": "ms"}
 
 
 def perfetto_json(trace: Trace) -> str:
-    """The document as JSON text."""
+    """Returns the document as JSON text."""
     return json.dumps(events(trace), ensure_ascii=False, allow_nan=False)
 
 
 def _events(trace: Trace) -> Iterator[TraceEvent]:
     trajectories = trace.trajectories
     names = session_names(trajectories)
-    start = min((call.began for each in trajectories for call in each.calls), default=0.0)
+    start = min((call.began for trajectory in trajectories for call in trajectory.calls), default=0.0)
     tracks = dict[tuple[str, str, str], int]()
     yield {"ph": "M", "pid": _PROCESS, "name": "process_name", "args": {"name": "cachepolicy"}}
     for trajectory in trajectories:
@@ -57,7 +56,7 @@ def _call(trajectory: Trajectory, call: CallRecord, track: int, session: str, st
     arguments = {
         "t": tick.t,
         **{verdict: counts[verdict] for verdict in ("compute", "reuse", "hidden")},
-        "rules": dict(Counter(f"rule {each.rule + 1}" for each in decisions if each.rule is not None)),
+        "rules": dict(Counter(f"rule {decision.rule + 1}" for decision in decisions if decision.rule is not None)),
         "facts": {trajectory.plan.sites[site].name: fact for site, fact in call.facts.items()},
         "held": call.held,
     }
@@ -68,12 +67,12 @@ def _call(trajectory: Trajectory, call: CallRecord, track: int, session: str, st
         "ts": began, "dur": _micro(call.seconds), "args": arguments,
     }  # fmt: skip
     sites = {name: site.index for site in trajectory.plan.sites for name in site.modules}
-    for each in call.profile:
-        site = sites.get(each.module)
-        said = {} if site is None else {"verdict": decisions[site].verdict, "reason": decisions[site].reason}
+    for piece in call.profile:
+        site = sites.get(piece.module)
+        decided = {} if site is None else {"verdict": decisions[site].verdict, "reason": decisions[site].reason}
         yield {
-            **common, "ph": "X", "cat": "module", "name": each.module,
-            "ts": _micro(each.began - start), "dur": _micro(each.seconds), "args": said,
+            **common, "ph": "X", "cat": "module", "name": piece.module,
+            "ts": _micro(piece.began - start), "dur": _micro(piece.seconds), "args": decided,
         }  # fmt: skip
     counter = {"pid": _PROCESS, "ph": "C", "ts": began}
     yield {**counter, "name": f"bytes held, {session}", "args": {"held": call.held}}

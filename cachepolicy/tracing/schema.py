@@ -1,4 +1,4 @@
-"""The form in which a trace is saved: plain data with a JSON schema, enough to decide everything once more."""
+"""The saved form of a trace: plain data with a JSON schema, from which all decisions can be made again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cachepolicy.planning.plan import Plan
 
 VERSION = 1
 FILE_LIMIT = 256 * 2**20
-"""Bytes of a file that is read; 50 steps of a FLUX with 114 sites take a quarter of a mebibyte."""
+"""Largest size of a file in bytes. 50 steps of FLUX with 114 sites take a quarter of a mebibyte."""
 
 Count = Annotated[int, Field(ge=0, le=NUMBER_LIMIT)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,17 +36,21 @@ class Form(BaseModel):
 
 
 class PolicyForm(Form):
-    """A policy's canonical text; `uses` tells for each name after `use` the place in `policies` of what it means."""
+    """A policy: its canonical text, and for each name after `use` the index in `policies` of the used policy."""
 
     text: str
     uses: dict[str, Index] = {}
 
 
 class PlanForm(Form):
-    """A policy on a model.
+    """A plan.
 
-    `policies` holds the policy first, then what it uses; `settings` the params' values as the language writes them;
-    `digest` the hash of what the rules mean; `sites` the names of the sites, by number.
+    Attributes:
+        policies: The policy, then the policies that it uses.
+        settings: The values of its params in the language.
+        digest: The semantic hash of the policy.
+        skeleton: The module tree of the model.
+        sites: The names of the sites by number.
     """
 
     policies: Annotated[tuple[PolicyForm, ...], Field(min_length=1)]
@@ -57,7 +61,7 @@ class PlanForm(Form):
 
 
 class DecisionForm(Form):
-    """What was decided: `rule` is the owner's number, from 1, None where no rule owns the site."""
+    """A decision. `rule` is the number of the owner from 1, None if no rule owns the site."""
 
     verdict: Literal["compute", "reuse", "hidden"]
     rule: Annotated[int, Field(ge=1)] | None
@@ -65,7 +69,7 @@ class DecisionForm(Form):
 
 
 class SliceForm(Form):
-    """The time that one intercepted module took, in seconds since the trajectory's first call."""
+    """The time of one call of a profiled module, in seconds since the trajectory's first call."""
 
     module: str
     began: Seconds
@@ -73,11 +77,22 @@ class SliceForm(Form):
 
 
 class CallForm(Form):
-    """One call of the root.
+    """One call of the root model.
 
-    `decisions` holds for each site number a place in the trajectory's `decisions`; `facts` what only the run knew, and
-    `signals` the numbers that were measured, by site number. `began` counts in seconds from the trajectory's first
-    call; `held` are the bytes that the session held afterwards; `profile` is empty unless the run was profiled.
+    Attributes:
+        step: Number of the step, from 0.
+        t: Timestep in training units, 0 to 1000.
+        steps: Number of steps, if known.
+        sigma: Sigma of the step, if known.
+        branch: Name of the guidance branch.
+        uncond_skipped: Whether the call computes the conditional half only.
+        began: Seconds since the trajectory's first call.
+        seconds: Duration in seconds.
+        held: Bytes that the session held after the call.
+        decisions: For each site the index in the trajectory's `decisions`.
+        facts: What only the run could know, by site number.
+        signals: Measured numbers by name, by site number.
+        profile: Times of the modules in a profiled run.
     """
 
     step: Count
@@ -96,9 +111,14 @@ class CallForm(Form):
 
 
 class TrajectoryForm(Form):
-    """The calls of one trajectory: `plan` is a place in the document's `plans`, `session` a name for whose it was.
+    """One trajectory.
 
-    `began` counts in seconds from the beginning of the document's first trajectory.
+    Attributes:
+        session: Name of its session.
+        plan: Index in the document's `plans`.
+        began: Seconds since the document's first trajectory.
+        decisions: The different decisions.
+        calls: The calls in order.
     """
 
     session: str
@@ -109,7 +129,7 @@ class TrajectoryForm(Form):
 
 
 class Document(Form):
-    """A saved trace: the trajectories oldest first."""
+    """A saved trace, the oldest trajectory first."""
 
     cachepolicy_trace: Literal[1] = VERSION
     plans: tuple[PlanForm, ...]
@@ -117,12 +137,12 @@ class Document(Form):
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a saved trace."""
+    """Returns the JSON schema of a saved trace."""
     return Document.model_json_schema()
 
 
 def document(text: str | bytes) -> Document:
-    """The document that a JSON text holds.
+    """Returns the document of a JSON text.
 
     Raises:
         PolicyError: E260, the text is too large, no JSON, or no trace.
@@ -145,18 +165,18 @@ def document(text: str | bytes) -> Document:
 
 
 def form_of(plan: Plan) -> PlanForm:
-    """A plan in the form in which it is saved."""
+    """Returns the saved form of a plan."""
     resolved = plan.resolved
     policies = list[ir.Policy]([resolved.policy])
     for used in resolved.used.values():
-        if not any(used is each for each in policies):
+        if not any(used is policy for policy in policies):
             policies.append(used)
-    places = {id(policy): place for place, policy in enumerate(policies)}
+    indices = {id(policy): index for index, policy in enumerate(policies)}
     uses: dict[str, dict[str, int]] = {}
     for (user, name), used in resolved.used.items():
-        uses.setdefault(user, {})[name] = places[id(used)]
+        uses.setdefault(user, {})[name] = indices[id(used)]
     return PlanForm(
-        policies=tuple(PolicyForm(text=format(each), uses=uses.get(origin(each).key, {})) for each in policies),
+        policies=tuple(PolicyForm(text=format(policy), uses=uses.get(origin(policy).key, {})) for policy in policies),
         settings=settings_of(resolved),
         digest=resolved.digest,
         skeleton=plan.skeleton,
@@ -165,8 +185,8 @@ def form_of(plan: Plan) -> PlanForm:
 
 
 def settings_of(resolved: Resolved) -> dict[str, str]:
-    """What the params are worth, as the language writes it."""
-    params = {each.name: each for each in resolved.policy.statements if isinstance(each, ir.Param)}
+    """Returns the values of the params in the language, by name."""
+    params = {statement.name: statement for statement in resolved.policy.statements if isinstance(statement, ir.Param)}
     texts = dict[str, str]()
     for name, value in resolved.settings.items():
         setting = ir.Setting(name=name, value=typed(params[name], value))
@@ -175,10 +195,14 @@ def settings_of(resolved: Resolved) -> dict[str, str]:
 
 
 def plan_of(form: PlanForm, where: str) -> Plan:
-    """The plan that was saved; `where` names it in errors.
+    """Binds a saved plan again.
+
+    Args:
+        form: The saved plan.
+        where: Its path in the document, for errors.
 
     Raises:
-        PolicyError: E260, the parts do not make a plan, or make another one than was saved.
+        PolicyError: E260, the parts make no plan, or another one than was saved.
     """
     try:
         resolved = _resolved(form)
@@ -197,18 +221,18 @@ def plan_of(form: PlanForm, where: str) -> Plan:
 
 
 def _resolved(form: PlanForm) -> Resolved:
-    """The policy with its settings; what it uses is what was saved beside it, and no file."""
-    policies = [parse(each.text, source=_source(place)) for place, each in enumerate(form.policies)]
-    uses: Mapping[str, dict[str, int]] = {_source(place): each.uses for place, each in enumerate(form.policies)}
+    """Resolves the saved policy. It uses the policies that were saved with it, and no files."""
+    policies = [parse(policy.text, source=_source(index)) for index, policy in enumerate(form.policies)]
+    uses: Mapping[str, dict[str, int]] = {_source(index): policy.uses for index, policy in enumerate(form.policies)}
 
     def loader(name: str, user: ir.Policy) -> ir.Policy:
-        place = uses[user.source_name or ""].get(name, len(policies))
-        if place >= len(policies):
+        index = uses[user.source_name or ""].get(name, len(policies))
+        if index >= len(policies):
             raise PolicyError.of("E150", f"`use {name}`, which was not saved")
-        return policies[place]
+        return policies[index]
 
     return resolve(policies[0], {name: parse_value(text) for name, text in form.settings.items()}, loader=loader)
 
 
-def _source(place: int) -> str:
-    return f"<trace>/{place}"
+def _source(index: int) -> str:
+    return f"<trace>/{index}"

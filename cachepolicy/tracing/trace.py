@@ -1,4 +1,4 @@
-"""What happened: for the last few trajectories, every call of the root with the decision for each site."""
+"""Records of a run: every call of the root model with the decision for each site, for the last few trajectories."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import cast
 
 from cachepolicy.errors import PolicyError, counted
-from cachepolicy.planning.grid import notebook_html
+from cachepolicy.planning.grid import alike, notebook_html
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import OVER_LIMIT, Decision, Partition, Tick, prepare
 from cachepolicy.planning.simulation import replay
 from cachepolicy.planning.tally import tally
 from cachepolicy.tracing import schema
-from cachepolicy.tracing.schema import CallForm, DecisionForm, Document, PlanForm, SliceForm, TrajectoryForm
+from cachepolicy.tracing.schema import CallForm, DecisionForm, Document, SliceForm, TrajectoryForm
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The time that one call of an intercepted module took; `began` is on the clock of `Call.began`."""
+    """The time of one call of a module. `began` is on the clock of `CallRecord.began`."""
 
     module: str
     began: float
@@ -31,10 +31,18 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """One call of the root: the clock, a decision per group, what only the run knew by site, and its wall seconds.
+    """One call of the root model.
 
-    `held` are the bytes of history that the session held after it. `began` is `time.perf_counter` at its beginning,
-    `profile` the time of every module that it called, where the run was applied with `trace="profile"`.
+    Attributes:
+        tick: The clock.
+        partition: The groups of sites.
+        decided: A decision for each group.
+        facts: What only the run could know, by site number.
+        seconds: Wall-clock seconds of the call.
+        signals: Measured numbers by name, by site number.
+        held: Bytes of history that the session held after the call.
+        began: `time.perf_counter` at its beginning.
+        profile: Times of the modules that it called, in a run with `trace="profile"`.
     """
 
     tick: Tick
@@ -49,7 +57,7 @@ class CallRecord:
 
     @property
     def decisions(self) -> list[Decision]:
-        """The decisions by site number."""
+        """Decisions by site number."""
         return self.partition.spread(self.decided)
 
 
@@ -66,7 +74,11 @@ class Trajectory:
         return Trajectory(self.session, self.plan, list(self.calls))
 
     def rows(self, branch: str | None = None) -> dict[str, str]:
-        """One letter a call for each site, of one branch (default: the first that ran): `C`, `R`, `.` hidden."""
+        """Returns one letter a call for each site: `C` computed, `R` reused, `.` hidden.
+
+        Args:
+            branch: Name of the branch; the first that ran by default.
+        """
         name = self.branches[0] if branch is None and self.calls else branch
         calls = [call for call in self.calls if call.tick.branch == name]
         columns = [[decision.letter for decision in call.decisions] for call in calls]
@@ -79,7 +91,7 @@ class Trajectory:
 
     @property
     def facts(self) -> dict[tuple[str, int, str], str]:
-        """What only the run could know, by (site, step, branch): the simulator takes it under this form."""
+        """What only the run could know, by (site, step, branch), as `simulate` takes it."""
         return {
             (self.plan.sites[site].name, call.tick.step, call.tick.branch): fact
             for call in self.calls
@@ -88,11 +100,11 @@ class Trajectory:
 
     @property
     def signals(self) -> dict[tuple[int, str], Mapping[int, Mapping[str, float]]]:
-        """What was measured, by (step, branch) and site number: `replay` takes it under this form."""
+        """Measured numbers, by (step, branch) and site number, as `replay` takes them."""
         return {(call.tick.step, call.tick.branch): call.signals for call in self.calls}
 
     def __iter__(self) -> Iterator[tuple[Tick, Sequence[Decision]]]:
-        """The calls in the order they ran, each with its decisions by site number."""
+        """Yields the calls in the order they ran, with their decisions by site number."""
         for call in self.calls:
             yield call.tick, call.decisions
 
@@ -108,7 +120,7 @@ class Trajectory:
         return f"{size}: {tally(self)}, {self.seconds:.2f} s in the model"
 
     def to_html(self) -> str:
-        """The summary and the rows as a piece of HTML, which notebooks show."""
+        """Returns the summary and the rows as HTML for notebooks."""
         return notebook_html({branch: self.rows(branch) for branch in self.branches}, self.summary)
 
     def _repr_html_(self) -> str:
@@ -116,12 +128,12 @@ class Trajectory:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds spent in the root."""
+        """Wall-clock seconds in the root model."""
         return sum(call.seconds for call in self.calls)
 
 
 class Trace:
-    """The last few trajectories of a run, the newest last; `str` tells the newest in a few lines."""
+    """The last few trajectories of a run. `str` describes the newest in a few lines."""
 
     def __init__(self, most: int = 8) -> None:
         self._trajectories: deque[Trajectory] = deque(maxlen=most)
@@ -137,16 +149,16 @@ class Trace:
         self._lock = threading.Lock()
 
     def begin(self, session: object, plan: Plan) -> Trajectory:
-        """Start the record of a trajectory; the oldest is dropped once there are too many."""
+        """Starts the record of a trajectory, and drops the oldest if there are too many."""
         trajectory = Trajectory(session, plan)
         with self._lock:
             self._trajectories.append(trajectory)
         return trajectory
 
     def drop(self, trajectory: Trajectory) -> None:
-        """Forget a trajectory that failed."""
+        """Removes a trajectory that failed."""
         with self._lock:
-            kept = [each for each in self._trajectories if each is not trajectory]
+            kept = [other for other in self._trajectories if other is not trajectory]
             self._trajectories = deque(kept, maxlen=self._trajectories.maxlen)
 
     @property
@@ -169,30 +181,30 @@ class Trace:
 
     @property
     def latest(self) -> tuple[Trajectory, ...]:
-        """The newest trajectory of each denoiser that the newest session ran through: one, where there is one."""
+        """The newest trajectory of each denoiser of the newest session."""
         newest = self.last
         if newest is None:
             return ()
-        found = {id(each.plan): each for each in self.trajectories if each.session == newest.session}
-        return tuple(found.values())
+        same = [trajectory for trajectory in self.trajectories if trajectory.session == newest.session]
+        return tuple({id(trajectory.plan): trajectory for trajectory in same}.values())
 
     def to_html(self) -> str:
-        """`latest` as a piece of HTML, which notebooks show."""
-        return "".join(each.to_html() for each in self.latest) or notebook_html({}, str(self))
+        """Returns `latest` as HTML for notebooks."""
+        return "".join(trajectory.to_html() for trajectory in self.latest) or notebook_html({}, str(self))
 
     def _repr_html_(self) -> str:
         return self.to_html()
 
     def rows(self, branch: str | None = None) -> dict[str, str]:
-        """`Trajectory.rows` of the newest trajectory."""
+        """Returns `Trajectory.rows` of the newest trajectory."""
         return self.last.rows(branch) if self.last is not None else {}
 
     def to_json(self) -> str:
-        """The trace as JSON text, which `from_json` reads back; `schema.schema()` is its schema."""
+        """Returns the trace as JSON text, which `from_json` reads. `schema.schema()` is its JSON schema."""
         return _document(self.trajectories).model_dump_json(indent=1, exclude_defaults=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace to a JSON file, which `load_trace` and `cachepolicy report` read."""
+        """Writes the trace to a JSON file, which `load_trace` and `cachepolicy report` read."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def __str__(self) -> str:
@@ -203,31 +215,26 @@ class Trace:
         for branch in newest.branches:
             if len(newest.branches) > 1:
                 lines.append(f"branch {branch or 'first'}")
-            lines += _grouped(newest.rows(branch))
+            for row, names in alike(newest.rows(branch)).items():
+                lines.append(f"  {row}  {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
         over = dict.fromkeys(site for (site, _, _), fact in newest.facts.items() if fact == OVER_LIMIT)
         if over:
             lines.append(f"{OVER_LIMIT}: {counted(len(over), 'site')}, which computed instead ({', '.join(over)})")
         return "\n".join(lines)
 
 
-def _grouped(rows: Mapping[str, str]) -> list[str]:
-    """Rows that read the same, on one line under their first site's name."""
-    sites = dict[str, list[str]]()
-    for site, row in rows.items():
-        sites.setdefault(row, []).append(site)
-    more = {row: f" and {len(names) - 1} more" if len(names) > 1 else "" for row, names in sites.items()}
-    return [f"  {row}  {names[0]}{more[row]}" for row, names in sites.items()]
-
-
 # --- files -----------------------------------------------------------------------------------------------
 
 
 def load_trace(path: str | os.PathLike[str]) -> Trace:
-    """The trace in a file that `Trace.save` wrote; every decision is made once more, and carries what it read.
+    """Reads a trace from a file that `Trace.save` wrote. Every decision is made again, with the numbers that it read.
+
+    Args:
+        path: The file.
 
     Raises:
         PolicyError: E260, the file cannot be read or holds no trace, or its decisions are not those of its own policy,
-            clock and measurements; the message names the place.
+            clock and measurements. The message names the entry.
     """
     shown = os.fspath(path)
     try:
@@ -244,16 +251,16 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
 
 
 def from_json(text: str | bytes) -> Trace:
-    """The trace that a JSON text describes.
+    """Returns the trace of a JSON text.
 
     Raises:
         PolicyError: E260, as for `load_trace`.
     """
     read = schema.document(text)
-    plans = [schema.plan_of(form, f"plans.{place}") for place, form in enumerate(read.plans)]
+    plans = [schema.plan_of(form, f"plans.{index}") for index, form in enumerate(read.plans)]
     trace = Trace(max(1, len(read.trajectories)))
-    for place, form in enumerate(read.trajectories):
-        where = f"trajectories.{place}"
+    for index, form in enumerate(read.trajectories):
+        where = f"trajectories.{index}"
         if form.plan >= len(plans):
             raise _wrong(f"{where}.plan", f"there is no plan {form.plan}")
         trajectory = trace.begin(form.session, plans[form.plan])
@@ -261,17 +268,17 @@ def from_json(text: str | bytes) -> Trace:
     return trace
 
 
-def _wrong(where: str, what: str) -> PolicyError:
-    return PolicyError.of("E260", f"no trace: {where}: {what}")
+def _wrong(where: str, problem: str) -> PolicyError:
+    return PolicyError.of("E260", f"no trace: {where}: {problem}")
 
 
 def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[CallRecord]:
-    """The calls of a trajectory, decided once more and held to what was saved."""
+    """Yields the calls of a trajectory. Their decisions are made again and compared with the saved ones."""
     fine = prepare(plan).fine
     order = [group.sites[0] for group in fine.groups]
     ticks = [_tick(call) for call in form.calls]
-    for place, call in enumerate(form.calls):
-        _hold_together(plan, form, call, f"{where}.calls.{place}")
+    for index, call in enumerate(form.calls):
+        _check_indices(plan, form, call, f"{where}.calls.{index}")
     if len({(tick.step, tick.branch) for tick in ticks}) < len(ticks):
         raise _wrong(f"{where}.calls", "a branch is called twice at one step")
     names = [site.name for site in plan.sites]
@@ -281,14 +288,14 @@ def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[CallReco
         signals={(call.step, call.branch): call.signals for call in form.calls},
         facts={(names[site], call.step, call.branch): fact for call in form.calls for site, fact in call.facts.items()},
     )
-    for place, (call, (_, decisions)) in enumerate(zip(form.calls, schedule, strict=True)):
+    for index, (call, (_, decisions)) in enumerate(zip(form.calls, schedule, strict=True)):
         for site, (number, decision) in enumerate(zip(call.decisions, decisions, strict=True)):
-            said, made = form.decisions[number], _decision_form(decision)
-            if said != made:
-                message = f"`{names[site]}` is said to {_shown(said)}, and its policy says {_shown(made)}"
-                raise _wrong(f"{where}.calls.{place}.decisions.{site}", message)
+            saved, made = form.decisions[number], _decision_form(decision)
+            if saved != made:
+                message = f"`{names[site]}` is said to {_shown(saved)}, and its policy says {_shown(made)}"
+                raise _wrong(f"{where}.calls.{index}.decisions.{site}", message)
         yield CallRecord(
-            tick=ticks[place],
+            tick=ticks[index],
             partition=fine,
             decided=[decisions[site] for site in order],
             facts=call.facts,
@@ -296,11 +303,11 @@ def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[CallReco
             signals=call.signals,
             held=call.held,
             began=form.began + call.began,
-            profile=[Slice(each.module, form.began + each.began, each.seconds) for each in call.profile],
+            profile=[Slice(piece.module, form.began + piece.began, piece.seconds) for piece in call.profile],
         )
 
 
-def _hold_together(plan: Plan, form: TrajectoryForm, call: CallForm, where: str) -> None:
+def _check_indices(plan: Plan, form: TrajectoryForm, call: CallForm, where: str) -> None:
     sites = len(plan.sites)
     if len(call.decisions) != sites:
         raise _wrong(f"{where}.decisions", f"{counted(len(call.decisions), 'decision')} for {counted(sites, 'site')}")
@@ -322,23 +329,19 @@ def _tick(call: CallForm) -> Tick:
 
 
 def _document(trajectories: Sequence[Trajectory]) -> Document:
-    plans = list[Plan]()
-    for trajectory in trajectories:
-        if not any(trajectory.plan is plan for plan in plans):
-            plans.append(trajectory.plan)
-    places = {id(plan): place for place, plan in enumerate(plans)}
+    plans = {id(trajectory.plan): trajectory.plan for trajectory in trajectories}
+    indices = {key: index for index, key in enumerate(plans)}
     sessions = session_names(trajectories)
     start = min((call.began for trajectory in trajectories for call in trajectory.calls), default=0.0)
     forms = [
-        _trajectory_form(trajectory, places[id(trajectory.plan)], sessions[id(trajectory)], start)
+        _trajectory_form(trajectory, indices[id(trajectory.plan)], sessions[id(trajectory)], start)
         for trajectory in trajectories
     ]
-    plan_forms: Iterable[PlanForm] = map(schema.form_of, plans)
-    return Document(plans=tuple(plan_forms), trajectories=tuple(forms))
+    return Document(plans=tuple(map(schema.form_of, plans.values())), trajectories=tuple(forms))
 
 
 def session_names(trajectories: Iterable[Trajectory]) -> dict[int, str]:
-    """What each trajectory's session is called, by the id of the trajectory: keys of the caller's by themselves."""
+    """Returns the name of each trajectory's session by `id(trajectory)`. Keys of the caller name themselves."""
     names, counts = dict[object, str](), Counter[str]()
     called = dict[int, str]()
     for trajectory in trajectories:
@@ -352,7 +355,7 @@ def session_names(trajectories: Iterable[Trajectory]) -> dict[int, str]:
 
 
 def _session(key: object) -> tuple[str, str]:
-    """What kind of session the key is of, and its name where the caller gave one."""
+    """Returns the kind of session of a key, and its name if the caller gave one."""
     if isinstance(key, str):
         return "saved", key
     if not isinstance(key, tuple):
@@ -401,7 +404,7 @@ def _call_form(call: CallRecord, decisions: tuple[int, ...], first: float) -> Ca
         facts=dict(call.facts),
         signals={site: dict(values) for site, values in call.signals.items()},
         profile=tuple(
-            SliceForm(module=each.module, began=max(0.0, each.began - first), seconds=each.seconds)
-            for each in call.profile
+            SliceForm(module=piece.module, began=max(0.0, piece.began - first), seconds=piece.seconds)
+            for piece in call.profile
         ),
     )

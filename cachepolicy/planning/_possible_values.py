@@ -1,7 +1,7 @@
-"""What a clause may be worth where not everything that it reads is known yet: true, false, or both. Pure.
+"""The possible values of clauses that read what is not known yet: true, false, or both.
 
-A name stands for a value, for a `Range` of numbers, for `EITHER` (a value that will be there), or is absent (it may be
-undefined). Whatever the names turn out to be, the real value is among those given; the converse need not hold.
+A name has a value, a `Range` of numbers, or `EITHER` (an unknown value), or is absent (it may be undefined). The result
+contains every value that the clause can have, and may contain others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Range:
 
 
 class _Either:
-    """A value of which nothing is known."""
+    """An unknown value."""
 
     def __repr__(self) -> str:
         return "EITHER"
@@ -49,13 +49,13 @@ BOTH = Truth(true=True, false=True)
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is known of the names, and the tables."""
+    """The known names, and the tables."""
 
     names: Mapping[str, Any]
     tables: Mapping[str, Sequence[int | float]] = field(default_factory=dict[str, Sequence[int | float]])
 
     def knows(self, expression: ir.Expression) -> bool:
-        """True where everything that the expression reads has one known value."""
+        """Returns whether all that an expression reads has one known value."""
         names, stateful = _reads(expression)  # pyright: ignore[reportArgumentType] (nodes have a hash)
         return not stateful and all(
             name in self.names and not isinstance(self.names[name], Range | _Either) for name in names
@@ -64,7 +64,7 @@ class View:
 
 @functools.lru_cache(maxsize=4096)
 def _reads(expression: ir.Expression) -> tuple[frozenset[str], bool]:
-    """The names below an expression, and whether it reads what only a run can measure or count."""
+    """Returns the names below an expression, and whether it reads what only a run can measure or count."""
     nodes = list(walk(expression))
     names = frozenset(node.name for node in nodes if isinstance(node, ir.Name))
     stateful = any(
@@ -76,7 +76,7 @@ def _reads(expression: ir.Expression) -> tuple[frozenset[str], bool]:
 
 
 def truth(clause: ir.Expression | None, view: View) -> Truth:
-    """What a `when` or `while` may be; one that reads an undefined number is false."""
+    """Returns the possible values of a `when` or `while`. A clause that reads an undefined number is false."""
     if clause is None:
         return Truth(true=True, false=False)
     looking = _Looking(view)
@@ -90,16 +90,16 @@ def truth(clause: ir.Expression | None, view: View) -> Truth:
 
 
 def known(expression: ir.Expression, view: View) -> Any:
-    """The expression's value, `EITHER` where it is not known.
+    """Returns the value of an expression, `EITHER` if it is not known.
 
     Raises:
-        Undefined: it has none, whatever the rest turns out to be.
+        Undefined: The expression has no value, whatever the unknown names are.
     """
     return evaluate(expression, Environment(view.names, view.tables)) if view.knows(expression) else EITHER
 
 
 class _Looking:
-    """One evaluation; `unsure` once something was read that may be undefined."""
+    """One evaluation. `unsure` is set when something is read that may be undefined."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -151,7 +151,7 @@ class _Looking:
                 ends = [left.low - right.high, left.high - right.low]
             case _:
                 ends = [one * other for one in (left.low, left.high) for other in (right.low, right.high)]
-        # Beyond the largest number there is none.
+        # A result beyond the largest number is undefined.
         self.unsure |= not all(math.isfinite(end) for end in ends)
         return self._lost() if any(math.isnan(end) for end in ends) else Range(min(ends), max(ends))
 
@@ -193,7 +193,7 @@ def _negative(value: Any) -> Any:
 
 
 def _compare(sign: str, left: Any, right: Any) -> Any:
-    """True or False where that holds for all numbers of both ranges."""
+    """Returns True or False if the comparison has that result for all numbers of both ranges."""
     one, other = _range(left), _range(right)
     if one is None or other is None:
         return EITHER

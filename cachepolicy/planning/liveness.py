@@ -1,7 +1,8 @@
-"""What of the histories a later step may still read, from the rules and the clock alone. Pure, without torch.
+"""Which results of the histories a later step may still read, from the rules and the clock.
 
-Where signals, counts or facts of the run decide, what may be read counts as read; where the clock alone decides, what
-is kept is read. A fact turns an answer into a compute, never the reverse, and a compute makes a newer result.
+Where signals, counts or facts of the run decide, a result that may be read counts as read. Where only the clock
+decides, exactly the results that are read are kept. A fact turns a reuse into a compute and never the reverse, and a
+compute adds a newer result.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ from cachepolicy.planning.history_spec import keeping
 from cachepolicy.planning.possible_decisions import NOTHING, Ahead, Moment, Outlook, Outlooks, Reads, reads_age
 from cachepolicy.planning.schedule import Program, Tick
 
-_FAR = 64  # steps that are looked at one by one where nobody tells how many there are
-_MOST = 20_000  # remembered answers
+_FAR = 64  # steps that are examined one by one if their number is not known
+_MOST = 20_000  # remembered results
 _SAME = {NOTHING: NOTHING}
 
 
 class Liveness:
-    """What may be read later, for all sites of a program on one clock; answers are remembered.
+    """What may be read later, for all groups of a program (by number in `program.alike`) on one clock.
 
-    `group` is always a number in `program.alike`.
+    Args:
+        program: The plan.
+        ahead: What is known of the rest of the trajectory.
+        loose: As for `Outlooks`.
     """
 
     def __init__(self, program: Program, ahead: Ahead, *, loose: bool = False) -> None:
         self.outlooks = Outlooks(program, ahead, loose=loose)
         self.full = [_full(program, group) for group in range(len(program.alike.groups))]
-        """What the rules of each group read at all."""
+        """The results that the rules of each group read at most."""
         self._ages = [any(map(reads_age, group.rules)) for group in program.alike.groups]
         self._measures = bool(program.measured)
         self._wanted: dict[tuple[object, ...], Reads] = {}
@@ -36,7 +40,13 @@ class Liveness:
         self._later: dict[tuple[object, ...], bool] = {}
 
     def wanted(self, group: int, tick: Tick, last: int | None) -> Reads:
-        """What may be read after the call at `tick`, of a site that has last computed at step `last` (None: never)."""
+        """Returns the results that may be read after the call at `tick`.
+
+        Args:
+            group: Number of the group.
+            tick: The call.
+            last: The step at which the site last computed; None if it never did.
+        """
         if last is None or not self.full[group]:
             return NOTHING
         if not self._ages[group]:
@@ -46,19 +56,19 @@ class Liveness:
         if found is None:
             self._make_room()
             wanted = self._wanted_after(group, tick, last)
-            # Equal answers are one object, so that who asks at every step sees at once that nothing has changed.
+            # Equal results are one object, so that callers see by identity that nothing has changed.
             found = self._wanted[key] = _SAME.setdefault(wanted, wanted)
         return found
 
     def measures(self, tick: Tick, *, now: bool) -> bool:
-        """True where a rule that reads signals may own a site in a later call of this branch, or `now`."""
+        """Returns whether a rule that reads signals may own a site in a later call of this branch, or `now`."""
         if not self._measures:
             return False
         start = tick.step if now else tick.step + 1
         return self._ever("measures", tick, start, lambda step: self.outlooks.measures(Moment(tick, step, tick.branch)))
 
     def approximates(self, tick: Tick, *, now: bool) -> bool:
-        """True where the unconditional half may be rebuilt at a later step, or `now`."""
+        """Returns whether the unconditional half may be approximated at a later step, or `now`."""
         if not self.outlooks.approximating:
             return False
         start = tick.step if now else tick.step + 1
@@ -69,7 +79,7 @@ class Liveness:
     # --- looking ahead -----------------------------------------------------------------------------------
 
     def _present(self, tick: Tick) -> tuple[object, ...]:
-        """What answers depend on besides the step, where no scheduler tells the rest."""
+        """Returns what results depend on besides the step, if the timesteps ahead are not known."""
         return () if self.outlooks.ahead.timesteps is not None else (tick.step, tick.t, tick.steps)
 
     def _make_room(self) -> None:
@@ -84,8 +94,8 @@ class Liveness:
             found = self._seen[key] = self.outlooks.of(group, moment, last)
         return found
 
-    def _ever(self, what: str, tick: Tick, start: int, holds: Callable[[int | Range], bool]) -> bool:
-        key = (what, tick.branch, start, *self._present(tick))
+    def _ever(self, name: str, tick: Tick, start: int, holds: Callable[[int | Range], bool]) -> bool:
+        key = (name, tick.branch, start, *self._present(tick))
         found = self._later.get(key)
         if found is None:
             self._make_room()
@@ -103,11 +113,11 @@ class Liveness:
         return self._scan(group, tick, last, tick.step + 1, 0)
 
     def _far(self, group: int, tick: Tick, start: int) -> Reads:
-        """What may be read at any step from `start` on."""
+        """Returns the results that may be read at any step from `start` on."""
         return reads(self._outlook(group, Moment(tick, Range(start, math.inf), tick.branch), None))
 
     def _scan(self, group: int, tick: Tick, last: int | None, start: int, pushed: int) -> Reads:
-        """What from `start` on may be read of the results before the last `pushed` ones."""
+        """Returns which results older than the last `pushed` ones may be read from `start` on."""
         full, end = self.full[group], self.outlooks.end(tick)
         wanted = NOTHING
         for step in range(start, tick.step + 1 + _FAR if end is None else end):
@@ -117,7 +127,7 @@ class Liveness:
                 pushed += 1
                 last = step if self._ages[group] and all(event.what == "compute" for event in outlook) else None
             elif last is not None and pushed + 1 < full.depth:
-                # It may compute here for a reason of the run, and count from here.
+                # A fact of the run may make it compute here, and ages count from here.
                 wanted |= self._scan_from(group, tick, step, pushed + 1)
             if wanted == full.older(pushed) or pushed >= full.depth:
                 return wanted
@@ -132,7 +142,7 @@ class Liveness:
 
 
 def reads(outlook: Outlook) -> Reads:
-    """What the most that may happen reads."""
+    """Returns the results that the events of an outlook read at most."""
     most = NOTHING
     for event in outlook:
         most |= event.reads
@@ -140,5 +150,5 @@ def reads(outlook: Outlook) -> Reads:
 
 
 def _full(program: Program, group: int) -> Reads:
-    what = keeping([bound.rule for bound in program.alike.groups[group].rules], span=False, halves=False)
-    return Reads(what.outputs, what.residuals)
+    kept = keeping([bound.rule for bound in program.alike.groups[group].rules], span=False, halves=False)
+    return Reads(kept.outputs, kept.residuals)

@@ -1,4 +1,4 @@
-"""What may happen to a site at a call that is still to come, as far as rules and clock tell. Pure, without torch."""
+"""The events that are possible for a site at a later call, from the rules and what is known of the clock."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from cachepolicy.planning.schedule import Program, Tick, floored
 class Ahead:
     """What is known of the rest of a trajectory.
 
-    `timesteps` and `sigmas` are those of all its steps, by step, where a scheduler tells. Where none does, `t` goes on
-    in one `direction` (-1 falls, 1 rises, 0 nobody knows) and stays above `lowest`.
+    Attributes:
+        timesteps: Timesteps of all steps, if known from a scheduler.
+        sigmas: Sigmas of all steps, if known.
+        direction: Direction of `t` if the timesteps are not known: -1 falls, 1 rises, 0 unknown.
+        lowest: Lower bound of `t`.
     """
 
     timesteps: tuple[float, ...] | None = None
@@ -33,7 +36,7 @@ class Ahead:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A call to come, on `branch`, at one step or at any of a range; `now` is the present call."""
+    """A later call on a branch, at one step or at any step of a range. `now` is the present call."""
 
     now: Tick
     step: int | Range
@@ -42,7 +45,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """How many of the newest results may still be read, in either form."""
+    """The number of newest results that may be read, by form."""
 
     outputs: int = 0
     residuals: int = 0
@@ -55,11 +58,11 @@ class Reads:
 
     @property
     def depth(self) -> int:
-        """How many of either form."""
+        """The larger of the two numbers."""
         return max(self.outputs, self.residuals)
 
     def older(self, pushed: int) -> Reads:
-        """How many of those that were the newest before `pushed` newer ones came."""
+        """Returns how many of the results are read that are older than the newest `pushed` ones."""
         return Reads(max(0, self.outputs - pushed), max(0, self.residuals - pushed)) if pushed else self
 
 
@@ -70,7 +73,7 @@ What = Literal["compute", "read", "skip", "approximate", "hidden"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that may happen; a `read` of which the answer enters the history too `feeds` it."""
+    """One possible event. A `read` whose answer enters the history also `feeds` it."""
 
     what: What
     reads: Reads = NOTHING
@@ -92,15 +95,18 @@ class Event:
 
 
 Outlook = frozenset[Event]
-"""All that may happen."""
+"""All possible events."""
 
 _COMPUTE, _SKIP, _APPROXIMATE, _HIDDEN = (Event(what) for what in ("compute", "skip", "approximate", "hidden"))
 
 
 class Outlooks:
-    """What may happen to the groups of a program (by number in `program.alike`) on one clock.
+    """The possible events of the groups of a program (by number in `program.alike`) on one clock.
 
-    With `loose`, no site is sure to hide those inside it: some always compute, for reasons that the rules do not tell.
+    Args:
+        program: The plan.
+        ahead: What is known of the rest of the trajectory.
+        loose: Whether a run may prevent reuses, so that no site is certain to hide the sites inside it.
     """
 
     def __init__(self, program: Program, ahead: Ahead, *, loose: bool = False) -> None:
@@ -114,11 +120,11 @@ class Outlooks:
         ]
 
     def end(self, now: Tick) -> int | None:
-        """The number of steps, where it is known."""
+        """Returns the number of steps, None if it is not known."""
         return now.steps if self.ahead.timesteps is None else len(self.ahead.timesteps)
 
     def of(self, group: int, moment: Moment, last: int | None) -> Outlook:
-        """What may happen to a site of the group that has last computed at step `last` (None: nobody knows)."""
+        """Returns the possible events of a site that last computed at step `last` (None: not known)."""
         around = self._around(group, moment)
         if not around.false:
             return frozenset({_HIDDEN})
@@ -126,7 +132,7 @@ class Outlooks:
         return own | {_HIDDEN} if around.true else own
 
     def measures(self, moment: Moment) -> bool:
-        """True where a rule that reads signals may own some site."""
+        """Returns whether a rule that reads signals may own a site."""
         return any(
             bound.index in self.program.measured
             for group in range(len(self.program.alike.groups))
@@ -143,7 +149,7 @@ class Outlooks:
         )
 
     def _around(self, group: int, moment: Moment) -> Truth:
-        """Whether the sites around may hide it, and whether they may not."""
+        """Returns whether the sites around a group may hide it, and whether they may not."""
         may, may_not = False, True
         for parent in self.program.alike.groups[group].parents:
             events = self._own(parent, moment, None)
@@ -160,7 +166,7 @@ class Outlooks:
         return frozenset(events if owned else events | {_COMPUTE})
 
     def _owners(self, group: int, view: View) -> Iterator[tuple[BoundRule, bool]]:
-        """The rules that may own a site, and whether they do if none before does."""
+        """Yields the rules that may own a site, and whether they do if no rule before does."""
         for bound in self.program.alike.groups[group].rules:
             when = truth(bound.rule.when, view)
             if when.true:
@@ -169,7 +175,7 @@ class Outlooks:
                 return
 
     def _owned(self, bound: BoundRule, group: int, moment: Moment, view: View) -> set[Event]:
-        """What the rule may say where it owns the site, as `schedule.decide` does."""
+        """Returns the possible events of a site that the rule owns, case by case as in `schedule.decide`."""
         rule = bound.rule
         if isinstance(rule.action, ir.Compute):
             return {_COMPUTE}
@@ -180,16 +186,16 @@ class Outlooks:
             leader = replace(moment, branch=rule.follow)
             follows = self._owned(bound, group, leader, self._view(group, leader, None))
             return {_COMPUTE, answers} if answers in follows else {_COMPUTE}
-        asks = [_not(_due(rule.schedule, view)), truth(rule.condition, view)]
-        asks += [_within(each, view) for each in rule.bounds]
-        if not all(each.true for each in asks):
+        clauses = [_not(_due(rule.schedule, view)), truth(rule.condition, view)]
+        clauses += [_within(bound, view) for bound in rule.bounds]
+        if not all(clause.true for clause in clauses):
             return {_COMPUTE}
-        return {_COMPUTE, answers} if any(each.false for each in asks) else {answers}
+        return {_COMPUTE, answers} if any(clause.false for clause in clauses) else {answers}
 
     # --- the clock ---------------------------------------------------------------------------------------
 
     def _view(self, group: int, moment: Moment, last: int | None) -> View:
-        """What the group's clauses can know of the clock at that call."""
+        """Returns what the clauses of a group can know of the clock at a later call."""
         names = self._clock(moment)
         if last is not None and isinstance(moment.step, int):
             names["age"] = moment.step - last
@@ -232,7 +238,7 @@ def _progress(step: int | Range, steps: int) -> Any:
 
 
 def _answers(action: ir.Action) -> Event:
-    """What a reuse by this action does with the site's history."""
+    """Returns the event of a reuse by this action."""
     match action:
         case ir.Reuse():
             return Event("read", Reads(residuals=1) if action.residual else Reads(outputs=1))
@@ -250,10 +256,10 @@ def _answers(action: ir.Action) -> Event:
 
 
 def reads_age(bound: BoundRule) -> bool:
-    """True where what the rule says depends on when the site last computed."""
+    """Returns whether a rule depends on when the site last computed."""
     rule = bound.rule
     since = isinstance(rule.schedule, ir.Every) and rule.schedule.anchor == "compute"
-    return since or any(each.scope == "row" for each in rule.bounds) or "age" in names_in(rule)
+    return since or any(limit.scope == "row" for limit in rule.bounds) or "age" in names_in(rule)
 
 
 # --- clauses ---------------------------------------------------------------------------------------------
@@ -270,7 +276,7 @@ def _sure(value: object) -> Truth:
 
 
 def _due(schedule: ir.ScheduleClause | None, view: View) -> Truth:
-    """Whether a schedule may say compute, and whether it may say reuse."""
+    """Returns whether a schedule may say compute, and whether it may say reuse."""
     if schedule is None:
         return _FALSE
     try:
@@ -325,7 +331,7 @@ def _every(schedule: ir.Every, view: View) -> Truth:
 
 
 def _within(bound: ir.Bound, view: View) -> Truth:
-    """Whether one more reuse may stay within the bound, and whether it may not."""
+    """Returns whether another reuse may stay within the bound, and whether it may not."""
     try:
         count = known(bound.count, view)
     except Undefined:

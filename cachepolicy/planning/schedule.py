@@ -1,4 +1,4 @@
-"""The decision function: compute or reuse, for every site, step and branch, and why. Pure, total, without torch."""
+"""The decision function: compute or reuse, for every site, step and branch, and why. It is pure and total."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cachepolicy.language.vocabulary import KEPT_LIMIT
 from cachepolicy.planning.plan import BoundRule, Plan
 
 OVER_LIMIT = "over the memory limit"
-"""The fact of a site that computes because its history does not fit the memory limit."""
+"""The fact of a site that computes because its history exceeds the memory limit."""
 
 WHILE_IS_FALSE = "its `while` is false"
 """The reason of a compute whose owner's condition does not hold."""
@@ -28,8 +28,13 @@ Verdict = Literal["compute", "reuse", "hidden"]
 class Tick:
     """The clock at one call of the root model.
 
-    `step` counts scheduler steps from 0; `t` is the timestep in training units (0..1000); `steps` and `sigma` are None
-    where the run does not tell; `branch` names the guidance branch ("" where there is one).
+    Attributes:
+        step: Number of the scheduler step, from 0.
+        t: Timestep in training units, 0 to 1000.
+        steps: Number of steps; None if not known.
+        sigma: Sigma of the step; None if not known.
+        branch: Name of the guidance branch, "" if there is only one.
+        uncond_skipped: Whether the call computes the conditional half only.
     """
 
     step: int
@@ -42,7 +47,17 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a decision knows of a site's past on one branch. Never changed, only replaced."""
+    """What a decision knows of the past of a site on one branch. It is immutable.
+
+    Attributes:
+        last: Step of the last compute.
+        computes: Number of computes.
+        reuses: Number of reuses by rule number.
+        accumulated: Values of accumulators by rule number and call.
+        previous: Numbers at the last step that were measured, by the expression below `prev`.
+        kept: Numbers at the last computes, newest first, by the expression below `kept`.
+        seen: Step of `previous`.
+    """
 
     last: int | None = None
     computes: int = 0
@@ -53,7 +68,7 @@ class Memory:
     seen: int | None = None
 
     def age(self, step: int) -> int:
-        """Steps since the last compute; before the first, step + 1."""
+        """Returns the steps since the last compute; before the first compute, step + 1."""
         return step - self.last if self.last is not None else step + 1
 
 
@@ -62,10 +77,15 @@ FRESH = Memory()
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to a site at one call, by which rule, and why.
+    """What happens to a site at one call, and why.
 
-    `rule` is the owner's number among the policy's rules (None: no rule owns the site), `action` what the owner does
-    when it reuses. `inputs` are the numbers the decision was made from; `explain` needs no others.
+    Attributes:
+        verdict: Compute, reuse, or hidden in a site that reuses.
+        reason: The reason in words.
+        rule: Number of the rule that owns the site; None if no rule does.
+        action: The action of that rule.
+        accumulated: Accumulators of the rule after this call.
+        inputs: All that the decision was made from.
     """
 
     verdict: Verdict
@@ -77,7 +97,7 @@ class Decision:
 
     @property
     def computes(self) -> bool:
-        """True where the site's own forward runs."""
+        """True where the forward of the site runs."""
         return self.verdict == "compute"
 
     @property
@@ -88,7 +108,16 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything that one decision was made from."""
+    """All that one decision is made from.
+
+    Attributes:
+        tick: The clock.
+        memory: The past of the site.
+        signals: Numbers of signals and externals by name.
+        tables: Tables by name.
+        followed: Decisions of the same site on followed branches, by branch.
+        fact: What only the run knows. It turns a reuse into a compute and is the reason then.
+    """
 
     tick: Tick
     memory: Memory
@@ -100,17 +129,18 @@ class Inputs:
 
 HIDDEN = Decision("hidden", "inside a site that reuses")
 WAITING = Decision("compute", "waits for its signals")
-"""Stands for a decision that cannot be made before the signals of its rule are measured."""
+"""A decision that cannot be made before the signals of its rule are measured."""
 
 
 # --- one site --------------------------------------------------------------------------------------------
 
 
 def decide(rules: Sequence[BoundRule], inputs: Inputs) -> Decision:
-    """Compute or reuse, for one site at one call; the first rule whose `when` holds owns it.
+    """Decides one site at one call. The first rule whose `when` holds owns it.
 
-    `inputs.fact` is what only the run can know (the history does not fit, memory is short): it turns a reuse into a
-    compute and is the reason then.
+    Args:
+        rules: The rules of the site, in the order of the policy.
+        inputs: The clock, the memory and the measured numbers.
     """
     owner = owner_of(rules, inputs)
     if owner is None:
@@ -119,11 +149,13 @@ def decide(rules: Sequence[BoundRule], inputs: Inputs) -> Decision:
 
 
 def owner_of(rules: Sequence[BoundRule], inputs: Inputs) -> BoundRule | None:
-    """The first rule whose `when` holds; it needs the clock alone."""
+    """Returns the first rule whose `when` holds. It depends on the clock and the memory only."""
+    environment = None
     for bound in rules:
-        if bound.rule.when is None or holds(
-            bound.rule.when, Environment(clock_words(inputs.tick, inputs.memory), inputs.tables)
-        ):
+        if bound.rule.when is None:
+            return bound
+        environment = environment or Environment(clock_words(inputs.tick, inputs.memory), inputs.tables)
+        if holds(bound.rule.when, environment):
             return bound
     return None
 
@@ -162,7 +194,7 @@ def _answered(bound: BoundRule, inputs: Inputs, verdict: Any) -> Decision:
 
 
 def unfollowed(bound: BoundRule, inputs: Inputs) -> str:
-    """Why a following branch computes; empty where it may reuse."""
+    """Returns why a following branch computes, or an empty text if it may reuse."""
     followed = inputs.followed.get(bound.rule.follow or "")
     if followed is None:
         return f"`{bound.rule.follow}` has not run in this step"
@@ -172,7 +204,7 @@ def unfollowed(bound: BoundRule, inputs: Inputs) -> str:
 
 
 def due(schedule: ir.ScheduleClause, environment: Environment) -> bool:
-    """True where the schedule says compute; also where a number that it reads is undefined."""
+    """Returns whether the schedule says compute, or a number that it reads is undefined."""
     step: int = environment.names["step"]
     try:
         match schedule:
@@ -215,7 +247,7 @@ _STEPS = ir.Name(name="steps")
 
 
 def within(bound: ir.Bound, rule: int, memory: Memory, tick: Tick, environment: Environment) -> bool:
-    """True where one more reuse stays within the bound."""
+    """Returns whether another reuse stays within the bound."""
     try:
         count = floored(evaluate(bound.count, environment))
     except Undefined:
@@ -226,7 +258,7 @@ def within(bound: ir.Bound, rule: int, memory: Memory, tick: Tick, environment: 
 
 
 def holds(clause: ir.Expression | None, environment: Environment) -> bool:
-    """True where the clause is true; false where a number that it reads is undefined."""
+    """Returns whether a clause is true. It is false where a number that it reads is undefined."""
     if clause is None:
         return True
     try:
@@ -236,7 +268,7 @@ def holds(clause: ir.Expression | None, environment: Environment) -> bool:
 
 
 def clock_words(tick: Tick, memory: Memory) -> dict[str, Any]:
-    """The clock as the names of the language; what the run does not tell is None."""
+    """Returns the clock as names of the language; None for what is not known."""
     steps = tick.steps
     progress = None if steps is None else tick.step / (steps - 1) if steps > 1 else 0.0
     return {
@@ -252,7 +284,7 @@ def clock_words(tick: Tick, memory: Memory) -> dict[str, Any]:
 
 
 def environment_of(bound: BoundRule, inputs: Inputs) -> Environment:
-    """What the clauses of a rule are evaluated in."""
+    """Returns the environment in which the clauses of a rule are evaluated."""
     names = {**inputs.signals, **clock_words(inputs.tick, inputs.memory)}
     if not bound.memories:
         return Environment(names, inputs.tables)
@@ -260,17 +292,17 @@ def environment_of(bound: BoundRule, inputs: Inputs) -> Environment:
 
 
 def _remembered(calls: Sequence[ir.Call], inputs: Inputs, names: Mapping[str, Any]) -> dict[ir.Call, float]:
-    """What each `prev` and `kept` of the clause is worth now; those without a value are left out."""
+    """Returns the values of the `prev` and `kept` calls. Calls without a value are left out."""
     memory, step = inputs.memory, inputs.tick.step
     values = dict[ir.Call, float]()
     for call in calls:
-        what = call.arguments[0]
+        expression = call.arguments[0]
         if call.function == "prev":
-            if memory.seen == step - 1 and what in memory.previous:
-                values[call] = memory.previous[what]
+            if memory.seen == step - 1 and expression in memory.previous:
+                values[call] = memory.previous[expression]
             continue
         depth = 1 if len(call.arguments) == 1 else int(evaluate(call.arguments[1], Environment(names)))
-        kept = memory.kept.get(what, ())
+        kept = memory.kept.get(expression, ())
         if 0 < depth <= len(kept):
             values[call] = kept[depth - 1]
     return values
@@ -282,7 +314,7 @@ _Accumulated = dict[tuple[int, ir.Call], float]
 def accumulate(
     bound: BoundRule, inputs: Inputs, environment: Environment
 ) -> tuple[Environment, Mapping[tuple[int, ir.Call], float]]:
-    """The clause's `sum`s and `product`s advanced by this step, the inner ones first."""
+    """Returns the environment with the accumulators of a rule advanced by this step, and their values."""
     if not bound.accumulators:
         return environment, {}
     advanced: _Accumulated = {}
@@ -301,7 +333,7 @@ def accumulate(
 
 
 def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> Memory:
-    """The site's memory after the call: ages count on, counts and kept values follow what was decided."""
+    """Returns the memory of a site after a call with a decision."""
     memory, step = inputs.memory, inputs.tick.step
     now = _measured(rules, inputs)
     previous, seen = (now, step) if now else (memory.previous, memory.seen)
@@ -314,14 +346,14 @@ def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> M
             kept_on = {**memory.accumulated, **decision.accumulated}
             return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen)
         case "compute":
-            kept = {what: (value, *memory.kept.get(what, ()))[:KEPT_LIMIT] for what, value in now.items()}
+            kept = {key: (value, *memory.kept.get(key, ()))[:KEPT_LIMIT] for key, value in now.items()}
             return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen)
         case _:
             assert_never(decision.verdict)
 
 
 def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression, float]:
-    """The numbers below `prev` and `kept` as they are at this step, also where no rule owns the site."""
+    """Returns the numbers below `prev` and `kept` at this step, also where no rule owns the site."""
     values = dict[ir.Expression, float]()
     for bound in rules:
         if not bound.memories:
@@ -340,7 +372,13 @@ def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression,
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sites that share rules and past, so that one decision holds for all: its sites, and the groups around it."""
+    """Sites with equal rules and an equal past, which share one decision.
+
+    Attributes:
+        rules: Their rules.
+        sites: Their numbers.
+        parents: Numbers of the groups around them.
+    """
 
     rules: tuple[BoundRule, ...]
     sites: tuple[int, ...]
@@ -349,27 +387,37 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """All sites of a plan in groups, outer groups before those that they can hide."""
+    """All sites of a plan in groups, outer groups first.
+
+    Attributes:
+        groups: The groups.
+        group_of: Group number of each site.
+    """
 
     groups: tuple[Group, ...]
     group_of: tuple[int, ...]
 
     def spread(self, decisions: Sequence[Decision]) -> list[Decision]:
-        """The decisions by site number, from those by group."""
+        """Returns decisions by site number from decisions by group number."""
         return [decisions[group] for group in self.group_of]
 
     def start(self) -> list[Memory]:
-        """The memories of a trajectory that has not begun, by group."""
+        """Returns the memories at the start of a trajectory, by group number."""
         return [FRESH] * len(self.groups)
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A plan laid out for deciding: `coarse` while all sites of a group have the same past, else `fine`.
+    """A plan prepared for deciding.
 
-    Sites of equal rules in equal surroundings differ only by facts of the run (`Inputs.fact`); after the first of
-    those a
-    trajectory goes on with one group per site.
+    Attributes:
+        plan: The plan.
+        coarse: Groups of sites with equal rules and equal groups around them. They have an equal past until a fact of
+            the run concerns one of them; then the trajectory continues with `fine`.
+        fine: One group for each site.
+        tables: Tables by name.
+        measured: Numbers of the rules whose `while` reads signals.
+        alike: As `coarse`, also where rules read signals, which may differ from site to site.
     """
 
     plan: Plan
@@ -377,17 +425,15 @@ class Program:
     fine: Partition
     tables: Mapping[str, Sequence[int | float]]
     measured: frozenset[int]
-    """The rules whose `while` reads signals."""
     alike: Partition
-    """Sites of equal rules in equal surroundings together, whatever their signals."""
 
     def split(self, memories: Sequence[Memory]) -> list[Memory]:
-        """Memories by group of `coarse`, as memories by group of `fine`."""
+        """Returns memories by group of `fine` from memories by group of `coarse`."""
         return [memories[self.coarse.group_of[group.sites[0]]] for group in self.fine.groups]
 
 
 def prepare(plan: Plan) -> Program:
-    """Lay a plan out for `decide_all`."""
+    """Prepares a plan for `decide_all`."""
     rules = [plan.groups.rules[plan.groups.group_of[site.index]] for site in plan.sites]
     names = {signal.name for signal in plan.resolved.signals}
     measured = frozenset(
@@ -396,7 +442,7 @@ def prepare(plan: Plan) -> Program:
         if bound.rule.condition is not None and names & names_in(bound.rule.condition)
     )
     fine = _partition(plan, rules, coarse=False)
-    # Signals may be worth something else at each site, so that sites of one rule part.
+    # Signals may differ from site to site, so sites with equal rules may be decided differently.
     alike = _partition(plan, rules, coarse=True)
     return Program(plan, fine if measured else alike, fine, plan.resolved.tables, measured, alike)
 
@@ -432,20 +478,30 @@ def decide_all(
     followed: Mapping[str, Sequence[Decision]] | None = None,
     facts: Mapping[int, str] | None = None,
 ) -> tuple[list[Decision], list[Memory]]:
-    """Decide every group at one call; gives the decisions and the memories after it, by group number.
+    """Decides every group at one call.
 
-    `signals` are the same for all sites. A run measures them at each site instead: with `signals_of`, by site number, a
-    group whose rule reads signals that are not there yet is `WAITING`. `followed` holds the decisions of the
-    followed branches, by name and site number. `facts` by site number ask for `program.fine`.
+    Args:
+        program: The plan.
+        partition: `program.coarse` or `program.fine`.
+        memories: The memory of each group.
+        tick: The clock.
+        signals: Numbers of signals that are equal at all sites.
+        signals_of: Numbers that a run measured, by site number. A group whose rule reads numbers that are missing is
+            `WAITING`.
+        followed: Decisions of followed branches, by branch and site number.
+        facts: What only the run knows, by site number. They need `program.fine`.
+
+    Returns:
+        The decisions and the memories after the call, by group number.
     """
-    given = signals or {}
+    shared = signals or {}
     decisions = list[Decision]()
     after = list[Memory]()
     for group, memory in zip(partition.groups, memories, strict=True):
         site = group.sites[0]
         leaders = {name: decided[site] for name, decided in followed.items()} if followed else _NO_LEADERS
-        here = given if signals_of is None else signals_of.get(site, given)
-        inputs = Inputs(tick, memory, here, program.tables, leaders, facts.get(site) if facts else None)
+        numbers = shared if signals_of is None else signals_of.get(site, shared)
+        inputs = Inputs(tick, memory, numbers, program.tables, leaders, facts.get(site) if facts else None)
         if group.parents and any(hides(decisions[parent], tick.branch) for parent in group.parents):
             decision = HIDDEN
         elif signals_of is not None and site not in signals_of and _waits(program, group, inputs):
@@ -462,7 +518,7 @@ def decide_all(
 
 
 def rebuilds_uncond(program: Program, partition: Partition, memories: Sequence[Memory], tick: Tick) -> bool:
-    """Whether the unconditional call at `tick` will be answered: then the conditional one of its step runs alone."""
+    """Returns whether the unconditional call at `tick` will be answered, so that the conditional call runs alone."""
     for group, memory in zip(partition.groups, memories, strict=True):
         if any(isinstance(bound.rule.action, ir.ApproximateUncond) for bound in group.rules):
             decision = decide(group.rules, Inputs(tick, memory, {}, program.tables))
@@ -491,14 +547,14 @@ def hides(decision: Decision, branch: str) -> bool:
 
 
 def follows(plan: Plan) -> frozenset[str]:
-    """The branches that some rule follows."""
+    """Returns the branches that rules follow."""
     return frozenset(rule.rule.follow for rule in plan.rules if rule.rule.follow is not None)
 
 
 def untold(plan: Plan, tick: Tick) -> PolicyError | None:
-    """The error to raise where the clock does not tell what the policy reads, or a mask has another length.
+    """Returns the error of a clock that does not provide what the policy reads, or of a mask of another length.
 
-    Called once at the start of a trajectory; `decide` itself computes when in doubt and never raises.
+    It is called once, at the start of a trajectory. `decide` computes when in doubt and does not raise.
     """
     words = clock_words(tick, FRESH)
     missing = [word for word in sorted(plan.needs) if words.get(word) is None]

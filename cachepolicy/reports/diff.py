@@ -1,4 +1,4 @@
-"""Two policies on one model and clock: where they decide alike, and where they do not."""
+"""Compares the schedules of two policies on one model and clock."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from cachepolicy.planning.simulation import Schedule, SignalValues, simulate
 from cachepolicy.reports.text import summary
 
 PARTLY = "~"
-"""Stands where one policy decides a span as one and the other lets only some of its modules run."""
+"""The letter of a span of which only some modules run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two schedules over the same clock, on the same model.
+    """Two schedules on one model and clock.
 
-    `rows` has, by branch and module (or span), the letters of both: what the one policy takes as a site and the other
-    does not is there too.
+    Attributes:
+        first: The schedule of the first policy.
+        second: The schedule of the second policy.
+        rows: The letters of both, by branch and module or span. Sites of only one of the policies are included.
     """
 
     first: Schedule
@@ -31,17 +33,17 @@ class Difference:
 
     @property
     def same_policy(self) -> bool:
-        """True where both mean the same, on any model and clock."""
+        """True where both policies have the same meaning, on any model and clock."""
         return self.first.plan.resolved.digest == self.second.plan.resolved.digest
 
     @property
     def differing(self) -> int:
-        """How many module calls the two decide differently."""
+        """Number of module calls that are decided differently."""
         return sum(one != other for pairs in self._pairs() for one, other in zip(*pairs, strict=True))
 
     @property
     def calls(self) -> int:
-        """How many module calls were compared."""
+        """Number of compared module calls."""
         return sum(len(first) for first, _ in self._pairs())
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
@@ -49,9 +51,9 @@ class Difference:
             yield from rows.values()
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Returns plain data."""
         return {
-            "digests": [each.plan.resolved.digest for each in (self.first, self.second)],
+            "digests": [schedule.plan.resolved.digest for schedule in (self.first, self.second)],
             "calls": self.calls,
             "differing": self.differing,
             "rows": {branch: {name: list(pair) for name, pair in rows.items()} for branch, rows in self.rows.items()},
@@ -65,18 +67,24 @@ def compare(
     signals: Mapping[str, SignalValues] | None = None,
     **clock: Any,
 ) -> Difference:
-    """Simulate two plans over the same clock; `clock` and `signals` are what `simulate` takes.
+    """Simulates two plans on one clock.
 
-    A signal that only one of the policies has is given to that one.
+    Args:
+        first: A plan.
+        second: Another plan on the same model.
+        signals: Numbers of signals and externals. A signal that only one of the policies has is given to that one.
+        clock: Other arguments of `simulate`.
 
     Raises:
-        PolicyError: as `simulate`.
+        PolicyError: As `simulate`.
     """
     named = [_signals(plan) for plan in (first, second)]
     one, other = (
-        # A name that neither knows is left in, for `simulate` to refuse.
+        # A name that neither knows stays, so that `simulate` raises.
         simulate(
-            plan, signals={name: given for name, given in (signals or {}).items() if name not in others - own}, **clock
+            plan,
+            signals={name: numbers for name, numbers in (signals or {}).items() if name not in others - own},
+            **clock,
         )
         for plan, own, others in ((first, named[0], named[1]), (second, named[1], named[0]))
     )
@@ -88,7 +96,7 @@ def _signals(plan: Plan) -> set[str]:
 
 
 def _rows(first: Schedule, second: Schedule, branch: str) -> dict[str, tuple[str, str]]:
-    """The letters of every site that either schedule has, in model order."""
+    """Returns the letters of every site of either schedule, in model order."""
     sites = {site.modules: site.name for schedule in (first, second) for site in schedule.plan.sites}
     position = first.plan.skeleton.position
     ordered = sorted(sites, key=lambda modules: (position[modules[0]], -len(modules)))
@@ -98,7 +106,7 @@ def _rows(first: Schedule, second: Schedule, branch: str) -> dict[str, tuple[str
 
 
 def _letters(schedule: Schedule, branch: str) -> dict[str, str]:
-    """A row for each module that a site covers."""
+    """Returns a row for each module that a site covers."""
     rows = schedule.rows_of(branch)
     found = dict[str, str]()
     for site in schedule.plan.sites:
@@ -116,14 +124,21 @@ def _row(letters: Mapping[str, str], modules: Sequence[str], steps: int) -> str:
 
 
 def _of_module(letters: Mapping[str, str], name: str, steps: int) -> str:
-    """The module's own row; without one it computes, unless something around it answers."""
+    """Returns the row of a module. A module without one computes, unless a module around it reuses."""
     around = [letters[outer] for outer in ancestors(name) if outer in letters]
     own = letters.get(name, "C" * steps)
     return "".join("." if any(row[step] in "R." for row in around) else own[step] for step in range(steps))
 
 
 def draw_diff(difference: Difference, names: tuple[str, str], *, width: int = 80, colour: bool = False) -> str:
-    """Both grids, one under the other where they differ, and what each skips in all."""
+    """Returns both grids where they differ, what each policy skips, and the number of differences.
+
+    Args:
+        difference: The comparison.
+        names: Names of the two policies.
+        width: Width of the terminal in columns.
+        colour: Whether to use ANSI colours.
+    """
     lines = list[str]()
     for branch, rows in difference.rows.items():
         unlike = {name: pair for name, pair in rows.items() if pair[0] != pair[1]}

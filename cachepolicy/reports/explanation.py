@@ -1,4 +1,4 @@
-"""Why a site computed or reused at a step: every rule that was asked, clause by clause, with the values it read."""
+"""Explains why a site computed or reused at a step: its rules, clause by clause, with the values that they read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cachepolicy.tracing.trace import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One clause of a rule: its text, whether it speaks for reuse, and the numbers that it read."""
+    """One clause of a rule: its text, whether it allows a reuse, and the values that it read."""
 
     text: str
     holds: bool
@@ -42,7 +42,7 @@ class Clause:
 
 @dataclass(frozen=True, slots=True)
 class AskedRule:
-    """One rule of the site: whether it was asked and owns the step, and its clauses."""
+    """One rule of a site: its number and text, whether it owns the step, and its clauses."""
 
     rule: int
     text: str
@@ -52,7 +52,7 @@ class AskedRule:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why one site did what it did at one call."""
+    """The explanation of one decision."""
 
     site: str
     step: int
@@ -67,10 +67,10 @@ class Explanation:
         verdict = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}[self.decision.verdict]
         branch = f" on branch `{self.branch}`" if self.branch else ""
         yield f"{self.site} {verdict} at step {self.step}{branch}: {self.decision.reason}"
-        for each in self.asked:
-            yield f"  rule {each.rule + 1}: {each.text}"
-            yield f"    {each.outcome}"
-            for clause in each.clauses:
+        for rule in self.asked:
+            yield f"  rule {rule.rule + 1}: {rule.text}"
+            yield f"    {rule.outcome}"
+            for clause in rule.clauses:
                 yield f"      {clause}"
 
 
@@ -82,10 +82,17 @@ def explain(
     branch: str | None = None,
     **options: Any,
 ) -> Explanation:
-    """Why a site computes or reuses: `where` is `SITE@STEP`; the other arguments are those of `simulate`.
+    """Explains why a site computes or reuses at a step of a simulated schedule.
+
+    Args:
+        policy: A file, the name of a shipped policy, a policy, or a plan.
+        where: `SITE@STEP`.
+        steps: Number of steps.
+        branch: Name of the branch; the first by default.
+        options: Other arguments of `simulate`.
 
     Raises:
-        PolicyError: as `simulate`, or `where` names no site or step of the schedule.
+        PolicyError: As `simulate`, or `where` names no site (E252) or step (E253) of the schedule.
     """
     site, step = _place(where)
     schedule = simulate(policy, steps=steps, **options)
@@ -95,10 +102,16 @@ def explain(
 
 
 def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None) -> Explanation:
-    """Why a site computed or reused in a run: `where` is `SITE@STEP`, `branch` the first one that ran by default.
+    """Explains why a site computed or reused in a recorded run.
+
+    Args:
+        trajectory: The record.
+        where: `SITE@STEP`.
+        branch: Name of the branch; the first that ran by default.
 
     Raises:
-        PolicyError: E258, no such form; E252, no such site; E253, the branch has no call at that step.
+        PolicyError: `where` has another form (E258), there is no such site (E252), or the branch has no call at that
+            step (E253).
     """
     site, step = _place(where)
     found = find_site(trajectory.plan, site)
@@ -107,7 +120,7 @@ def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None
         if (call.tick.step, call.tick.branch) == (step, wanted):
             return explain_decision(trajectory.plan, found.name, step, wanted, call.decisions[found.index])
     of = f" of branch `{wanted}`" if wanted else ""
-    help = f"its branches are {', '.join(f'`{each}`' for each in trajectory.branches)}" if branch is not None else None
+    help = f"its branches are {', '.join(f'`{name}`' for name in trajectory.branches)}" if branch is not None else None
     raise PolicyError.of("E253", f"the run has no step {step}{of}", help=help)
 
 
@@ -121,15 +134,21 @@ def _place(where: str) -> tuple[str, int]:
 
 
 def explain_decision(plan: Plan, site: str, step: int, branch: str, decision: Decision) -> Explanation:
-    """The explanation of a decision that was made, from the inputs that it carries."""
+    """Explains a decision from the inputs that it carries.
+
+    Args:
+        plan: The plan of the decision.
+        site: Name of the site.
+        step: Number of the step.
+        branch: Name of the branch.
+        decision: The decision.
+    """
     inputs = decision.inputs
     if inputs is None:
         return Explanation(site, step, branch, decision, ())
-    index = next(each.index for each in plan.sites if each.name == site)
-    asked = list[AskedRule]()
-    for bound in (rule for rule in plan.rules if index in rule.sites):
-        asked.append(_asked(bound, inputs, decision))
-    return Explanation(site, step, branch, decision, tuple(asked))
+    index = next(other.index for other in plan.sites if other.name == site)
+    rules = plan.groups.rules[plan.groups.group_of[index]]
+    return Explanation(site, step, branch, decision, tuple(_asked(bound, inputs, decision) for bound in rules))
 
 
 def _asked(bound: BoundRule, inputs: Inputs, decision: Decision) -> AskedRule:
@@ -162,9 +181,9 @@ def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iter
         yield _clause(
             f"while {format_node(rule.condition)}", holds(rule.condition, environment), rule.condition, environment
         )
-    for each in rule.bounds:
-        ok = within(each, bound.index, inputs.memory, inputs.tick, environment)
-        yield _clause(format_node(each), ok, each, environment, extra=("age",) if each.scope == "row" else ())
+    for limit in rule.bounds:
+        ok = within(limit, bound.index, inputs.memory, inputs.tick, environment)
+        yield _clause(format_node(limit), ok, limit, environment, extra=("age",) if limit.scope == "row" else ())
     if not isinstance(rule.action, ir.Compute | ir.Skip):
         yield Clause("something is kept from an earlier step", inputs.memory.computes > 0)
     if inputs.fact is not None:
@@ -174,7 +193,7 @@ def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iter
 def _clause(text: str, holds: bool, node: ir.Node, environment: Environment, *, extra: tuple[str, ...] = ()) -> Clause:
     names = sorted(names_in(node) | {name for name in extra if name in environment.names})
     values: list[tuple[str, object]] = [(name, environment.names[name]) for name in names if name in environment.names]
-    for call in (each for each in walk(node) if isinstance(each, ir.Call)):
+    for call in (part for part in walk(node) if isinstance(part, ir.Call)):
         try:
             values.append((format_node(call), evaluate(call, environment)))
         except Undefined as error:

@@ -31,9 +31,9 @@ def why_nothing_was_reused(trajectory: Trajectory, *, distilled: bool = False) -
         distilled: Whether the model is known to be guidance-distilled.
     """
     rules = [bound for bound in trajectory.plan.rules if bound.sites]
-    told = [(bound, why) for bound in rules if (why := _why(trajectory, bound, distilled=distilled))]
-    clauses = [f"rule {bound.index + 1}: {why}" if len(rules) > 1 else why for bound, why in told[:_MOST_RULES]]
-    more = [f"and {len(told) - _MOST_RULES} more rules"] if len(told) > _MOST_RULES else []
+    reasons = [(bound, why) for bound in rules if (why := _why(trajectory, bound, distilled=distilled))]
+    clauses = [f"rule {bound.index + 1}: {why}" if len(rules) > 1 else why for bound, why in reasons[:_MOST_RULES]]
+    more = [f"and {len(reasons) - _MOST_RULES} more rules"] if len(reasons) > _MOST_RULES else []
     return "; ".join([*clauses, *more])
 
 

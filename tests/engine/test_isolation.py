@@ -245,10 +245,10 @@ def test_params_are_verified_before_anything_runs(params: dict[str, Any], code: 
 
 
 WIDE = """
-param where: string = "blocks[.]0[.]attn"
+param place: string = "blocks[.]0[.]attn"
 param attn_every: int? = 2 in [1, inf)
 param order: int = 1 in [1, 4]
-match where every attn_every -> reuse
+match place every attn_every -> reuse
 match "blocks[.]1[.]attn" every 2 -> predict taylor(order: order)
 """
 
@@ -256,7 +256,7 @@ match "blocks[.]1[.]attn" every 2 -> predict taylor(order: order)
 @pytest.mark.parametrize(
     ("params", "change"),
     [
-        ({"where": r"blocks\.0\.ff"}, "`where` cannot differ from session to session: it changes which modules"),
+        ({"place": r"blocks\.0\.ff"}, "`place` cannot differ from session to session: it changes which modules"),
         ({"attn_every": None}, "`attn_every` cannot differ from session to session: it changes which modules"),
         ({"order": 2}, "`order` cannot differ from session to session: it changes what `blocks.1.attn` keeps"),
         ({"attn_every": 3, "order": 2}, "`order` cannot differ"),

@@ -215,7 +215,7 @@ def test_the_reference_states_the_limits() -> None:
         vocabulary.NUMBER_LIMIT,
         vocabulary.REGEX_LIMIT,
         vocabulary.KEPT_LIMIT,
-        vocabulary.STEPS_LIMIT,
+        vocabulary.EXPECTATION_LIMIT,
         vocabulary.ORDER_LIMIT,
         LIST_LIMIT,
         linker.USE_DEPTH_LIMIT,

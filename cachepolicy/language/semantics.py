@@ -29,7 +29,7 @@ from cachepolicy.language.scope import (
 from cachepolicy.language.traversal import walk
 from cachepolicy.language.typecheck import Checker
 from cachepolicy.language.validate import counts_of, is_mask, judge_shapes, within_bounds
-from cachepolicy.language.vocabulary import APPROXIMATIONS, ORDER_LIMIT, PREDICTORS, STEPS_LIMIT, Label
+from cachepolicy.language.vocabulary import APPROXIMATIONS, EXPECTATION_LIMIT, ORDER_LIMIT, PREDICTORS, Label
 
 
 def check_names(policy: ir.Policy) -> tuple[Diagnostic, ...]:
@@ -257,8 +257,8 @@ class _Judgement:
 
     def _expect(self, expect: ir.Expect) -> None:
         judge_selector(expect.selector, self.checker)
-        if not 1 <= expect.steps <= STEPS_LIMIT:
-            self.report.add("E124", f"an expectation has 1 to {STEPS_LIMIT} steps, not {expect.steps}", expect)
+        if not 1 <= expect.steps <= EXPECTATION_LIMIT:
+            self.report.add("E124", f"an expectation has 1 to {EXPECTATION_LIMIT} steps, not {expect.steps}", expect)
         elif len(expect.row) != expect.steps:
             message = f"the row has {counted(len(expect.row), 'letter')} for {counted(expect.steps, 'step')}"
             help = "one letter per step: `C` computes, `R` reuses"

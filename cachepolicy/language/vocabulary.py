@@ -22,7 +22,7 @@ REGEX_LIMIT = 1000
 """Maximum length of a regular expression in characters."""
 KEPT_LIMIT = 16
 """Maximum number of computes that `kept` reads back."""
-STEPS_LIMIT = 10_000
+EXPECTATION_LIMIT = 10_000
 """Maximum number of steps of an expectation."""
 
 # --- words -----------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ def _every(schedule: ir.Every, view: View) -> Truth:
             offset = 0 if schedule.offset is None else known(schedule.offset, view)
             if isinstance(step, Range) or offset is EITHER:
                 return BOTH
-            return _sure((step - math.floor(offset)) % interval == 0)
+            return _sure((step - floored(offset)) % interval == 0)
         case "end":
             steps = view.names.get("steps")
             return BOTH if isinstance(step, Range) or steps is None else _sure((steps - 1 - step) % interval == 0)

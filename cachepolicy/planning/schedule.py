@@ -233,7 +233,7 @@ def _every(schedule: ir.Every, step: int, environment: Environment) -> bool:
         return True
     match schedule.anchor:
         case "start":
-            offset = 0 if schedule.offset is None else math.floor(evaluate(schedule.offset, environment))
+            offset = 0 if schedule.offset is None else floored(evaluate(schedule.offset, environment))
             return (step - offset) % interval == 0
         case "end":
             return (evaluate(_STEPS, environment) - 1 - step) % interval == 0

@@ -221,6 +221,19 @@ def test_a_fraction_is_rounded_down(steps: int, divisor: int) -> None:
         assert rows[0] == rows[1], clause
 
 
+def test_an_infinite_number_decides() -> None:
+    """Infinite intervals, offsets and bounds are never reached: the rule reuses as often as the rest of it allows."""
+    for clause, row in [
+        ("every (2 if step < 3 else inf)", "CRCRRRR"),
+        ("every 2 offset (0 if step < 3 else inf)", "CRCRRRR"),
+        ("every (2 if step < 3 else inf) since compute", "CRCRRRR"),
+        ("at most (1 if step < 3 else inf) in a row", "CRCRRRR"),
+        ("at most (1 if step < 3 else inf) in all", "CRCRRRR"),
+    ]:
+        schedule = simulate(parse(f"match feedforward {clause} -> reuse"), steps=7)
+        assert {row} == set(schedule.rows.values()), clause
+
+
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [

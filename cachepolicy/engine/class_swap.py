@@ -133,7 +133,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     if not isinstance(reduced, tuple):
         return reduced
     build, arguments, *rest = reduced
-    arguments = tuple(own if each is generated else each for each in arguments)
+    arguments = tuple(own if argument is generated else argument for argument in arguments)
     match build:
         case copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue] # pickle holds its class against the object's
             build = own.__new__

@@ -23,24 +23,24 @@ class Placement:
     def __init__(self, root: nn.Module, sites: Mapping[str, SiteHandle], *, profiled: bool = False) -> None:
         self._root = root
         self._profiled = profiled
-        self._sites = {place: site for place, site in sites.items() if place}
+        self._sites = {path: site for path, site in sites.items() if path}
         self._modules: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
 
     def place(self) -> None:
         """Hook every site. If one fails, remove all."""
         try:
-            for place, site in self._sites.items():
-                self._put(place, site, self._root.get_submodule(place))
+            for path, site in self._sites.items():
+                self._put(path, site, self._root.get_submodule(path))
         except BaseException:
             self.lift()
             raise
 
-    def add(self, place: str, site: SiteHandle) -> None:
+    def add(self, path: str, site: SiteHandle) -> None:
         """Hook one more module."""
         with self._lock:
-            self._sites[place] = site
-            self._put(place, site, self._root.get_submodule(place))
+            self._sites[path] = site
+            self._put(path, site, self._root.get_submodule(path))
 
     def settle(self) -> None:
         """Check that each path leads to its hooked module, and move hooks of replaced modules.
@@ -49,13 +49,13 @@ class Placement:
             PolicyError: A path no longer exists, or leads to a module of another run (E341).
         """
         with self._lock:
-            for place, site in self._sites.items():
-                module = self._found(place)
-                if module is not self._modules.get(place):
-                    self._move(place, site, module)
+            for path, site in self._sites.items():
+                module = self._found(path)
+                if module is not self._modules.get(path):
+                    self._move(path, site, module)
                 elif not intercepts(module, {"__call__": self._override(module)}, site):
                     restore(module)
-                    self._put(place, site, module)
+                    self._put(path, site, module)
 
     def lift(self) -> None:
         """Remove all hooks."""
@@ -63,13 +63,13 @@ class Placement:
             restore(module)
         self._modules.clear()
 
-    def _found(self, place: str) -> nn.Module:
+    def _found(self, path: str) -> nn.Module:
         try:
-            return self._root.get_submodule(place)
+            return self._root.get_submodule(path)
         except AttributeError as error:
             raise PolicyError.of(
                 "E341",
-                f"the model has no `{place}` any more, which the policy was applied to",
+                f"the model has no `{path}` any more, which the policy was applied to",
                 help="`remove` the policy and apply it to the model as it is now",
             ) from error
 
@@ -77,20 +77,20 @@ class Placement:
         override = compat.override_of(module)
         return timed(override) if self._profiled else override
 
-    def _move(self, place: str, site: SiteHandle, module: nn.Module) -> None:
+    def _move(self, path: str, site: SiteHandle, module: nn.Module) -> None:
         if is_swapped(module) and module not in self._modules.values():
             raise PolicyError.of(
                 "E341",
-                f"`{place}` was replaced by a module of a model that has a policy of its own",
+                f"`{path}` was replaced by a module of a model that has a policy of its own",
                 help="`remove` both policies and apply one",
             )
-        old = self._modules.pop(place, None)
+        old = self._modules.pop(path, None)
         if old is not None and old not in self._modules.values():
             restore(old)
-        self._put(place, site, module)
+        self._put(path, site, module)
         site.parameters = parameters_of(module)
 
-    def _put(self, place: str, site: SiteHandle, module: nn.Module) -> None:
+    def _put(self, path: str, site: SiteHandle, module: nn.Module) -> None:
         swap(module, {"__call__": self._override(module)}, site)
-        self._modules[place] = module
+        self._modules[path] = module
         compat.introduce(module)

@@ -29,6 +29,7 @@ from cachepolicy.engine.actions import (
 )
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method
 from cachepolicy.engine.compile.graph_ops import UNCOMPILED, Stage, call_in_graph, exporting, tracing, waits
+from cachepolicy.engine.introspection import unwrapped
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping
 
@@ -145,8 +146,8 @@ class SiteHandle(Handle):
 
 
 def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
-    """Return the parameter names of the module's forward."""
-    return tuple(inspect.signature(module.forward).parameters)
+    """Return the parameter names of the module's forward, of `torch.compile(module)` those of the module inside."""
+    return tuple(inspect.signature(unwrapped(module).forward).parameters)
 
 
 class SiteOwner(Protocol):

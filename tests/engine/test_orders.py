@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
+from cachepolicy.engine.hooks import parameters_of
 from cachepolicy.engine.run import run_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
@@ -228,6 +229,16 @@ def test_compiled_children_keep_their_paths() -> None:
             assert same(run("flux", plain), run("flux", model))
             assert one.trace.rows() == other.trace.rows()
     assert is_bare(model)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_parameters_of_a_compiled_block_are_those_of_the_block(name: str) -> None:
+    """Spans and probes bind the arguments of a compiled block to the same names as those of the block."""
+    model = build(name)
+    blocks = [module for path, module in model.named_modules() if path.endswith("blocks.0")]
+    assert blocks
+    for block in blocks:
+        assert parameters_of(block) == parameters_of(torch.compile(block, backend="eager"))
 
 
 def test_a_wrapper_has_the_policy_of_its_model() -> None:

@@ -151,4 +151,5 @@ CODES: dict[str, str] = {
     "W601": "modules that run outside any call of their model",
     "W602": "more sessions at a time than `max_sessions`",
     "W603": "a scheduler that was replaced during a call",
+    "W604": "modules that one forward calls more than once",
 }

@@ -23,6 +23,9 @@ STORE_CLONE = "store a clone"
 REUSE = "reuse"
 ANSWER = "answer"
 PENDING = "pending"
+ANSWERED = "answered"
+COMPUTED = "computed"
+"""The last two replace the code of a site in the frame once the site has been called."""
 
 
 class Slot:
@@ -34,13 +37,12 @@ class Slot:
         version: `_version` of the output when stored, if it is a single tensor that may be returned without a copy.
         versions: The `_version` counters of all tensors of any other output.
         clones: Whether an answer was modified in place. The site then stores and returns copies.
-        call: The serial number of the last forward pass in which the site computed.
         whole: Whether the stored tensors were most of their storages.
         storing: How results are stored, and the memory limit.
     """
 
     __slots__ = (
-        "__weakref__", "call", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape",
+        "__weakref__", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape",
         "step", "storing", "version", "versions", "whole",
     )  # fmt: skip
 
@@ -59,7 +61,6 @@ class Slot:
         self.versions: tuple[int, ...] | None = None
         self.clones = False
         self.step = -1
-        self.call = -1
         self.full = True
         self.whole = False
 

@@ -269,7 +269,6 @@ class Recorder:
         self._links: dict[int, Link] = {}
         self._ends: dict[int, Ending] = {}
         self._takes: dict[int, tuple[tuple[int, str], ...]] = {}
-        self._seen: set[int] = set()
         self._entries: list[ChainEntry] = []
         self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
         self._spoilt: str | None = None
@@ -295,9 +294,6 @@ class Recorder:
     def end(self, position: int, module: Any, names: Names, begun: Begun, output: Any) -> None:
         """Record the output of a block."""
         self.calls += 1
-        if position in self._seen:
-            self._spoilt = "a block ran more than once"
-        self._seen.add(position)
         outputs, fields = parts(output)
         bases, before = begun
         written = [_version(each) for each in outputs]

@@ -48,6 +48,12 @@ class _Part:
         else:
             self._value = _reference(value)
 
+    @property
+    def overwritten(self) -> bool:
+        """True if the tensor was modified in place since the call."""
+        tensor = None if self._reference is None else self._reference()
+        return tensor is not None and _version(tensor) != self._version
+
     def same(self, other: _Part) -> bool:
         """Return True for the same live, unmodified tensor, or equal plain values."""
         if self._reference is None or other._reference is None:
@@ -142,6 +148,11 @@ class Conditioning:
         else:
             self.parts[path] = _Part(value)
 
+    @property
+    def overwritten(self) -> bool:
+        """True if a tensor was modified in place since the call."""
+        return any(part.overwritten for part in self.parts.values())
+
     def same(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
         """Return True if all parts are identical."""
         return self._matches(other, besides, _Part.same)
@@ -208,6 +219,11 @@ class SeenLatents:
         one, two = one.float(), two.float()
         apart = float(((one - one.mean()) - (two - two.mean())).abs().mean())
         return 0.0 if apart == 0 else apart / max(float((one - one.mean()).abs().mean()), 1e-12)
+
+    @property
+    def overwritten(self) -> bool:
+        """True if the latents were modified in place since the call."""
+        return self._tensor is not None and self._intact() is None
 
     def _intact(self) -> torch.Tensor | None:
         return self._tensor if self._tensor is not None and _version(self._tensor) == self._version else None

@@ -26,17 +26,20 @@ class Tracker:
 
     Each block must receive the outputs of the previous block as before, unmodified. Otherwise nothing is stored, and
     the next compute uses `block_chain.Recorder`. The tracker does not check whether inner outputs are used elsewhere.
+
+    Attributes:
+        calls: The number of blocks that have run.
     """
 
     __slots__ = (
-        "_bases", "_chain", "_entries", "_keeps", "_last", "_next", "_number", "_spoilt", "_versions", "_written",
+        "_bases", "_chain", "_entries", "_keeps", "_last", "_number", "_spoilt", "_versions", "_written", "calls",
     )  # fmt: skip
 
     def __init__(self, chain: Chain, keeps: Keeps, blocks: int) -> None:
         self._chain = chain
         self._keeps = keeps
         self._number = blocks
-        self._next = 0
+        self.calls = 0
         self._spoilt = False
         self._last: list[Any] = []
         self._versions: list[int] = []
@@ -44,15 +47,10 @@ class Tracker:
         self._written: list[int] = []
         self._entries: list[ChainEntry] = []
 
-    @property
-    def calls(self) -> int:
-        """The number of blocks that have run."""
-        return self._next
-
     def begin(self, position: int, names: Names) -> None:
         """Check the inputs of a block that is about to run."""
         link = self._chain.links[position]
-        if position != self._next:
+        if position != self.calls:
             self._spoilt = True
         elif link.leads:
             self._bases = [None if source is None else names.get(source) for source in link.shape.inputs]
@@ -66,7 +64,7 @@ class Tracker:
 
     def end(self, position: int, output: Any) -> None:
         """Check the output of a block."""
-        self._next += 1
+        self.calls += 1
         link = self._chain.links[position]
         outputs = [output] if isinstance(output, torch.Tensor) else parts(output)[0]
         if type(output) is not link.shape.kind or len(outputs) != len(link.shape.inputs):  # pyright: ignore[reportUnknownArgumentType]
@@ -95,7 +93,7 @@ class Tracker:
     def finish(self) -> None:
         """Store the entries of the completed span, or reset the chain if a check failed."""
         chain = self._chain
-        if self._spoilt or self._next != self._number or len(self._entries) != len(chain.history):
+        if self._spoilt or self.calls != self._number or len(self._entries) != len(chain.history):
             chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
             return
         chain.put(self._entries, chain.history, self._keeps.depth)

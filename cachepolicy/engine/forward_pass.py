@@ -62,7 +62,7 @@ from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
 from cachepolicy.planning.liveness import Liveness
-from cachepolicy.planning.possible_decisions import Reads
+from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.schedule import (
     HIDDEN,
     WAITING,
@@ -117,6 +117,7 @@ class Host(Protocol):
     externals: Mapping[str, Any]
     module: torch.nn.Module
     repeated: set[int]
+    remeasured: set[ir.Probe]
 
     @property
     def graphs(self) -> Forms:
@@ -179,6 +180,7 @@ class ForwardPass:
         self.signals_of: dict[int, Mapping[str, float]] = {}
         self.halved = False
         self.half = 1
+        self.again = False
         self.started = time.perf_counter()
         self.decisions: list[Decision]
         self.after: list[Memory]
@@ -189,7 +191,11 @@ class ForwardPass:
         self.parts: Mapping[int, Part] = {}
         self._before: dict[str, int | None] = {}
         self._modes: dict[int, str] = {}
-        self._links: dict[int, Mapping[int, Link]] = {}
+        self._links: dict[int, dict[int, Link]] = {}
+        """The blocks of the spans that answer, without those that have been called."""
+        self._called: set[SiteHandle | int] = set()
+        """The modules that have been called, and the spans that have computed from their first block to their last."""
+        self._gated: set[SiteHandle] | None = None
         self._recorders: dict[int, Recorder | Tracker] = {}
         self._waiting: list[int] = []
         self._unclear: list[Seen] = []
@@ -248,6 +254,7 @@ class ForwardPass:
         given, named = split_arguments(module, args, kwargs)
         names = bind_names(site.parameters, given, named)
         self.enter(site, names, given, named)
+        self._gated = (self._gated or set()) | {site}
         self._before[site.name] = _counter(names)
         self.release()
 
@@ -283,6 +290,8 @@ class ForwardPass:
 
     def wanted(self, site: int) -> Reads:
         """Return what later steps may read of a result that the site computes now."""
+        if site in self.host.repeated:
+            return NOTHING
         return self.liveness.wanted(self.host.execution.program.alike.group_of[site], self.tick, self.tick.step)
 
     def let_go(self) -> bool:
@@ -292,6 +301,8 @@ class ForwardPass:
         for group, decision, memory in zip(self.branch.partition.groups, self.decisions, self.after, strict=True):
             first = group.sites[0]
             reads = self.liveness.wanted(alike[first], self.tick, memory.last)
+            if first in self.host.repeated:
+                reads = NOTHING
             pushes = decision.computes or (decision.verdict == "reuse" and feedback(decision.action))
             same = reads_of.get(first) is reads
             if same and not pushes:
@@ -391,9 +402,38 @@ class ForwardPass:
         tick = replace(self.tick, uncond_skipped=True) if self.halved else self.tick
         return Inputs(tick, memory, signals, self.host.execution.program.tables, leaders, self.facts.get(site))
 
-    def repeats(self, site: int) -> None:
-        """Mark a site that one forward pass calls more than once. It has one slot, so it always computes."""
+    def repeats(self, site: int, *, answered: bool) -> None:
+        """Mark a site that one forward pass calls more than once. Its history holds one result, so it always computes.
+
+        Args:
+            site: The site number.
+            answered: Whether an earlier call of this forward pass was answered. The forward pass then runs again.
+        """
         self.host.repeated.add(site)
+        self.again |= answered
+        self._recorders.pop(site, None)
+        self._links.pop(site, None)
+        if self._modes.get(site) is not None:
+            self._modes[site] = COMPUTE
+        slot = self.branch.slots[site]
+        slot.clear()
+        slot.storing.emptied()
+
+    def _repeated(self, original: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a module that this forward pass has called before."""
+        for span, _ in site.members:
+            self.repeats(span, answered=self._modes.get(span) == ANSWER)
+        if site.index >= 0 and not self.host.execution.keepings[site.index].streams:
+            reuses = self.decided(site.index).verdict == "reuse" and site.index not in self.facts
+            self.repeats(site.index, answered=reuses)
+        given, named = split_arguments(module, args, kwargs)
+        names = bind_names(site.parameters, given, named)
+        self.enter(site, names, given, named)
+        before = _counter(names)
+        output = original(module, *args, **kwargs)
+        self.leave(site, module, names, output, before)
+        self._last = None
+        return output
 
     def refuse(self, site: int, reason: str) -> None:
         """Force a site and the sites inside it to compute."""
@@ -458,7 +498,7 @@ class ForwardPass:
         """Begin the root model as a site. Return whether it is answered, and the answer."""
         for span, position in site.members:
             if self._mode(span, position, names) == ANSWER:
-                return True, self._linked(span, position, names)
+                return True, self._linked(span, self._links[span].pop(position), names)
             if self._watches(span):
                 self._opened = self._recorder(span, position, names).begin(position, names)
         if self._code(site, args, kwargs) == ANSWER:
@@ -508,16 +548,26 @@ class ForwardPass:
         names = named if not given else bind_names(site.parameters, given, named)
         if site.alone:
             span, position = site.members[0]
-            mode = self._modes.get(span)
-            if mode == ANSWER:
-                link = self._links[span][position]
-                return self._linked(span, position, names) if link.leads else handed_on(link.shape, names)
-            if mode == COMPUTE and position > 0:
+            links = self._links.get(span)
+            if links is not None:
+                link = links.pop(position, None)
+                if link is None:
+                    return self._repeated(original, module, site, args, kwargs)
+                return self._linked(span, link, names) if link.leads else handed_on(link.shape, names)
+            if position > 0:
+                # A span is decided when its first block has run. A tracker exists only if it computes.
                 tracker = self._recorders.get(span)
                 if type(tracker) is Tracker:
                     return self._tracked(tracker, original, module, site, args, kwargs, names)
+        if site in self._called or any([span in self._called for span, _ in site.members]):
+            return self._repeated(original, module, site, args, kwargs)
+        self._called.add(site)
         self._learn(names)
-        self.enter(site, names, given, named)
+        if self._gated and site in self._gated:
+            # The probes have read this call between two graphs.
+            self._gated.discard(site)
+        else:
+            self.enter(site, names, given, named)
         self.release()
         recording = list[tuple[int, int, Begun | None]]()
         waiting = list[int]()
@@ -535,7 +585,7 @@ class ForwardPass:
         code = COMPUTE if answer is not None else self._code(site, args, kwargs)
         before = _counter(names)
         if answer is not None:
-            output = self._linked(answer, position, names)
+            output = self._linked(answer, self._links[answer].pop(position), names)
         elif code == ANSWER:
             output = self.answered(site.index)
         else:
@@ -577,7 +627,7 @@ class ForwardPass:
             # The first block was left before its end, so its recording is incomplete.
             self._recorders.pop(leave.span, None)
             left(module)
-            return self._linked(leave.span, 0, names), leave.span
+            return self._linked(leave.span, self._links[leave.span].pop(0), names), leave.span
         finally:
             for span in waiting:
                 self._waiting.remove(span)
@@ -598,11 +648,13 @@ class ForwardPass:
         if self.measuring is None:
             return
         for probe in site.starts:
+            if probe in self._begun:
+                self._remeasures(probe)
             self._begun[probe] = (names, _counter(names))
         for probe in site.inputs:
             tensor = probed(probe, names, hidden_states(args, kwargs))
             if tensor is not None:
-                self.measuring.see(probe, tensor)
+                self._sees(probe, tensor)
         if site.inputs:
             self._look()
 
@@ -633,9 +685,25 @@ class ForwardPass:
         place = (known or alike or places)[0]
         stream = outputs[place]
         if seen.probe.stream == "output":
-            self.measuring.see(seen.probe, stream)
+            self._sees(seen.probe, stream)
         elif isinstance(before, torch.Tensor) and before.shape == stream.shape and seen.fresh(before):
-            self.measuring.see(seen.probe, stream - before)
+            self._sees(seen.probe, stream - before)
+
+    def _sees(self, probe: ir.Probe, tensor: torch.Tensor) -> None:
+        """Record the tensor of a probe."""
+        assert self.measuring is not None
+        if self.measuring.has(probe):
+            self._remeasures(probe)
+        else:
+            self.measuring.see(probe, tensor)
+
+    def _remeasures(self, probe: ir.Probe) -> None:
+        """Mark a probe that one forward pass passes more than once. Signals that read it are undefined.
+
+        If a site has been answered because of a signal, the forward pass runs again.
+        """
+        self.host.remeasured.add(probe)
+        self.again |= any(self.decided(site).verdict == "reuse" for site in self.signals_of)
 
     def _look(self) -> None:
         """Decide the spans that wait for a probe, and leave a running first block if its span reuses."""
@@ -685,11 +753,11 @@ class ForwardPass:
             self._modes[span] = COMPUTE
         else:
             self._modes[span] = ANSWER
-            self._links[span] = self._chain(span).links
+            self._links[span] = dict(self._chain(span).links)
 
     def _watches(self, span: int) -> bool:
         """Return whether a computing span is recorded: for its history, or to learn its blocks."""
-        return not self._chain(span).links or bool(self.wanted(span))
+        return span not in self.host.repeated and (not self._chain(span).links or bool(self.wanted(span)))
 
     def _chain(self, span: int) -> Chain:
         slot = self.branch.slots[span]
@@ -741,18 +809,20 @@ class ForwardPass:
     ) -> Any:
         """Run a block of a computing span whose structure is known."""
         span, position = site.members[0]
+        if position < tracker.calls:
+            return self._repeated(original, module, site, args, kwargs)
         tracker.begin(position, names)
         output = original(module, *args, **kwargs)
         tracker.end(position, output)
         self._last = None
         if tracker.calls == len(self.host.execution.names[span]):
             self._recorders.pop(span).finish()
+            self._called.add(span)
         return output
 
-    def _linked(self, span: int, position: int, names: Names) -> Any:
+    def _linked(self, span: int, link: Link, names: Names) -> Any:
         """Return the answer of one block of a span that reuses."""
-        chain, action = self._chain(span), self.decision(span).action
-        link = chain.links[position]
+        action = self.decision(span).action
         inputs = passed(link.shape, names)
         if link.leads and not isinstance(action, ir.Skip):
             inputs = self._led(span, link, inputs, action)

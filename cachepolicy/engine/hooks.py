@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import torch
 import torch._dynamo
@@ -15,11 +14,12 @@ import torch._dynamo
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.diffusers.hook_names import REGISTRY
 from cachepolicy.engine.actions import (
-    ANSWER,
+    ANSWERED,
     COMPUTE,
-    PENDING,
+    COMPUTED,
     REUSE,
     STORE,
+    STORE_CLONE,
     Slot,
     counters,
     hidden_states,
@@ -38,6 +38,7 @@ class Frame:
     """Decisions of one forward pass: a code and a slot per site number. Sites read nothing else.
 
     Attributes:
+        codes: The codes. A called site replaces its own by `ANSWERED` or `COMPUTED`, so that a second call is noticed.
         unfit: Sites whose history did not fit and which computed instead, with the reasons.
         forward_pass: Handles sites whose action is more than a store or a reuse.
         profile: Times of the modules, where the run is profiled.
@@ -54,7 +55,6 @@ class Frame:
         "inference",
         "owner",
         "profile",
-        "serial",
         "shares",
         "slots",
         "spans_calls",
@@ -65,7 +65,7 @@ class Frame:
     )
 
     def __init__(
-        self, owner: object, codes: Sequence[str], slots: Sequence[Slot], forward_pass: SignalPass, step: int
+        self, owner: object, codes: list[str], slots: Sequence[Slot], forward_pass: SignalPass, step: int
     ) -> None:
         self.owner = owner
         self.codes = codes
@@ -77,15 +77,11 @@ class Frame:
         self.half = forward_pass.half
         self.inference = forward_pass.inference
         self.shares = not forward_pass.halved and not forward_pass.inference
-        self.serial = next(_serials)
         self.spans_calls = False
         self.unfit: list[tuple[int, str]] = []
         self.profile: list[Any] = []
         self.stage: Stage | None = None
         self.blocks: Sequence[Stage] = ()
-
-
-_serials = itertools.count()
 
 
 class _Local(threading.local):
@@ -187,7 +183,7 @@ class SignalPass(Protocol):
         """Run a call that the codes of the frame do not settle."""
         ...
 
-    def repeats(self, site: int) -> None:
+    def repeats(self, site: int, *, answered: bool) -> None:
         """Mark a site that one forward pass calls a second time."""
         ...
 
@@ -214,9 +210,12 @@ def site_override(original: Method) -> Method:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         frame = LOCAL.frame
-        site: SiteHandle | None = self.__dict__.get(ATTRIBUTE)
-        if frame is None or site is None or frame.owner is not site.owner:
-            if site is not None and not torch.compiler.is_compiling():
+        try:
+            site: SiteHandle = self.__dict__[ATTRIBUTE]
+        except KeyError:  # a copy of a site
+            return original(self, *args, **kwargs)
+        if frame is None or frame.owner is not site.owner:
+            if not torch.compiler.is_compiling():
                 if site.owner.keeps_graphs:
                     site.owner.refuse_recompute(site.name)
                 if site.owner.expects_calls:
@@ -232,7 +231,8 @@ def site_override(original: Method) -> Method:
                 return _block(original, self, site, frame, args, kwargs)
             return frame.forward_pass.special(original, self, site, args, kwargs)
         index = site.index
-        code = frame.codes[index]
+        codes = frame.codes
+        code = codes[index]
         slot = frame.slots[index]
         # Codes are module constants, so they are compared by identity.
         if code is REUSE:
@@ -248,21 +248,24 @@ def site_override(original: Method) -> Method:
                 and states.device == slot.device
                 and (kept._version == version if version is not None else counters(kept) == versions)
             ):
+                codes[index] = ANSWERED
                 return kept
             reason = unfit(slot, hidden_states(args, kwargs), halved=frame.halved)
             if reason is None:
+                codes[index] = ANSWERED
                 return reused(slot, halved=frame.halved, half=frame.half, inference=frame.inference)
             frame.unfit.append((index, reason))
             code = frame.store
-        elif code is ANSWER or code is PENDING:
-            return frame.forward_pass.special(original, self, site, args, kwargs)
-        output = original(self, *args, **kwargs)
+        elif code is not STORE and code is not COMPUTE and code is not STORE_CLONE:
+            if code is not ANSWERED and code is not COMPUTED:
+                return frame.forward_pass.special(original, self, site, args, kwargs)
+            # A slot has the result of one call. The second call of a forward pass computes, and so do later passes.
+            frame.forward_pass.repeats(index, answered=code is ANSWERED)
+            return original(self, *args, **kwargs)
         if code is COMPUTE:
-            return output
-        # A second compute in the same forward pass overwrites the slot, so the site must not reuse.
-        if slot.call == frame.serial:
-            frame.forward_pass.repeats(index)
-        slot.call = frame.serial
+            return original(self, *args, **kwargs)
+        codes[index] = COMPUTED
+        output = original(self, *args, **kwargs)
         if code is STORE and site.plain and slot.whole and not slot.clones:
             # Fast path for the common misses.
             states = args[0] if args else kwargs.get(HIDDEN_STATES)
@@ -322,6 +325,10 @@ def _traced(
     return output
 
 
+AGAIN = object()
+"""What `end` returns instead of an output if the forward pass has to run again."""
+
+
 class RootPass(Protocol):
     """State of one root call. The root model runs with `args` and `kwargs`."""
 
@@ -347,7 +354,15 @@ class RootHandle(Protocol):
         ...
 
     def end(self, forward_pass: Any, output: Any, /) -> Any:
-        """Commit the call and return its output."""
+        """Commit the call and return its output, or `AGAIN`."""
+        ...
+
+    def refuse_again(self, reason: str) -> NoReturn:
+        """Raise, because the forward pass cannot run again."""
+        ...
+
+    def again(self, forward_pass: Any, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> RootPass:
+        """Return a new forward pass of the same call, in which every site computes."""
         ...
 
     def fail(self, forward_pass: Any, error: BaseException, /) -> None:
@@ -432,6 +447,17 @@ _begin, _end = _eager(_begin_bare), _eager(_end_bare)
 
 
 @_eager
+def _again(
+    call: Any, module: Any, handle: RootHandle, forward_pass: RootPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the forward pass again, outside any graph, and return its output."""
+    forward_pass = handle.again(forward_pass, args, kwargs)
+    LOCAL.frame, LOCAL.stage = forward_pass.frame, None
+    with UNCOMPILED:
+        return handle.end(forward_pass, call(module, *forward_pass.args, **forward_pass.kwargs))
+
+
+@_eager
 def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a forward pass outside any graph."""
     with UNCOMPILED:
@@ -457,7 +483,8 @@ def published(handle: RootHandle, forward_pass: RootPass) -> Generator[None]:
     try:
         with UNCOMPILED if forward_pass.learns else contextlib.nullcontext():
             yield
-        handle.end(forward_pass, None)
+        if handle.end(forward_pass, None) is AGAIN:
+            handle.refuse_again("it is a `run.step` of the caller")
     except BaseException as error:
         handle.fail(forward_pass, error)
         raise
@@ -532,7 +559,8 @@ def _decided(original: Method) -> Method:
                     _count(counted)
                 else:
                     _smallest_graph(_EMPTY)
-            return end(handle, forward_pass, output)
+            output = end(handle, forward_pass, output)
+            return output if output is not AGAIN else _again(original, self, handle, forward_pass, args, kwargs)
         except BaseException as error:
             _fail(handle, forward_pass, error)
             raise

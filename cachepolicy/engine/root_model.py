@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,7 +25,7 @@ from cachepolicy.engine.actions import (
 )
 from cachepolicy.engine.block_chain import Continuations
 from cachepolicy.engine.cfg_cache import Guide
-from cachepolicy.engine.class_swap import Handle
+from cachepolicy.engine.class_swap import Handle, plain
 from cachepolicy.engine.clock import CallArguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.compile.regions import Graphs
@@ -36,7 +36,7 @@ from cachepolicy.engine.forward_pass import Branch, ForwardPass
 from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
-from cachepolicy.engine.hooks import Frame, SiteHandle, parameters_of, runs
+from cachepolicy.engine.hooks import AGAIN, Frame, SiteHandle, parameters_of, runs
 from cachepolicy.engine.introspection import modules_by_path
 from cachepolicy.engine.memory_budget import Account, Budget, Lease
 from cachepolicy.engine.profiling import now
@@ -51,6 +51,8 @@ from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import (
     OVER_LIMIT,
+    REPEATED,
+    RERUN,
     WAITING,
     Decision,
     Memory,
@@ -90,6 +92,7 @@ class PassContext:
     externals: Mapping[str, Any]
     module: torch.nn.Module
     repeated: set[int]
+    remeasured: set[ir.Probe]
     graphs: Graphs
 
 
@@ -110,6 +113,7 @@ class RootModel(Handle):
         self.closed = False
         self.continuations = Continuations()
         self.repeated: set[int] = set()
+        self.remeasured: set[ir.Probe] = set()
         self.keeps_graphs = False
         self.expects_calls = True
         self.switches = compat.checkpointing(module)
@@ -117,6 +121,7 @@ class RootModel(Handle):
         self.graphs = Graphs(self)
         self._lock = threading.Lock()
         self._warned = False
+        self._warned_of_repeats = False
         self._reuses: dict[Ahead, Reuses] = {}
 
     def _handles(self) -> dict[str, SiteHandle]:
@@ -266,7 +271,7 @@ class RootModel(Handle):
             self.context.settle(self)
             self._start(session, state, reading.tick)
         forward_pass = self._new_pass(session_config, state, reading)
-        call = RootCall(session, state, forward_pass, arguments, args, kwargs)
+        call = RootCall(session, state, reading, forward_pass, arguments, args, kwargs)
         if forward_pass.host.execution.approximation is not None:
             call.source = self.context.guidance(session_config, here, sources)
         self._open(call)
@@ -296,8 +301,10 @@ class RootModel(Handle):
                     Agreement(peers, "").abandon()
             raise
 
-    def _new_pass(self, session_config: SessionConfig, state: State, reading: Reading) -> ForwardPass:
-        """Create the forward pass on its guidance branch, with its decisions."""
+    def _new_pass(
+        self, session_config: SessionConfig, state: State, reading: Reading, *, again: bool = False
+    ) -> ForwardPass:
+        """Create the forward pass on its guidance branch, with its decisions. `again` lets every site compute."""
         execution, tick = state.host.execution, reading.tick
         if execution.approximation is not None and tick.branch in COND_BRANCHES:
             for name in UNCOND_BRANCHES & state.branches.keys():
@@ -308,19 +315,25 @@ class RootModel(Handle):
             state.decided.clear()
             state.doubted.clear()
             state.step = tick.step
-        branch, facts = self._branch(state, tick, reading)
+        branch, facts = self._emptied(state, tick, reading) if again else self._branch(state, tick, reading)
         leaders = {name: state.decided[name] for name in execution.followed if name in state.decided}
         if state.account is not None:
             state.account.give_way()
             facts |= {site: OVER_LIMIT for site, slot in enumerate(branch.slots) if slot.storing.lacking is OVER_LIMIT}
-        facts |= dict.fromkeys(self.repeated, "one forward calls it more than once")
+        facts |= dict.fromkeys(self.repeated, REPEATED)
         liveness = self._liveness(state, reading.ahead)
         measuring = None
         if execution.signals.numbers and liveness.measures(tick, now=True):
             environment = Environment(clock_words(tick, Memory(tick.step)), execution.program.tables)
             worst = session_config.options.samples == "max"
             measuring = Measuring(
-                execution.signals, branch.remembered, environment, tick.step, worst=worst, agreement=state.agreement
+                execution.signals,
+                branch.remembered,
+                environment,
+                tick.step,
+                worst=worst,
+                agreement=state.agreement,
+                undefined=self.remeasured,
             )
         return ForwardPass(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
 
@@ -351,6 +364,14 @@ class RootModel(Handle):
         state.guide = Guide()
         reason = "the history does not fit this call" if reading.stale else "nothing tells which branch this is"
         return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
+
+    def _emptied(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
+        """Return the branch of a call without its history, and the reason why every site computes."""
+        branch = state.branches[tick.branch]
+        slots = [Slot(each) for each in self._storings(state, tick, reading.ahead)]
+        state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
+        state.guide = Guide()
+        return state.branches[tick.branch], dict.fromkeys(range(len(slots)), RERUN)
 
     def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:
         """Return how each site of a branch stores its results."""
@@ -385,7 +406,9 @@ class RootModel(Handle):
 
     def _hosted(self, session_config: SessionConfig) -> PassContext:
         execution, externals = session_config.executions[self.name], session_config.options.externals
-        return PassContext(execution, self.continuations, externals, self.module, self.repeated, self.graphs)
+        return PassContext(
+            execution, self.continuations, externals, self.module, self.repeated, self.remeasured, self.graphs
+        )
 
     def _start(self, session: Session, state: State, tick: Tick) -> None:
         """Start a trajectory: release the state of the last one on all root models of the session."""
@@ -485,15 +508,19 @@ class RootModel(Handle):
             if len(execution.codes) >= _MOST_SIGNATURES:
                 execution.codes.clear()
             codes = execution.codes[key] = [by_group[group] for group in partition.group_of]
-        return Frame(self, codes, forward_pass.branch.slots, forward_pass, forward_pass.tick.step)
+        return Frame(self, codes.copy(), forward_pass.branch.slots, forward_pass, forward_pass.tick.step)
 
     def surprised(self) -> None:
         """Record that a site ran in a graph without a stage. The next call prepares one."""
         self.graphs.surprised = True
 
     def end(self, call: RootCall, output: Any) -> Any:
-        """Commit the forward pass: memories, counts and trace. Return its output."""
+        """Commit the forward pass: memories, counts and trace. Return its output, or `AGAIN`."""
         forward_pass, state = call.forward_pass, call.state
+        if call.parts:
+            self.graphs.look_for_repeats(forward_pass, call.parts)
+        if forward_pass.again:
+            return AGAIN
         site = self.handles[""]
         if forward_pass.host.execution.itself is not None and not (call.answered or forward_pass.halved):
             forward_pass.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
@@ -509,6 +536,8 @@ class RootModel(Handle):
         if call.learns:
             self.graphs.learnt(forward_pass, call.arguments)
         forward_pass.branch.memories = forward_pass.after
+        if (self.repeated or self.remeasured) and not self._warned_of_repeats:
+            self._warn_of_repeats()
         self._release(call)
         if forward_pass.host.execution.followed:
             state.decided[forward_pass.tick.branch] = forward_pass.branch.partition.spread(forward_pass.decisions)
@@ -527,6 +556,66 @@ class RootModel(Handle):
             self.active -= 1
         call.session.leave()
         return output
+
+    def again(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall:
+        """Prepare a forward pass anew, in which every site computes.
+
+        A site had answered before the forward pass called it once more. What it answered with is the result of a
+        forward pass that called it once, so neither that answer nor what followed from it can stand.
+
+        Args:
+            call: The call whose output is discarded.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            PolicyError: The model has written into its arguments, so that it cannot run again (E342).
+        """
+        self._require_intact(call.state, call.forward_pass.tick)
+        session_config = call.session.session_config or self.context.session_config
+        forward_pass = self._new_pass(session_config, call.state, call.reading, again=True)
+        forward_pass.started = call.forward_pass.started
+        anew = RootCall(call.session, call.state, call.reading, forward_pass, call.arguments, args, kwargs)
+        anew.source = call.source
+        self._open(anew)
+        anew.frame = self._frame(forward_pass)
+        return anew
+
+    def _require_intact(self, state: State, tick: Tick) -> None:
+        known = state.calls.known[tick.branch]
+        if known.conditioning.overwritten or known.latents.overwritten:
+            self.refuse_again("the model wrote into its own arguments")
+
+    def refuse_again(self, reason: str) -> NoReturn:
+        """Reject a forward pass that has to run again and cannot.
+
+        Raises:
+            PolicyError: Always (E342).
+        """
+        raise PolicyError.of(
+            "E342",
+            f"one forward calls {self._repeated_modules()} more than once, which was noticed after the policy had "
+            f"answered, and it cannot run again, because {reason}",
+            help="these modules compute from the next call on; select modules that run once to avoid this",
+        )
+
+    def _repeated_modules(self) -> str:
+        """Return the modules that one forward calls more than once, as text."""
+        sites = [self.plan.sites[site].name for site in sorted(self.repeated)]
+        probed = [self.plan.probes[probe].modules[0] or "model" for probe in self.remeasured]
+        names = list(dict.fromkeys([*sites, *probed]))
+        rest = f" and {counted(len(names) - 3, 'other')}" if names[3:] else ""
+        return ", ".join(f"`{name}`" for name in names[:3]) + rest
+
+    def _warn_of_repeats(self) -> None:
+        """Warn once that sites compute because one forward pass calls them more than once (W604)."""
+        self._warned_of_repeats = True
+        warn(
+            "W604",
+            f"one forward of `{plain(type(self.module)).__name__}` calls {self._repeated_modules()} more than once, "
+            "and a history holds one result of a forward: what is selected or measured there computes at every step",
+            help="select modules that one forward calls once",
+        )
 
     def _recorded(self, call: RootCall, number: int) -> CallRecord:
         """Return the trace entry of the call."""
@@ -656,6 +745,7 @@ class RootCall:
 
     session: Session
     state: State
+    reading: Reading
     forward_pass: ForwardPass
     arguments: CallArguments
     args: tuple[Any, ...]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,7 +133,7 @@ class Remembered:
 class Measuring:
     """The signals of one forward pass: probes as they arrive, numbers on demand."""
 
-    __slots__ = ("_agreed", "_environment", "_seen", "_signals", "_step", "_worst", "agreement", "past")
+    __slots__ = ("_agreed", "_environment", "_seen", "_signals", "_step", "_undefined", "_worst", "agreement", "past")
 
     def __init__(
         self,
@@ -143,8 +144,10 @@ class Measuring:
         *,
         worst: bool = False,
         agreement: Agreement | None = None,
+        undefined: AbstractSet[ir.Probe] = frozenset(),
     ) -> None:
         self._worst = worst
+        self._undefined = undefined
         self.agreement = agreement
         self._agreed: dict[tuple[ir.Call, int], float] = {}
         self._signals = signals
@@ -154,8 +157,8 @@ class Measuring:
         self.past = past
 
     def see(self, probe: ir.Probe, tensor: torch.Tensor) -> None:
-        """Record the tensor of a probe. If a module is called more than once, the first call counts."""
-        self._seen.setdefault(probe, Stream(tensor))
+        """Record the tensor of a probe."""
+        self._seen[probe] = Stream(tensor)
 
     def has(self, probe: ir.Probe) -> bool:
         """Return True once the probe was recorded in this step."""
@@ -247,15 +250,23 @@ class Measuring:
             case ir.Probe():
                 if expression not in self._seen:
                     raise Undefined(f"`{expression.stream}(...)` was not seen in this step")
+                self._require_one(expression)
                 return self._seen[expression]
             case ir.Call(function="prev"):
+                self._require_one(expression)
                 return self._remembered(self.past.previous.get((expression.arguments[0], site)), "prev")
             case ir.Call(function="kept"):
+                self._require_one(expression)
                 depth = 1 if len(expression.arguments) == 1 else int(evaluate(expression.arguments[1]))
                 kept = self.past.kept.get((expression.arguments[0], site), ())
                 return self._remembered(kept[depth - 1] if 0 < depth <= len(kept) else None, "kept")
             case _:
                 return self._number(expression, site)
+
+    def _require_one(self, expression: ir.Expression) -> None:
+        """Raise if the expression reads a module that one forward pass calls more than once."""
+        if self._undefined and not self._undefined.isdisjoint(walk(expression)):  # pyright: ignore[reportArgumentType]
+            raise Undefined("a probed module is called more than once in a forward")
 
     def _remembered(self, value: SignalValue | None, what: str) -> SignalValue:
         if value is None or (what == "prev" and self.past.step != self._step - 1):

@@ -21,6 +21,12 @@ OVER_LIMIT = "over the memory limit"
 WHILE_IS_FALSE = "its `while` is false"
 """The reason of a compute whose owner's condition does not hold."""
 
+REPEATED = "one forward calls it more than once"
+"""The fact of a site that computes because one forward pass calls it several times and it keeps one result."""
+
+RERUN = "the forward ran again, because a site that had answered was called once more"
+"""The fact of the other sites of a forward pass that was repeated with every site computing."""
+
 Verdict = Literal["compute", "reuse", "hidden"]
 
 

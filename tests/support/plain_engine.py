@@ -59,8 +59,12 @@ class PlainEngine:
     def call(self, tick: Any, decisions: Sequence[Decision], facts: Mapping[int, str], args: tuple[Any, ...]) -> Any:
         """One call of the model under these decisions; facts about a history say that it is gone."""
         self.step, self.branch, self.decisions = tick.step, tick.branch, decisions
+        self._begun.clear()
         for site, fact in facts.items():
-            if any(words in fact for words in ("does not fit", "overwritten", "which branch")):
+            if any(
+                words in fact
+                for words in ("does not fit", "overwritten", "which branch", "nothing is kept", "ran again")
+            ):
                 self.histories.pop((self.branch, site), None)
         return self.model(*args)
 
@@ -75,7 +79,8 @@ class PlainEngine:
                 self._begun[site.index] = given
         output = original(*args)
         for site, position in sites:
-            if position == len(site.modules) - 1 and self.decisions[site.index].verdict == "compute":
+            last = position == len(site.modules) - 1 and site.index in self._begun
+            if last and self.decisions[site.index].verdict == "compute":
                 entry = Entry(self._begun[site.index], [each.detach().clone() for each in streams(output)], self.step)
                 self._remember(site, entry)
         return output

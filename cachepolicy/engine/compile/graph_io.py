@@ -105,6 +105,7 @@ def staged(forward_pass: Staged, site: int) -> Part:
     what, part = forward_pass.keepings[site], Part()
     part.residuals, part.outputs = what.residuals > 0, what.outputs > 0
     part.form = forward_pass.forms.get(site) if what.streams else None
+    part.calls = [OutputPlace() for _ in range(len(part.form.links) if part.form is not None else 1)]
     segments = part.form.segments if part.form is not None else 1
     part.places, part.bases = [OutputPlace() for _ in range(segments)], [OutputPlace() for _ in range(segments)]
     fill(forward_pass, site, part, refused=False)

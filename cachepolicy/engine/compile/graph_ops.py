@@ -88,6 +88,7 @@ class Part:
         given: The history that an answer reads, newest first. For a span, one history per segment and stream.
         weights: The coefficients of a prediction. For a span, one set per segment.
         places: Where results are left. For a span, one place per segment.
+        calls: One place per module of the site, filled by its first call. Each is written once in a graph.
         residuals: Whether a compute leaves residuals.
         outputs: Whether a compute leaves outputs.
         clones: Whether answers are copied.
@@ -97,8 +98,8 @@ class Part:
     """
 
     __slots__ = (
-        "answer", "bases", "clones", "code", "form", "given", "outputs", "places", "repeats", "residuals", "square",
-        "unfit", "weights",
+        "answer", "bases", "calls", "clones", "code", "form", "given", "outputs", "places", "repeats", "residuals",
+        "square", "unfit", "weights",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class Part:
         self.form: ChainForm | None = None
         self.places: list[OutputPlace] = []
         self.bases: list[OutputPlace] = []
+        self.calls: list[OutputPlace] = []
         self.residuals = False
         self.outputs = True
         self.clones = False
@@ -171,6 +173,8 @@ def call_in_graph(
     names: Names = bind_names(parameters, args, kwargs) if members else {}
     for span, position in members:
         part = stage.parts[span]
+        if _repeats(part, position):
+            continue
         if part.code is ANSWER and not part.unfit:
             if _suits(part, position, names):
                 return _linked(part, position, names)
@@ -180,9 +184,21 @@ def call_in_graph(
     output = _computed(original, module, None if number < 0 else stage.parts[number], args, kwargs)
     for span, position in members:
         part = stage.parts[span]
-        if part.code is STORE:
+        if part.code is STORE and not part.repeats:
             _end(part, position, output)
     return output
+
+
+def _repeats(part: Part, position: int) -> bool:
+    """Return True, and mark the part, if a module of the site is called again. The call then computes."""
+    if part.repeats:
+        return True
+    place = part.calls[position]
+    if place.value is None:
+        place.value = True
+        return False
+    part.repeats = True
+    return True
 
 
 # --- modules with a history of their own -----------------------------------------------------------------
@@ -192,15 +208,14 @@ def _computed(original: Any, module: Any, part: Part | None, args: tuple[Any, ..
     if part is None or part.form is not None or part.code is COMPUTE:
         return original(module, *args, **kwargs)
     states = hidden_states(args, kwargs)
+    if _repeats(part, 0):
+        return original(module, *args, **kwargs)
     if part.code is REUSE or part.code is ANSWER:
         if _fits(part, states):
             return _answered(part)
         part.unfit = True
     output = original(module, *args, **kwargs)
     place = part.places[0]
-    if place.value is not None:
-        part.repeats = True
-        return output
     # Clone: inside a graph, in-place writes of later operations cannot be detected.
     place.value = cloned(output)
     place.states = None if states is None else (states.shape, states.dtype, states.device)

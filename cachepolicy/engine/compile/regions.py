@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch._dynamo
 
+from cachepolicy.engine.actions import ANSWER, REUSE
 from cachepolicy.engine.block_chain import ChainForm
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.engine.compile.graph_io import autocast, commit, problem, staged
@@ -151,11 +152,17 @@ class Graphs:
             frame.stage = Stage([parts[site] for site in range(len(parts))])
         frame.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
 
+    def look_for_repeats(self, forward_pass: ForwardPass, parts: Mapping[int, Part]) -> None:
+        """Mark the sites that graphs have called more than once."""
+        for site, part in parts.items():
+            if part.repeats:
+                forward_pass.repeats(site, answered=part.code is REUSE or part.code is ANSWER)
+
     def end(self, forward_pass: ForwardPass, parts: Mapping[int, Part]) -> None:
         """Commit what the graphs left."""
         for site, part in parts.items():
             if part.repeats:
-                forward_pass.repeats(site)
+                continue
             if part.unfit:
                 forward_pass.refuse(site, "the history does not fit this call")
             commit(forward_pass, site, part)

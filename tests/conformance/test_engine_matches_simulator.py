@@ -91,16 +91,16 @@ def loops(draw: st.DrawFn) -> Loop:
 
 def calls(models: Sequence[GuidedToy], loop: Loop, seed: int) -> Iterator[None]:
     """Run a loop, one root call at a time."""
-    x, y = inputs(Toy(), seed=seed, batch=2 if loop.batched else 1)
-    conditions = [y, -y, y + 1]
+    x, y = inputs(Toy(), seed=seed)
+    conditions = [torch.cat([-y, y])] if loop.batched else [y, -y, y + 1]
     for step, t in enumerate(loop.timesteps):
         model = models[loop.boundary is not None and step >= loop.boundary]
         predictions = list[Tensor]()
         for branch, condition in zip(loop.branches_at(step), conditions, strict=False):
             with model.cache_context(branch) if branch else contextlib.nullcontext():
-                predictions.append(model(x, torch.tensor(float(t)), condition))
+                predictions.append(model(x.repeat(len(condition), 1, 1), torch.tensor(float(t)), condition))
             yield
-        x = x - 0.1 * torch.stack(predictions).mean(0)
+        x = x - 0.1 * torch.cat(predictions).mean(0, keepdim=True)
 
 
 def agree(

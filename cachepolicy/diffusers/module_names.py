@@ -47,6 +47,19 @@ SIDE_LIST = re.compile(r"refiner|vace|text|context|caption|clip|face|audio_proj|
 (Kandinsky 5), `caption_projection` (HiDream), `face_adapter` (Wan Animate), `perceiver_cross_attention` (ConsisID).
 """
 
+BLOCK = re.compile(r"block", re.IGNORECASE)
+"""In the name of a class that holds more than one attention."""
+
+JOINT_ATTENTION = re.compile(r"add_q|added_q|to_add_out")
+"""Children of an attention module that project a second stream to queries and to outputs of its own.
+
+`add_q_proj`, `norm_added_q` and `to_add_out` of diffusers' `Attention`. `add_k_proj` and `add_v_proj` add keys only.
+"""
+
+QUERY_WORDS = frozenset({"q", "qkv", "query", "queries", "wq", "wqkv"})
+OUTPUT_WORDS = frozenset({"out", "o", "wo"})
+"""Words in the names of projections of attention modules: `img_qkv` and `txt_qkv`, `out_img` and `out_txt`."""
+
 QUERIES = ("to_q", "to_query")
 KEYS = ("to_k", "to_key")
 """The projections of an attention module. Different input widths show cross-attention."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -577,7 +578,7 @@ def _by_value(
     Returns:
         Whether a trajectory starts, whether the step changed, and the tick.
     """
-    t, known = _timestep(sources, context, root, arguments)
+    t, known = _timestep(sources, context, root, arguments, begins=clock.step < 0)
     index = context.step_index if context is not None else None
     if clock.step < 0:
         starts, moved = True, True
@@ -623,9 +624,18 @@ def _turns(clock: Clock, t: float, *, known: bool) -> bool:
 
 
 def _timestep(
-    sources: Sources, context: Context | None, root: Root, arguments: CallArguments
+    sources: Sources, context: Context | None, root: Root, arguments: CallArguments, *, begins: bool
 ) -> tuple[float | None, bool]:
-    """Return the timestep or None, and whether it is in training units."""
+    """Return the timestep or None, and whether it is in training units.
+
+    Args:
+        sources: Where to read the timestep.
+        context: The context of the call, or None.
+        root: The root model.
+        arguments: The arguments of the call.
+        begins: Whether this is the first call of a session. A class that is not listed is assumed to count in training
+            units, unless this call could be the start of a trajectory in fractions of 1.
+    """
     if context is not None and context.own and context.timestep is not None:
         return _number(context.timestep), True
     if sources.timestep is not None:
@@ -644,9 +654,28 @@ def _timestep(
     if raw is None:
         return None, False
     value = _number(raw, lowest=root.scale is not None and root.scale.lowest)
+    if sources.reads_t and begins and not root.listed and 0 < value <= 1 and _floating(raw):
+        _doubt_unit(root, value)
     if sources.reads_t or (root.listed and root.scale is not None):
         return _training(root, value), True
     return value, False
+
+
+def _doubt_unit(root: Root, value: float) -> None:
+    """Object to a first timestep that may be a fraction of 1.
+
+    Raises:
+        PolicyError: It is one (E321).
+    """
+    message = f"`{root.class_name}` was called with the timestep {value:g} at the start, which may be a fraction of 1"
+    help = "pass `timestep=` (a function that returns the current timestep) or `scheduler=` to `apply`"
+    if value < 1:
+        raise PolicyError.of("E321", message, help=help)
+    warnings.warn(f"{message}; it is taken for one of 0..1000: {help}", UserWarning, stacklevel=2)
+
+
+def _floating(raw: Any) -> bool:
+    return raw.is_floating_point() if isinstance(raw, torch.Tensor) else not isinstance(raw, int)
 
 
 def _training(root: Root, value: float) -> float:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +17,22 @@ from cachepolicy.diffusers.denoisers import DENOISER_PACKAGES, DENOISERS
 from cachepolicy.diffusers.module_names import (
     ATTENTION,
     ATTENTION_CLASSES,
+    BLOCK,
     CROSS_ATTENTION,
     FEEDFORWARD,
     FEEDFORWARD_CLASS,
     FEEDFORWARD_CLASSES,
+    JOINT_ATTENTION,
     KEYS,
+    OUTPUT_WORDS,
     QUERIES,
+    QUERY_WORDS,
     SELF_ATTENTION,
     SIDE_LIST,
 )
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
-from cachepolicy.planning.module_tree import Module, Skeleton
+from cachepolicy.planning.module_tree import Module, Skeleton, ancestors
 
 
 def is_pipeline(target: Any) -> bool:
@@ -105,12 +110,15 @@ def describe(model: nn.Module) -> Skeleton:
     named = list(modules_by_path(model).items())
     native = any(_is_one_of(module, ATTENTION_CLASSES) for _, module in named)
     modules = list[Module]()
+    attentions = set[str]()
     for name, module in named:
         kinds = set[Kind]()
         if name == "":
             kinds.add("model")
         elif _is_one_of(module, ATTENTION_CLASSES) if native else _looks_like_attention(module):
-            kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
+            if _has_weights(module) or attentions.isdisjoint(ancestors(name)):  # not the core of another attention
+                kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
+                attentions.add(name)
         elif _is_one_of(module, FEEDFORWARD_CLASSES) or _looks_like_feedforward(name, module):
             kinds.add("feedforward")
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
@@ -136,15 +144,25 @@ def _is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    """Return True for attention of a model that uses none of diffusers' classes."""
+    """Return True for attention that is none of diffusers' classes, by its name and its weights.
+
+    The module that holds the projections is the attention. A core without weights inside it (vLLM's `Attention`) is a
+    part of it. A block that is named after its attention contains one with weights.
+    """
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if not ATTENTION.search(type(module).__name__) or isinstance(module, nn.ModuleList):
+    kind = type(module).__name__
+    if not ATTENTION.search(kind) or isinstance(module, nn.ModuleList) or not any(True for _ in module.children()):
         return False
-    # A block that is named after its attention contains one. The attention itself contains only projections.
-    return any(True for _ in module.children()) and not any(
-        ATTENTION.search(type(child).__name__) for child in module.modules() if child is not module
-    )
+    inner = [each for each in module.modules() if each is not module and ATTENTION.search(type(each).__name__)]
+    if not inner:
+        return True
+    return not BLOCK.search(kind) and _has_weights(module) and not any(map(_has_weights, inner))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Return True if a module has parameters, or layers that keep their weights elsewhere, as quantised ones do."""
+    return any(True for _ in module.parameters()) or any("Linear" in type(each).__name__ for each in module.modules())
 
 
 def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
@@ -157,7 +175,8 @@ def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
 def _is_cross(name: str, module: nn.Module) -> bool:
     """Return True if keys and values come from another sequence than the queries.
 
-    `is_cross_attention` of the module decides, else names, else the input widths of the projections.
+    `is_cross_attention` of the module decides, then two streams with queries or outputs of their own (joint attention,
+    whatever it is called), then names, then the input widths of the projections.
     """
     last = name.rpartition(".")[2]
     if SELF_ATTENTION in last:
@@ -165,15 +184,33 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     said = getattr(module, "is_cross_attention", None)
     if isinstance(said, bool):
         return said
+    if _is_joint(module):
+        return False
     processor = type(getattr(module, "processor", None)).__name__
     if "Cross" in type(module).__name__ or "Cross" in processor or CROSS_ATTENTION.search(last):
         return True
     if isinstance(module, nn.MultiheadAttention):
         return module.kdim != module.embed_dim
-    queries, keys = _first_of(module, QUERIES), _first_of(module, KEYS)
-    if isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear):
-        return queries.in_features != keys.in_features
-    return False
+    queries, keys = (_width(_first_of(module, names)) for names in (QUERIES, KEYS))
+    return queries is not None and keys is not None and queries != keys
+
+
+def _is_joint(module: nn.Module) -> bool:
+    """Return True for attention over two streams that both have queries, and both get an output."""
+    if any(JOINT_ATTENTION.search(name) for name, _ in module.named_children()):
+        return True
+    children = [name for name, child in module.named_children() if "norm" not in name and _has_weights(child)]
+    words = [set(re.split(r"[_\W]|(?<=\D)(?=\d)", name)) for name in children]
+    return any(sum(bool(each & asked) for each in words) > 1 for asked in (QUERY_WORDS, OUTPUT_WORDS))
+
+
+def _width(projection: Any) -> int | None:
+    """Return the input width of a projection, by the names of `nn.Linear` and of vLLM's parallel layers."""
+    for name in ("in_features", "input_size"):
+        width = getattr(projection, name, None)
+        if isinstance(width, int):
+            return width
+    return None
 
 
 def _first_of(module: nn.Module, names: Sequence[str]) -> Any:

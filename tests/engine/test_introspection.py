@@ -1,0 +1,184 @@
+"""Kinds of modules by structure, for models that use none of diffusers' classes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+
+import cachepolicy  # noqa: E402
+from cachepolicy.engine.introspection import describe  # noqa: E402
+from cachepolicy.errors import PolicyError  # noqa: E402
+from cachepolicy.language.parser import parse  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
+
+
+class Attention(nn.Module):
+    """The core of an attention: it has no weights, and a helper inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.impl = nn.Identity()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.impl(torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, linear: Any = nn.Linear) -> None:
+        super().__init__()
+        self.to_qkv, self.to_out, self.attn = linear(4, 12), linear(4, 4), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(self.attn(*self.to_qkv(x).chunk(3, dim=-1)))
+
+
+class TextCrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_kv, self.to_out, self.attn = nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(4, 4), Attention()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.to_out(self.attn(self.to_q(x), *self.to_kv(y).chunk(2, dim=-1)))
+
+
+class SD3CrossAttention(nn.Module):
+    """Joint attention, whatever it is called: two streams in, two out."""
+
+    def __init__(self, names: tuple[str, str, str, str]) -> None:
+        super().__init__()
+        self.names = names
+        for name, width in zip(names, (12, 12, 4, 4), strict=True):
+            self.add_module(name, nn.Linear(4, width))
+        self.core = Attention()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, out, other = (getattr(self, name) for name in self.names)
+        parts = [torch.cat(pair, dim=1) for pair in zip(first(x).chunk(3, -1), second(y).chunk(3, -1), strict=True)]
+        both = self.core(*parts)
+        return out(both[:, : x.shape[1]]), other(both[:, x.shape[1] :])
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attn, self.cross, self.ff = attention, TextCrossAttention(), nn.Sequential(nn.Linear(4, 4), nn.GELU())
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.attn, SD3CrossAttention):
+            more, other = self.attn(x, y)
+            x, y = x + more, y + other
+        else:
+            x = x + self.attn(x)
+        x = x + self.cross(x, y)
+        return x + self.ff(x), y
+
+
+class Net(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(make()) for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Any, y: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x
+
+
+JOINT = {
+    "added": ("to_qkv", "add_kv_proj", "to_out", "to_add_out"),
+    "two of each": ("img_qkv", "txt_qkv", "img_proj", "txt_proj"),
+    "two outputs": ("first", "second", "out_x", "out_y"),
+    "queries": ("to_q", "add_q_proj", "to_out", "other"),
+}
+MAKERS: dict[str, Any] = {"self": SelfAttention} | {
+    name: (lambda names=names: SD3CrossAttention(names)) for name, names in JOINT.items()
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_attention_with_a_core_without_weights_is_attention(name: str) -> None:
+    """The module with the projections is selected, not its core, and joint attention is no cross-attention."""
+    kinds = {each.name: each.kinds for each in describe(Net(MAKERS[name])).modules}
+    for index in range(2):
+        assert kinds[f"blocks.{index}.attn"] == {"attention", "self_attention"}
+        assert kinds[f"blocks.{index}.cross"] == {"attention", "cross_attention"}
+    assert not any(found for path, found in kinds.items() if path.count(".") > 2)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_pab_reuses_attention_of_models_that_are_not_of_diffusers(name: str) -> None:
+    """The shipped policy selects self- and cross-attention, each by its interval."""
+    x, y = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
+    with cachepolicy.apply(Net(MAKERS[name]), "pab", spatial_every=2, cross_every=3) as run, torch.no_grad():
+        for t in (700.0, 600.0, 500.0, 400.0, 300.0, 200.0):
+            run.target(x, t, y)
+        rows = run.trace.rows()
+    assert {"CRCRCR"} == {row for site, row in rows.items() if site.endswith(".attn")}
+    assert {"CRRCRR"} == {row for site, row in rows.items() if site.endswith(".cross")}
+
+
+def test_quantised_projections_are_weights() -> None:
+    """Layers that keep their weights outside the parameters make an attention all the same."""
+    model = torch.ao.quantization.quantize_dynamic(Net(SelfAttention).eval(), {nn.Linear})
+    kinds = {each.name: each.kinds for each in describe(model).modules}
+    assert kinds["blocks.0.attn"] == {"attention", "self_attention"}
+
+
+def test_a_block_called_after_its_attention_is_no_attention() -> None:
+    """It holds one, with weights or as a core."""
+
+    class AttentionBlock(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.ff = inner, nn.Linear(4, 4)
+
+    for inner in (Attention(), SelfAttention()):
+        net = nn.Module()
+        net.blocks = nn.ModuleList([AttentionBlock(inner)])
+        kinds = {each.name: each.kinds for each in describe(net).modules}
+        assert "attention" not in kinds["blocks.0"]
+
+
+# --- the unit of a timestep ------------------------------------------------------------------------------
+
+READS_T = "match attention when t in (100, 800) every 2 -> reuse"
+
+
+@pytest.mark.parametrize("t", [0.98, torch.tensor([0.5]), torch.tensor(0.25, dtype=torch.bfloat16)])
+def test_a_first_timestep_that_may_be_a_fraction_is_no_training_timestep(t: Any) -> None:
+    """A class that is not known, called with a number between 0 and 1, is refused with the two ways out."""
+    x, y = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
+    with (
+        cachepolicy.apply(Net(SelfAttention), parse(READS_T)) as run,
+        pytest.raises(PolicyError, match="E321") as caught,
+    ):
+        run.target(x, t, y)
+    assert "scheduler=" in (caught.value.diagnostics[0].help or "")
+
+
+def test_a_first_timestep_of_one_is_an_assumption_that_is_stated() -> None:
+    """One is the start of a trajectory in fractions, or the end of one in training units."""
+    x, y = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
+    with cachepolicy.apply(Net(SelfAttention), parse(READS_T)) as run:
+        with pytest.warns(UserWarning, match="taken for one of 0..1000"):
+            run.target(x, 1.0, y)
+        run.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run.target(x, torch.tensor([1]), y)
+
+
+def test_a_policy_without_t_takes_any_unit() -> None:
+    """Where the policy does not read `t`, its unit does not matter."""
+    x, y = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
+    with cachepolicy.apply(Net(SelfAttention), parse("match attention every 2 -> reuse")) as run, torch.no_grad():
+        for t in (0.9, 0.6, 0.3, 0.1):
+            run.target(x, t, y)
+        assert {"CRCR"} == set(run.trace.rows().values())

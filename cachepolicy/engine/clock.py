@@ -637,7 +637,14 @@ def _timestep(
             units, unless this call could be the start of a trajectory in fractions of 1.
     """
     if context is not None and context.own and context.timestep is not None:
-        return _number(context.timestep), True
+        t = _number(context.timestep)
+        if sources.reads_t and not -_SLACK <= t <= _TOP + _SLACK:
+            raise PolicyError.of(
+                "E321",
+                f"`run.step` was told the timestep {t:g}, which is not in 0..1000",
+                help="convert it to training units: 1000 is noise, 0 is the clean sample",
+            )
+        return t, True
     if sources.timestep is not None:
         value = sources.timestep()
         if value is None:

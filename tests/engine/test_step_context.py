@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -286,6 +287,14 @@ def test_a_value_that_does_not_fit_is_refused(told: dict[str, Any]) -> None:
     with cachepolicy.apply(Toy().build(), parse(POLICIES[0])) as run, pytest.raises(PolicyError, match="E324") as error:
         run.step(**told)
     assert f"`{name}`" in str(error.value)
+
+
+@pytest.mark.parametrize("t", [-5, 1500.0, torch.tensor(5e4)])
+def test_a_timestep_in_other_units_is_refused(t: Any) -> None:
+    """E321 where the policy reads `t`; others only need to see it change."""
+    for text, refused in ((POLICIES[1], pytest.raises(PolicyError, match="E321")), (POLICIES[0], None)):
+        with cachepolicy.apply(Toy().build(), parse(text)) as run, refused or contextlib.nullcontext(), run.step(t=t):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,20 @@ class Continuations:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], str] = {}
+        self._links: dict[int, dict[int, Link]] = {}
 
     def learn(self, module: Any, place: int, name: str) -> None:
         """Record that an output was passed on as `name`, which is also an input of the block itself."""
         self._known[type(module).__qualname__, place] = name
+
+    def keep_links(self, span: int, links: dict[int, Link]) -> None:
+        """Store the structure of a span after a complete compute."""
+        self._links[span] = links
+
+    def links_of(self, span: int, names: Names) -> dict[int, Link]:
+        """Return the structure of a span from any compute of the run, if these inputs of its first block fit it."""
+        links = self._links.get(span, {})
+        return links if links and all(key is None or key in names for key in links[0].shape.inputs) else {}
 
     def input_of(self, module: Any, place: int) -> str | None:
         """Return the input that an output continues, or None if unknown."""

@@ -65,6 +65,7 @@ from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.schedule import (
     HIDDEN,
+    UNKNOWN_FORM,
     WAITING,
     Decision,
     Inputs,
@@ -796,6 +797,9 @@ class ForwardPass:
                 recorder.end(position, module, names, begun, output)
         if recorder.calls == len(self.host.execution.names[span]):
             self._recorders.pop(span).finish()
+            links = self._chain(span).links
+            if len(links) == recorder.calls:
+                self.host.continuations.keep_links(span, links)
 
     def _tracked(
         self,
@@ -868,8 +872,11 @@ class ForwardPass:
         """Return why a span cannot answer, or None. A `skip` needs only the structure of its blocks."""
         chain = self._chain(span)
         skips = isinstance(action, ir.Skip)
+        if skips and not chain.links:
+            # What a skipped block returns does not depend on the trajectory or the branch.
+            chain.links = dict(self.host.continuations.links_of(span, names))
         if not chain.links:
-            return "its inputs and outputs are not known yet" if skips else chain.storing.lacking
+            return UNKNOWN_FORM if skips else chain.storing.lacking
         if not skips and not chain.holds(residual=_of_residual(action)):
             return chain.storing.lacking
         if len(chain.links) < len(self.host.execution.names[span]):

@@ -26,7 +26,7 @@ from cachepolicy.engine.history_packing import leaves
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
 from cachepolicy.planning.predictors import Weights, weights
-from cachepolicy.planning.schedule import WAITING, Decision
+from cachepolicy.planning.schedule import UNKNOWN_FORM, WAITING, Decision
 
 
 class Staged(Protocol):
@@ -79,7 +79,8 @@ def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | 
     if what.streams:
         chain = slot.chain
         if isinstance(action, ir.Skip):
-            return None if chain is not None and chain.links else "its inputs and outputs are not known yet"
+            # What a skipped block returns does not depend on the trajectory or the branch.
+            return None if (chain is not None and chain.links) or site in forward_pass.forms else UNKNOWN_FORM
         if chain is not None and chain.history and chain.autocast not in {None, autocast()}:
             return "the history does not fit this call"
         residual = isinstance(action, ir.Reuse | ir.Predict) and action.residual

@@ -54,7 +54,7 @@ class View:
     names: Mapping[str, Any]
     tables: Mapping[str, Sequence[int | float]] = field(default_factory=dict[str, Sequence[int | float]])
 
-    def knows(self, expression: ir.Expression) -> bool:
+    def knows(self, expression: ir.Node) -> bool:
         """Returns whether all that an expression reads has one known value."""
         names, stateful = _reads(expression)  # pyright: ignore[reportArgumentType] (nodes have a hash)
         return not stateful and all(
@@ -63,7 +63,7 @@ class View:
 
 
 @functools.lru_cache(maxsize=4096)
-def _reads(expression: ir.Expression) -> tuple[frozenset[str], bool]:
+def _reads(expression: ir.Node) -> tuple[frozenset[str], bool]:
     """Returns the names below an expression, and whether it reads what only a run can measure or count."""
     nodes = list(walk(expression))
     names = frozenset(node.name for node in nodes if isinstance(node, ir.Name))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Undefined
+from cachepolicy.language.evaluate import Environment, Undefined
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.history_spec import feedback, history_depth
 from cachepolicy.planning.plan import BoundRule
-from cachepolicy.planning.schedule import Program, Tick, floored
+from cachepolicy.planning.schedule import Program, Tick, due, floored
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,55 +279,17 @@ def _due(schedule: ir.ScheduleClause | None, view: View) -> Truth:
     """Returns whether a schedule may say compute, and whether it may say reuse."""
     if schedule is None:
         return _FALSE
-    try:
-        match schedule:
-            case ir.Every():
-                return _every(schedule, view)
-            case ir.OnSteps():
-                return _among(known(schedule.steps, view), view.names)
-            case ir.Mask():
-                return _marked(known(schedule.mask, view), view.names)
-            case _:
-                assert_never(schedule)
-    except Undefined:
-        return _TRUE
-
-
-def _among(steps: Any, names: Mapping[str, Any]) -> Truth:
-    if steps is EITHER or isinstance(names["step"], Range):
-        return BOTH if steps is not None else _TRUE
-    return _sure(steps is None or names["step"] in steps)
-
-
-def _marked(mask: Any, names: Mapping[str, Any]) -> Truth:
-    if mask is EITHER or isinstance(names["step"], Range):
-        return BOTH if mask is not None else _TRUE
-    return _sure(mask is None or names["step"] >= len(mask) or mask[names["step"]] == "1")
-
-
-def _every(schedule: ir.Every, view: View) -> Truth:
-    interval = known(schedule.interval, view)
-    if interval is EITHER:
+    anchor = schedule.anchor if isinstance(schedule, ir.Every) else "start"
+    clock = "age" if anchor == "compute" else "step"
+    now = view.names[clock]
+    if isinstance(now, Range) and clock == "age":
+        # A schedule that is due at the lowest age is due at every age.
+        now = now.low
+    if isinstance(now, Range) or (anchor == "end" and "steps" not in view.names) or not view.knows(schedule):
         return BOTH
-    interval = floored(interval)
-    if interval is None or interval <= 0:
+    if due(schedule, Environment({**view.names, clock: now}, view.tables)):
         return _TRUE
-    step, age = view.names["step"], view.names["age"]
-    match schedule.anchor:
-        case "start":
-            offset = 0 if schedule.offset is None else known(schedule.offset, view)
-            if isinstance(step, Range) or offset is EITHER:
-                return BOTH
-            return _sure((step - floored(offset)) % interval == 0)
-        case "end":
-            steps = view.names.get("steps")
-            return BOTH if isinstance(step, Range) or steps is None else _sure((steps - 1 - step) % interval == 0)
-        case "compute":
-            if isinstance(age, Range):
-                return _sure(value=True) if age.low >= interval else BOTH
-            return _sure(age >= interval)
-        case _:
-            assert_never(schedule.anchor)
+    return _FALSE if now == view.names[clock] else BOTH
 
 
 def _within(bound: ir.Bound, view: View) -> Truth:

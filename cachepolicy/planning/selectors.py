@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import assert_never
@@ -215,16 +216,7 @@ def near_name(regex: str, names: Iterable[str]) -> str | None:
 
 def _words(regex: str) -> list[str]:
     """Returns the words of a regex that may be meant as names: its letters, without escapes."""
-    words, word = list[str](), ""
-    escaped = False
-    for letter in regex + " ":
-        if not escaped and (letter.isalnum() or letter == "_"):
-            word += letter
-        else:
-            words.append(word)
-            word = ""
-        escaped = letter == "\\" and not escaped
-    return [word for word in words if len(word) > 1 and not word.isdecimal()]
+    return [word for word in re.split(r"\\.|\W", regex) if len(word) > 1 and not word.isdecimal()]
 
 
 def _kinds(skeleton: Skeleton) -> list[str]:

@@ -161,6 +161,9 @@ def _explained(trajectory: Any, key: tuple[str, int, str], fact: str, loop: Loop
     """Whether the run has a cause for a fact; a history that was released too early has none."""
     name, step, branch = key
     site = next(site for site in trajectory.plan.sites if site.name == name)
+    call = next(call for call in trajectory.calls if (call.tick.step, call.tick.branch) == (step, branch))
+    if call.decisions[site.index].reason != fact:
+        return True  # the site computed for another reason
     same_step = [call.tick.branch for call in trajectory.calls if call.tick.step == step]
     match fact:
         case "over the memory limit":

@@ -108,7 +108,7 @@ class GuidanceSource:
         pairs = any(order[:4] == UNCOND_FIRST * 2 for order in several)
         if parts == 2 and not (pairs and rows > 2):
             return None
-        if parts is not None and parts > 2 and (parts % 2 or several):
+        if parts is not None and parts > 2:
             return f"the batch has {parts:g} parts for each sample"
         if several and rows > 2:
             return f"`{type(self.pipeline).__name__}` may have more than two parts in a batch"

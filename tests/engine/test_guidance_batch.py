@@ -12,6 +12,8 @@ pytest.importorskip("transformers")
 
 import diffusers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
@@ -149,6 +151,60 @@ def test_the_unconditional_half_of_a_pipeline_is_the_one_that_is_rebuilt(name: s
     assert not torch.allclose(bare, expected, rtol=1e-3, atol=1e-4)
 
 
+def cogview4() -> Tiny:
+    pipe = diffusers.CogView4Pipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=zoo.build("cogview4"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    return Tiny(pipe, {"prompt": None, "height": 64, "width": 64, **_texts(2, width=16)}, branches=("cond", "uncond"))
+
+
+class SequentialIdeal:
+    """The same for guidance in two calls, of which the conditional one comes first."""
+
+    def __init__(self, model: Any) -> None:
+        self._inner, self._count = model.forward, 0
+        self._cond = self._kept = torch.empty(0)
+        model.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step, uncond = divmod(self._count, 2)
+        self._count += 1
+        output = self._inner(*args, **kwargs)
+        if not uncond:
+            self._cond = output[0]
+        elif step % 2 == 0:
+            self._kept = output[0] - self._cond
+        else:
+            return (self._cond + self._kept, *output[1:])
+        return output
+
+
+def test_guidance_in_two_named_calls_is_rebuilt_from_the_conditional_one() -> None:
+    """CogView4 calls the conditional branch first; the unconditional call is answered from it."""
+    reference, tiny = cogview4(), cogview4()
+    bare = cogview4()()
+    SequentialIdeal(reference.pipe.transformer)
+    expected = reference()
+    with cachepolicy.apply(tiny.pipe, parse(REBUILT.format(""))) as run:
+        got = tiny()
+        [trajectory] = run.trace.trajectories
+        rows = {
+            branch: "".join(
+                "R" if each.decided[0].verdict == "reuse" else "C"
+                for each in trajectory.calls
+                if each.tick.branch == branch
+            )
+            for branch in trajectory.branches
+        }
+    assert rows == {"cond": "C" * STEPS, "uncond": "CR" * (STEPS // 2)}
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(bare, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["cond first", "uncond first"])
 def test_the_layout_of_the_policy_overrides_the_table(layout: str) -> None:
     """The policy's word counts, right or wrong."""
@@ -179,8 +235,8 @@ def test_six_rows_are_no_two_halves_for_a_bare_model(build: Callable[[int], Tiny
     tiny = build(2)
     bare = tiny()
     model, scheduler = tiny.pipe.unet, tiny.pipe.scheduler
-    for given in ({}, {"scheduler": scheduler}):
-        with cachepolicy.apply(model, parse(REBUILT.format("")), guidance=True, **given) as run:
+    for more in ({}, {"scheduler": scheduler}):
+        with cachepolicy.apply(model, parse(REBUILT.format("")), guidance=True, **more) as run:
             assert torch.equal(bare, tiny())
             row = run.trace.rows()["model"]
             [*_, last] = run.trace.trajectories[LAST].calls
@@ -251,6 +307,41 @@ def test_the_word_of_the_caller_counts_for_a_bare_model() -> None:
     assert GuidanceSource(True).problem(normal(6, 2), model) is None
     assert GuidanceSource(True, pipeline=object()).problem(normal(6, 2), model) is not None
     assert GuidanceSource(True, samples=6).problem(normal(6, 2), model) is not None
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.booleans(), st.booleans())
+def test_only_batches_of_two_parts_are_believed(parts: int, samples: int, equal: bool, stepped: bool) -> None:
+    """Whatever the number of samples, and also where all samples have the same noise, if the scheduler tells it."""
+    noise = normal(1, 2).expand(samples, 2) if equal else normal(samples, 2)
+    source = GuidanceSource(None, pipeline=object(), samples=samples if stepped else None)
+    believed = source.problem(torch.cat([noise] * parts), nn.Identity()) is None
+    if stepped and parts > 1:
+        assert believed == (parts == 2)
+    elif not equal:
+        assert believed == (parts % 2 == 0)
+
+
+def _named(name: str) -> Any:
+    return type(name, (), {"__module__": f"diffusers.pipelines.any.{name.lower()}"})()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("LEditsPPPipelineStableDiffusionXL", "uncond first"),
+        ("OmniGenPipeline", "cond first"),
+        ("DreamLitePipeline", "uncond first"),
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 2, None])
+def test_pipelines_that_may_have_more_parts_are_judged_by_rows(name: str, layout: str, samples: int | None) -> None:
+    """With two parts they are rebuilt in their order; with more, or where nothing tells, they are not."""
+    source, model = GuidanceSource(True, pipeline=_named(name), samples=samples), nn.Identity()
+    assert source.require()
+    assert source.layout("found", model) == layout
+    for parts in (2, 3, 4):
+        problem = source.problem(torch.cat([normal(samples or 2, 2)] * parts), model)
+        assert (problem is None) == (parts == 2 and samples is not None)
 
 
 def test_every_pipeline_of_the_table_exists_and_so_does_every_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.block_chain import Chain
-from cachepolicy.engine.history_packing import compact, is_whole, leaves, map_leaves, map_once, opened, packed
+from cachepolicy.engine.history_packing import Packed, compact, is_whole, leaves, map_leaves, map_once, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, reach
-from cachepolicy.planning.predictors import PredictorArguments, Weights, extrapolate, weights
+from cachepolicy.planning.predictors import PredictorArguments, Weights, amplification, extrapolate, weights
 
 COMPUTE = "compute"
 STORE = "store"
@@ -113,6 +114,45 @@ def predict(
         arguments: The arguments of the predictor, such as `order`.
     """
     return combine(history, weights(predictor, steps, step, arguments))
+
+
+TOO_LARGE = "the weights of its predictor are too large"
+"""The fact of a site that computes because its prediction could overflow, whatever its history."""
+
+NOT_FINITE = "its answer would not be finite"
+"""The fact of a site that computes because its answer has an infinite number or NaN."""
+
+
+def is_too_large(numbers: Weights, history: Any) -> bool:
+    """Return True if a prediction from a history would overflow for all but small values.
+
+    The result depends on the weights and the dtype only, so it needs no synchronization with the device, and it is the
+    same on all processes that hold parts of one sample.
+    """
+    dtypes = [tensor.dtype for tensor in leaves(history, (torch.Tensor, Packed)) if tensor.dtype.is_floating_point]
+    limit = min((torch.finfo(dtype).max ** _LIMIT for dtype in dtypes), default=math.inf)
+    return not amplification(numbers) <= limit
+
+
+# The exponent leaves values up to 8e7 in bfloat16 and float32, and up to 9 in float16, with weights at the limit: 4e30
+# and 7000. Predictors of use have weights below 1000.
+_LIMIT = 0.8
+
+
+def is_alone() -> bool:
+    """Return True if this process belongs to no process group."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def is_finite(value: Any) -> bool:
+    """Return True if all numbers in an output are finite. Only tensors on the CPU are read.
+
+    Reading a tensor of another device would wait for that device. Subclasses of `Tensor` may hold no numbers.
+    """
+    return all(
+        type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or bool(tensor.isfinite().all())
+        for tensor in leaves(value)
+    )
 
 
 # --- outputs ---------------------------------------------------------------------------------------------

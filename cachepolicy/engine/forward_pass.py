@@ -16,11 +16,16 @@ from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.actions import (
     ANSWER,
     COMPUTE,
+    NOT_FINITE,
     PENDING,
     STORE,
     STORE_CLONE,
+    TOO_LARGE,
     Slot,
     hidden_states,
+    is_alone,
+    is_finite,
+    is_too_large,
     keep,
     predict,
     predicted,
@@ -63,6 +68,7 @@ from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
+from cachepolicy.planning.predictors import weights
 from cachepolicy.planning.schedule import (
     HIDDEN,
     UNKNOWN_FORM,
@@ -203,6 +209,11 @@ class ForwardPass:
         self._begun: dict[ir.Probe, tuple[Names, int | None]] = {}
         self._opened: Begun | None = None
         self._last: tuple[Any, Names, list[Any]] | None = None
+        self._arguments: dict[tuple[int, frozenset[str]], dict[str, Any]] = {}
+        self._foreseen: dict[tuple[int, int], Any] = {}
+        """Predictions that were made before a site was settled, to check them, by site and segment."""
+        self._inputs_of: dict[int, Names] = {}
+        """The inputs of the spans that are pending."""
 
     def _leaders_part(self) -> bool:
         """Return whether a followed branch was decided site by site, so that the sites of a group may have to part."""
@@ -388,7 +399,9 @@ class ForwardPass:
             return None
         if self.host.execution.keepings[site.index].streams:
             return self._chain_problem(site.index, names, self._action(site.index))
-        return unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+        action = self._action(site.index)
+        problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+        return problem or self.excess(site.index, action)
 
     def _action(self, site: int) -> ir.Action | None:
         """Return the action of the site if it reuses. It depends only on the clock."""
@@ -728,6 +741,7 @@ class ForwardPass:
         group = self.branch.partition.group_of[span]
         if mode is None and self.decisions[group] is WAITING and position == 0 and not self._ready(span):
             self._modes[span] = PENDING
+            self._inputs_of[span] = names
             problem = self._chain_problem(span, names, self._action(span))
             if problem is not None:
                 self.facts[span] = problem
@@ -737,6 +751,7 @@ class ForwardPass:
 
     def _settle(self, span: int, names: Names | None, *, ran: bool) -> None:
         """Decide a span. A span that has begun to run, or whose history does not fit, computes."""
+        waited = self._inputs_of.pop(span, None)
         problem = self.facts.get(span)
         late = "its first block had run before it was decided" if ran else None
         if self._shared(span):
@@ -751,6 +766,9 @@ class ForwardPass:
             self._modes[span] = COMPUTE
         elif problem is not None or ran:
             self.refuse(span, problem or late or "")
+            self._modes[span] = COMPUTE
+        elif (overflow := self._overflow(span, decision.action, names or waited)) is not None:
+            self.refuse(span, overflow)
             self._modes[span] = COMPUTE
         else:
             self._modes[span] = ANSWER
@@ -836,20 +854,14 @@ class ForwardPass:
         """Return the answer of the first block of a segment, which carries the result of the whole segment."""
         chain, residual = self._chain(span), _of_residual(action)
         history = [entry for entry in chain.history[link.segment] if self.halved or entry.full]
-        # An older entry may hold only outputs, or only residuals.
-        read = [entry for entry in chain.history[link.segment][: reach(action)] if self.halved or entry.full]
-        steps = [entry.step for entry in read]
-        values, answers = list[torch.Tensor | None](), list[Any]()
-        for place, given in enumerate(inputs):
-            column = [self._own(entry, place, residual=residual) for entry in read]
-            tensors = [tensor for tensor in column if tensor is not None]
-            if given is None or len(tensors) < len(column):
+        values = list[torch.Tensor | None]()
+        answers = list[Any]()
+        foreseen = self._foreseen.pop((span, link.segment), None) or self._values(span, link.segment, action)
+        for given, value in zip(inputs, foreseen, strict=True):
+            if given is None or value is None:
                 values.append(None)
                 answers.append(given)
                 continue
-            value = tensors[0]
-            if isinstance(action, ir.Predict):
-                value = predict(action.predictor, tensors, steps, self.tick.step, self.arguments(action, span))
             values.append(value)
             answers.append(given + value if residual else value.clone())
         if feedback(action):
@@ -863,6 +875,77 @@ class ForwardPass:
             newest = ChainEntry(residuals, outputs, self.tick.step, not self.halved)
             chain.push(link.segment, newest, history, self.host.execution.keepings[span].depth)
         return answers
+
+    def _values(self, span: int, segment: int, action: ir.Action | None) -> list[torch.Tensor | None]:
+        """Return the residuals or outputs with which a segment is answered, by place."""
+        residual = _of_residual(action)
+        # An older entry may hold only outputs, or only residuals.
+        read = [entry for entry in self._chain(span).history[segment][: reach(action)] if self.halved or entry.full]
+        steps = [entry.step for entry in read]
+        values = list[torch.Tensor | None]()
+        for place in range(len(read[0].residuals)):
+            column = [self._own(entry, place, residual=residual) for entry in read]
+            tensors = [tensor for tensor in column if tensor is not None]
+            if len(tensors) < len(column):
+                values.append(None)
+            elif isinstance(action, ir.Predict):
+                arguments = self.arguments(action, span)
+                values.append(predict(action.predictor, tensors, steps, self.tick.step, arguments))
+            else:
+                values.append(tensors[0])
+        return values
+
+    def excess(self, site: int, action: ir.Action | None) -> str | None:
+        """Return that the weights of a predictor are too large for the dtype of its history, or None."""
+        if not isinstance(action, ir.Predict):
+            return None
+        slot = self.branch.slots[site]
+        if self.host.execution.keepings[site].streams:
+            newest: Any = [entry.tensors for entry in self._chain(site).history[0][:1]]
+            history = [(entry.step, entry.full) for entry in self._chain(site).history[0]]
+        else:
+            newest = slot.output
+            history = [(slot.step, slot.full), *[(kept.step, kept.full) for kept in slot.older]]
+        steps = [step for step, full in history[: reach(action)] if self.halved or full]
+        if len(steps) < 2:
+            return None  # the answer is the newest value itself
+        numbers = weights(action.predictor, steps, self.tick.step, self.arguments(action, site))
+        return TOO_LARGE if is_too_large(numbers, newest) else None
+
+    @property
+    def _checks(self) -> bool:
+        """Whether the values of answers may be checked. With several processes, one might refuse what others give."""
+        return self.company is None and (self.measuring is None or self.measuring.agreement is None) and is_alone()
+
+    def _overflow(self, span: int, action: ir.Action | None, names: Names | None) -> str | None:
+        """Return why a span that is decided to reuse would give an answer that is not finite, or None.
+
+        A span has to compute from its first block, so the predictions of all its segments are made before it. A sum
+        with an input is checked where the input is known, which is that of the first segment.
+        """
+        if isinstance(action, ir.Skip):
+            return None
+        excess = self.excess(span, action)
+        if excess is not None or not self._checks:
+            return excess
+        chain = self._chain(span)
+        if isinstance(action, ir.Predict):
+            for segment in range(len(chain.history)):
+                values = self._foreseen[span, segment] = self._values(span, segment, action)
+                if not is_finite(values):
+                    return NOT_FINITE
+        if names is None or not _of_residual(action):
+            return None
+        # Not always the first block by name: the model may call the blocks in another order.
+        link = next(link for link in chain.links.values() if link.leads and link.segment == 0)
+        values = self._foreseen.get((span, link.segment)) or self._values(span, link.segment, action)
+        inputs = passed(link.shape, names)
+        sums = [
+            given + value
+            for given, value in zip(inputs, values, strict=True)
+            if given is not None and value is not None
+        ]
+        return None if is_finite(sums) else NOT_FINITE
 
     def _own(self, entry: ChainEntry, place: int, *, residual: bool) -> torch.Tensor | None:
         tensor = entry.at(place, residual=residual)
@@ -885,6 +968,8 @@ class ForwardPass:
             return None
         if chain.signature is None:
             return None  # a graph stored it, and the root model has checked the arguments
+        if self._shared(span) and (excess := self.excess(span, action)) is not None:
+            return excess
         given, newest = signature(names), chain.history[0][0]
         if len(chain.signature) != len(given):
             return "the history does not fit this call"
@@ -905,18 +990,38 @@ class ForwardPass:
         if self.decision(site.index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
             return store
         problem = unfit(self.branch.slots[site.index], hidden_states(args, kwargs), halved=self.halved)
+        problem = problem or self._unsound(site.index)
         if problem is None:
             return ANSWER
         self.refuse(site.index, problem)
         return store
+
+    def _unsound(self, site: int) -> str | None:
+        """Return why the prediction of a site is not finite, or None. A checked prediction is kept for `answered`."""
+        action = self.decision(site).action
+        if not isinstance(action, ir.Predict):
+            return None
+        excess = self.excess(site, action)
+        if excess is not None or not self._checks:
+            return excess
+        output = self._predicted(site, action)
+        if not is_finite(output):
+            return NOT_FINITE
+        self._foreseen[site, 0] = output
+        return None
+
+    def _predicted(self, site: int, action: ir.Predict) -> Any:
+        slot, arguments = self.branch.slots[site], self.arguments(action, site)
+        return predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
 
     def answered(self, site: int) -> Any:
         """Return the answer of a site from its stored outputs."""
         slot, action = self.branch.slots[site], self.decision(site).action
         if not isinstance(action, ir.Predict):
             return reused(slot, halved=self.halved, half=self.half, inference=self.inference)
-        arguments = self.arguments(action, site)
-        output = predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
+        output = self._foreseen.pop((site, 0), None)
+        if output is None:
+            output = self._predicted(site, action)
         if feedback(action):
             if self.halved and slot.full and slot.shape is not None:
                 slot.shape = torch.Size((slot.shape[0] // 2, *slot.shape[1:]))
@@ -928,7 +1033,7 @@ class ForwardPass:
     def arguments(
         self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()
     ) -> dict[str, Any]:
-        """Evaluate the arguments of the action at this step, with externals that are called now.
+        """Evaluate the arguments of the action at this step, with externals that are called once for the site.
 
         Args:
             action: The action.
@@ -938,6 +1043,9 @@ class ForwardPass:
         Raises:
             PolicyError: An argument has no value at this step (E322).
         """
+        known = self._arguments.get((site, without))
+        if known is not None:
+            return known
         wanted = [argument for argument in action.arguments if argument.label not in without]
         names = dict[str, Any]()
         if self.host.externals:
@@ -946,12 +1054,14 @@ class ForwardPass:
         names |= clock_words(self.tick, Memory(self.tick.step))
         environment = Environment(names, self.host.execution.program.tables)
         try:
-            return {argument.label: evaluate(argument.value, environment) for argument in wanted}
+            found = {argument.label: evaluate(argument.value, environment) for argument in wanted}
         except (Undefined, TypeError) as error:
             step = self.tick.step
             raise PolicyError.of(
                 "E322", f"an argument of `{action.kind}` has no value at step {step}: {error}"
             ) from error
+        self._arguments[site, without] = found
+        return found
 
     def _asked(self, external: str, site: int) -> Any:
         """Call an external. A callback in diffusers' style receives the module of the site."""

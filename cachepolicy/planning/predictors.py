@@ -36,8 +36,25 @@ class Weights:
 
 
 def weights(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
-    """Return the coefficients of a prediction at `step` from values at `steps`, newest first."""
-    return _PREDICTORS[predictor](steps, step, arguments)
+    """Return the coefficients of a prediction at `step` from values at `steps`, newest first.
+
+    A factor that is too large for a float is infinite.
+    """
+    try:
+        return _PREDICTORS[predictor](steps, step, arguments)
+    except OverflowError:
+        return Weights(None, (math.inf,))
+
+
+def amplification(numbers: Weights) -> float:
+    """Return an upper bound of the magnitude of a prediction and its terms, for values of magnitude 1.
+
+    Infinite if a factor is not finite.
+    """
+    # A difference of order i is the sum of 2^i values, divided by at least 1.
+    terms = [2.0 ** (order + 1) * abs(factor) for order, factor in enumerate(numbers.factors)]
+    bound = 1.0 + sum(terms)
+    return bound if math.isfinite(bound) else math.inf
 
 
 def extrapolate(history: Sequence[V], numbers: Weights) -> V:

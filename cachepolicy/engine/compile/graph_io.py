@@ -64,6 +64,10 @@ class Staged(Protocol):
         """Return the arguments of the action at this step."""
         ...
 
+    def excess(self, site: int, action: ir.Action | None) -> str | None:
+        """Return that the weights of a predictor are too large, or None."""
+        ...
+
 
 def problem(forward_pass: Staged, site: int) -> str | None:
     """Return why a graph cannot answer for a site that is decided to reuse, or None."""
@@ -84,13 +88,15 @@ def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | 
         if chain is not None and chain.history and chain.autocast not in {None, autocast()}:
             return "the history does not fit this call"
         residual = isinstance(action, ir.Reuse | ir.Predict) and action.residual
-        return None if chain is not None and chain.holds(residual=residual) else slot.storing.lacking
+        if chain is None or not chain.holds(residual=residual):
+            return slot.storing.lacking
+        return forward_pass.excess(site, action)
     if slot.output is None:
         return slot.storing.lacking
     if not slot.clones and overwritten(slot):
         spoil(slot)
         return "the history was overwritten in place"
-    return None
+    return forward_pass.excess(site, action)
 
 
 def autocast() -> tuple[Any, ...]:

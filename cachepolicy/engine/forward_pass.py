@@ -211,7 +211,9 @@ class ForwardPass:
         self._last: tuple[Any, Names, list[Any]] | None = None
         self._arguments: dict[tuple[int, frozenset[str]], dict[str, Any]] = {}
         self._foreseen: dict[tuple[int, int], Any] = {}
-        """Predictions that were made before a site was settled, to check them, by site and segment."""
+        """What a site would be answered with, made before it was settled in order to check it, by site and segment."""
+        self._sums: dict[tuple[int, int], list[torch.Tensor | None]] = {}
+        """The sums of the inputs of a segment with its residuals, likewise."""
         self._inputs_of: dict[int, Names] = {}
         """The inputs of the spans that are pending."""
 
@@ -857,13 +859,17 @@ class ForwardPass:
         values = list[torch.Tensor | None]()
         answers = list[Any]()
         foreseen = self._foreseen.pop((span, link.segment), None) or self._values(span, link.segment, action)
-        for given, value in zip(inputs, foreseen, strict=True):
+        sums = self._sums.pop((span, link.segment), None) or [None] * len(foreseen)
+        for given, value, total in zip(inputs, foreseen, sums, strict=True):
             if given is None or value is None:
                 values.append(None)
                 answers.append(given)
                 continue
             values.append(value)
-            answers.append(given + value if residual else value.clone())
+            if residual:
+                answers.append(given + value if total is None else total)
+            else:
+                answers.append(value.clone())
         if feedback(action):
             pairs = [
                 (answer, given, value is not None) for answer, given, value in zip(answers, inputs, values, strict=True)
@@ -941,10 +947,10 @@ class ForwardPass:
         values = self._foreseen.get((span, link.segment)) or self._values(span, link.segment, action)
         inputs = passed(link.shape, names)
         sums = [
-            given + value
+            None if given is None or value is None else given + value
             for given, value in zip(inputs, values, strict=True)
-            if given is not None and value is not None
         ]
+        self._foreseen[span, link.segment], self._sums[span, link.segment] = values, sums
         return None if is_finite(sums) else NOT_FINITE
 
     def _own(self, entry: ChainEntry, place: int, *, residual: bool) -> torch.Tensor | None:

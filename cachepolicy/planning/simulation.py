@@ -288,7 +288,7 @@ def _with_numbers(bound: Plan, given: frozenset[str]) -> Plan:
     rules = list[BoundRule]()
     for rule in bound.rules:
         condition = rule.rule.condition
-        if condition is None or not values:
+        if condition is None or not values or not rule.sites:  # a rule without sites is never asked
             rules.append(rule)
             continue
         substituted = substitute(condition, values)

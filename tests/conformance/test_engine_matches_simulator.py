@@ -333,3 +333,12 @@ def test_a_model_that_approximates_at_some_steps_may_reuse_at_others(action: str
 
 
 CLOCK = (900.0, 800.0, 700.0, 600.0, 500.0, 400.0)
+
+
+def test_a_rule_without_sites_needs_no_numbers() -> None:
+    """`simulate` does not ask for a signal that only a rule without sites reads: the engine does not measure it."""
+    policy = parse(
+        "signal x = l1(input(model))\nmatch attention -> reuse\nmatch optional cross_attention while x < 1 -> reuse"
+    )
+    (trajectory,) = agree(policy, Loop((900.0, 800.0), ("",), range(2)), steps=2)
+    assert {"CR"} == set(trajectory.rows().values())

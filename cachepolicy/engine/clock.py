@@ -111,8 +111,8 @@ class CallArguments:
 
     def __post_init__(self) -> None:
         value = self.named.get(self.timestep or "")
-        if isinstance(value, list | tuple) and all(isinstance(each, int | float) for each in value):  # pyright: ignore[reportUnknownVariableType]
-            value = torch.tensor(value)
+        if isinstance(value, list | tuple) and value and all(_is_number(each) for each in value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            value = torch.tensor([float(each) for each in value])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if isinstance(value, torch.Tensor) and value.ndim and value.numel() > 1:
             latents = self.named.get(self.latents or "")
             rows = len(latents) if isinstance(latents, torch.Tensor | list | tuple) else 0  # pyright: ignore[reportUnknownArgumentType]
@@ -130,6 +130,10 @@ class CallArguments:
                 for tensor in _tensors(value)
             ]
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -661,7 +665,7 @@ def _timestep(
     if raw is None:
         return None, False
     value = _number(raw, lowest=root.scale is not None and root.scale.lowest)
-    if sources.reads_t and begins and not root.listed and 0 < value <= 1 and _floating(raw):
+    if sources.reads_t and begins and not root.listed and (value == 0 or (0 < value <= _LOW and _floating(raw))):
         _doubt_unit(root, value)
     if sources.reads_t or (root.listed and root.scale is not None):
         return _training(root, value), True
@@ -669,12 +673,13 @@ def _timestep(
 
 
 def _doubt_unit(root: Root, value: float) -> None:
-    """Object to a first timestep that may be a fraction of 1.
+    """Object to a first timestep that may be a fraction of 1 or a noise level, or that begins at the clean sample.
 
     Raises:
-        PolicyError: It is one (E321).
+        PolicyError: It is below 1 (E321).
     """
-    message = f"`{root.class_name}` was called with the timestep {value:g} at the start, which may be a fraction of 1"
+    doubt = "may rise" if value == 0 else "may be a fraction of 1" if value <= 1 else "may be a noise level"
+    message = f"`{root.class_name}` was called with the timestep {value:g} at the start, which {doubt}"
     help = "pass `timestep=` (a function that returns the current timestep) or `scheduler=` to `apply`"
     if value < 1:
         raise PolicyError.of("E321", message, help=help)
@@ -704,6 +709,7 @@ def _training(root: Root, value: float) -> float:
 
 
 _SLACK, _TOP = 1.0, 1000.0
+_LOW = 80.0  # the largest noise level of EDM schedules; trajectories in training units begin above, mostly near 1000
 
 
 def _number(value: Any, *, lowest: bool = False) -> float:

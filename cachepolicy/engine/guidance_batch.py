@@ -73,8 +73,14 @@ class GuidanceSource:
             PolicyError: Nothing tells whether there is guidance (E330), or a batch always has more than two parts
                 (E333).
         """
-        guided = self.guided
+        guided, orders = self.guided, self.orders
         name = type(self.pipeline).__name__
+        if guided is not False and orders is not None and all(len(order) > 2 for order in orders):
+            raise PolicyError.of(
+                "E333",
+                f"the guidance batch of `{name}` has the parts {', '.join(orders[0])}, not two halves",
+                help="`approximate uncond` needs an unconditional and a conditional half; use a policy without it",
+            )
         if guided is None:
             subject = "nothing tells" if self.pipeline is None else f"`{name}` does not tell"
             start = "apply the policy to the pipeline, or " if self.pipeline is None else ""
@@ -83,13 +89,6 @@ class GuidanceSource:
                 f"{subject} whether this batch holds both halves of guidance",
                 help=f"{start}say `guidance=True` to `apply` if every batch holds an unconditional and a conditional "
                 "half and no third part, else `guidance=False`",
-            )
-        orders = self.orders
-        if guided and orders is not None and all(len(order) > 2 for order in orders):
-            raise PolicyError.of(
-                "E333",
-                f"the guidance batch of `{name}` has the parts {', '.join(orders[0])}, not two halves",
-                help="`approximate uncond` needs an unconditional and a conditional half; use a policy without it",
             )
         return guided
 

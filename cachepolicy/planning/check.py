@@ -165,8 +165,8 @@ class _Runner:
     skeleton: Skeleton
     reached: set[int] = field(default_factory=set[int])
     work: int = 0
-    _bound: dict[tuple[tuple[str, object], ...], tuple[Resolved, Plan, Selection]] = field(
-        default_factory=dict[tuple[tuple[str, object], ...], tuple[Resolved, Plan, Selection]]
+    _bound: dict[tuple[tuple[str, object], ...], tuple[Resolved, Plan, Selection] | PolicyError] = field(
+        default_factory=dict[tuple[tuple[str, object], ...], tuple[Resolved, Plan, Selection] | PolicyError]
     )
 
     def run(self, number: int, expect: ir.Expect) -> ExpectationOutcome:
@@ -200,10 +200,16 @@ class _Runner:
     def _plan(self, params: Mapping[str, ir.Expression]) -> tuple[Resolved, Plan, Selection]:
         key = tuple(params.items())
         if key not in self._bound:
-            resolved = resolve(self.policy, params)
-            selection = Selection(self.skeleton, [expect.selector for expect in resolved.expects])
-            self._bound[key] = resolved, bind(resolved, self.skeleton), selection
-        return self._bound[key]
+            try:
+                resolved = resolve(self.policy, params)
+                selection = Selection(self.skeleton, [expect.selector for expect in resolved.expects])
+                self._bound[key] = resolved, bind(resolved, self.skeleton), selection
+            except PolicyError as error:
+                self._bound[key] = error
+        bound = self._bound[key]
+        if isinstance(bound, PolicyError):
+            raise bound
+        return bound
 
     def _count(self, plan: Plan, expect: ir.Expect) -> None:
         self.work += rule_visits(plan, expect.steps)

@@ -18,6 +18,9 @@ from cachepolicy.planning.plan import BoundRule, Plan
 OVER_LIMIT = "over the memory limit"
 """The fact of a site that computes because its history exceeds the memory limit."""
 
+DUE = "its schedule says so"
+"""The reason of a decision at a step at which the schedule of its rule computes."""
+
 WHILE_IS_FALSE = "its `while` is false"
 """The reason of a compute whose owner's condition does not hold."""
 
@@ -184,7 +187,7 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         reason = unfollowed(bound, inputs)
         return verdict("compute", reason) if reason else _answered(bound, inputs, verdict)
     if rule.schedule is not None and due(rule.schedule, environment):
-        return verdict("compute", "its schedule says so")
+        return verdict("compute", DUE)
     if not holds(rule.condition, environment):
         return verdict("compute", WHILE_IS_FALSE)
     for bound_clause in rule.bounds:

@@ -14,7 +14,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.guidance import NO_UNCOND, distilled_help
 from cachepolicy.planning.plan import BoundRule
-from cachepolicy.planning.schedule import WHILE_IS_FALSE, Decision, clock_words, holds
+from cachepolicy.planning.schedule import DUE, WHILE_IS_FALSE, Decision, clock_words, holds
 from cachepolicy.planning.unreachable_rules import interval, parts_of
 from cachepolicy.reports.stats import Curve, Point, curves, series
 from cachepolicy.tracing.trace import Trajectory
@@ -44,6 +44,13 @@ def _why(trajectory: Trajectory, bound: BoundRule, *, distilled: bool) -> str:
     if not owned:
         return _never_owned(trajectory, bound)
     reasons = Counter(decision.reason for decision in owned if decision.computes)
+    # A schedule computes at some steps of any run, so it explains nothing where later steps have other reasons.
+    hindered = Counter(
+        decision.reason
+        for decision in owned
+        if decision.computes and decision.reason != DUE and decision.inputs is not None and decision.inputs.tick.step
+    )
+    reasons = hindered or reasons
     reason = max(reasons, key=reasons.__getitem__, default="its sites are inside sites that reuse")
     if isinstance(bound.rule.action, ir.ApproximateUncond):
         conditional_alone = COND_BRANCHES.issuperset(trajectory.branches)

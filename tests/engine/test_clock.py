@@ -156,7 +156,10 @@ ROWS = torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize("text", [READS_T, BLIND], ids=["reads t", "blind"])
-@pytest.mark.parametrize("form", [torch.tensor, lambda rows: torch.tensor(rows)[:, None], list, tuple])
+@pytest.mark.parametrize(
+    "form",
+    [torch.tensor, lambda rows: torch.tensor(rows)[:, None], list, tuple, lambda rows: [torch.tensor(t) for t in rows]],
+)
 def test_rows_at_different_timesteps_are_refused(form: Any, text: str) -> None:
     """One decision would be taken for rows of which each has a time of its own."""
     root = Root()
@@ -189,6 +192,7 @@ def test_a_timestep_for_each_token_is_no_row(rows: int, tokens: int, data: st.Da
     """Clean tokens differ from row to row; the noisiest tells the time."""
     values = st.lists(st.integers(0, 900), min_size=tokens, max_size=tokens)
     drawn = data.draw(st.lists(values, min_size=rows, max_size=rows))
+    drawn[0][0] = data.draw(st.integers(500, 900))
     root = Root()
     with cachepolicy.apply(root, parse(READS_T)) as run:
         root(torch.zeros(rows, 2), torch.tensor(drawn, dtype=torch.float32))

@@ -23,7 +23,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import redraw
 from tests.support import zoo
-from tests.support.tiny_pipelines import STEPS, Tiny, dit, normal, sd3, unet_sd, vae_of
+from tests.support.tiny_pipelines import STEPS, Tiny, dit, normal, pixart, sd3, unet_sd, vae_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the policy reused nothing", "ignore::FutureWarning", "ignore::UserWarning:diffusers.*"
@@ -227,6 +227,18 @@ def test_pipelines_with_three_parts_are_refused_by_name(build: Callable[[int], T
         tiny()
     assert type(tiny.pipe).__name__ in caught.value.diagnostics[0].message
     assert torch.equal(bare, tiny())
+
+
+def test_perturbed_attention_of_a_pipeline_that_tells_of_no_guidance_is_refused_too() -> None:
+    """PixArt-Sigma's has no `do_classifier_free_guidance`; to advise `guidance=True` would lead to the same refusal."""
+    tiny = pixart()
+    tiny.pipe = diffusers.PixArtSigmaPAGPipeline(**tiny.pipe.components, pag_applied_layers="blocks.0")
+    for guidance in (None, True):
+        with (
+            cachepolicy.apply(tiny.pipe, parse(REBUILT.format("")), guidance=guidance),
+            pytest.raises(PolicyError, match=r"E333.*`PixArtSigmaPAGPipeline`.*perturbed"),
+        ):
+            tiny(pag_scale=3.0)
 
 
 @pytest.mark.parametrize("build", [instruct_pix2pix, pag])

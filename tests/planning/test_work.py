@@ -140,3 +140,12 @@ def test_expectations_with_equal_params_share_one_plan(monkeypatch):
     binds = counted(monkeypatch, check, "bind")
     assert run_expectations(cachepolicy.parse(text)).hold
     assert 2 == len(binds)
+
+
+def test_a_policy_that_does_not_fit_the_model_is_bound_once_for_all_expectations(monkeypatch):
+    """Many rules without modules times many expectations would take minutes; every expectation has the errors."""
+    text = 'match "absent" every 2 -> reuse\n' + "expect attention over 4 steps: C R C R\n" * 5
+    binds = counted(monkeypatch, check, "bind")
+    outcomes = run_expectations(cachepolicy.parse(text)).outcomes
+    assert [["E200"]] * 5 == [[finding.code for finding in outcome.findings] for outcome in outcomes]
+    assert 1 == len(binds)

@@ -65,3 +65,13 @@ def test_a_distilled_model_is_named():
     text = why_nothing_was_reused(without, distilled=True)
     assert text.startswith("rule 1: this model has no unconditional half, try `distilled=True`")
     assert "rule 1: there is no guidance" in why_nothing_was_reused(without)
+
+
+def test_what_hindered_a_reuse_is_named_before_the_schedule_that_computes_as_often():
+    """At every second step the schedule computes in any run; the other steps have the cause."""
+    facts = {("model", step, ""): "there is no guidance" for step in range(6)}
+    text = "match model every 2 -> approximate uncond spectral(low: 1, high: 1)\n"
+    assert "there is no guidance" == told(text, steps=6, facts=facts)
+    # Nothing is kept at the first step of any run.
+    text = "match attention on {1, 2, 3} -> reuse\n"
+    assert "its schedule says so" == told(text, steps=4)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         reset_stateful_cache,
     )
     from cachepolicy.diffusers.configs import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+    from cachepolicy.engine.options import RunOptions
     from cachepolicy.engine.run import Run, apply, remove
     from cachepolicy.errors import PolicyError
     from cachepolicy.language.formatter import format
@@ -47,6 +48,7 @@ __all__ = [
     "PolicyError",
     "PyramidAttentionBroadcastConfig",
     "Run",
+    "RunOptions",
     "__version__",
     "apply",
     "apply_faster_cache",
@@ -76,6 +78,7 @@ _MODULES = {
     "PolicyError": "errors",
     "PyramidAttentionBroadcastConfig": "diffusers.configs",
     "Run": "engine.run",
+    "RunOptions": "engine.options",
     "apply": "engine.run",
     "apply_faster_cache": "diffusers.api",
     "apply_first_block_cache": "diffusers.api",

@@ -123,6 +123,7 @@ CODES: dict[str, str] = {
     "E340": "another cache on the model",
     "E341": "a site that is no longer where it was",
     "E342": "a call that a policy cannot follow",
+    "E343": "a gradient through a reused result",
     "E350": "another process that failed",
     "E351": "processes that are not at the same decision",
     "E352": "a process that does not answer",
@@ -152,4 +153,5 @@ CODES: dict[str, str] = {
     "W602": "more sessions at a time than `max_sessions`",
     "W603": "a scheduler that was replaced during a call",
     "W604": "modules that one forward calls more than once",
+    "W605": "results that are reused while gradients are recorded",
 }

@@ -24,6 +24,7 @@ EXPORTS = [
     "PolicyError",
     "PyramidAttentionBroadcastConfig",
     "Run",
+    "RunOptions",
     "__version__",
     "apply",
     "apply_faster_cache",

@@ -6,11 +6,11 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from cachepolicy.engine.memory_budget import bytes_of
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, suggestion
 
 MOST_SESSIONS = 64
 """The default number of sessions with state. The least recently used one is dropped."""
@@ -18,7 +18,15 @@ MOST_SESSIONS = 64
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The keyword arguments of `apply`, which documents them."""
+    """Options of `apply`.
+
+    Args:
+        gradients: What happens where a gradient would have to pass through a reused result, which has none: `"refuse"`
+            raises E343 if an input of the model requires grad or an adapter is being trained; `"detach"` treats reused
+            results as constants.
+
+    The other fields are keyword arguments of `apply`, which documents them.
+    """
 
     timestep: Callable[[], Any] | None = None
     scheduler: Any = None
@@ -32,6 +40,31 @@ class RunOptions:
     history_dtype: Any = None
     history_device: Any = None
     memory_limit: int | str | None = None
+    gradients: Literal["refuse", "detach"] = "refuse"
+
+    @classmethod
+    def of(cls, options: RunOptions | Mapping[str, Any] | None, **keywords: Any) -> RunOptions:
+        """Return options with the keyword arguments of `apply` that differ from their defaults.
+
+        Raises:
+            PolicyError: `options` is neither `RunOptions` nor a mapping, or has an unknown name (E309).
+        """
+        defaults = {each.name: each.default for each in fields(cls)}
+        if isinstance(options, Mapping):
+            for name in options:
+                if name not in defaults:
+                    raise PolicyError.of(
+                        "E309",
+                        f"`options` has no `{name}`",
+                        help=suggestion(str(name), list(defaults)) or ", ".join(defaults),
+                    )
+            options = cls(**options)
+        if not isinstance(options, cls | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PolicyError.of(
+                "E309", f"`options` is `{options!r}`", help="pass `RunOptions(...)`, or a dict of its fields"
+            )
+        given = {name: value for name, value in keywords.items() if value is not defaults[name]}
+        return replace(options or cls(), **given)
 
     @property
     def limit(self) -> int | None:
@@ -62,6 +95,9 @@ class RunOptions:
         most = cast("Any", self.max_sessions)
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             return f"`max_sessions` is `{most!r}`", "how many sessions hold something at a time, at least 1"
+        gradients = cast("Any", self.gradients)
+        if gradients not in {"refuse", "detach"}:
+            return f"`gradients` is `{gradients!r}`", '`"refuse"` or `"detach"`'
         limit = cast("Any", self.memory_limit)
         if limit is not None and not _is_size(limit):
             return f"`memory_limit` is `{limit!r}`", "a number of bytes, or a size such as `512MiB` or `2GB`"

@@ -33,6 +33,7 @@ from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.groups import Peers, holders_of, peers_of
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.forward_pass import Branch, ForwardPass
+from cachepolicy.engine.gradients import GradientGuard
 from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
@@ -115,6 +116,7 @@ class RootModel(Handle):
         self.repeated: set[int] = set()
         self.remeasured: set[ir.Probe] = set()
         self.keeps_graphs = False
+        self._gradients = GradientGuard(module)
         self.expects_calls = True
         self.switches = compat.checkpointing(module)
         self.handles = self._handles()
@@ -533,6 +535,12 @@ class RootModel(Handle):
         if call.parts:
             self.graphs.end(forward_pass, call.parts)
         forward_pass.close(call.frame.unfit)
+        if (
+            torch.is_grad_enabled()
+            and self.context.session_config.options.gradients == "refuse"
+            and any(decision.verdict == "reuse" for decision in forward_pass.decisions)
+        ):
+            self._gradients.check(call.args, call.kwargs)
         if call.learns:
             self.graphs.learnt(forward_pass, call.arguments)
         forward_pass.branch.memories = forward_pass.after

@@ -66,6 +66,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     history_dtype: Any = None,
     history_device: Any = None,
     memory_limit: int | str | None = None,
+    options: RunOptions | Mapping[str, Any] | None = None,
     **params: Any,
 ) -> Run:
     """Attach a policy to a model or a diffusers pipeline.
@@ -99,6 +100,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         history_device: The device of stored results between compute and use, such as `"cpu"`.
         memory_limit: Bytes, or a size such as `"2GiB"`, for all sessions together. Over the limit, the sites that save
             the least compute per byte are not stored and compute.
+        options: `RunOptions`, or a dict of its fields. Keyword arguments take precedence over its fields.
         **params: The policy's own params. A function that is given for an `external` is called once for each answer.
 
     Returns:
@@ -123,29 +125,30 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     loaded = load(policy)
     named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
-    options = RunOptions(
-        timestep,
-        scheduler,
-        steps,
-        guidance,
-        samples,
-        trace,
-        process_group,
-        externals,
-        max_sessions,
-        history_dtype,
-        history_device,
-        memory_limit,
+    chosen = RunOptions.of(
+        options,
+        timestep=timestep,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        samples=samples,
+        trace=trace,
+        process_group=process_group,
+        max_sessions=max_sessions,
+        history_dtype=history_dtype,
+        history_device=history_device,
+        memory_limit=memory_limit,
     )
-    packing = packing_of(history_dtype, history_device)
+    chosen = replace(chosen, externals=externals)
+    packing = packing_of(chosen.history_dtype, chosen.history_device)
     resolved = resolve(loaded, params)
     missing = [name for name in resolved.externals if name not in externals]
     if missing:
         raise PolicyError.of(
             "E307", f"the policy asks for `{missing[0]}`", help=f"pass `{missing[0]}=` a function that returns it"
         )
-    if process_group is not None and process_group is not False:
-        member_ranks(process_group)
+    if chosen.process_group is not None and chosen.process_group is not False:
+        member_ranks(chosen.process_group)
     roots = denoisers(target)
     attaches = not is_disabled()
     if attaches:
@@ -156,10 +159,10 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         raise PolicyError.of(
             "E308", f"the policy selects nothing in {names}", help="`cachepolicy plan` shows what it selects"
         )
-    limit = options.limit
+    limit = chosen.limit
     storing = ANYHOW if packing is None and limit is None else Storing(packing)
     run = Run(
-        target, BoundPolicy(loaded, plans, options, params), roots, storing, None if limit is None else Budget(limit)
+        target, BoundPolicy(loaded, plans, chosen, params), roots, storing, None if limit is None else Budget(limit)
     )
     if attaches:
         run.attach()

@@ -47,7 +47,7 @@ PHRASES = (
 KEYWORDS: Mapping[str, tuple[str, ...]] = {
     "apply": (
         "target", "policy", "timestep", "scheduler", "steps", "guidance", "samples", "process_group", "trace",
-        "max_sessions", "history_dtype", "history_device", "memory_limit",
+        "max_sessions", "history_dtype", "history_device", "memory_limit", "options",
     ),
     "simulate": (
         "policy", "steps", "timesteps", "sigmas", "sites", "skeleton", "signals", "branches", "facts",

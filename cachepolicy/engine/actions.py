@@ -73,9 +73,9 @@ class Slot:
 
 
 def _drop(slot: weakref.ref[Slot]) -> None:
-    found = slot()
-    if found is not None:
-        found.clear()
+    target = slot()
+    if target is not None:
+        target.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,23 +215,23 @@ def spoil(slot: Slot) -> None:
 
 
 def keep(
-    slot: Slot, what: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
+    slot: Slot, keeping: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
 ) -> None:
     """Store a computed output with the properties of its hidden states."""
     if states is None:
         slot.shape = slot.dtype = slot.device = None
     else:
         slot.shape, slot.dtype, slot.device = states.shape, states.dtype, states.device
-    push(slot, what, code, output, step=step, full=full)
+    push(slot, keeping, code, output, step=step, full=full)
 
 
-def push(slot: Slot, what: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
+def push(slot: Slot, keeping: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
     """Store `output` as the newest of the history."""
-    if what.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
+    if keeping.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
         spoil(slot)
-    if what.outputs > 1 and slot.output is not None:
+    if keeping.outputs > 1 and slot.output is not None:
         counted = slot.versions if slot.version is None else (slot.version,)
-        slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: what.outputs - 1]
+        slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: keeping.outputs - 1]
     slot.step, slot.full = step, full
     if slot.storing is not ANYHOW:
         # Release the replaced output first, so that its memory can be used.
@@ -270,9 +270,11 @@ def predicted(
 ) -> Any:
     """Return the prediction for each tensor of the output."""
     # Entries of half a batch cannot serve a full batch.
-    kept = [each for each in slot_history(slot, reach(action)) if halved or each.full]
-    columns = [leaves(map_tensors(_half(half), each.output) if halved and each.full else each.output) for each in kept]
-    steps = [each.step for each in kept]
+    kept = [entry for entry in slot_history(slot, reach(action)) if halved or entry.full]
+    columns = [
+        leaves(map_tensors(_half(half), entry.output) if halved and entry.full else entry.output) for entry in kept
+    ]
+    steps = [entry.step for entry in kept]
     answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
     return filled(kept[0].output, answers)
 
@@ -280,7 +282,9 @@ def predicted(
 def slot_history(slot: Slot, many: int) -> list[Kept]:
     """Return up to `many` stored outputs, newest first and unpacked."""
     history = [Kept(slot.output, slot.step, slot.full), *slot.older][:many]
-    return history if slot.packing is None else [Kept(opened(each.output), each.step, each.full) for each in history]
+    return (
+        history if slot.packing is None else [Kept(opened(entry.output), entry.step, entry.full) for entry in history]
+    )
 
 
 def _of_inference(output: Any) -> bool:
@@ -322,12 +326,12 @@ def counters(value: Any) -> tuple[int, ...] | None:
     """Return the `_version` counters of a tuple of plain tensors without gradients, else None."""
     if type(value) is not tuple:
         return None
-    found = list[int]()
+    counts = list[int]()
     for tensor in value:  # pyright: ignore[reportUnknownVariableType]
         if type(tensor) is not torch.Tensor or tensor.requires_grad or tensor.is_inference():  # pyright: ignore[reportUnknownArgumentType]
             return None
-        found.append(tensor._version)
-    return tuple(found)
+        counts.append(tensor._version)
+    return tuple(counts)
 
 
 def versions(value: Any) -> tuple[int, ...]:
@@ -339,6 +343,6 @@ def _tensors(value: Any) -> Sequence[torch.Tensor]:
     """Return all tensors in `value`, with a fast path for a tensor and a tuple of tensors."""
     if isinstance(value, torch.Tensor):
         return [value]
-    if type(value) is tuple and all([isinstance(each, torch.Tensor) for each in value]):  # pyright: ignore[reportUnknownVariableType]
+    if type(value) is tuple and all([isinstance(item, torch.Tensor) for item in value]):  # pyright: ignore[reportUnknownVariableType]
         return value  # pyright: ignore[reportUnknownVariableType]
     return leaves(value)

@@ -80,9 +80,9 @@ class ChainEntry:
         """All stored tensors."""
         return (*self.residuals, *self.outputs)
 
-    def at(self, place: int, *, residual: bool) -> torch.Tensor | None:
+    def at(self, index: int, *, residual: bool) -> torch.Tensor | None:
         """Return the residual or the output of one place, unpacked."""
-        kept = (self.residuals if residual else self.outputs)[place]
+        kept = (self.residuals if residual else self.outputs)[index]
         return kept.opened() if isinstance(kept, Packed) else kept
 
     def pack(self, packing: Packing) -> None:
@@ -124,9 +124,9 @@ class Continuations:
         self._known: dict[tuple[str, int], str] = {}
         self._links: dict[int, dict[int, Link]] = {}
 
-    def learn(self, module: Any, place: int, name: str) -> None:
+    def learn(self, module: Any, index: int, name: str) -> None:
         """Record that an output was passed on as `name`, which is also an input of the block itself."""
-        self._known[type(module).__qualname__, place] = name
+        self._known[type(module).__qualname__, index] = name
 
     def keep_links(self, span: int, links: dict[int, Link]) -> None:
         """Store the structure of a span after a complete compute."""
@@ -137,9 +137,9 @@ class Continuations:
         links = self._links.get(span, {})
         return links if links and all(key is None or key in names for key in links[0].shape.inputs) else {}
 
-    def input_of(self, module: Any, place: int) -> str | None:
+    def input_of(self, module: Any, index: int) -> str | None:
         """Return the input that an output continues, or None if unknown."""
-        return self._known.get((type(module).__qualname__, place))
+        return self._known.get((type(module).__qualname__, index))
 
     def of(self, call: BlockCall, name: str) -> Shape:
         """Return the structure of a call's output.
@@ -154,9 +154,9 @@ class Continuations:
         """
         inputs = list[str | None]()
         constants = list[Any]()
-        for place, output in enumerate(call.outputs):
+        for index, output in enumerate(call.outputs):
             if isinstance(output, torch.Tensor):
-                inputs.append(self._input(call, place, output, inputs, name))
+                inputs.append(self._input(call, index, output, inputs, name))
                 constants.append(None)
             elif output is None or isinstance(output, bool | int | float | str):
                 inputs.append(None)
@@ -168,8 +168,8 @@ class Continuations:
                 )
         return Shape(tuple(inputs), tuple(constants), call.kind, call.fields)
 
-    def _input(self, call: BlockCall, place: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
-        known = call.learnt.get(place) or self._known.get((type(call.module).__qualname__, place))
+    def _input(self, call: BlockCall, index: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
+        known = call.learnt.get(index) or self._known.get((type(call.module).__qualname__, index))
         if known is not None and known in call.names and known not in taken:
             return known
         alike = [
@@ -186,7 +186,7 @@ class Continuations:
         problem = "continues none of its inputs" if not alike else "could continue more than one of its inputs"
         raise PolicyError.of(
             "E310",
-            f"output {place} of `{name}` {problem}",
+            f"output {index} of `{name}` {problem}",
             help="a residual or a span needs a module that returns the streams it is given; a plain `reuse` does not",
         )
 
@@ -250,8 +250,8 @@ class Chain:
         if len(self.links) < blocks or not self.history:
             return None
         places = range(blocks)
-        links = tuple(self.links[place] for place in places)
-        return ChainForm(links, tuple(self.endings.get(place) for place in places), len(self.history))
+        links = tuple(self.links[position] for position in places)
+        return ChainForm(links, tuple(self.endings.get(position) for position in places), len(self.history))
 
 
 Begun = tuple[Names | None, dict[str, int | None]]
@@ -306,7 +306,7 @@ class Recorder:
         self.calls += 1
         outputs, fields = parts(output)
         bases, before = begun
-        written = [_version(each) for each in outputs]
+        written = [_version(value) for value in outputs]
         call = BlockCall(position, module, names, bases, outputs, type(output), written, fields)  # pyright: ignore[reportUnknownArgumentType]
         if bases is names and any(_version(value) != before[key] for key, value in names.items()):
             self._spoilt = "a block wrote into its input"
@@ -329,8 +329,8 @@ class Recorder:
             self._close(last, shape)
             self._start(call)
             return
-        for place, name in became.items():
-            source = shape.inputs[place]
+        for index, name in became.items():
+            source = shape.inputs[index]
             if source is not None and source in last.origin:
                 call.origin[name] = last.origin[source]
         self._takes[call.position] = tuple(became.items())
@@ -356,34 +356,36 @@ class Recorder:
             return
         mine = {id(value) for held in (self._lead, self._previous, self._last, call) for value in _held(held)}
         mine |= {id(tensor) for entry in self._entries for tensor in entry.outputs}
-        self._given = [each for each in self._given if any(reference() is not None for reference in each[1])]
+        self._given = [entry for entry in self._given if any(reference() is not None for reference in entry[1])]
         for position, references in self._given:
             if position in self._chain.splits or position in self._ends:
                 continue
-            if any(tensor is not None and id(tensor) not in mine for tensor in (each() for each in references)):
+            if any(
+                tensor is not None and id(tensor) not in mine for tensor in (reference() for reference in references)
+            ):
                 self._spoilt = "the output of a block is used elsewhere"
                 self._chain.splits.add(position)
         self._give(call)
 
     def _give(self, call: BlockCall) -> None:
         inputs = {id(value) for value in call.names.values()}
-        fresh = [each for each in call.outputs if isinstance(each, torch.Tensor) and id(each) not in inputs]
-        self._given.append((call.position, [weakref.ref(each) for each in fresh]))
+        fresh = [output for output in call.outputs if isinstance(output, torch.Tensor) and id(output) not in inputs]
+        self._given.append((call.position, [weakref.ref(output) for output in fresh]))
 
     def _became(self, last: BlockCall, call: BlockCall) -> dict[int, str] | None:
         """Return the input name of each output of `last` in `call`, or None unless `call` takes them all."""
         became = dict[int, str]()
-        for place, output in enumerate(last.outputs):
+        for index, output in enumerate(last.outputs):
             if isinstance(output, torch.Tensor):
                 name = next((key for key, value in call.names.items() if value is output), None)
                 if name is None:
                     return None
-                became[place] = name
-        for place, name in became.items():
+                became[index] = name
+        for index, name in became.items():
             if name in last.names:
-                last.learnt[place] = name
-                self._continuations.learn(last.module, place, name)
-        if any(_version(each) != version for each, version in zip(last.outputs, last.versions, strict=True)):
+                last.learnt[index] = name
+                self._continuations.learn(last.module, index, name)
+        if any(_version(output) != version for output, version in zip(last.outputs, last.versions, strict=True)):
             self._spoilt = "the model wrote into the output of a block"
             self._chain.splits.add(last.position)
             return None
@@ -412,13 +414,13 @@ class Recorder:
         for position, form in self._segment:
             leads = position == lead.position
             self._links[position] = Link(form, number, leads, () if leads else self._takes[position])
-        reached = {last.origin.get(source): place for place, source in enumerate(shape.inputs) if source is not None}
+        reached = {last.origin.get(source): index for index, source in enumerate(shape.inputs) if source is not None}
         sources = self._segment[0][1].inputs
         ends = tuple(reached.get(source) if source is not None else None for source in sources)
         self._ends[last.position] = Ending(number, ends)
         residuals, outputs = list[torch.Tensor | None](), list[torch.Tensor | None]()
-        for source, place in zip(sources, ends, strict=True):
-            output = last.outputs[place] if place is not None else None
+        for source, end in zip(sources, ends, strict=True):
+            output = last.outputs[end] if end is not None else None
             base = lead.bases[source] if source is not None and lead.bases is not None else None
             wanted = self._keeps.residuals
             residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)

@@ -333,18 +333,18 @@ class Calls:
     ) -> BranchMatch:
         """Assign the next call of the current step to a branch, and record it."""
         matching = [branch for branch in matching if branch in self.known]
-        found = self._found(name, conditioning, latents, matching)
-        branch = found.branch
+        match = self._found(name, conditioning, latents, matching)
+        branch = match.branch
         before = self.known.get(branch)
         changing, restless = frozenset[_Path](), False
-        if found.revives is not None:
-            before = self.doubted.pop(found.revives)
+        if match.revives is not None:
+            before = self.doubted.pop(match.revives)
             # The doubtful call was the start of another branch, so neither branch has changed.
-            other = self.known[found.revives]
+            other = self.known[match.revives]
             other.changing, other.count, other.restless = frozenset(), 1, False
         if before is not None:
-            changing = before.changing if found.revives is None else frozenset()
-            if found.doubtful and branch not in matching:
+            changing = before.changing if match.revives is None else frozenset()
+            if match.doubtful and branch not in matching:
                 self.doubted[branch] = before
                 if not conditioning.reshaped(before.conditioning):
                     differing = conditioning.differing(before.conditioning)
@@ -353,7 +353,7 @@ class Calls:
         count = 1 if before is None else before.count + 1
         self.known[branch] = Known(name, conditioning, latents, changing, count, self.number, restless)
         self.present.append(branch)
-        return found
+        return match
 
     def _found(
         self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]

@@ -191,35 +191,35 @@ def rebuild(bands: Bands, cond: torch.Tensor, low: float, high: float) -> torch.
 # --- halves of a batch -----------------------------------------------------------------------------------
 
 
-def halves(x: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+def halves(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unconditional and the conditional half of a batch."""
     first, second = x.chunk(2, dim=0)
-    return (first, second) if layout == "uncond first" else (second, first)
+    return (first, second) if order == "uncond first" else (second, first)
 
 
-def whole(uncond: torch.Tensor, cond: torch.Tensor, layout: str) -> torch.Tensor:
+def whole(uncond: torch.Tensor, cond: torch.Tensor, order: str) -> torch.Tensor:
     """Invert `halves`."""
-    return torch.cat([uncond, cond] if layout == "uncond first" else [cond, uncond], dim=0)
+    return torch.cat([uncond, cond] if order == "uncond first" else [cond, uncond], dim=0)
 
 
 def conditional(
-    named: Mapping[str, Any], batch: int, layout: str, only: Sequence[str] | None, *, lists: bool = False
+    named: Mapping[str, Any], batch: int, order: str, only: Sequence[str] | None, *, lists: bool = False
 ) -> dict[str, Any]:
     """Return the arguments of a call with the conditional half of all batched values.
 
     Args:
         named: The arguments by name.
         batch: The size of the full batch.
-        layout: `"uncond first"` or the other order.
+        order: `"uncond first"` or the other order.
         only: Names of the arguments to halve. By default all values with `batch` rows or items.
         lists: Whether batches are lists of samples, as the latents of Z-Image are.
     """
     if only is not None:
         return {
-            name: _half(value, None, layout, lists=lists) if name in only else value for name, value in named.items()
+            name: _half(value, None, order, lists=lists) if name in only else value for name, value in named.items()
         }
     return {
-        name: value if _holds_positions(name, value) else _half(value, batch, layout, lists=lists)
+        name: value if _holds_positions(name, value) else _half(value, batch, order, lists=lists)
         for name, value in named.items()
     }
 
@@ -230,13 +230,13 @@ def _holds_positions(name: str, value: Any) -> bool:
     return row and POSITIONS.search(name) is not None
 
 
-def _half(value: Any, batch: int | None, layout: str, *, lists: bool) -> Any:
+def _half(value: Any, batch: int | None, order: str, *, lists: bool) -> Any:
     """Return the conditional half of a value with `batch` rows (None: any even number), or the value."""
     if isinstance(value, torch.Tensor):
         rows = value.shape[0] if value.ndim > 0 else 1
-        return halves(value, layout)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
+        return halves(value, order)[1] if rows == batch or (batch is None and rows % 2 == 0) else value
     if isinstance(value, dict):
-        return {key: _half(item, batch, layout, lists=lists) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {key: _half(item, batch, order, lists=lists) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(value, list | tuple) or not value:
         return value
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
@@ -246,10 +246,10 @@ def _half(value: Any, batch: int | None, layout: str, *, lists: bool) -> Any:
     if not samples and all(
         isinstance(item, torch.Tensor) and item.ndim > 1 and item.shape[0] == batch for item in items
     ):
-        return type(value)(_half(item, batch, layout, lists=lists) for item in items)  # pyright: ignore[reportUnknownVariableType]
+        return type(value)(_half(item, batch, order, lists=lists) for item in items)  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list) and (len(items) == batch or batch is None):
         middle = len(items) // 2
-        return items[middle:] if layout == "uncond first" else items[:middle]
+        return items[middle:] if order == "uncond first" else items[:middle]
     return value
 
 
@@ -448,17 +448,17 @@ class Guide:
         if tick.branch in COND_BRANCHES:
             self._keep(output, tick.step, rows)
             return output
-        layout = settings["layout"]
+        order = settings["layout"]
         if halved:
             conds = predictions_of(output, rows // 2)
             unconds = self._rebuilt(conds, settings)
-            both = [whole(uncond, cond, layout) for uncond, cond in zip(unconds, conds, strict=True)]
+            both = [whole(uncond, cond, order) for uncond, cond in zip(unconds, conds, strict=True)]
             return with_predictions(output, rows // 2, both)
         predictions = predictions_of(output, rows)
         if tick.branch in UNCOND_BRANCHES:
             pairs = list(zip(predictions, predictions_of(self._cond, rows), strict=True))
         else:
-            pairs = [halves(prediction, layout) for prediction in predictions]
+            pairs = [halves(prediction, order) for prediction in predictions]
         latents = arguments.named.get(arguments.latents or "")
         latents = latents if isinstance(latents, torch.Tensor) else None
         self._kept = []

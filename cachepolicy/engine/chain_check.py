@@ -58,8 +58,8 @@ class Tracker:
             # Inference tensors have no `_version`, so in-place writes cannot be detected.
             self._spoilt |= any(map(_is_uncounted, self._bases))
         else:
-            for place, name in link.takes:
-                if place >= len(self._last) or names.get(name) is not self._last[place]:
+            for index, name in link.takes:
+                if index >= len(self._last) or names.get(name) is not self._last[index]:
                     self._spoilt = True
 
     def end(self, position: int, output: Any) -> None:
@@ -81,8 +81,8 @@ class Tracker:
             self._spoilt = True
             return
         residuals, outputs = list[Any](), list[Any]()
-        for base, place in zip(self._bases, ending.outputs, strict=True):
-            output = None if place is None else self._last[place]
+        for base, index in zip(self._bases, ending.outputs, strict=True):
+            output = None if index is None else self._last[index]
             if output is None or base is None or not keeps.residuals:
                 residuals.append(None)
             else:

@@ -111,8 +111,8 @@ class CallArguments:
 
     def __post_init__(self) -> None:
         value = self.named.get(self.timestep or "")
-        if isinstance(value, list | tuple) and value and all(_is_number(each) for each in value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-            value = torch.tensor([float(each) for each in value])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if isinstance(value, list | tuple) and value and all(_is_number(item) for item in value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            value = torch.tensor([float(item) for item in value])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if isinstance(value, torch.Tensor) and value.ndim and value.numel() > 1:
             latents = self.named.get(self.latents or "")
             rows = len(latents) if isinstance(latents, torch.Tensor | list | tuple) else 0  # pyright: ignore[reportUnknownArgumentType]
@@ -210,18 +210,18 @@ class RowTimesteps:
             PolicyError: The rows differ (E323).
         """
         if self._value is None:
-            found: list[float] = self._tensor.flatten().tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            distinct = list(dict.fromkeys(f"{each:g}" for each in found))
+            timesteps: list[float] = self._tensor.flatten().tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            distinct = list(dict.fromkeys(f"{timestep:g}" for timestep in timesteps))
             if len(distinct) > 1:
                 shown = ", ".join(distinct[:_MOST_SHOWN]) + (", ..." if len(distinct) > _MOST_SHOWN else "")
                 raise PolicyError.of(
                     "E323",
-                    f"the {len(found)} rows of one call are at different timesteps ({shown}), and a policy decides for"
-                    " all of them at once",
+                    f"the {len(timesteps)} rows of one call are at different timesteps ({shown}), and a policy decides"
+                    " for all of them at once",
                     help="call the model once for each timestep, each in its own session; or pass `timestep=` if one"
                     " stands for all",
                 )
-            self._value = float(found[0])
+            self._value = float(timesteps[0])
         return self._value
 
 
@@ -353,8 +353,8 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     name = context.name if context is not None else None
     calls.follow(clock.number)
     repeats = _Repeats(calls, calls.matching(name, conditioning), latents)
-    told = context is not None and context.own and (context.timestep is not None or context.step_index is not None)
-    if sources.scheduler is not None and sources.follower is not None and not told:
+    stated = context is not None and context.own and (context.timestep is not None or context.step_index is not None)
+    if sources.scheduler is not None and sources.follower is not None and not stated:
         starts, moved, tick = _by_scheduler(clock, calls, sources.scheduler, sources.follower, root, arguments, repeats)
     else:
         starts, moved, tick = _by_value(clock, calls, sources, context, root, arguments, repeats)
@@ -460,19 +460,19 @@ def _followed(
         # The beginning was guessed from the timestep argument.
         clock.begin = follower.begin = first
         clock.numbers = None
-    index, told = follower.index(scheduler)
+    index, known = follower.index(scheduler)
     reached = index - clock.begin + clock.before
     step, back = reached + clock.extra, False
-    if told and index != clock.index:
+    if known and index != clock.index:
         back = reached < clock.step and index < clock.index
         if back and index < clock.begin:
             clock.begin = follower.begin = index
             reached, clock.numbers = clock.before, None
         step = reached if back else max(reached, clock.step + 1)
-    if not back and _tiled(clock, max(step, reached) if told else step, calls, timesteps, raw, repeats):
+    if not back and _tiled(clock, max(step, reached) if known else step, calls, timesteps, raw, repeats):
         # The loop steps the scheduler once per tile of a timestep.
         step = clock.step
-    elif index + (0 if told else min(clock.extra, 0)) >= len(timesteps):
+    elif index + (0 if known else min(clock.extra, 0)) >= len(timesteps):
         follower.restart()
     clock.index, clock.extra = index, step - reached
     return back, step
@@ -518,8 +518,8 @@ def _joined(
 def _rest(clock: Clock, timesteps: Sequence[float], sigmas: Sequence[float] | None) -> Ahead:
     """Return what is known of the trajectory: the steps that another scheduler took, and those of this one."""
     ahead, done = clock.ahead, clock.before
-    told = None if sigmas is None else (*_first(ahead.sigmas, done), *sigmas[clock.begin :])
-    return Ahead((*_first(ahead.timesteps, done), *timesteps[clock.begin :]), told)
+    ahead_sigmas = None if sigmas is None else (*_first(ahead.sigmas, done), *sigmas[clock.begin :])
+    return Ahead((*_first(ahead.timesteps, done), *timesteps[clock.begin :]), ahead_sigmas)
 
 
 def _first(values: Sequence[float] | None, number: int) -> tuple[float, ...]:

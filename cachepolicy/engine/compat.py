@@ -52,7 +52,7 @@ def refuse(root: nn.Module, pipeline: Any = None) -> None:
                 for name in CACHES.keys() & hooks_of(module).keys():
                     _refuse(f"diffusers' {CACHES[name]}", "`model.disable_cache()` takes it off; a policy can do both")
     if "cache_dit" in sys.modules and any(
-        CACHE_DIT_CONTEXT in getattr(each, "__dict__", ()) for each in (root, pipeline)
+        CACHE_DIT_CONTEXT in getattr(holder, "__dict__", ()) for holder in (root, pipeline)
     ):
         _refuse("cache-dit's cache", "`cache_dit.disable_cache(...)` takes it off; a policy can do both")
 
@@ -261,7 +261,7 @@ def refuse_call(switches: Iterable[nn.Module]) -> None:
         raise _unfollowed("a transformation of `torch.func` calls the model", "transform the bare model")
     if recomputes():
         raise _unfollowed("the backward pass calls the model again", _SWITCH_OFF)
-    if torch.is_grad_enabled() and any(each.gradient_checkpointing for each in switches):
+    if torch.is_grad_enabled() and any(switch.gradient_checkpointing for switch in switches):
         raise _unfollowed("gradient checkpointing would run blocks again in the backward pass", _SWITCH_OFF)
 
 
@@ -282,6 +282,6 @@ def refuse_recompute(name: str) -> NoReturn:
 _SWITCH_OFF = "disable gradient checkpointing, or call the model under `torch.no_grad()`"
 
 
-def _unfollowed(what: str, help: str) -> PolicyError:
+def _unfollowed(subject: str, help: str) -> PolicyError:
     help = f"{help}; or call it in `with run.disabled():`"
-    return PolicyError.of("E342", f"{what}, and a policy cannot follow that", help=help)
+    return PolicyError.of("E342", f"{subject}, and a policy cannot follow that", help=help)

@@ -55,12 +55,12 @@ class ExecutionPlan:
             ahead: The forecast of the clock.
             loose: Whether sites may compute although their rules allow a reuse.
         """
-        found = self.livenesses.get((ahead, loose))
-        if found is None:
+        liveness = self.livenesses.get((ahead, loose))
+        if liveness is None:
             if len(self.livenesses) >= _MOST_CLOCKS:
                 self.livenesses.clear()
-            found = self.livenesses[ahead, loose] = Liveness(self.program, ahead, loose=loose)
-        return found
+            liveness = self.livenesses[ahead, loose] = Liveness(self.program, ahead, loose=loose)
+        return liveness
 
 
 _MOST_CLOCKS = 32  # number of cached clock forecasts
@@ -95,7 +95,7 @@ class Recall:
 def lay_out(plan: Plan) -> ExecutionPlan:
     """Compute the execution plan of a plan."""
     actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
-    approximation = next((each for each in actions if isinstance(each, ir.ApproximateUncond)), None)
+    approximation = next((action for action in actions if isinstance(action, ir.ApproximateUncond)), None)
     inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
     keepings = [
         keeping(
@@ -135,4 +135,4 @@ def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
     lead = modules[0]
     if not lead:
         return frozenset()
-    return frozenset(probe for probe, place in plan.probes.items() if place.modules[0].startswith(f"{lead}."))
+    return frozenset(probe for probe, site in plan.probes.items() if site.modules[0].startswith(f"{lead}."))

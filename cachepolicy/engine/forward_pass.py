@@ -104,7 +104,7 @@ class Branch:
 
     def forget(self) -> None:
         """Release the history. The memories of the decisions stay."""
-        self.slots = [Slot(each.storing) for each in self.slots]
+        self.slots = [Slot(slot.storing) for slot in self.slots]
         self.remembered = Remembered()
         self.reads.clear()
         self.held = 0
@@ -265,9 +265,9 @@ class ForwardPass:
 
     def gate(self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Handle a probed or waiting module that is about to run in a graph."""
-        given, named = split_arguments(module, args, kwargs)
-        names = bind_names(site.parameters, given, named)
-        self.enter(site, names, given, named)
+        positional, named = split_arguments(module, args, kwargs)
+        names = bind_names(site.parameters, positional, named)
+        self.enter(site, names, positional, named)
         self._gated = (self._gated or set()) | {site}
         self._before[site.name] = _counter(names)
         self.release()
@@ -381,9 +381,11 @@ class ForwardPass:
         """
         decision = self.decisions[self.branch.partition.group_of[site]]
         if self.company is not None:
-            what, past = self._matter(site)
+            subject, past = self._matter(site)
             computes = decision.verdict != "reuse" or refusal is not None
-            refused = self.company.settle(f"{what} at step {self.tick.step}", [], past=past, refuses=computes).refused
+            refused = self.company.settle(
+                f"{subject} at step {self.tick.step}", [], past=past, refuses=computes
+            ).refused
             refusal = refusal or ("another process had to compute" if refused else None)
         if refusal is not None and decision.verdict == "reuse":
             self.facts[site] = refusal
@@ -442,9 +444,9 @@ class ForwardPass:
         if site.index >= 0 and not self.host.execution.keepings[site.index].streams:
             reuses = self.decided(site.index).verdict == "reuse" and site.index not in self.facts
             self.repeats(site.index, answered=reuses)
-        given, named = split_arguments(module, args, kwargs)
-        names = bind_names(site.parameters, given, named)
-        self.enter(site, names, given, named)
+        positional, named = split_arguments(module, args, kwargs)
+        names = bind_names(site.parameters, positional, named)
+        self.enter(site, names, positional, named)
         before = _counter(names)
         output = original(module, *args, **kwargs)
         self.leave(site, module, names, output, before)
@@ -454,9 +456,9 @@ class ForwardPass:
     def refuse(self, site: int, reason: str) -> None:
         """Force a site and the sites inside it to compute."""
         self.facts[site] = reason
-        for each in self.host.execution.program.plan.sites:
-            if site in each.parents:
-                self.facts.setdefault(each.index, "the site around it had to compute")
+        for other in self.host.execution.program.plan.sites:
+            if site in other.parents:
+                self.facts.setdefault(other.index, "the site around it had to compute")
 
     def close(self, unfit: Sequence[tuple[int, str]]) -> None:
         """Decide again with all facts of the call, so that memories and trace record what happened.
@@ -530,12 +532,12 @@ class ForwardPass:
         for span, position in site.members:
             if span in self._recorders:
                 self._record(span, position, module, names, self._opened, output)
-        what = self.host.execution.keepings[site.index]
-        if not what.streams and self.wanted(site.index).outputs:
+        keeping = self.host.execution.keepings[site.index]
+        if not keeping.streams and self.wanted(site.index).outputs:
             states = hidden_states(args, kwargs)
             keep(
                 self.branch.slots[site.index],
-                what,
+                keeping,
                 self.store,
                 states,
                 output,
@@ -560,8 +562,8 @@ class ForwardPass:
         self, original: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a module that is probed, belongs to a span, or waits for signals."""
-        given, named = split_arguments(module, args, kwargs)
-        names = named if not given else bind_names(site.parameters, given, named)
+        positional, named = split_arguments(module, args, kwargs)
+        names = named if not positional else bind_names(site.parameters, positional, named)
         if site.alone:
             span, position = site.members[0]
             links = self._links.get(span)
@@ -583,7 +585,7 @@ class ForwardPass:
             # The probes have read this call between two graphs.
             self._gated.discard(site)
         else:
-            self.enter(site, names, given, named)
+            self.enter(site, names, positional, named)
         self.release()
         recording = list[tuple[int, int, Begun | None]]()
         waiting = list[int]()
@@ -614,8 +616,8 @@ class ForwardPass:
         if answer is not None or code == ANSWER:
             return output
         if code != COMPUTE:
-            slot, what = self.branch.slots[site.index], self.host.execution.keepings[site.index]
-            keep(slot, what, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
+            slot, keeping = self.branch.slots[site.index], self.host.execution.keepings[site.index]
+            keep(slot, keeping, code, hidden_states(args, kwargs), output, step=self.tick.step, full=not self.halved)
         self.leave(site, module, names, output, before)
         self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
         return output  # pyright: ignore[reportUnknownVariableType]
@@ -654,10 +656,10 @@ class ForwardPass:
             return
         module, before, outputs = self._last
         self._last = None
-        for place, output in enumerate(outputs):
+        for index, output in enumerate(outputs):
             for name, value in names.items():
                 if value is output and name in before and isinstance(output, torch.Tensor):
-                    self.host.continuations.learn(module, place, name)
+                    self.host.continuations.learn(module, index, name)
 
     def enter(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the probes read the inputs."""
@@ -690,16 +692,16 @@ class ForwardPass:
         outputs, _ = parts(seen.output)
         target = _target(seen.names)
         before = seen.names.get(target or "")
-        places = [place for place, each in enumerate(outputs) if isinstance(each, torch.Tensor)]
-        alike = [place for place in places if isinstance(before, torch.Tensor) and outputs[place].shape == before.shape]
-        known = [place for place in alike if self.host.continuations.input_of(seen.module, place) == target]
+        places = [index for index, output in enumerate(outputs) if isinstance(output, torch.Tensor)]
+        alike = [index for index in places if isinstance(before, torch.Tensor) and outputs[index].shape == before.shape]
+        known = [index for index in alike if self.host.continuations.input_of(seen.module, index) == target]
         if len(known) != 1 and len(alike) > 1 and not last:
             self._unclear.append(seen)
             return
         if not places:
             return
-        place = (known or alike or places)[0]
-        stream = outputs[place]
+        index = (known or alike or places)[0]
+        stream = outputs[index]
         if seen.probe.stream == "output":
             self._sees(seen.probe, stream)
         elif isinstance(before, torch.Tensor) and before.shape == stream.shape and seen.fresh(before):
@@ -860,24 +862,27 @@ class ForwardPass:
         answers = list[Any]()
         foreseen = self._foreseen.pop((span, link.segment), None) or self._values(span, link.segment, action)
         sums = self._sums.pop((span, link.segment), None) or [None] * len(foreseen)
-        for given, value, total in zip(inputs, foreseen, sums, strict=True):
-            if given is None or value is None:
+        for stream, value, total in zip(inputs, foreseen, sums, strict=True):
+            if stream is None or value is None:
                 values.append(None)
-                answers.append(given)
+                answers.append(stream)
                 continue
             values.append(value)
             if residual:
-                answers.append(given + value if total is None else total)
+                answers.append(stream + value if total is None else total)
             else:
                 answers.append(value.clone())
         if feedback(action):
             pairs = [
-                (answer, given, value is not None) for answer, given, value in zip(answers, inputs, values, strict=True)
+                (answer, stream, value is not None)
+                for answer, stream, value in zip(answers, inputs, values, strict=True)
             ]
-            what = self.host.execution.keepings[span]
-            residuals = tuple(answer - given if known and what.residuals else None for answer, given, known in pairs)
+            keeping = self.host.execution.keepings[span]
+            residuals = tuple(
+                answer - stream if known and keeping.residuals else None for answer, stream, known in pairs
+            )
             # Clone, because the caller may modify the answer in place.
-            outputs = tuple(answer.clone() if known and what.outputs else None for answer, _, known in pairs)
+            outputs = tuple(answer.clone() if known and keeping.outputs else None for answer, _, known in pairs)
             newest = ChainEntry(residuals, outputs, self.tick.step, not self.halved)
             chain.push(link.segment, newest, history, self.host.execution.keepings[span].depth)
         return answers
@@ -889,8 +894,8 @@ class ForwardPass:
         read = [entry for entry in self._chain(span).history[segment][: reach(action)] if self.halved or entry.full]
         steps = [entry.step for entry in read]
         values = list[torch.Tensor | None]()
-        for place in range(len(read[0].residuals)):
-            column = [self._own(entry, place, residual=residual) for entry in read]
+        for index in range(len(read[0].residuals)):
+            column = [self._own(entry, index, residual=residual) for entry in read]
             tensors = [tensor for tensor in column if tensor is not None]
             if len(tensors) < len(column):
                 values.append(None)
@@ -947,14 +952,14 @@ class ForwardPass:
         values = self._foreseen.get((span, link.segment)) or self._values(span, link.segment, action)
         inputs = passed(link.shape, names)
         sums = [
-            None if given is None or value is None else given + value
-            for given, value in zip(inputs, values, strict=True)
+            None if stream is None or value is None else stream + value
+            for stream, value in zip(inputs, values, strict=True)
         ]
         self._foreseen[span, link.segment], self._sums[span, link.segment] = values, sums
         return None if is_finite(sums) else NOT_FINITE
 
-    def _own(self, entry: ChainEntry, place: int, *, residual: bool) -> torch.Tensor | None:
-        tensor = entry.at(place, residual=residual)
+    def _own(self, entry: ChainEntry, index: int, *, residual: bool) -> torch.Tensor | None:
+        tensor = entry.at(index, residual=residual)
         return tensor.chunk(2, dim=0)[self.half] if tensor is not None and self.halved and entry.full else tensor
 
     def _chain_problem(self, span: int, names: Names, action: ir.Action | None) -> str | None:
@@ -976,11 +981,11 @@ class ForwardPass:
             return None  # a graph stored it, and the root model has checked the arguments
         if self._shared(span) and (excess := self.excess(span, action)) is not None:
             return excess
-        given, newest = signature(names), chain.history[0][0]
-        if len(chain.signature) != len(given):
+        present, newest = signature(names), chain.history[0][0]
+        if len(chain.signature) != len(present):
             return "the history does not fit this call"
         halved = self.halved and newest.full
-        same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, given, strict=True))
+        same = all(_alike(kept, now, halved=halved) for kept, now in zip(chain.signature, present, strict=True))
         return None if same else "the history does not fit this call"
 
     # --- single modules ----------------------------------------------------------------------------------
@@ -989,8 +994,8 @@ class ForwardPass:
         """Return the code of a single-module site: `ANSWER`, or how it computes."""
         if site.index < 0:
             return COMPUTE
-        what = self.host.execution.keepings[site.index]
-        if what.streams:
+        keeping = self.host.execution.keepings[site.index]
+        if keeping.streams:
             return COMPUTE  # the history of a stream site is its chain in `members`
         store = self.store if self.wanted(site.index).outputs else COMPUTE
         if self.decision(site.index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
@@ -1060,14 +1065,14 @@ class ForwardPass:
         names |= clock_words(self.tick, Memory(self.tick.step))
         environment = Environment(names, self.host.execution.program.tables)
         try:
-            found = {argument.label: evaluate(argument.value, environment) for argument in wanted}
+            values = {argument.label: evaluate(argument.value, environment) for argument in wanted}
         except (Undefined, TypeError) as error:
             step = self.tick.step
             raise PolicyError.of(
                 "E322", f"an argument of `{action.kind}` has no value at step {step}: {error}"
             ) from error
-        self._arguments[site, without] = found
-        return found
+        self._arguments[site, without] = values
+        return values
 
     def _asked(self, external: str, site: int) -> Any:
         """Call an external. A callback in diffusers' style receives the module of the site."""
@@ -1098,5 +1103,5 @@ def _alike(kept: tuple[Any, ...], now: tuple[Any, ...], *, halved: bool) -> bool
     """Return True if an input matches the stored name, shape, dtype and device, or its conditional half."""
     if kept == now:
         return True
-    (name, shape, *rest), (other, given, *others) = kept, now
-    return halved and name == other and rest == others and (shape[0] // 2, *shape[1:]) == tuple(given)
+    (name, shape, *rest), (other, size, *others) = kept, now
+    return halved and name == other and rest == others and (shape[0] // 2, *shape[1:]) == tuple(size)

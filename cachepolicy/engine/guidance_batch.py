@@ -54,8 +54,8 @@ class GuidanceSource:
             return True
         if self.stated is not None or self.pipeline is None:
             return self.stated
-        said = getattr(self.pipeline, GUIDANCE_PROPERTY, None)
-        return said if isinstance(said, bool) else None
+        guided = getattr(self.pipeline, GUIDANCE_PROPERTY, None)
+        return guided if isinstance(guided, bool) else None
 
     @property
     def orders(self) -> tuple[Order, ...] | None:
@@ -116,8 +116,8 @@ class GuidanceSource:
         if self.stated and parts is None and self.pipeline is None:
             # Only the caller's word is left, which a third part would contradict.
             odd = (number for number in range(3, rows + 1, 2) if rows % number == 0)
-            found = next((number for number in odd if _equal_parts(latents, number, model)), None)
-            return None if found is None else f"the batch has {found} parts with the same latents"
+            count = next((number for number in odd if _equal_parts(latents, number, model)), None)
+            return None if count is None else f"the batch has {count} parts with the same latents"
         return "the halves of the batch have different latents"
 
     def layout(self, stated: str, model: torch.nn.Module) -> str:
@@ -132,7 +132,7 @@ class GuidanceSource:
         orders = self.orders
         if orders is not None:
             return "uncond first" if orders[0].index("uncond") == 0 else "cond first"
-        classes = {f"{each.__module__}.{each.__qualname__}" for each in type(model).__mro__}
+        classes = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
         if classes & COND_FIRST_MODELS and model not in _warned:
             _warned[model] = True
             warnings.warn(
@@ -166,15 +166,15 @@ def _equal_parts(latents: Any, number: int, model: torch.nn.Module) -> bool:
     if isinstance(latents, list):
         pairs = list(zip(*pairs[0], strict=True))
     config = getattr(model, "config", None)
-    given, predicted = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
-    more = isinstance(given, int) and isinstance(predicted, int) and given > predicted
-    return all(_equal(one, other, given if more else None, predicted) for one, other in pairs)
+    in_channels, out_channels = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+    more = isinstance(in_channels, int) and isinstance(out_channels, int) and in_channels > out_channels
+    return all(_equal(one, other, in_channels if more else None, out_channels) for one, other in pairs)
 
 
-def _equal(one: Any, other: Any, given: int | None, predicted: Any) -> bool:
-    """Return True if two tensors are equal, with `given` channels in the first `predicted` of them."""
+def _equal(one: Any, other: Any, in_channels: int | None, out_channels: Any) -> bool:
+    """Return True if two tensors are equal, comparing the first `out_channels` of a dimension of size `in_channels`."""
     if not isinstance(one, torch.Tensor) or one.shape != other.shape or one.device.type == "meta":
         return False
-    places = [place for place, size in enumerate(one.shape) if place > 0 and size == given]
-    cuts = [(one, other), *((one.narrow(place, 0, predicted), other.narrow(place, 0, predicted)) for place in places)]
+    dims = [dim for dim, size in enumerate(one.shape) if dim > 0 and size == in_channels]
+    cuts = [(one, other), *((one.narrow(dim, 0, out_channels), other.narrow(dim, 0, out_channels)) for dim in dims)]
     return any(torch.equal(*cut) for cut in cuts)

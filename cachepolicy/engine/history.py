@@ -57,11 +57,11 @@ def held(slots: Iterable[Slot], remembered: Remembered) -> int:
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the storages behind these tensors. Shared storages count once."""
-    found = dict[int, int]()
+    sizes = dict[int, int]()
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        found[storage._cdata] = storage.nbytes()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    return sum(found.values())
+        sizes[storage._cdata] = storage.nbytes()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return sum(sizes.values())
 
 
 def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Tensor]:

@@ -43,16 +43,16 @@ class Packing:
 
     def pack(self, tensor: torch.Tensor) -> Packed:
         """Return the stored form of a tensor, always a copy. Integer tensors keep their dtype."""
-        given, scale = tensor.detach(), None
-        stored = given
-        if self.dtype is not None and given.is_floating_point() and given.dtype is not self.dtype:
-            scale = _scale(given, self.dtype)
-            stored = (given if scale is None else given / scale).to(self.dtype)
+        original, scale = tensor.detach(), None
+        stored = original
+        if self.dtype is not None and original.is_floating_point() and original.dtype is not self.dtype:
+            scale = _scale(original, self.dtype)
+            stored = (original if scale is None else original / scale).to(self.dtype)
         if self.device is not None and stored.device != self.device:
             stored = _moved(stored, self.device)
-        if stored.data_ptr() == given.data_ptr():
-            stored = given.clone()
-        return Packed(stored, given.dtype, given.device, scale)
+        if stored.data_ptr() == original.data_ptr():
+            stored = original.clone()
+        return Packed(stored, original.dtype, original.device, scale)
 
     def size(self, tensor: torch.Tensor) -> int:
         """Return an upper bound of the bytes of a packed tensor."""
@@ -102,19 +102,19 @@ def packing_of(dtype: Any, device: Any) -> Packing | None:
     return Packing(None if dtype is None else _dtype(dtype), None if device is None else _device(device))
 
 
-def _dtype(said: Any) -> torch.dtype:
-    found = getattr(torch, said.removeprefix("torch."), None) if isinstance(said, str) else said
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        help = suggestion(str(said), _NAMES) or "a torch dtype with fractions, or its name, such as `bfloat16`"
-        raise PolicyError.of("E309", f"`history_dtype` is `{said}`", help=help)
-    return found
+def _dtype(setting: Any) -> torch.dtype:
+    dtype = getattr(torch, setting.removeprefix("torch."), None) if isinstance(setting, str) else setting
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        help = suggestion(str(setting), _NAMES) or "a torch dtype with fractions, or its name, such as `bfloat16`"
+        raise PolicyError.of("E309", f"`history_dtype` is `{setting}`", help=help)
+    return dtype
 
 
-def _device(said: Any) -> torch.device:
+def _device(setting: Any) -> torch.device:
     try:
-        return torch.device(said)
+        return torch.device(setting)
     except (RuntimeError, TypeError) as error:
-        raise PolicyError.of("E309", f"`history_device` is `{said}`", help="such as `cpu` or `cuda:1`") from error
+        raise PolicyError.of("E309", f"`history_device` is `{setting}`", help="such as `cpu` or `cuda:1`") from error
 
 
 _NAMES = tuple(
@@ -136,8 +136,8 @@ def is_whole(tensors: Sequence[torch.Tensor]) -> bool:
     """Return True if the tensors together are most of what their storages hold."""
     if len(tensors) == 1:
         return tensors[0].untyped_storage().nbytes() <= _MUCH * tensors[0].nbytes
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-    return sum(storages.values()) <= _MUCH * sum(each.nbytes for each in tensors)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) <= _MUCH * sum(tensor.nbytes for tensor in tensors)
 
 
 def opened(value: Any) -> Any:
@@ -162,7 +162,7 @@ def leaves(value: Any, leaf: type | tuple[type, ...] = torch.Tensor) -> list[Any
         value = cast("Any", value).values()
     elif not isinstance(value, list | tuple):
         return []
-    return [found for item in cast("Any", value) for found in leaves(item, leaf)]
+    return [element for item in cast("Any", value) for element in leaves(item, leaf)]
 
 
 def map_once(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type, ...]) -> Any:
@@ -170,12 +170,12 @@ def map_once(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type
     # Pairs instead of a dict by `id`, which Dynamo does not trace.
     done: list[tuple[Any, Any]] = []
 
-    def once(found: Any) -> Any:
+    def once(element: Any) -> Any:
         for known, result in done:
-            if known is found:
+            if known is element:
                 return result
-        result = function(found)
-        done.append((found, result))
+        result = function(element)
+        done.append((element, result))
         return result
 
     return map_leaves(once, value, leaf)
@@ -187,12 +187,12 @@ def map_leaves(function: Callable[[Any], Any], value: Any, leaf: type | tuple[ty
         return function(value)
     if isinstance(value, dict):
         entries = cast("dict[Any, Any]", value)
-        items = {key: map_leaves(function, each, leaf) for key, each in entries.items()}
+        items = {key: map_leaves(function, item, leaf) for key, item in entries.items()}
         made: Any = type(entries)
         return items if made is dict else made(**items)
     if isinstance(value, list | tuple):
         sequence = cast("list[Any] | tuple[Any, ...]", value)
-        each = [map_leaves(function, item, leaf) for item in sequence]
+        mapped = [map_leaves(function, item, leaf) for item in sequence]
         kind: Any = type(sequence)
-        return kind(*each) if hasattr(sequence, "_fields") else kind(each)
+        return kind(*mapped) if hasattr(sequence, "_fields") else kind(mapped)
     return value

@@ -75,8 +75,8 @@ class Storing:
         if self.packing is not None:
             return sum(map(self.packing.size, tensors))
         if copied or not is_whole(tensors):
-            return sum(each.nbytes for each in tensors)
-        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+            return sum(tensor.nbytes for tensor in tensors)
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
 
@@ -86,6 +86,6 @@ ANYHOW = Storing()
 
 def flat(value: Any) -> list[torch.Tensor]:
     """Return the tensors in an output or in its stored form. A tensor that occurs twice is listed once."""
-    found = leaves(value, (torch.Tensor, Packed))
-    tensors = [tensor for each in found for tensor in (each.tensors if isinstance(each, Packed) else (each,))]
+    parts = leaves(value, (torch.Tensor, Packed))
+    tensors = [tensor for part in parts for tensor in (part.tensors if isinstance(part, Packed) else (part,))]
     return list({id(tensor): tensor for tensor in tensors}.values())

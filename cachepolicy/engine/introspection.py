@@ -87,18 +87,18 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
             f"a policy cannot be applied to `{type(target).__name__}`",
             help="pass an `nn.Module` or a diffusers pipeline",
         )
-    found = dict[str, nn.Module]()
+    models = dict[str, nn.Module]()
     for name, component in target.components.items():
         model = unwrapped(component)
         if isinstance(model, nn.Module) and (name in DENOISERS or _is_denoiser(model)):
-            found.setdefault(name, model)
-    if not found:
+            models.setdefault(name, model)
+    if not models:
         raise PolicyError.of(
             "E300",
             f"`{type(target).__name__}` has no denoiser",
             help="pass the model itself: `cachepolicy.apply(pipe.transformer, ...)`",
         )
-    return found
+    return models
 
 
 def _is_denoiser(component: nn.Module) -> bool:
@@ -127,10 +127,10 @@ def describe(model: nn.Module) -> Skeleton:
     lists = _block_lists(model, modules)
     blocks = {f"{name}.{index}" for name in lists for index, _ in enumerate(model.get_submodule(name).children())}
     marked = tuple(
-        Module(each.name, each.class_name, each.kinds | frozenset[Kind]({"block"}), each.is_list, each.callable)
-        if each.name in blocks
-        else each
-        for each in modules
+        Module(entry.name, entry.class_name, entry.kinds | frozenset[Kind]({"block"}), entry.is_list, entry.callable)
+        if entry.name in blocks
+        else entry
+        for entry in modules
     )
     return Skeleton(type(model).__name__, marked, tuple(lists))
 
@@ -140,7 +140,7 @@ def _is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
 
     Paths are compared instead of classes, so that nothing is imported.
     """
-    return any(f"{each.__module__}.{each.__qualname__}" in paths for each in type(module).__mro__)
+    return any(f"{base.__module__}.{base.__qualname__}" in paths for base in type(module).__mro__)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -154,7 +154,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     kind = type(module).__name__
     if not ATTENTION.search(kind) or isinstance(module, nn.ModuleList) or not any(True for _ in module.children()):
         return False
-    inner = [each for each in module.modules() if each is not module and ATTENTION.search(type(each).__name__)]
+    inner = [child for child in module.modules() if child is not module and ATTENTION.search(type(child).__name__)]
     if not inner:
         return True
     return not BLOCK.search(kind) and _has_weights(module) and not any(map(_has_weights, inner))
@@ -162,7 +162,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 def _has_weights(module: nn.Module) -> bool:
     """Return True if a module has parameters, or layers that keep their weights elsewhere, as quantised ones do."""
-    return any(True for _ in module.parameters()) or any("Linear" in type(each).__name__ for each in module.modules())
+    return any(True for _ in module.parameters()) or any("Linear" in type(layer).__name__ for layer in module.modules())
 
 
 def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
@@ -181,9 +181,9 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     last = name.rpartition(".")[2]
     if SELF_ATTENTION in last:
         return False
-    said = getattr(module, "is_cross_attention", None)
-    if isinstance(said, bool):
-        return said
+    marked = getattr(module, "is_cross_attention", None)
+    if isinstance(marked, bool):
+        return marked
     if _is_joint(module):
         return False
     processor = type(getattr(module, "processor", None)).__name__
@@ -201,7 +201,7 @@ def _is_joint(module: nn.Module) -> bool:
         return True
     children = [name for name, child in module.named_children() if "norm" not in name and _has_weights(child)]
     words = [set(re.split(r"[_\W]|(?<=\D)(?=\d)", name)) for name in children]
-    return any(sum(bool(each & asked) for each in words) > 1 for asked in (QUERY_WORDS, OUTPUT_WORDS))
+    return any(sum(bool(tokens & asked) for tokens in words) > 1 for asked in (QUERY_WORDS, OUTPUT_WORDS))
 
 
 def _width(projection: Any) -> int | None:
@@ -219,12 +219,12 @@ def _first_of(module: nn.Module, names: Sequence[str]) -> Any:
 
 def _block_lists(model: nn.Module, modules: list[Module]) -> list[str]:
     """Return the names of the ModuleLists under the root that carry the hidden states, in registration order."""
-    attentions = [each.name for each in modules if "attention" in each.kinds]
-    found = list[str]()
+    attentions = [module.name for module in modules if "attention" in module.kinds]
+    lists = list[str]()
     for name, child in model.named_children():
         if not isinstance(child, nn.ModuleList) or len(child) == 0 or SIDE_LIST.search(name):
             continue
-        with_attention = any(each.startswith(f"{name}.") for each in attentions)
+        with_attention = any(attention.startswith(f"{name}.") for attention in attentions)
         if with_attention or (not attentions and any(True for _ in child[0].children())):
-            found.append(name)
-    return found
+            lists.append(name)
+    return lists

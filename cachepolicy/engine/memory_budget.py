@@ -26,10 +26,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE)
 
 def bytes_of(text: str) -> int | None:
     """Return the bytes of a size such as `512MiB` or `2GB`, or None if the text is no size."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         return None
-    number, unit, binary = found.groups()
+    number, unit, binary = match.groups()
     power = " kmgt".index(unit.lower() or " ")
     if binary and not power:
         return None
@@ -135,8 +135,8 @@ class Account:
 
     def _by_worth(self) -> list[tuple[Lease, int]]:
         """Return the live leases and sizes, least valuable first, newest first among equals."""
-        found = [(held.lease(), held.size) for held in list(self._held.values())]
-        alive = [(lease, size) for lease, size in found if lease is not None]
+        leases = [(held.lease(), held.size) for held in list(self._held.values())]
+        alive = [(lease, size) for lease, size in leases if lease is not None]
         return sorted(alive, key=lambda pair: (pair[0].worth, -pair[0].number))
 
     def _give_up(self, leases: list[tuple[Lease, int]], needed: int) -> None:

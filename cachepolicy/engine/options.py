@@ -49,7 +49,7 @@ class RunOptions:
         Raises:
             PolicyError: `options` is neither `RunOptions` nor a mapping, or has an unknown name (E309).
         """
-        defaults = {each.name: each.default for each in fields(cls)}
+        defaults = {option.name: option.default for option in fields(cls)}
         if isinstance(options, Mapping):
             for name in options:
                 if name not in defaults:
@@ -63,8 +63,8 @@ class RunOptions:
             raise PolicyError.of(
                 "E309", f"`options` is `{options!r}`", help="pass `RunOptions(...)`, or a dict of its fields"
             )
-        given = {name: value for name, value in keywords.items() if value is not defaults[name]}
-        return replace(options or cls(), **given)
+        changed = {name: value for name, value in keywords.items() if value is not defaults[name]}
+        return replace(options or cls(), **changed)
 
     @property
     def limit(self) -> int | None:

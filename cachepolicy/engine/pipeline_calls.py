@@ -76,11 +76,11 @@ class PipelineCall:
         with self.whole():
             while True:
                 try:
-                    given = await _awaited(self._pieces(following))
+                    piece = await _awaited(self._pieces(following))
                 except StopAsyncIteration:
                     return
                 try:
-                    following = inner.asend((yield given))
+                    following = inner.asend((yield piece))
                 except GeneratorExit:
                     await _awaited(self._pieces(inner.aclose()))
                     raise
@@ -93,11 +93,11 @@ class PipelineCall:
         while True:
             try:
                 with self.piece():
-                    given = send(value)
+                    piece = send(value)
             except StopIteration as stop:
                 return stop.value
             try:
-                value, send = (yield given), inner.send
+                value, send = (yield piece), inner.send
             except GeneratorExit:
                 with self.piece():
                     inner.close()

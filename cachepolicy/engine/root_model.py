@@ -137,21 +137,21 @@ class RootModel(Handle):
 
         at("")
         for site in sorted(self.plan.sites, key=lambda site: len(site.parents)):
-            what = self.execution.keepings[site.index]
-            if what.streams:
+            keeping = self.execution.keepings[site.index]
+            if keeping.streams:
                 for position, name in enumerate(site.modules):
                     at(name).members.append((site.index, position))
             if len(site.modules) == 1:
                 handle = at(site.modules[0])
-                handle.index, handle.keeping = site.index, what
-                handle.plain = what.plain and self.context.storing is ANYHOW
-        for probe, place in self.plan.probes.items():
+                handle.index, handle.keeping = site.index, keeping
+                handle.plain = keeping.plain and self.context.storing is ANYHOW
+        for probe, location in self.plan.probes.items():
             before = probe.stream in {"input", "argument"}
-            handle = at(place.modules[0 if before else -1])
+            handle = at(location.modules[0 if before else -1])
             (handle.inputs if before else handle.outputs).append(probe)
-            if len(place.modules) > 1:
-                at(place.modules[0]).starts.append(probe)
-        if any(what.streams for what in self.execution.keepings) or self.plan.probes:
+            if len(location.modules) > 1:
+                at(location.modules[0]).starts.append(probe)
+        if any(keeping.streams for keeping in self.execution.keepings) or self.plan.probes:
             # All blocks are watched: their calls show which output becomes which input.
             for name in self.plan.skeleton.block_lists:
                 for block in self.plan.skeleton.elements[name]:
@@ -288,8 +288,8 @@ class RootModel(Handle):
 
     def _terms(self, session: Session, here: Entered | None) -> SessionConfig:
         if session.session_config is None:
-            said = here.session_config if here is not None and here.of(self.context.sessions) else None
-            session.session_config = said or self.context.session_config
+            outer = here.session_config if here is not None and here.of(self.context.sessions) else None
+            session.session_config = outer or self.context.session_config
         return session.session_config
 
     def _read(self, session: Session, state: State, sources: Sources, arguments: CallArguments) -> Reading:
@@ -341,10 +341,10 @@ class RootModel(Handle):
 
     def _liveness(self, state: State, ahead: Ahead) -> Liveness:
         """Return what later steps may read. The result is cached until the clock's forecast changes."""
-        loose, found = bool(self.repeated) or self.context.budget is not None, state.liveness
-        if found is None or found.outlooks.ahead is not ahead or found.outlooks.loose is not loose:
-            found = state.liveness = state.host.execution.liveness(ahead, loose=loose)
-        return found
+        loose, liveness = bool(self.repeated) or self.context.budget is not None, state.liveness
+        if liveness is None or liveness.outlooks.ahead is not ahead or liveness.outlooks.loose is not loose:
+            liveness = state.liveness = state.host.execution.liveness(ahead, loose=loose)
+        return liveness
 
     def _branch(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
         """Return the branch of a call, and per site the reason where its history does not fit."""
@@ -353,7 +353,7 @@ class RootModel(Handle):
         branch = state.branches.get(tick.branch)
         if branch is not None and not (reading.stale or reading.doubtful):
             return branch, {}
-        slots = [Slot(each) for each in self._storings(state, tick, reading.ahead)]
+        slots = [Slot(storing) for storing in self._storings(state, tick, reading.ahead)]
         if branch is None:
             execution = state.host.execution
             state.branches[tick.branch] = Branch(execution.program.coarse, execution.recall.start, slots)
@@ -370,7 +370,7 @@ class RootModel(Handle):
     def _emptied(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
         """Return the branch of a call without its history, and the reason why every site computes."""
         branch = state.branches[tick.branch]
-        slots = [Slot(each) for each in self._storings(state, tick, reading.ahead)]
+        slots = [Slot(storing) for storing in self._storings(state, tick, reading.ahead)]
         state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
         state.guide = Guide()
         return state.branches[tick.branch], dict.fromkeys(range(len(slots)), RERUN)
@@ -393,8 +393,8 @@ class RootModel(Handle):
             return lambda shape: operations(weight, shape) * counted.of(group, tick)
 
         return [
-            Storing(storing.packing, state.account, saving(site), what.depth)
-            for site, what in enumerate(state.host.execution.keepings)
+            Storing(storing.packing, state.account, saving(site), keeping.depth)
+            for site, keeping in enumerate(state.host.execution.keepings)
         ]
 
     @cached_property
@@ -414,10 +414,10 @@ class RootModel(Handle):
 
     def _start(self, session: Session, state: State, tick: Tick) -> None:
         """Start a trajectory: release the state of the last one on all root models of the session."""
-        for each in session.states.values():
-            if each is state or each.calls.trajectory != session.clock.trajectories:
-                self.finished(each)
-                each.clear()
+        for other in session.states.values():
+            if other is state or other.calls.trajectory != session.clock.trajectories:
+                self.finished(other)
+                other.clear()
         self.graphs.look()
         trace, plan = self.context.trace, state.host.execution.plan
         state.trajectory = trace.begin(session.key, plan) if trace is not None else None
@@ -730,7 +730,7 @@ class RootModel(Handle):
                 self.context.trace.drop(state.trajectory)
             state.abandon()
         session.leave()
-        if isinstance(error, PolicyError) and any(each.code in _REFUTED for each in error.diagnostics):
+        if isinstance(error, PolicyError) and any(diagnostic.code in _REFUTED for diagnostic in error.diagnostics):
             self.context.refuted()
 
 

@@ -114,16 +114,16 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     if config is not None:
         # Explicit arguments of the caller override the config. A pipeline that has `do_classifier_free_guidance`
         # answers for each call, so the promise of the config is not used there.
-        policy, said = config.policy(), config.arguments()
-        callback, promised = said.pop("timestep", None), said.pop("guidance", None)
+        policy, arguments = config.policy(), config.arguments()
+        callback, promised = arguments.pop("timestep", None), arguments.pop("guidance", None)
         timestep = callback if timestep is None else timestep
         if guidance is None and not (promised and hasattr(type(target), GUIDANCE_PROPERTY)):  # pyright: ignore[reportUnknownArgumentType]
             guidance = promised
-        params = said | params
+        params = arguments | params
     elif hasattr(policy, "policy"):
         policy = cast("Any", policy).policy()
     loaded = load(policy)
-    named = {each.name for each in loaded.statements if isinstance(each, ir.External)}
+    named = {statement.name for statement in loaded.statements if isinstance(statement, ir.External)}
     externals = {name: supplier(name, params.pop(name)) for name in named & set(params)}
     chosen = RunOptions.of(
         options,
@@ -371,8 +371,8 @@ class Run:
         if placement is not None:  # missing when another thread's call has detached the run (E310, E311)
             placement.settle()
 
-    def _intercept(self, root: RootModel, place: str, site: SiteHandle) -> None:
-        self._placements[root.identity].add(place, site)
+    def _intercept(self, root: RootModel, name: str, site: SiteHandle) -> None:
+        self._placements[root.identity].add(name, site)
 
     def _swap(self, module: torch.nn.Module, methods: dict[str, Any], handle: object) -> None:
         swap(module, methods, handle)
@@ -514,8 +514,8 @@ class Run:
         """
         if key is None:
             raise PolicyError.of("E304", "a session's key is None", help="use a string or a number of your own")
-        said = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance}
-        options = {name: value for name, value in said.items() if value is not None}
+        stated = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance}
+        options = {name: value for name, value in stated.items() if value is not None}
         session_config = self._offer.depart(options, params) if options or params else None
         return self._inside(key, session_config)
 
@@ -565,28 +565,28 @@ class Run:
     def _denoiser(self, model: str | torch.nn.Module | None) -> RootModel | None:
         """Return the root model of a `run.step`, or None if the run was removed."""
         every = dict(self._attached)
-        found = [each for name, each in every.items() if model is None or model == name or model is each.module]
-        if len(found) > 1 or (every and not found):
-            names = " and ".join(f"`{name or type(each.module).__name__}`" for name, each in every.items())
+        matching = [root for name, root in every.items() if model is None or model == name or model is root.module]
+        if len(matching) > 1 or (every and not matching):
+            names = " and ".join(f"`{name or type(root.module).__name__}`" for name, root in every.items())
             raise PolicyError.of(
                 "E324",
                 f"`run.step` is for one denoiser, and the run has {names}",
                 help="pass the denoiser or its name first, as in `run.step(pipe.transformer_2, t=t)`",
             )
-        return found[0] if found else None
+        return matching[0] if matching else None
 
     @contextlib.contextmanager
-    def _stepped(self, attached: RootModel | None, context: Context) -> Generator[None]:
-        if attached is None:
+    def _stepped(self, root: RootModel | None, context: Context) -> Generator[None]:
+        if root is None:
             yield
             return
-        attached.refuse_step()
+        root.refuse_step()
         with _set(CONTEXT, context):
-            forward_pass = attached.begin((), {})
+            forward_pass = root.begin((), {})
         if forward_pass is None:
             yield
             return
-        with published(attached, forward_pass):
+        with published(root, forward_pass):
             yield
 
     def reset(self, key: Hashable | None = None) -> None:
@@ -630,8 +630,8 @@ class Run:
                 restore(module)
             for placement in self._placements.values():
                 placement.lift()
-            for each in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
-                each.clear()
+            for collection in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
+                collection.clear()
 
     def __reduce__(self) -> Any:
         raise PolicyError.of(
@@ -718,9 +718,9 @@ def _replaced(name: str) -> PolicyError:
     )
 
 
-def _already(what: str) -> PolicyError:
+def _already(subject: str) -> PolicyError:
     return PolicyError.of(
         "E301",
-        f"{what} has a policy already",
+        f"{subject} has a policy already",
         help="`cachepolicy.remove(...)` it first, or combine both with `use` in one policy",
     )

@@ -127,8 +127,8 @@ class SchedulerFollower(Handle):
         elif isinstance(timestep, bool) or not isinstance(timestep, int | float):
             return None
         value = float(timestep)
-        found = [index for index, each in enumerate(self._numbers[0]) if each == value]
-        return min(found, key=lambda index: abs(index - near), default=None)
+        indices = [index for index, number in enumerate(self._numbers[0]) if number == value]
+        return min(indices, key=lambda index: abs(index - near), default=None)
 
 
 _generations = itertools.count()
@@ -145,7 +145,7 @@ def _step_index(scheduler: Any) -> int | None:
 
 
 def _floats(values: Any) -> list[float]:
-    return [float(each) for each in (values.tolist() if hasattr(values, "tolist") else values)]
+    return [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
 
 
 def _rows(sample: Any) -> int | None:
@@ -188,14 +188,14 @@ _lock = threading.Lock()
 def _step_override(original: Method) -> Method:
     """Override of `scheduler.step` that records the call."""
     parameters = list(inspect.signature(original).parameters)[1:]
-    place = parameters.index("timestep") if "timestep" in parameters else len(parameters)
+    position = parameters.index("timestep") if "timestep" in parameters else len(parameters)
     sample = parameters.index("sample") if "sample" in parameters else len(parameters)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         follower = self.__dict__.get(ATTRIBUTE)
         if follower is not None:
-            follower.stepped(self, args[place] if place < len(args) else kwargs.get("timestep"))
+            follower.stepped(self, args[position] if position < len(args) else kwargs.get("timestep"))
             follower.rows = _rows(args[sample] if sample < len(args) else kwargs.get("sample"))
         return result
 
@@ -230,8 +230,8 @@ class Weakly(Generic[T]):
     def add(self, item: T) -> None:
         """Add an object, and remove dead references."""
         with self._lock:
-            alive = [each for each in self._references if each() is not None]
-            if not any(each() is item for each in alive):
+            alive = [reference for reference in self._references if reference() is not None]
+            if not any(reference() is item for reference in alive):
                 alive.append(_reference(item))
             self._references = alive
 
@@ -240,8 +240,8 @@ class Weakly(Generic[T]):
         self._references = []
 
     def __iter__(self) -> Iterator[T]:
-        for each in self._references:
-            item = each()
+        for reference in self._references:
+            item = reference()
             if item is not None:
                 yield item
 

@@ -54,7 +54,7 @@ class BoundPolicy:
     ) -> None:
         self.policy = policy
         self._params = dict(params)
-        self._externals = {each.name for each in policy.statements if isinstance(each, ir.External)}
+        self._externals = {statement.name for statement in policy.statements if isinstance(statement, ir.External)}
         self._executions: OrderedDict[object, Mapping[str, ExecutionPlan]] = OrderedDict()
         self._lock = threading.Lock()
         self.session_config = SessionConfig({name: lay_out(plan) for name, plan in plans.items()}, options)
@@ -109,13 +109,13 @@ class BoundPolicy:
             resolved.digest == execution.plan.resolved.digest for execution in self.session_config.executions.values()
         ):
             return self.session_config.executions
-        found = dict[str, ExecutionPlan]()
+        executions = dict[str, ExecutionPlan]()
         for name, execution in self.session_config.executions.items():
-            found[name] = lay_out(bind(resolved, execution.plan.skeleton))
-            change = _change(execution, found[name])
+            executions[name] = lay_out(bind(resolved, execution.plan.skeleton))
+            change = _change(execution, executions[name])
             if change:
                 return change
-        return found
+        return executions
 
 
 def _change(current: ExecutionPlan, other: ExecutionPlan) -> str:

@@ -327,27 +327,27 @@ class Sessions:
         self._touch(("session", key), session)
         return session
 
-    def _touch(self, place: object, session: Session | weakref.ref[Session]) -> None:
-        known = place in self._recent
-        self._recent[place] = session
-        self._recent.move_to_end(place)
+    def _touch(self, key: object, session: Session | weakref.ref[Session]) -> None:
+        known = key in self._recent
+        self._recent[key] = session
+        self._recent.move_to_end(key)
         if not known and len(self._recent) > self._most:
             self._make_room()
 
     def _make_room(self) -> None:
         """Remove dead references, then end the least recently used sessions in which no call runs."""
-        for place, session in list(self._recent.items()):
+        for key, session in list(self._recent.items()):
             if isinstance(session, weakref.ref) and session() is None:
-                del self._recent[place]
+                del self._recent[key]
         newest = next(reversed(self._recent))
-        for place, each in list(self._recent.items()):
+        for key, entry in list(self._recent.items()):
             if len(self._recent) <= self._most:
                 break
-            session = each() if isinstance(each, weakref.ref) else each
-            if place is not newest and (session is None or not session.busy):
-                del self._recent[place]
+            session = entry() if isinstance(entry, weakref.ref) else entry
+            if key is not newest and (session is None or not session.busy):
+                del self._recent[key]
                 if session is not None:
-                    self._lose(session, keyed=not isinstance(each, weakref.ref))
+                    self._lose(session, keyed=not isinstance(entry, weakref.ref))
 
     def _lose(self, session: Session, *, keyed: bool) -> None:
         """End a session beyond the limit. If its trajectory was under way, its next call tells whether it goes on."""
@@ -450,8 +450,8 @@ class Sessions:
     def alive(self) -> list[Session]:
         """Return the sessions whose owners are alive."""
         with self._lock:
-            found = [each() if isinstance(each, weakref.ref) else each for each in self._recent.values()]
-        return [session for session in found if session is not None]
+            sessions = [entry() if isinstance(entry, weakref.ref) else entry for entry in self._recent.values()]
+        return [session for session in sessions if session is not None]
 
     @property
     def keys(self) -> tuple[object, ...]:

@@ -102,17 +102,17 @@ def signals_of(plan: Plan) -> Signals:
     for signal in plan.resolved.signals:
         closed[signal.name] = substitute(signal.value, closed)
     conditions = [rule.rule.condition for rule in plan.rules if rule.rule.condition is not None]
-    read = {node.name for each in conditions for node in walk(each) if isinstance(node, ir.Name)}
+    read = {node.name for condition in conditions for node in walk(condition) if isinstance(node, ir.Name)}
     numbers = {name: value for name, value in closed.items() if name in read}
     nodes = [node for value in numbers.values() for node in walk(value)]
     kept, previous = dict[ir.Expression, int](), dict[ir.Expression, None]()
     for node in nodes:
         if isinstance(node, ir.Call) and node.function in MEMORIES:
-            what, *back = node.arguments
+            remembered, *back = node.arguments
             if node.function == "prev":
-                previous[what] = None
+                previous[remembered] = None
             else:
-                kept[what] = max(int(evaluate(back[0])) if back else 1, kept.get(what, 0))
+                kept[remembered] = max(int(evaluate(back[0])) if back else 1, kept.get(remembered, 0))
     probes = frozenset(node for node in nodes if isinstance(node, ir.Probe))
     return Signals(numbers, kept, tuple(previous), probes, _norms(numbers.values()), _norms([*kept, *previous]))
 
@@ -166,20 +166,20 @@ class Measuring:
 
     def numbers(self, site: int) -> dict[str, float]:
         """Return the signals by name for the rules of `site`. Undefined signals are NaN."""
-        found = dict[str, float]()
+        values = dict[str, float]()
         for name, expression in self._signals.numbers.items():
             try:
                 value = self._value(expression, site)
-                found[name] = float("nan") if isinstance(value, Stream) else value
+                values[name] = float("nan") if isinstance(value, Stream) else value
             except Undefined:
-                found[name] = float("nan")
-        return found
+                values[name] = float("nan")
+        return values
 
-    def agree(self, what: str, past: str, sites: Sequence[int], *, refuses: bool = False) -> bool:
+    def agree(self, subject: str, past: str, sites: Sequence[int], *, refuses: bool = False) -> bool:
         """Compute the norms for `sites` together with the other processes.
 
         Args:
-            what: The subject of the decision, equal on all processes.
+            subject: The subject of the decision, equal on all processes.
             past: All other inputs of the decision, equal on all processes.
             sites: The site numbers.
             refuses: Whether this process cannot reuse.
@@ -187,10 +187,10 @@ class Measuring:
         Returns:
             Whether any process cannot reuse.
         """
-        return self._settle(what, self._signals.decisive, sites, past, refuses=refuses)
+        return self._settle(subject, self._signals.decisive, sites, past, refuses=refuses)
 
     def _settle(
-        self, what: str, norms: Sequence[ir.Call], sites: Sequence[int], past: str = "", *, refuses: bool = False
+        self, subject: str, norms: Sequence[ir.Call], sites: Sequence[int], past: str = "", *, refuses: bool = False
     ) -> bool:
         assert self.agreement is not None
         keys = dict.fromkeys(self._key(call, site) for site in sites for call in norms)
@@ -198,7 +198,7 @@ class Measuring:
         missing = [key for key in keys if math.isnan(self._agreed.get(key, math.nan))]
         wanted = [(call.function, self._share(call, max(site, 0))) for call, site in missing]
         branch = self._environment.names.get("branch")
-        where = f"{what} at step {self._step}" + (f" of `{branch}`" if branch else "")
+        where = f"{subject} at step {self._step}" + (f" of `{branch}`" if branch else "")
         settled = self.agreement.settle(where, wanted, past=past, refuses=refuses)
         self._agreed.update(zip(missing, settled.norms, strict=True))
         return settled.refused > 0
@@ -236,14 +236,14 @@ class Measuring:
         self, expressions: Iterable[ir.Expression], sites: list[int]
     ) -> dict[tuple[ir.Expression, int], SignalValue]:
         """Return the defined values of the expressions at each site."""
-        found = dict[tuple[ir.Expression, int], SignalValue]()
+        values = dict[tuple[ir.Expression, int], SignalValue]()
         for expression in expressions:
             for site in sites:
                 try:
-                    found[expression, site] = self._value(expression, site)
+                    values[expression, site] = self._value(expression, site)
                 except Undefined:
                     continue
-        return found
+        return values
 
     def _value(self, expression: ir.Expression, site: int) -> SignalValue:
         match expression:
@@ -268,9 +268,9 @@ class Measuring:
         if self._undefined and not self._undefined.isdisjoint(walk(expression)):  # pyright: ignore[reportArgumentType]
             raise Undefined("a probed module is called more than once in a forward")
 
-    def _remembered(self, value: SignalValue | None, what: str) -> SignalValue:
-        if value is None or (what == "prev" and self.past.step != self._step - 1):
-            raise Undefined(f"`{what}(...)` has no value yet")
+    def _remembered(self, value: SignalValue | None, memory: str) -> SignalValue:
+        if value is None or (memory == "prev" and self.past.step != self._step - 1):
+            raise Undefined(f"`{memory}(...)` has no value yet")
         return value
 
     def _number(self, expression: ir.Expression, site: int) -> float:
@@ -313,7 +313,7 @@ class Measuring:
 
 def _norms(expressions: Iterable[ir.Expression]) -> tuple[ir.Call, ...]:
     """Return the norms in the expressions, without those inside memories."""
-    calls = [call for each in expressions for call in _outermost(each)]
+    calls = [call for expression in expressions for call in _outermost(expression)]
     return tuple(dict.fromkeys(call for call in calls if call.function in NORMS))
 
 

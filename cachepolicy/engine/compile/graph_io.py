@@ -79,8 +79,8 @@ def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | 
     """Return why a graph could not answer for the site if it reused, or None."""
     if isinstance(action, ir.ApproximateUncond):
         return None
-    slot, what = forward_pass.slots[site], forward_pass.keepings[site]
-    if what.streams:
+    slot, keeping = forward_pass.slots[site], forward_pass.keepings[site]
+    if keeping.streams:
         chain = slot.chain
         if isinstance(action, ir.Skip):
             # What a skipped block returns does not depend on the trajectory or the branch.
@@ -101,7 +101,9 @@ def lacking(forward_pass: Staged, site: int, action: ir.Action | None) -> str | 
 
 def autocast() -> tuple[Any, ...]:
     """Return the autocast dtypes. They change the dtypes of block inputs while root inputs stay the same."""
-    return tuple(torch.get_autocast_dtype(each) if torch.is_autocast_enabled(each) else None for each in _AUTOCAST)
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in _AUTOCAST
+    )
 
 
 _AUTOCAST = ("cpu", "cuda")
@@ -109,9 +111,9 @@ _AUTOCAST = ("cpu", "cuda")
 
 def staged(forward_pass: Staged, site: int) -> Part:
     """Build what a graph reads about one site at this call."""
-    what, part = forward_pass.keepings[site], Part()
-    part.residuals, part.outputs = what.residuals > 0, what.outputs > 0
-    part.form = forward_pass.forms.get(site) if what.streams else None
+    keeping, part = forward_pass.keepings[site], Part()
+    part.residuals, part.outputs = keeping.residuals > 0, keeping.outputs > 0
+    part.form = forward_pass.forms.get(site) if keeping.streams else None
     part.calls = [OutputPlace() for _ in range(len(part.form.links) if part.form is not None else 1)]
     segments = part.form.segments if part.form is not None else 1
     part.places, part.bases = [OutputPlace() for _ in range(segments)], [OutputPlace() for _ in range(segments)]
@@ -121,16 +123,16 @@ def staged(forward_pass: Staged, site: int) -> Part:
 
 def fill(forward_pass: Staged, site: int, part: Part, *, refused: bool) -> None:
     """Set the code of a site, and its history if the site answers."""
-    decision, what, slot = forward_pass.decided(site), forward_pass.keepings[site], forward_pass.slots[site]
+    decision, keeping, slot = forward_pass.decided(site), forward_pass.keepings[site], forward_pass.slots[site]
     action = decision.action
-    if decision is WAITING or (what.streams and part.form is None):
+    if decision is WAITING or (keeping.streams and part.form is None):
         part.code = PENDING
     elif refused or decision.verdict != "reuse" or action is None or isinstance(action, ir.ApproximateUncond):
-        part.code = STORE if what.outputs or what.streams else COMPUTE
+        part.code = STORE if keeping.outputs or keeping.streams else COMPUTE
     else:
         part.answer = _answer(action)
-        part.code = ANSWER if what.streams or part.answer.predicts else REUSE
-        if what.streams:
+        part.code = ANSWER if keeping.streams or part.answer.predicts else REUSE
+        if keeping.streams:
             _give_chain(forward_pass, site, part, slot.chain, action)
         else:
             _give(forward_pass, site, part, slot, action)
@@ -151,16 +153,16 @@ def _give(forward_pass: Staged, site: int, part: Part, slot: Slot, action: ir.Ac
     first = _first(kept[0].output)
     if isinstance(action, ir.Predict):
         # Entries of half a batch cannot serve a full batch.
-        kept = [each for each in kept if forward_pass.halved or each.full]
-        part.weights = _weights(forward_pass, site, action, [each.step for each in kept], first)
-    part.given = tuple(_half(forward_pass, each.output, full=each.full) for each in kept)
+        kept = [entry for entry in kept if forward_pass.halved or entry.full]
+        part.weights = _weights(forward_pass, site, action, [entry.step for entry in kept], first)
+    part.given = tuple(_half(forward_pass, entry.output, full=entry.full) for entry in kept)
     part.clones = slot.clones or forward_pass.inference
     part.square = first is not None and first.shape == slot.shape
 
 
 def _first(value: Any) -> Any:
-    found = leaves(value)
-    return found[0] if found else None
+    tensors = leaves(value)
+    return tensors[0] if tensors else None
 
 
 def _half(forward_pass: Staged, value: Any, *, full: bool) -> Any:
@@ -173,18 +175,20 @@ def _half(forward_pass: Staged, value: Any, *, full: bool) -> Any:
 def _give_chain(forward_pass: Staged, site: int, part: Part, chain: Chain | None, action: ir.Action) -> None:
     if chain is None or isinstance(action, ir.Skip):
         return
-    given, numbers = list[Any](), list[Any]()
+    histories, numbers = list[Any](), list[Any]()
     for segment in chain.history:
         entries = [entry for entry in segment[: reach(action)] if forward_pass.halved or entry.full]
         columns = [
-            [_half(forward_pass, entry.at(place, residual=part.answer.residual), full=entry.full) for entry in entries]
-            for place in range(len(entries[0].residuals))
+            [_half(forward_pass, entry.at(index, residual=part.answer.residual), full=entry.full) for entry in entries]
+            for index in range(len(entries[0].residuals))
         ]
-        given.append(tuple(None if any(each is None for each in column) else tuple(column) for column in columns))
+        histories.append(
+            tuple(None if any(tensor is None for tensor in column) else tuple(column) for column in columns)
+        )
         if isinstance(action, ir.Predict):
-            kept = next((column[0] for column in given[-1] if column is not None), None)
+            kept = next((column[0] for column in histories[-1] if column is not None), None)
             numbers.append(_weights(forward_pass, site, action, [entry.step for entry in entries], kept))
-    part.given, part.weights = tuple(given), tuple(numbers)
+    part.given, part.weights = tuple(histories), tuple(numbers)
 
 
 def _weights(
@@ -198,8 +202,8 @@ def _weights(
         # MPS has no float64.
         return torch.tensor(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
-    divisors = None if numbers.divisors is None else tuple(tensor(each) for each in numbers.divisors)
-    return Weights(divisors, tuple(tensor(each) for each in numbers.factors))
+    divisors = None if numbers.divisors is None else tuple(tensor(number) for number in numbers.divisors)
+    return Weights(divisors, tuple(tensor(number) for number in numbers.factors))
 
 
 # --- afterwards ------------------------------------------------------------------------------------------
@@ -207,31 +211,31 @@ def _weights(
 
 def commit(forward_pass: Staged, site: int, part: Part) -> None:
     """Store what a graph left in the history of the site."""
-    slot, what = forward_pass.slots[site], forward_pass.keepings[site]
-    if what.streams:
-        _commit_chain(forward_pass, slot, what, part)
+    slot, keeping = forward_pass.slots[site], forward_pass.keepings[site]
+    if keeping.streams:
+        _commit_chain(forward_pass, slot, keeping, part)
         return
-    place = part.places[0]
-    if place.value is None:
+    output_place = part.places[0]
+    if output_place.value is None:
         return
-    if place.states is not None:
-        slot.shape, slot.dtype, slot.device = torch.Size(place.states[0]), *place.states[1:]
+    if output_place.states is not None:
+        slot.shape, slot.dtype, slot.device = torch.Size(output_place.states[0]), *output_place.states[1:]
     elif part.code is STORE:
         slot.shape = slot.dtype = slot.device = None
-    push(slot, what, STORE, place.value, step=forward_pass.step, full=not forward_pass.halved)
+    push(slot, keeping, STORE, output_place.value, step=forward_pass.step, full=not forward_pass.halved)
 
 
-def _commit_chain(forward_pass: Staged, slot: Slot, what: Keeping, part: Part) -> None:
+def _commit_chain(forward_pass: Staged, slot: Slot, keeping: Keeping, part: Part) -> None:
     if part.unfit and slot.chain is not None:
         # The span computed inside the graph without storing its result.
         slot.chain.links, slot.chain.history = {}, []
-    form, left = part.form, [place.value for place in part.places]
+    form, left = part.form, [output_place.value for output_place in part.places]
     if form is None or part.unfit or any(value is None for value in left):
         return
     chain = slot.chain = slot.chain or Chain(slot.storing)
     fresh = [ChainEntry(residuals, outputs, forward_pass.step, not forward_pass.halved) for residuals, outputs in left]
     old: list[list[ChainEntry]] = chain.history if len(chain.history) == len(fresh) else [[] for _ in fresh]
-    chain.put(fresh, old, what.depth)
+    chain.put(fresh, old, keeping.depth)
     chain.links = dict(enumerate(form.links))
-    chain.endings = {place: ending for place, ending in enumerate(form.endings) if ending is not None}
+    chain.endings = {position: ending for position, ending in enumerate(form.endings) if ending is not None}
     chain.signature, chain.autocast = None, autocast()

@@ -193,9 +193,9 @@ def _repeats(part: Part, position: int) -> bool:
     """Return True, and mark the part, if a module of the site is called again. The call then computes."""
     if part.repeats:
         return True
-    place = part.calls[position]
-    if place.value is None:
-        place.value = True
+    call_place = part.calls[position]
+    if call_place.value is None:
+        call_place.value = True
         return False
     part.repeats = True
     return True
@@ -215,10 +215,10 @@ def _computed(original: Any, module: Any, part: Part | None, args: tuple[Any, ..
             return _answered(part)
         part.unfit = True
     output = original(module, *args, **kwargs)
-    place = part.places[0]
+    output_place = part.places[0]
     # Clone: inside a graph, in-place writes of later operations cannot be detected.
-    place.value = cloned(output)
-    place.states = None if states is None else (states.shape, states.dtype, states.device)
+    output_place.value = cloned(output)
+    output_place.states = None if states is None else (states.shape, states.dtype, states.device)
     return output
 
 
@@ -237,7 +237,7 @@ def _answered(part: Part) -> Any:
         if part.clones:
             return cloned(newest)
         return rebuilt_containers(newest)
-    columns = [leaves(each) for each in part.given]
+    columns = [leaves(entry) for entry in part.given]
     values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
     output = filled(newest, values)
     if part.answer.feedback:
@@ -254,7 +254,7 @@ def _begin(part: Part, position: int, names: Names) -> None:
     link = part.form.links[position]
     if part.residuals and link.leads:
         inputs = passed(link.shape, names)
-        part.bases[link.segment].value = tuple([None if each is None else each.clone() for each in inputs])
+        part.bases[link.segment].value = tuple([None if tensor is None else tensor.clone() for tensor in inputs])
 
 
 def _end(part: Part, position: int, output: Any) -> None:
@@ -264,14 +264,14 @@ def _end(part: Part, position: int, output: Any) -> None:
     if ending is None:
         return
     outputs = parts(output)[0]
-    reached = [None if place is None else outputs[place] for place in ending.outputs]
+    reached = [None if index is None else outputs[index] for index in ending.outputs]
     residuals: list[Any] = [None] * len(reached)
     kept: list[Any] = [None] * len(reached)
-    for place, value in enumerate(reached):
+    for index, value in enumerate(reached):
         if value is not None and part.residuals:
-            residuals[place] = (value - part.bases[ending.segment].value[place]).detach()
+            residuals[index] = (value - part.bases[ending.segment].value[index]).detach()
         if value is not None and part.outputs:
-            kept[place] = value.detach().clone()
+            kept[index] = value.detach().clone()
     part.places[ending.segment].value = (tuple(residuals), tuple(kept))
 
 
@@ -282,9 +282,9 @@ def _suits(part: Part, position: int, names: Names) -> bool:
         return True
     link = part.form.links[position]
     inputs = passed(link.shape, names)
-    for place in range(len(inputs)):
-        column = part.given[link.segment][place]
-        if column is not None and column[0].shape != inputs[place].shape:
+    for index in range(len(inputs)):
+        column = part.given[link.segment][index]
+        if column is not None and column[0].shape != inputs[index].shape:
             return False
     return True
 
@@ -304,17 +304,17 @@ def _led(part: Part, segment: int, inputs: list[Any]) -> list[Any]:
     answers: list[Any] = list(inputs)
     residuals: list[Any] = [None] * len(inputs)
     outputs: list[Any] = [None] * len(inputs)
-    for place in range(len(inputs)):
-        column, given = part.given[segment][place], inputs[place]
+    for index in range(len(inputs)):
+        column, stream = part.given[segment][index], inputs[index]
         if column is None:
             continue
         value = combine(column, part.weights[segment]) if part.answer.predicts else column[0]
-        answer = given + value if part.answer.residual else value.clone()
-        answers[place] = answer
+        answer = stream + value if part.answer.residual else value.clone()
+        answers[index] = answer
         if part.residuals:
-            residuals[place] = answer - given
+            residuals[index] = answer - stream
         if part.outputs:
-            outputs[place] = answer.clone()
+            outputs[index] = answer.clone()
     if part.answer.feedback:
         part.places[segment].value = (tuple(residuals), tuple(outputs))
     return answers

@@ -39,7 +39,7 @@ class Graphs:
         self.forms: dict[int, ChainForm] = {}
         self.surprised = False
         self._learnt: dict[Any, int] = {}
-        self._shows = bool(host.execution.plan.probes) or any(what.streams for what in host.execution.keepings)
+        self._shows = bool(host.execution.plan.probes) or any(keeping.streams for keeping in host.execution.keepings)
         self._blocks: list[Sequence[int]] = []
         self._signatures: set[Any] = set()
         self._warned = False
@@ -47,12 +47,12 @@ class Graphs:
 
     def _candidates(self) -> Iterator[str]:
         """Yield the modules that contain sites, outermost first. Their graphs would contain these sites."""
-        found = dict[str, None]()
+        ancestors = dict[str, None]()
         for site in self.host.execution.plan.sites:
             for name in site.modules:
                 steps = name.split(".")
-                found |= dict.fromkeys(".".join(steps[:length]) for length in range(1, len(steps)))
-        for name in sorted(found, key=lambda name: name.count(".")):
+                ancestors |= dict.fromkeys(".".join(steps[:length]) for length in range(1, len(steps)))
+        for name in sorted(ancestors, key=lambda name: name.count(".")):
             if not isinstance(self.host.module.get_submodule(name), torch.nn.ModuleList | torch.nn.ModuleDict):
                 yield name
 
@@ -61,16 +61,16 @@ class Graphs:
         for name in list(self._around):
             module = self.host.module.get_submodule(name)
             if is_compiled(module):
-                self._around = [each for each in self._around if not f"{each}.".startswith(f"{name}.")]
+                self._around = [around for around in self._around if not f"{around}.".startswith(f"{name}.")]
                 self._add(name, module)
 
     def _add(self, name: str, module: torch.nn.Module) -> None:
         numbers = [
             site.index
             for site in self.host.execution.plan.sites
-            if all(each.startswith(f"{name}.") for each in site.modules)
+            if all(member.startswith(f"{name}.") for member in site.modules)
         ]
-        within = {number: place for place, number in enumerate(numbers)}
+        within = {number: index for index, number in enumerate(numbers)}
         for inner, site in self.host.handles.items():
             if inner.startswith(f"{name}."):
                 site.within = within.get(site.index, -1)
@@ -96,8 +96,8 @@ class Graphs:
     def learnt(self, forward_pass: ForwardPass, arguments: CallArguments) -> None:
         """Record the structure of the spans after a call outside graphs."""
         known = True
-        for site, what in enumerate(self.host.execution.keepings):
-            if what.streams and site not in self.forms:
+        for site, keeping in enumerate(self.host.execution.keepings):
+            if keeping.streams and site not in self.forms:
                 chain = forward_pass.branch.slots[site].chain
                 if chain is not None:
                     chain.autocast = autocast()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import constant
+from cachepolicy.language.evaluate import Undefined, constant
 from cachepolicy.language.parser import parse_value
 from cachepolicy.planning.guidance import Guidance
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
@@ -137,6 +138,16 @@ class SampledModel:
         return self.blueprint.skeleton
 
 
+def _numbers(name: str, value: Any) -> Any:
+    """Returns the number of a `--signal`, or its list of numbers."""
+    with contextlib.suppress(Undefined, TypeError):
+        found = constant(value)
+        each = found if isinstance(found, tuple) else (found,)
+        if all(isinstance(number, int | float) and not isinstance(number, bool) for number in each):
+            return found
+    raise click.UsageError(f"Invalid value for '--signal': `{name}` takes a number, or a list of one for each step")
+
+
 def model_and_clock(values: Mapping[str, Any]) -> SampledModel:
     """Builds the model and the clock from the values of the `schedule` options.
 
@@ -155,7 +166,7 @@ def model_and_clock(values: Mapping[str, Any]) -> SampledModel:
         "steps": values["steps"] or series,
         "timesteps": values["timesteps"],
         "sigmas": values["sigmas"],
-        "signals": {name: constant(value) for name, value in values["signals"]},
+        "signals": {name: _numbers(name, value) for name, value in values["signals"]},
         "branches": values["branches"] or blueprint.guidance.branches,
     }
     branches = tuple(values["branches"])

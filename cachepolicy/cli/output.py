@@ -79,7 +79,8 @@ def unwritable(path: str | Path, error: Exception) -> PolicyError:
 def _with_option_help(finding: Diagnostic) -> Diagnostic:
     """Replaces help about arguments of `simulate` and `apply` by help about the options of the command."""
     if finding.code == "E257" and (name := re.search("`(.+?)`", finding.message)):
-        help = f"give its value: `--signal {name[1]}=0.05`, or one value per step: `--signal '{name[1]}=[0.05, ...]'`"
+        one = f"{name[1]}=0.05" if name[1].replace(".", "").isidentifier() else f"'{name[1]}=0.05'"
+        help = f"give its value: `--signal {one}`, or one value per step: `--signal '{name[1]}=[0.05, ...]'`"
     elif finding.code == "E250" and "`sigma`" in finding.message:
         help = "give the sigma of each step: `--sigmas 1.0,0.75,...`"
     else:

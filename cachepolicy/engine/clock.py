@@ -676,12 +676,12 @@ def _doubt_unit(root: Root, value: float) -> None:
     """Object to a first timestep that may be a fraction of 1 or a noise level, or that begins at the clean sample.
 
     Raises:
-        PolicyError: It is below 1 (E321).
+        PolicyError: It is between 0 and 1 (E321).
     """
-    doubt = "may rise" if value == 0 else "may be a fraction of 1" if value <= 1 else "may be a noise level"
+    doubt = "may rise from there" if value == 0 else "may be a fraction of 1" if value <= 1 else "may be a noise level"
     message = f"`{root.class_name}` was called with the timestep {value:g} at the start, which {doubt}"
     help = "pass `timestep=` (a function that returns the current timestep) or `scheduler=` to `apply`"
-    if value < 1:
+    if 0 < value < 1:
         raise PolicyError.of("E321", message, help=help)
     warnings.warn(f"{message}; it is taken for one of 0..1000: {help}", UserWarning, stacklevel=2)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -1078,8 +1079,15 @@ class ForwardPass:
         """Call an external. A callback in diffusers' style receives the module of the site."""
         supply = self.host.externals[external]
         if not getattr(supply, "takes_module", False):
-            return supply()
-        return supply(self.host.module.get_submodule(self.host.execution.names[site][0]))
+            value = supply()
+        else:
+            value = supply(self.host.module.get_submodule(self.host.execution.names[site][0]))
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            return value.reshape(())
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return value
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"`{value!r}`"
+        raise PolicyError.of("E307", f"the function for `{external}` returned {shown}", help="it must return a number")
 
 
 def _target(names: Names) -> str | None:

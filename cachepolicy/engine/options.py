@@ -84,6 +84,8 @@ class RunOptions:
         steps, guidance, samples, trace = cast("tuple[Any, Any, Any, Any]", values)
         if self.timestep is not None and not callable(self.timestep):
             return "`timestep` is no function", "pass a function that returns the current timestep, such as `lambda: t`"
+        if self.scheduler is not None and (isinstance(self.scheduler, type) or not hasattr(self.scheduler, "step")):
+            return f"`scheduler` is `{self.scheduler!r}`", "the scheduler that the loop steps, such as `pipe.scheduler`"
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             return f"`steps` is `{steps!r}`", "the number of steps of a trajectory, at least 1"
         if guidance is not None and not isinstance(guidance, bool):

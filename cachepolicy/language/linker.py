@@ -12,11 +12,13 @@ from typing import Any, TypeVar, cast
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Value, constant
+from cachepolicy.language.formatter import format_node
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
 from cachepolicy.language.params import settled
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform
 from cachepolicy.language.validate import resolved_faults
+from cachepolicy.language.vocabulary import NORMS
 
 __all__ = ["Resolved", "RuleSource", "load", "resolve"]
 
@@ -49,7 +51,7 @@ class Resolved:
         rules: The rules of the policy and of the policies that it uses, in reading order, without rules that are off.
         sources: The statement that each rule came from.
         signals: The signals in dependency order. A signal of a used policy is called `policy.name` if its name is
-            taken.
+            taken. A norm in a `while` is a signal too, which is called as it is written.
         tables: The tables by name, renamed in the same way.
         externals: Names of the externals.
         expects: The expectations of the policy itself.
@@ -104,6 +106,8 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
     flat.signals = {name: flat.signals[name] for name in _ordered(flat.signals, policy)}
     rules, signals = tuple(flat.rules), tuple(flat.signals.values())
     flat.hold_to_size(policy)
+    meaning = digest(policy.edition, rules, signals, flat.tables)
+    rules, signals = _with_named_norms(rules, signals)
     return Resolved(
         policy=policy,
         rules=rules,
@@ -113,9 +117,32 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
         externals=tuple(flat.externals),
         expects=tuple(flat.expects),
         settings={param.name: constant(names[param.name]) for param in _of(policy, ir.Param)},
-        digest=digest(policy.edition, rules, signals, flat.tables),
+        digest=meaning,
         used=flat.files,
     )
+
+
+def _with_named_norms(
+    rules: Sequence[ir.Rule], signals: Sequence[ir.Signal]
+) -> tuple[tuple[ir.Rule, ...], tuple[ir.Signal, ...]]:
+    """Makes a signal of every norm that stands in a `while`, so that signals alone have tensors.
+
+    The signal is called as the norm is written: `l1(head, kept(head))`.
+    """
+    named = dict[ir.Expression, ir.Signal]()
+
+    def name(node: ir.Node) -> ir.Node:
+        if not (isinstance(node, ir.Call) and node.function in NORMS):
+            return node
+        if node not in named:
+            named[node] = ir.Signal(name=format_node(node), value=node, span=node.span)
+        return ir.Name(name=named[node].name, span=node.span)
+
+    written = tuple(
+        rule if rule.condition is None else rule.model_copy(update={"condition": transform(rule.condition, name)})
+        for rule in rules
+    )
+    return written, (*signals, *named.values())
 
 
 S = TypeVar("S", bound=ir.Node)

@@ -36,11 +36,12 @@ def timesteps(least: int = 1, most: int = 12) -> st.SearchStrategy[list[float]]:
         most: The largest number of steps.
 
     Returns:
-        A strategy of lists of distinct decreasing timesteps in training units, 0 to 1000.
+        A strategy of lists of distinct decreasing timesteps in training units, 0 to 1000. The first is no fraction of
+        1, which a model of an unknown class is not called with at the start.
     """
     numbers = st.integers(0, 1000).map(float) | st.floats(0, 1000, width=32)
     drawn = st.lists(numbers, min_size=least, max_size=most, unique=True)
-    return drawn.map(lambda values: sorted(values, reverse=True))
+    return drawn.map(lambda values: sorted(values, reverse=True)).filter(lambda values: not 0 < values[0] < 1)
 
 
 def branches() -> st.SearchStrategy[tuple[str, ...]]:
@@ -148,9 +149,9 @@ def signals(draw: st.DrawFn) -> list[str]:
 
 
 def _measured() -> TextStrategy:
-    """Conditions on the signals of `signals`."""
+    """Conditions on the signals of `signals`, and on norms of them."""
     limit = st.sampled_from(["0.01", "0.1", "0.5", "2", "100"])
-    read = st.sampled_from(_SIGNAL_NAMES).flatmap(lambda name: st.sampled_from([name, f"sum({name})"]))
+    read = (st.sampled_from(_SIGNAL_NAMES) | _drift).flatmap(lambda name: st.sampled_from([name, f"sum({name})"]))
     return st.builds("{} <= {}".format, read, limit)
 
 

@@ -341,6 +341,15 @@ def test_missing_numbers_are_asked_for_as_options(run, command, advice):
     assert "`apply`" not in result.output
 
 
+@pytest.mark.parametrize("value", ["a", '"0.05"', "true", "[0.1, a]", "1/0", "step"])
+def test_a_signal_takes_numbers(run, value):
+    """Anything else is a usage error that names the signal."""
+    result = run("plan", "fbc", "--signal", f"drift={value}")
+    assert 2 == result.exit_code
+    assert "`drift`" in result.stderr
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
 def test_the_advised_options_work(run):
     """Following the help of a signal and of a sigma gives a plan."""
     assert 0 == run("plan", "fbc", "--signal", "drift=0.05").exit_code

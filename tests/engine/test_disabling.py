@@ -72,6 +72,8 @@ def test_mistakes_are_still_errors() -> None:
         ("no such policy", {}, "E150"),
         (POLICY, {"interval": 2}, "E160"),
         (POLICY, {"steps": 0}, "E309"),
+        (POLICY, {"scheduler": "euler"}, "E309"),
+        (POLICY, {"scheduler": dict}, "E309"),
         (cachepolicy.parse('match "nothing" -> reuse'), {}, "E200"),
     ):
         with pytest.raises(PolicyError) as caught:

@@ -971,6 +971,17 @@ def test_disabled_runs_the_bare_model_and_leaves_the_state() -> None:
 PUSHED = "external push: float\nmatch attention every 2 -> predict linear(weight: push)"
 
 
+@pytest.mark.parametrize("value", [None, "1", True, torch.ones(2)])
+def test_an_external_that_is_no_number(value: Any) -> None:
+    """What the function returns is checked where it is read."""
+    model = Toy().build()
+    with (
+        cachepolicy.apply(model, cachepolicy.parse(PUSHED), steps=4, push=lambda: value),
+        pytest.raises(cachepolicy.PolicyError, match=r"E307.*`push`"),
+    ):
+        run(model, timesteps=[900.0, 600.0, 300.0])
+
+
 @pytest.mark.parametrize(
     ("push", "message", "help"),
     [

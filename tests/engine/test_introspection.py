@@ -151,9 +151,9 @@ def test_a_block_called_after_its_attention_is_no_attention() -> None:
 READS_T = "match attention when t in (100, 800) every 2 -> reuse"
 
 
-@pytest.mark.parametrize("t", [0.98, torch.tensor([0.5]), torch.tensor(0.25, dtype=torch.bfloat16), 0, 0.0])
+@pytest.mark.parametrize("t", [0.98, torch.tensor([0.5]), torch.tensor(0.25, dtype=torch.bfloat16)])
 def test_a_first_timestep_that_may_be_a_fraction_is_no_training_timestep(t: Any) -> None:
-    """A class that is not known, called with a number from 0 to below 1, is refused with the two ways out."""
+    """A class that is not known, called with a number between 0 and 1, is refused with the two ways out."""
     x, y = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
     with (
         cachepolicy.apply(Net(SelfAttention), parse(READS_T)) as run,
@@ -163,9 +163,9 @@ def test_a_first_timestep_that_may_be_a_fraction_is_no_training_timestep(t: Any)
     assert "scheduler=" in (caught.value.diagnostics[0].help or "")
 
 
-@pytest.mark.parametrize("t", [1.0, 14.6146, torch.tensor(80.0)])
+@pytest.mark.parametrize("t", [0, 0.0, 1.0, 14.6146, torch.tensor(80.0)])
 def test_a_low_first_timestep_is_an_assumption_that_is_stated(t: Any) -> None:
-    """Fractions may start at 1, noise levels at 14.6 or 80; in training units all three are near the end."""
+    """Rising timesteps start at 0, fractions at 1, noise levels at 14.6 or 80; in training units that is the end."""
     x, y = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
     with cachepolicy.apply(Net(SelfAttention), parse(READS_T)) as run:
         with pytest.warns(UserWarning, match="taken for one of 0..1000"):

@@ -481,3 +481,23 @@ def test_kept_reaches_as_far_back_as_the_language_lets_it() -> None:
     policy = cachepolicy.parse("match attention while kept(step, 6) >= 0 -> reuse\n")
     rows = cachepolicy.simulate(policy, steps=9).rows
     assert set(rows.values()) == {"CCCCCCRRR"}
+
+
+@pytest.mark.parametrize(
+    "norm", ["l1(x, kept(x))", "relative_l1(x, prev(x))", "cosine(x, kept(x, 2))", "kept(l2(x)) / l2(x)"]
+)
+@pytest.mark.parametrize("limit", [0.9, 1.0, 1.1, 1e6])
+def test_a_norm_in_a_while_decides_as_a_signal_of_it_does(norm: str, limit: float) -> None:
+    """A rule may take the norm of a signal itself. It was undefined in a run, so that the rule never reused."""
+    rule = "signal x = residual(blocks[0])\n{}match blocks[1:] while {} < {} at most 3 in a row -> reuse residual\n"
+    rows = list[dict[str, str]]()
+    for declared, read in (("", norm), (f"signal d = {norm}\n", "d")):
+        toy = models.Toy(blocks=3)
+        model, policy = toy.build(), cachepolicy.parse(rule.format(declared, read, limit))
+        with cachepolicy.apply(model, policy) as run, torch.no_grad():
+            hidden, conditioning = models.inputs(toy)
+            for step, t in enumerate(TIMESTEPS):
+                model(hidden * (1 + 0.1 * step), torch.tensor([t]), conditioning)
+            rows.append(run.trace.rows())
+    assert rows[0] == rows[1]
+    assert limit < 1e6 or "R" in rows[0].popitem()[1]

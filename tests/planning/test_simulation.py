@@ -126,6 +126,14 @@ def test_a_signal_that_nobody_gives_is_an_error() -> None:
     assert "E255" == code(SIGNAL, signals={"drift": [0.1]})
 
 
+def test_a_norm_in_a_while_is_given_as_it_is_written() -> None:
+    """The numbers of the tensor that it reads are no numbers of it."""
+    text = 'signal x = residual(blocks[0])\nmatch "transformer_blocks.[1-9].attn" while l1(x,kept(x))<1 -> reuse'
+    assert "E257" == code(text)
+    assert "E257" == code(text, signals={"x": 0.1})
+    assert "CRRCRR" == row(text, signals={"l1(x, kept(x))": [0, 0, 0, 1, 0, 0]})
+
+
 def test_a_number_that_follows_from_others_need_not_be_given() -> None:
     """`signal change = drift * 2` is computed from `drift`."""
     text = SIGNAL.replace("while drift", "while change").replace("match", "signal change = drift * 2\nmatch")

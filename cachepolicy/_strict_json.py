@@ -45,11 +45,11 @@ def refuse_duplicate_keys(text: str | bytes) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen = set[str]()
         for key, _ in pairs:
             if key in seen:
                 raise DuplicateKeyError(f"the key `{key}` stands twice in one object")
             seen.add(key)
-    return found
+    return members

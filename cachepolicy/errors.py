@@ -33,7 +33,7 @@ _HIDDEN_IN_SENTENCE = re.compile(f"[\t\n{_HIDDEN_CLASS}]")
 
 def visible(sentence: str) -> str:
     r"""Returns a sentence with each hidden character, tab and newline as its escape, such as `\u200b`."""
-    return _HIDDEN_IN_SENTENCE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), sentence)
+    return _HIDDEN_IN_SENTENCE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), sentence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ def to_json(diagnostics: Iterable[Diagnostic]) -> str:
         The JSON text.
     """
     text = json.dumps([asdict(diagnostic) for diagnostic in diagnostics], ensure_ascii=False, indent=2)
-    return HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    return HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -242,8 +242,8 @@ def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str
     # Imported here because only error paths need it.
     import difflib
 
-    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def suggestion(word: str, candidates: Sequence[str]) -> str | None:

@@ -115,12 +115,12 @@ def check_command(*, files: Sequence[str], as_json: bool) -> None:
     findings = {
         name: check_text(_standard_input(), source="<stdin>") if name == STDIN else check(name) for name in files
     }
-    diagnostics = [diagnostic for found in findings.values() for diagnostic in found]
+    diagnostics = [diagnostic for reported in findings.values() for diagnostic in reported]
     if as_json:
         output.say(to_json(diagnostics))
     else:
         output.report_findings(diagnostics)
-        for name in (name for name, found in findings.items() if not found):
+        for name in (name for name, reported in findings.items() if not reported):
             output.say(f"{name}: fine")
     raise SystemExit(max(map(output.exit_code, findings.values())))
 

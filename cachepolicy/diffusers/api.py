@@ -77,10 +77,10 @@ def apply_first_block_cache(module: Any, config: FirstBlockCacheConfig) -> Run:
     return _apply(module, config, FirstBlockCacheConfig)
 
 
-def _apply(module: Any, given: object, kind: type) -> Run:
-    config = config_of(given)
+def _apply(module: Any, candidate: object, kind: type) -> Run:
+    config = config_of(candidate)
     if config is None or not isinstance(config, kind):
-        raise PolicyError.of("E150", f"`{type(given).__name__}` stands where a `{kind.__name__}` is asked for")
+        raise PolicyError.of("E150", f"`{type(candidate).__name__}` stands where a `{kind.__name__}` is asked for")
     return _attach(module, config)
 
 

@@ -31,9 +31,9 @@ TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 
 
 def _wrong(
-    info: ValidationInfo, takes: str, given: object, *, code: str = "E161", help: str | None = None
+    info: ValidationInfo, takes: str, value: object, *, code: str = "E161", help: str | None = None
 ) -> PolicyError:
-    shown = repr(given)
+    shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:59] + "…"
     return PolicyError.of(code, f"`{info.field_name}` takes {takes}, not `{shown}`", help=help)
 
@@ -97,7 +97,7 @@ def _function(value: Any, info: ValidationInfo) -> Any:
 
 def _format(value: Any, info: ValidationInfo) -> str:
     if value not in TENSOR_FORMATS:
-        raise _wrong(info, " or ".join(f'"{each}"' for each in TENSOR_FORMATS), value, code="E162")
+        raise _wrong(info, " or ".join(f'"{tensor_format}"' for tensor_format in TENSOR_FORMATS), value, code="E162")
     return value
 
 
@@ -306,7 +306,7 @@ class FirstBlockCacheConfig:
 _ASKED = {"attention_weight": "weight", "low_frequency_weight": "low", "high_frequency_weight": "high"}
 """The externals for FasterCache's callbacks, and the action arguments that they supply."""
 
-_DEFAULT_INPUTS: tuple[str, ...] = next(each.default for each in fields(FasterCacheConfig) if each.name.startswith("_"))  # pyright: ignore[reportArgumentType, reportAssignmentType]
+_DEFAULT_INPUTS: tuple[str, ...] = next(item.default for item in fields(FasterCacheConfig) if item.name.startswith("_"))  # pyright: ignore[reportArgumentType, reportAssignmentType]
 
 
 class WeightSupplier:
@@ -335,14 +335,16 @@ def _shipped(name: str) -> ir.Policy:
 
 
 def _constants(name: str, values: Mapping[str, object]) -> dict[str, ir.Expression]:
-    params = {each.name: each for each in _shipped(name).statements if isinstance(each, ir.Param)}
+    params = {statement.name: statement for statement in _shipped(name).statements if isinstance(statement, ir.Param)}
     return {param: typed(params[param], value) for param, value in values.items()}
 
 
 def _using(name: str, values: Mapping[str, object], shown: tuple[str, ...]) -> ir.Policy:
     """Return a policy that uses the shipped one, with the params that differ from the defaults or are in `shown`."""
     defaults = {
-        each.name: typed(each, each.default) for each in _shipped(name).statements if isinstance(each, ir.Param)
+        statement.name: typed(statement, statement.default)
+        for statement in _shipped(name).statements
+        if isinstance(statement, ir.Param)
     }
     settings = tuple(
         ir.Setting(name=param, value=value)
@@ -363,12 +365,14 @@ def _asking(name: str, values: Mapping[str, object], externals: Mapping[str, str
     constants = _constants(name, values)
     replaced = {param for label in externals for param in (label, f"{label}_range")}
     statements: list[Any] = [ir.External(name=external) for external in externals.values()]
-    for each in _shipped(name).statements:
-        match each:
-            case ir.Param() if each.name not in replaced:
-                statements.append(each.model_copy(update={"default": constants.get(each.name, each.default)}))
+    for statement in _shipped(name).statements:
+        match statement:
+            case ir.Param() if statement.name not in replaced:
+                statements.append(
+                    statement.model_copy(update={"default": constants.get(statement.name, statement.default)})
+                )
             case ir.Rule():
-                statements.append(transform(each, rewrite))
+                statements.append(transform(statement, rewrite))
             case _:
                 pass
     return _like(name, tuple(statements))
@@ -382,24 +386,25 @@ def _like(name: str, statements: tuple[Any, ...]) -> ir.Policy:
 # --- configs of diffusers ------------------------------------------------------------------------------------
 
 _CONFIGS: dict[str, Any] = {
-    each.__name__: each for each in (PyramidAttentionBroadcastConfig, FasterCacheConfig, FirstBlockCacheConfig)
+    config_class.__name__: config_class
+    for config_class in (PyramidAttentionBroadcastConfig, FasterCacheConfig, FirstBlockCacheConfig)
 }
 
 
-def config_of(given: object) -> CacheConfig | None:
-    """Return a config of this package for `given`, which may be diffusers' own config, or None for other objects.
+def config_of(config: object) -> CacheConfig | None:
+    """Return a config of this package for `config`, which may be diffusers' own config, or None for other objects.
 
     Raises:
         PolicyError: It is diffusers' config for another cache (E150), or one of its fields has an invalid value.
     """
-    if isinstance(given, CacheConfig):
-        return given
-    for cls in type(given).__mro__:
+    if isinstance(config, CacheConfig):
+        return config
+    for cls in type(config).__mro__:
         if not cls.__module__.startswith("diffusers.hooks."):
             continue
         own = _CONFIGS.get(cls.__name__)
         if own is not None:
-            return own(**{field.name: getattr(given, field.name) for field in fields(own)})
+            return own(**{field.name: getattr(config, field.name) for field in fields(own)})
         if cls.__name__.endswith("Config"):
             known = ", ".join(f"`{name}`" for name in _CONFIGS)
             raise PolicyError.of("E150", f"`{cls.__name__}` is no policy here", help=f"known are {known}")

@@ -100,7 +100,7 @@ def orders_of(pipeline: type) -> tuple[Order, ...] | None:
     own = getattr(pipeline, ORDER_ATTRIBUTE, None)
     if own is not None:
         return (tuple(own),)
-    for each in pipeline.__mro__:
-        if each.__module__.startswith(PIPELINES):
-            return ORDERS.get(each.__name__, (UNCOND_FIRST,))
+    for cls in pipeline.__mro__:
+        if cls.__module__.startswith(PIPELINES):
+            return ORDERS.get(cls.__name__, (UNCOND_FIRST,))
     return None

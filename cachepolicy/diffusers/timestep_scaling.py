@@ -78,8 +78,8 @@ in another scale, so the class name alone is no key.
 
 def listed_class(kind: type) -> str | None:
     """Return the first key of `SCALES` that `kind` is or inherits from, or None."""
-    for each in kind.__mro__:
-        key = f"{each.__module__}.{each.__qualname__}"
+    for cls in kind.__mro__:
+        key = f"{cls.__module__}.{cls.__qualname__}"
         if key in SCALES:
             return key
     return None

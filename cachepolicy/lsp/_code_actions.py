@@ -33,19 +33,19 @@ def fixes(document: PolicyDocument, finding: Diagnostic) -> Iterator[Fix]:
     """Yields the quick fixes for a finding about the document."""
     if finding.span is None or finding.help is None:
         return
-    found = TextRange(finding.span.start, finding.span.end)
+    extent = TextRange(finding.span.start, finding.span.end)
     if meant := _MEANT.fullmatch(finding.help):
-        wrong = _wrong_word(document, finding, found)
+        wrong = _wrong_word(document, finding, extent)
         if wrong is not None:
             yield Fix(f"Change to `{meant[1]}`", (Edit(wrong, meant[1]),))
     elif (sign := _WRITE.fullmatch(finding.help)) and finding.code in ("E001", "E002"):
-        yield Fix(f"Change to `{sign[1]}`", (Edit(found, sign[1]),))
+        yield Fix(f"Change to `{sign[1]}`", (Edit(extent, sign[1]),))
     elif finding.code == "E012":
-        yield Fix("Delete the character", (Edit(found, ""),))
+        yield Fix("Delete the character", (Edit(extent, ""),))
     elif finding.code == "E006" and "must be indented" in finding.message:
-        yield Fix("Indent the line", (Edit(TextRange(found.start, found.start), "  "),))
+        yield Fix("Indent the line", (Edit(TextRange(extent.start, extent.start), "  "),))
     elif finding.code == "W510":
-        yield from _moved(document, finding, found)
+        yield from _moved(document, finding, extent)
 
 
 def _wrong_word(document: PolicyDocument, finding: Diagnostic, searched: TextRange) -> TextRange | None:
@@ -57,12 +57,15 @@ def _wrong_word(document: PolicyDocument, finding: Diagnostic, searched: TextRan
     return None
 
 
-def _moved(document: PolicyDocument, finding: Diagnostic, found: TextRange) -> Iterator[Fix]:
+def _moved(document: PolicyDocument, finding: Diagnostic, extent: TextRange) -> Iterator[Fix]:
     """Yields a fix that moves the rule before the rules that precede it, if all are in this document."""
     if not finding.related or any(related.source != document.name for related in finding.related):
         return
     first = min((related.span for related in finding.related), key=lambda span: span.start)
-    rule, target = _with_comments(document, found), _with_comments(document, TextRange(first.start, first.end)).start
+    rule, target = (
+        _with_comments(document, extent),
+        _with_comments(document, TextRange(first.start, first.end)).start,
+    )
     text = document.text_of(rule)
     insertion = Edit(TextRange(target, target), text if text.endswith("\n") else f"{text}\n")
     yield Fix(f"Move the rule before line {first.line}", (insertion, Edit(rule, "")))

@@ -63,8 +63,8 @@ def completions(document: PolicyDocument, offset: int) -> tuple[Completion, ...]
     ahead = look_ahead(document.source, chunk.start, start)
     if ahead is None:
         return ()
-    found = (*_names(document, chunk, ahead), *_words(ahead, _expression_place(chunk, ahead)))
-    return tuple({completion.text: completion for completion in found}.values())
+    candidates = (*_names(document, chunk, ahead), *_words(ahead, _expression_place(chunk, ahead)))
+    return tuple({completion.text: completion for completion in candidates}.values())
 
 
 # --- words of the language -------------------------------------------------------------------------------
@@ -141,17 +141,17 @@ def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterato
         case "use" if "with" in read:
             used = document.used(chunk)
             statements = used.statements if used else ()
-            found = {param.name: _completion(param) for param in statements if isinstance(param, ir.Param)}
+            candidates = {param.name: _completion(param) for param in statements if isinstance(param, ir.Param)}
         case "expect" if "with" in read:
             settable = (*_declared(document, {"param", "signal", "external"}), *_explained(("t", "sigma"), "clock"))
-            found = {completion.text: completion for completion in settable}
+            candidates = {completion.text: completion for completion in settable}
         case "match" if "->" in read:
             methods = {**PREDICTORS, **APPROXIMATIONS}
             labels = next((methods[text] for text in reversed(read) if text in methods), dict[str, Label]())
-            found = {name: Completion(name, "label", f"{name}: {label.type}") for name, label in labels.items()}
+            candidates = {name: Completion(name, "label", f"{name}: {label.type}") for name, label in labels.items()}
         case _:
             return
-    yield from (completion for name, completion in found.items() if name not in read)
+    yield from (completion for name, completion in candidates.items() if name not in read)
 
 
 def _values(document: PolicyDocument, context: ExpressionPlace) -> Iterator[Completion]:

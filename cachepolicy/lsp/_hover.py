@@ -33,10 +33,10 @@ class DocumentRange:
 
 def hover(document: PolicyDocument, offset: int) -> Hover | None:
     """Returns the hover text for the word at `offset`, or None."""
-    found = _subject(document, offset)
-    if found is None:
+    target = _subject(document, offset)
+    if target is None:
         return None
-    word, subject = found
+    word, subject = target
     match subject:
         case _Used(setting=None):
             text = _describe_policy(subject.policy)
@@ -56,10 +56,10 @@ def definitions(document: PolicyDocument, offset: int) -> tuple[DocumentRange, .
     For a policy in a `use` statement, that is its file. For a setting of the policy, it is the parameter in that file.
     For the `match` of a rule that never decides, it is the rules that decide instead.
     """
-    found = _subject(document, offset)
-    if found is None:
+    target = _subject(document, offset)
+    if target is None:
         return ()
-    word, subject = found
+    word, subject = target
     match subject:
         case _Used():
             file = opened_document(subject.policy.source_name)
@@ -115,8 +115,8 @@ def _phrase(document: PolicyDocument, word: TextRange, chunk: Chunk) -> str | No
     for phrase in PHRASES:
         parts = ("[0-9]+" if part == "N" else part for part in phrase.split())
         expression = re.compile(r"\b" + r"\s+".join(parts) + r"\b")
-        for found in expression.finditer(document.source.clean, chunk.start, chunk.end):
-            if found.start() <= word.start and word.end <= found.end():
+        for occurrence in expression.finditer(document.source.clean, chunk.start, chunk.end):
+            if occurrence.start() <= word.start and word.end <= occurrence.end():
                 return phrase
     return None
 

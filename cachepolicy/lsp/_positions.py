@@ -41,7 +41,7 @@ class Positions:
         start, end = [*self._starts, len(self._text)][position.line : position.line + 2]
         text = self._text[start:end].rstrip("\r\n")
         column = min(max(0, position.character), self._codec.client_num_units(text))
-        found = self._codec.position_from_client_units([text], Position(0, column)).character
-        if self._codec.client_num_units(text[:found]) > column:
-            found -= 1  # pygls rounds a column inside a character up
-        return start + found
+        index = self._codec.position_from_client_units([text], Position(0, column)).character
+        if self._codec.client_num_units(text[:index]) > column:
+            index -= 1  # pygls rounds a column inside a character up
+        return start + index

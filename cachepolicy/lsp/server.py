@@ -143,10 +143,10 @@ def _close(ls: Server, params: types.DidCloseTextDocumentParams) -> None:
 @SERVER.feature(types.TEXT_DOCUMENT_HOVER)
 def _hover(ls: Server, params: types.HoverParams) -> types.Hover | None:
     document = ls.document(params.text_document.uri)
-    found = hover(document, ls.offset(document, params.position))
-    if found is None:
+    content = hover(document, ls.offset(document, params.position))
+    if content is None:
         return None
-    return types.Hover(_markdown(found.text), ls.range(document, found.range))
+    return types.Hover(_markdown(content.text), ls.range(document, content.range))
 
 
 @SERVER.feature(types.TEXT_DOCUMENT_DEFINITION)

@@ -94,15 +94,15 @@ class Probes:
                     yield from self._visit(child, seen, now=now)
 
 
-def _needs(probe: ir.Probe, place: Modules, site: Modules, skeleton: Skeleton) -> str | None:
+def _needs(probe: ir.Probe, path: Modules, site: Modules, skeleton: Skeleton) -> str | None:
     """Returns how a probe depends on the site's own forward, None where it does not."""
     position, before = skeleton.position, probe.stream in {"input", "argument"}
-    first, last = place[0], place[-1]
+    first, last = path[0], path[-1]
     inside = _within(first, site)
     later = _is_later(first, site, skeleton)
     if before and (first == site[0] or not inside) and not later:
         return None
-    if not before and any(name == last or last in ancestors(name) or name in place for name in site):
+    if not before and any(name == last or last in ancestors(name) or name in path for name in site):
         return "needs the output of"
     if inside:
         in_first = site[0] in ancestors(first) and "block" in skeleton[site[0]].kinds

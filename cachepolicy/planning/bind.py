@@ -184,29 +184,29 @@ def _misplaced(resolved: Resolved, taken: Sequence[Sequence[Modules]]) -> Iterat
 
 def needs(rules: Sequence[BoundRule], signals: Sequence[ir.Signal]) -> frozenset[str]:
     """Returns the clock words of `RUN_CLOCK_WORDS` that rules with sites read."""
-    found = set[str]()
+    words = set[str]()
     for bound in rules:
         if bound.sites:
-            found |= _read(bound.rule, signals) & RUN_CLOCK_WORDS
-    return frozenset(found)
+            words |= _read(bound.rule, signals) & RUN_CLOCK_WORDS
+    return frozenset(words)
 
 
 def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
     """Returns the names that a rule reads, also through signals and as implied by its clauses."""
-    found = names_in(rule)
+    read = names_in(rule)
     nodes: list[ir.Node] = [rule]
     # Signals are in dependency order, so that those that read a signal come before it here.
     for signal in reversed(signals):
-        if signal.name in found:
-            found |= names_in(signal.value)
+        if signal.name in read:
+            read |= names_in(signal.value)
             nodes.append(signal.value)
     if any(isinstance(part, ir.Lookup) for node in nodes for part in walk(node)):
-        found.add("steps")
+        read.add("steps")
     if isinstance(rule.schedule, ir.Every) and rule.schedule.anchor == "end":
-        found.add("steps")
+        read.add("steps")
     if rule.follow is not None:
-        found.add("branch")
-    return found
+        read.add("branch")
+    return read
 
 
 def _warnings(plan: Plan) -> Iterator[Diagnostic]:
@@ -217,7 +217,7 @@ def _warnings(plan: Plan) -> Iterator[Diagnostic]:
         if bound.sites:
             yield from (_at(plan.resolved, bound.index, doubt) for doubt in doubts(bound.rule))
     for number, by in shadowed(plan.rules):
-        others = " and ".join(f"rule {each + 1}, `{label(plan.rules[each].rule)}`" for each in by)
+        others = " and ".join(f"rule {other + 1}, `{label(plan.rules[other].rule)}`" for other in by)
         message = f"this rule never decides: {others} come{'s' if len(by) == 1 else ''} first at all its sites"
         help = "the first rule whose `when` holds decides; move this one up, or narrow the other"
         yield _at(plan.resolved, number, Diagnostic("W510", message, severity="warning", help=help))

@@ -52,13 +52,13 @@ class Liveness:
         if not self._ages[group]:
             last = None
         key = ("wanted", group, tick.branch, tick.step, last, *self._present(tick))
-        found = self._wanted.get(key)
-        if found is None:
+        needed = self._wanted.get(key)
+        if needed is None:
             self._make_room()
             wanted = self._wanted_after(group, tick, last)
             # Equal results are one object, so that callers see by identity that nothing has changed.
-            found = self._wanted[key] = _SAME.setdefault(wanted, wanted)
-        return found
+            needed = self._wanted[key] = _SAME.setdefault(wanted, wanted)
+        return needed
 
     def measures(self, tick: Tick, *, now: bool) -> bool:
         """Returns whether a rule that reads signals may own a site in a later call of this branch, or `now`."""
@@ -89,23 +89,23 @@ class Liveness:
 
     def _outlook(self, group: int, moment: Moment, last: int | None) -> Outlook:
         key = (group, moment.branch, moment.step, last, *self._present(moment.now))
-        found = self._seen.get(key)
-        if found is None:
-            found = self._seen[key] = self.outlooks.of(group, moment, last)
-        return found
+        outlook = self._seen.get(key)
+        if outlook is None:
+            outlook = self._seen[key] = self.outlooks.of(group, moment, last)
+        return outlook
 
     def _ever(self, name: str, tick: Tick, start: int, holds: Callable[[int | Range], bool]) -> bool:
         key = (name, tick.branch, start, *self._present(tick))
-        found = self._later.get(key)
-        if found is None:
+        result = self._later.get(key)
+        if result is None:
             self._make_room()
             end = self.outlooks.end(tick)
             if self.outlooks.ahead.timesteps is not None and end is not None:
-                found = any(holds(step) for step in range(end - 1, start - 1, -1))
+                result = any(holds(step) for step in range(end - 1, start - 1, -1))
             else:
-                found = (end is None or start < end) and holds(Range(start, math.inf if end is None else end - 1))
-            self._later[key] = found
-        return found
+                result = (end is None or start < end) and holds(Range(start, math.inf if end is None else end - 1))
+            self._later[key] = result
+        return result
 
     def _wanted_after(self, group: int, tick: Tick, last: int | None) -> Reads:
         if self.outlooks.end(tick) is None and not self._far(group, tick, tick.step + 1):
@@ -135,10 +135,10 @@ class Liveness:
 
     def _scan_from(self, group: int, tick: Tick, last: int, pushed: int) -> Reads:
         key = ("since", group, tick.branch, last, pushed, *self._present(tick))
-        found = self._wanted.get(key)
-        if found is None:
-            found = self._wanted[key] = self._scan(group, tick, last, last + 1, pushed)
-        return found
+        needed = self._wanted.get(key)
+        if needed is None:
+            needed = self._wanted[key] = self._scan(group, tick, last, last + 1, pushed)
+        return needed
 
 
 def reads(outlook: Outlook) -> Reads:

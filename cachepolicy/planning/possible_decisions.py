@@ -97,7 +97,7 @@ class Event:
 Outlook = frozenset[Event]
 """All possible events."""
 
-_COMPUTE, _SKIP, _APPROXIMATE, _HIDDEN = (Event(what) for what in ("compute", "skip", "approximate", "hidden"))
+_COMPUTE, _SKIP, _APPROXIMATE, _HIDDEN = (Event(kind) for kind in ("compute", "skip", "approximate", "hidden"))
 
 
 class Outlooks:

@@ -92,11 +92,11 @@ def _differences(history: Sequence[V], numbers: Weights) -> list[V]:
     if divisors is None:
         return [history[0] - history[min(1, len(history) - 1)]]
     level: list[V] = list(history[: len(numbers.factors) + 1])
-    found: list[V] = []  # `list[V]()` cannot be traced by Dynamo, which runs this function in graphs
+    differences: list[V] = []  # `list[V]()` cannot be traced by Dynamo, which runs this function in graphs
     while len(level) > 1:
         level = [(level[i] - level[i + 1]) / divisors[i] for i in range(len(level) - 1)]
-        found.append(level[0])
-    return found
+        differences.append(level[0])
+    return differences
 
 
 def _linear(_steps: Sequence[int], _step: int, arguments: PredictorArguments) -> Weights:

@@ -177,12 +177,12 @@ def why_nothing(selector: ir.Selector, selection: Selection) -> str | None:
             continue
         match part:
             case ir.Pattern():
-                found = near_name(part.regex, names)
+                hint = near_name(part.regex, names)
             case ir.OfClass():
-                found = near_name(part.regex, [module.class_name for module in skeleton.modules[1:]])
+                hint = near_name(part.regex, [module.class_name for module in skeleton.modules[1:]])
             case _:
-                found = f"the model has no `{part.of}`; {_few('its kinds are', _kinds(skeleton))}"
-        return found or _few("its parts are", _roots(skeleton))
+                hint = f"the model has no `{part.of}`; {_few('its kinds are', _kinds(skeleton))}"
+        return hint or _few("its parts are", _roots(skeleton))
     if isinstance(selector, ir.AllOf):
         *counts, last = (len(selection.members(part)) for part in selector.selectors)
         return f"its parts take {', '.join(map(str, counts))} and {counted(last, 'module')}, none of them in common"

@@ -87,7 +87,7 @@ class Schedule:
     def warnings(self) -> tuple[Diagnostic, ...]:
         """The warnings of the plan, and one for each rule with sites that decides no call of this schedule (W515)."""
         owners = {decision.rule for _, decisions in self for decision in decisions}
-        shadowed = {found.span for found in self.plan.warnings if found.code in ("W510", "W512")}
+        shadowed = {warning.span for warning in self.plan.warnings if warning.code in ("W510", "W512")}
         unused = [bound for bound in self.plan.rules if bound.sites and bound.index not in owners]
         return (*self.plan.warnings, *(self._unused(bound) for bound in unused if bound.rule.span not in shadowed))
 
@@ -95,8 +95,8 @@ class Schedule:
         number, steps = bound.index + 1, counted(self.steps, "step")
         message = f"rule {number}, `{label(bound.rule)}`, decides no call in {steps}"
         help = "its `when` never holds, rules above it decide, or its sites are inside sites that reuse"
-        found = Diagnostic("W515", message, "warning", span=bound.rule.span, help=help)
-        return located(found, self.plan.resolved.sources[bound.index].policy, None)
+        diagnostic = Diagnostic("W515", message, "warning", span=bound.rule.span, help=help)
+        return located(diagnostic, self.plan.resolved.sources[bound.index].policy, None)
 
     def _repr_html_(self) -> str:
         size = f"{counted(self.steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
@@ -271,20 +271,20 @@ def _by_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[
     return [float(number) for number in value]
 
 
-def _with_numbers(bound: Plan, given: frozenset[str]) -> Plan:
+def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
     """Returns the plan with signals that follow from given numbers substituted.
 
     Raises:
         PolicyError: A clause reads a signal that is neither given nor computable, or a given name is unknown.
     """
     signals = {signal.name: signal.value for signal in bound.resolved.signals}
-    unknown = [name for name in given if name not in signals and name not in bound.resolved.externals]
+    unknown = [name for name in numbers if name not in signals and name not in bound.resolved.externals]
     if unknown:
         known = [*signals, *bound.resolved.externals]
         raise PolicyError.of("E256", f"the policy has no signal `{unknown[0]}`", help=suggestion(unknown[0], known))
     values = dict[str, ir.Expression]()
     for name, value in signals.items():
-        if name not in given:
+        if name not in numbers:
             values[name] = substitute(value, values)
     rules = list[BoundRule]()
     for rule in bound.rules:

@@ -47,17 +47,17 @@ class Tally:
 
 def tally(calls: Iterable[tuple[Tick, Sequence[Decision]]]) -> Tally:
     """Counts the decisions of a schedule or a trajectory."""
-    found = Tally()
+    counts = Tally()
     for tick, decisions in calls:
         for decision in decisions:
-            found.calls[decision.verdict] += 1
+            counts.calls[decision.verdict] += 1
             if decision.rule is not None:
                 reuses = decision.verdict == "reuse"
-                found.owned[decision.rule] += 1
-                found.reused[decision.rule] += reuses
+                counts.owned[decision.rule] += 1
+                counts.reused[decision.rule] += reuses
                 halves = isinstance(decision.action, ir.ApproximateUncond) and tick.branch not in UNCOND_BRANCHES
-                found.halved[decision.rule] += reuses and halves
-    return found
+                counts.halved[decision.rule] += reuses and halves
+    return counts
 
 
 def percent(part: float, whole: float) -> str:

@@ -74,10 +74,10 @@ class _Earlier:
 
     def visit(self, clause: _Clause, rule: int) -> int | None:
         """Returns an earlier rule that decides in place of this one. Without one the rule is added."""
-        found = self._decider(clause)
-        if found is None:
+        decider = self._decider(clause)
+        if decider is None:
             self._add(clause, rule)
-        return found
+        return decider
 
     def _decider(self, clause: _Clause) -> int | None:
         if self.always is not None:

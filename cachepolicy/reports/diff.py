@@ -108,14 +108,14 @@ def _rows(first: Schedule, second: Schedule, branch: str) -> dict[str, tuple[str
 def _letters(schedule: Schedule, branch: str) -> dict[str, str]:
     """Returns a row for each module that a site covers."""
     rows = schedule.rows_of(branch)
-    found = dict[str, str]()
+    letters = dict[str, str]()
     for site in schedule.plan.sites:
         for name in site.modules:
             inner = rows[site.name]
             # Of two sites on one module the outer one comes first; where it computes, the inner one decides.
-            outer = found.get(name, inner)
-            found[name] = "".join(o if o in "R." else i for o, i in zip(outer, inner, strict=True))
-    return found
+            outer = letters.get(name, inner)
+            letters[name] = "".join(o if o in "R." else i for o, i in zip(outer, inner, strict=True))
+    return letters
 
 
 def _row(letters: Mapping[str, str], modules: Sequence[str], steps: int) -> str:

@@ -114,11 +114,11 @@ def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None
             step (E253).
     """
     site, step = _place(where)
-    found = find_site(trajectory.plan, site)
+    matching = find_site(trajectory.plan, site)
     wanted = next(iter(trajectory.branches), "") if branch is None else branch
     for call in trajectory.calls:
         if (call.tick.step, call.tick.branch) == (step, wanted):
-            return explain_decision(trajectory.plan, found.name, step, wanted, call.decisions[found.index])
+            return explain_decision(trajectory.plan, matching.name, step, wanted, call.decisions[matching.index])
     of = f" of branch `{wanted}`" if wanted else ""
     help = f"its branches are {', '.join(f'`{name}`' for name in trajectory.branches)}" if branch is not None else None
     raise PolicyError.of("E253", f"the run has no step {step}{of}", help=help)

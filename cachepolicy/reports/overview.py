@@ -78,17 +78,17 @@ def _numbers(plan: Plan) -> tuple[str, ...]:
     return tuple(signal.name for signal in plan.resolved.signals if signal.name in read)
 
 
-def draw_overview(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect], *, steps: int) -> str:
+def draw_overview(skeleton: Skeleton, work: Work | None, by_policy: Mapping[str, Prospect], *, steps: int) -> str:
     """Returns text: the parts of the model with their share of the FLOPs, then a line for each policy."""
     lists = ", ".join(f"{name} {len(skeleton.elements[name])}" for name in skeleton.block_lists)
     lines = [f"{skeleton.name}: {counted(len(skeleton.modules), 'module')}, blocks in {lists or 'no list'}"]
     if work is not None:
         lines.append(f"{format_flops(work.total)} a call")
     lines += ["", *_parts(skeleton, work), ""]
-    width = max(map(len, found))
+    width = max(map(len, by_policy))
     flops = "  FLOPs skipped  at most" if work is not None else ""
     lines.append(f"{counted(steps, 'step'):<{width}}  sites  calls skipped{flops}")
-    lines += [f"{name:<{width}}  {_cells(prospect)}" for name, prospect in found.items()]
+    lines += [f"{name:<{width}}  {_cells(prospect)}" for name, prospect in by_policy.items()]
     return "\n".join(lines)
 
 
@@ -112,7 +112,7 @@ def _cells(prospect: Prospect) -> str:
     return cells
 
 
-def overview_to_json(skeleton: Skeleton, work: Work | None, found: Mapping[str, Prospect]) -> dict[str, Any]:
+def overview_to_json(skeleton: Skeleton, work: Work | None, by_policy: Mapping[str, Prospect]) -> dict[str, Any]:
     """Returns the overview as plain data."""
     return {
         "model": skeleton.name,
@@ -127,6 +127,6 @@ def overview_to_json(skeleton: Skeleton, work: Work | None, found: Mapping[str, 
                 "flops": None if prospect.flops is None else prospect.flops.to_json(),
                 "refused": prospect.refused,
             }
-            for name, prospect in found.items()
+            for name, prospect in by_policy.items()
         },
     }

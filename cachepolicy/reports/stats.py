@@ -160,15 +160,15 @@ def points(
     plan: Plan, curve: Curve, site: int, calls: Iterable[tuple[Tick, Sequence[Decision]]], branch: str
 ) -> list[Point]:
     """Returns the points of a curve at the calls of a branch in which its rule decided for the site."""
-    found = list[Point]()
+    curve_points = list[Point]()
     bound = plan.rules[curve.rule]
     for tick, decisions in calls:
         decision = decisions[site]
         if tick.branch == branch and decision.rule == curve.rule and decision.inputs is not None:
             environment = _environment(bound, decision)
             value, limit = (_number(side, environment) for side in (curve.value, curve.limit))
-            found.append(Point(tick, value, limit, decision))
-    return found
+            curve_points.append(Point(tick, value, limit, decision))
+    return curve_points
 
 
 def _environment(bound: BoundRule, decision: Decision) -> Environment:

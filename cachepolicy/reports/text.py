@@ -86,15 +86,15 @@ def _steps(outcome: Outcome) -> int:
 
 def _by_branch(outcome: Outcome) -> list[tuple[list[str], dict[str, str]]]:
     """Returns the rows of each branch, with the names of all branches that have the same rows."""
-    found = list[tuple[list[str], dict[str, str]]]()
+    groups = list[tuple[list[str], dict[str, str]]]()
     for branch in outcome.branches:
         rows = rows_of(outcome, branch)
-        names = next((names for names, known in found if known == rows), None)
+        names = next((names for names, known in groups if known == rows), None)
         if names is None:
-            found.append(([branch], rows))
+            groups.append(([branch], rows))
         else:
             names.append(branch)
-    return found
+    return groups
 
 
 def _shares(outcome: Outcome, counts: Tally, width: int) -> Iterator[str]:

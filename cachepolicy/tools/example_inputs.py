@@ -111,10 +111,10 @@ def _tensors(value: Any) -> Any:
         case Shape():
             return _empty(*value.sizes, dtype=getattr(torch, value.dtype))
         case dict():
-            return {key: _tensors(each) for key, each in cast("dict[str, Any]", value).items()}
+            return {key: _tensors(item) for key, item in cast("dict[str, Any]", value).items()}
         case list():
-            return [_tensors(each) for each in cast("list[Any]", value)]
+            return [_tensors(item) for item in cast("list[Any]", value)]
         case tuple():
-            return tuple(_tensors(each) for each in cast("tuple[Any, ...]", value))
+            return tuple(_tensors(item) for item in cast("tuple[Any, ...]", value))
         case _:
             return value

@@ -141,13 +141,13 @@ def _build(config: Mapping[str, Any], file: str) -> Blueprint:
     from cachepolicy.engine.introspection import describe
 
     name = config["_class_name"]
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    attribute = getattr(diffusers, name, None) if isinstance(name, str) else None
     # The name comes from a file, so only a model class of diffusers may be called.
-    if not isinstance(found, type) or not issubclass(found, ModelMixin):
+    if not isinstance(attribute, type) or not issubclass(attribute, ModelMixin):
         raise PolicyError.of("E210", f"`{file}`: diffusers {diffusers.__version__} has no model class `{name}`")
     try:
         with torch.device("meta"):
-            model_class: Any = found
+            model_class: Any = attribute
             model = model_class.from_config(dict(config)).eval()
             guidance = _guidance(model.config, Path(file))
             return Blueprint(describe(model), name, dict(model.config), model, guidance)

@@ -198,8 +198,8 @@ class _Stream:
     _index: torch.Tensor | None = None
 
     def before(self, scheduler: Any, arguments: dict[str, Any], model: int) -> None:
-        given = {name: value for name, value in arguments.items() if name not in ("self", "return_dict")}
-        output, timestep, sample = (given.pop(name) for name in ("model_output", "timestep", "sample"))
+        inputs = {name: value for name, value in arguments.items() if name not in ("self", "return_dict")}
+        output, timestep, sample = (inputs.pop(name) for name in ("model_output", "timestep", "sample"))
         if self._index is None or self.start is None:
             # A scheduler is copied before it is stepped, with the timesteps that the pipeline has set.
             self.scheduler = copy.deepcopy(scheduler)
@@ -209,7 +209,7 @@ class _Stream:
         self.outputs.append(output)
         self.picked.append(self._pick(output))
         self.timesteps.append(timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep)
-        self.arguments.append({name: value for name, value in given.items() if isinstance(value, bool | int | float)})
+        self.arguments.append({name: value for name, value in inputs.items() if isinstance(value, bool | int | float)})
         self.models.append(model)
 
     def after(self, result: Any) -> None:

@@ -1084,7 +1084,7 @@ class ForwardPass:
             value = supply(self.host.module.get_submodule(self.host.execution.names[site][0]))
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             return value.reshape(())
-        if isinstance(value, Real) and not isinstance(value, bool):
+        if isinstance(value, Real) and value is not True and value is not False:
             return value
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"`{value!r}`"
         raise PolicyError.of("E307", f"the function for `{external}` returned {shown}", help="it must return a number")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from cachepolicy.diffusers.module_names import (
     ATTENTION,
     ATTENTION_CLASSES,
     BLOCK,
+    CONTEXT,
     CROSS_ATTENTION,
     FEEDFORWARD,
     FEEDFORWARD_CLASS,
@@ -176,7 +178,8 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     """Return True if keys and values come from another sequence than the queries.
 
     `is_cross_attention` of the module decides, then two streams with queries or outputs of their own (joint attention,
-    whatever it is called), then names, then the input widths of the projections.
+    whatever it is called), then names, then a second sequence without which the forward cannot be called, then the
+    input widths of the projections.
     """
     last = name.rpartition(".")[2]
     if SELF_ATTENTION in last:
@@ -191,13 +194,21 @@ def _is_cross(name: str, module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.MultiheadAttention):
         return module.kdim != module.embed_dim
+    if not _is_one_of(module, ATTENTION_CLASSES) and _needs_context(module):
+        return True
     queries, keys = (_width(_first_of(module, names)) for names in (QUERIES, KEYS))
     return queries is not None and keys is not None and queries != keys
 
 
+def _needs_context(module: nn.Module) -> bool:
+    """Return True if the forward has a parameter for another sequence, and no default for it."""
+    parameters = inspect.signature(module.forward).parameters
+    return any(each.default is each.empty and CONTEXT.search(name) for name, each in parameters.items())
+
+
 def _is_joint(module: nn.Module) -> bool:
     """Return True for attention over two streams that both have queries, and both get an output."""
-    if any(JOINT_ATTENTION.search(name) for name, _ in module.named_children()):
+    if "Joint" in type(module).__name__ or any(JOINT_ATTENTION.search(name) for name, _ in module.named_children()):
         return True
     children = [name for name, child in module.named_children() if "norm" not in name and _has_weights(child)]
     words = [set(re.split(r"[_\W]|(?<=\D)(?=\d)", name)) for name in children]

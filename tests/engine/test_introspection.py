@@ -124,6 +124,38 @@ def test_pab_reuses_attention_of_models_that_are_not_of_diffusers(name: str) -> 
     assert {"CRRCRR"} == {row for site, row in rows.items() if site.endswith(".cross")}
 
 
+def test_a_second_sequence_that_a_forward_needs_makes_it_cross_attention() -> None:
+    """Where no name says so, the signature does; an optional sequence and joint attention are no sign."""
+
+    class PlainAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q, self.to_kv = nn.Linear(4, 4), nn.Linear(4, 8)
+
+    class NeedsContext(PlainAttention):
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return x + context.mean()
+
+    class TakesContext(PlainAttention):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return x if context is None else x + context.mean()
+
+    class JointAttention(NeedsContext):
+        pass
+
+    kinds = dict[str, str]()
+    for each in (NeedsContext, TakesContext, JointAttention):
+        each.__name__ = each.__name__.replace("Context", "ContextAttention")
+        net = nn.Module()
+        net.blocks = nn.ModuleList([nn.Sequential(each())])
+        kinds[each.__name__] = next(kind for each in describe(net).modules for kind in each.kinds if "_" in kind)
+    assert kinds == {
+        "NeedsContextAttention": "cross_attention",
+        "TakesContextAttention": "self_attention",
+        "JointAttention": "self_attention",
+    }
+
+
 def test_quantised_projections_are_weights() -> None:
     """Layers that keep their weights outside the parameters make an attention all the same."""
     model = torch.ao.quantization.quantize_dynamic(Net(SelfAttention).eval(), {nn.Linear})

@@ -12,8 +12,8 @@ from typing import Literal
 from cachepolicy._error_codes import CODES
 
 __all__ = [
-    "CODES", "HIDDEN", "Diagnostic", "PolicyError", "Related", "Severity", "Span", "nearest", "render", "suggestion",
-    "to_json", "visible", "warn",
+    "CODES", "HIDDEN_CHARACTERS", "Diagnostic", "PolicyError", "Related", "Severity", "Span", "nearest", "render",
+    "suggestion", "to_json", "visible", "warn",
 ]  # fmt: skip
 
 Severity = Literal["error", "warning"]
@@ -26,7 +26,7 @@ _HIDDEN_CLASS = (
     "\u205f-\u206f\u2800\u3000\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-HIDDEN = re.compile(f"[{_HIDDEN_CLASS}]")
+HIDDEN_CHARACTERS = re.compile(f"[{_HIDDEN_CLASS}]")
 """Matches one character that cannot be seen or that reorders the text around it."""
 _HIDDEN_IN_SENTENCE = re.compile(f"[\t\n{_HIDDEN_CLASS}]")
 
@@ -225,7 +225,7 @@ def to_json(diagnostics: Iterable[Diagnostic]) -> str:
         The JSON text.
     """
     text = json.dumps([asdict(diagnostic) for diagnostic in diagnostics], ensure_ascii=False, indent=2)
-    return HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    return HIDDEN_CHARACTERS.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def nearest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -23,7 +23,7 @@ Names = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class OutputStructure:
     """Structure of a module's output: per place, the input that continues there, or a constant."""
 
     inputs: tuple[str | None, ...]
@@ -40,7 +40,7 @@ class Link:
     them.
     """
 
-    shape: Shape
+    shape: OutputStructure
     segment: int
     leads: bool
     takes: tuple[tuple[int, str], ...] = ()
@@ -141,7 +141,7 @@ class Continuations:
         """Return the input that an output continues, or None if unknown."""
         return self._known.get((type(module).__qualname__, index))
 
-    def of(self, call: BlockCall, name: str) -> Shape:
+    def of(self, call: BlockCall, name: str) -> OutputStructure:
         """Return the structure of a call's output.
 
         Args:
@@ -166,7 +166,7 @@ class Continuations:
                     "E311",
                     f"`{name}` returns a `{type(output).__name__}` inside its output, so its blocks form no chain",
                 )
-        return Shape(tuple(inputs), tuple(constants), call.kind, call.fields)
+        return OutputStructure(tuple(inputs), tuple(constants), call.kind, call.fields)
 
     def _input(self, call: BlockCall, index: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
         known = call.learnt.get(index) or self._known.get((type(call.module).__qualname__, index))
@@ -275,7 +275,7 @@ class Recorder:
         self._lead: BlockCall | None = None
         self._previous: BlockCall | None = None
         self._last: BlockCall | None = None
-        self._segment: list[tuple[int, Shape]] = []
+        self._segment: list[tuple[int, OutputStructure]] = []
         self._links: dict[int, Link] = {}
         self._ends: dict[int, Ending] = {}
         self._takes: dict[int, tuple[tuple[int, str], ...]] = {}
@@ -391,7 +391,7 @@ class Recorder:
             return None
         return became or None
 
-    def _settled(self, last: BlockCall) -> Shape:
+    def _settled(self, last: BlockCall) -> OutputStructure:
         """Return the structure of a completed call. A call at which another stream joins leads a new segment."""
         shape = self._continuations.of(last, self._names[last.position])
         joins = any(source is not None and source not in last.origin for source in shape.inputs)
@@ -402,7 +402,7 @@ class Recorder:
             self._start(last)
         return shape
 
-    def _close(self, last: BlockCall, shape: Shape) -> None:
+    def _close(self, last: BlockCall, shape: OutputStructure) -> None:
         """End the segment with `last`, and build its entry."""
         lead = self._lead
         assert lead is not None
@@ -476,7 +476,7 @@ def signature(names: Names) -> tuple[Any, ...]:
     )
 
 
-def rebuilt(shape: Shape, tensors: Sequence[Any]) -> Any:
+def rebuilt(shape: OutputStructure, tensors: Sequence[Any]) -> Any:
     """Build an output of the given structure, from one tensor per place that continues an input."""
     if issubclass(shape.kind, torch.Tensor):
         return tensors[0]
@@ -489,14 +489,14 @@ def rebuilt(shape: Shape, tensors: Sequence[Any]) -> Any:
     return shape.kind(*values) if hasattr(shape.kind, "_fields") else shape.kind(values)
 
 
-def handed_on(shape: Shape, names: Names) -> Any:
+def handed_on(shape: OutputStructure, names: Names) -> Any:
     """Return the output of a block that passes its inputs through unchanged."""
     if shape.kind is tuple and None not in shape.inputs:
         return tuple([names[key] for key in shape.inputs])  # pyright: ignore[reportArgumentType]
     return rebuilt(shape, passed(shape, names))
 
 
-def passed(shape: Shape, names: Names) -> list[Any]:
+def passed(shape: OutputStructure, names: Names) -> list[Any]:
     """Return, per place of the output, the input that continues there."""
     return [None if key is None else names[key] for key in shape.inputs]
 

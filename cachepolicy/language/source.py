@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
-from cachepolicy.errors import HIDDEN, Diagnostic, Span
+from cachepolicy.errors import HIDDEN_CHARACTERS, Diagnostic, Span
 from cachepolicy.language.vocabulary import CONTINUING, DEPTH_LIMIT, STATEMENT_WORDS, TEXT_LIMIT, TOKEN_LIMIT
 
 
@@ -83,7 +83,7 @@ class Source:
         # The file may be shorter now than when its policy was read.
         lines = range(span.line, min(last, span.line + _EXCERPT_LINES - 1, len(starts)) + 1)
         stretches = (self.clean[starts[line - 1] : ends[line - 1] - 1][:_EXCERPT_WIDTH] for line in lines)
-        return tuple(HIDDEN.sub("\ufffd", stretch).rstrip() for stretch in stretches)
+        return tuple(HIDDEN_CHARACTERS.sub("\ufffd", stretch).rstrip() for stretch in stretches)
 
     def locate(self, diagnostic: Diagnostic) -> Diagnostic:
         """Adds the name and the source lines of this source to `diagnostic`."""

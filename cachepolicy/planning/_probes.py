@@ -13,7 +13,7 @@ from cachepolicy.planning.plan import ProbePlace
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
 
 
-class Probes:
+class ProbeLocator:
     """The probes that the rules of a policy read, and their places in one model.
 
     Args:

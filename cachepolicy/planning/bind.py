@@ -11,7 +11,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
-from cachepolicy.planning._probes import Probes
+from cachepolicy.planning._probes import ProbeLocator
 from cachepolicy.planning.doubtful_rules import doubts
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, Site, label
@@ -43,7 +43,7 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
     findings += _overlaps(resolved, distinct, taken, skeleton)
     if not findings:
         findings += _misplaced(resolved, taken)
-    probes = Probes(resolved.signals, selection)
+    probes = ProbeLocator(resolved.signals, selection)
     for number, rule in enumerate(resolved.rules):
         if taken[number]:
             findings += [_at(resolved, number, finding) for finding in probes.locate(rule)]

@@ -68,14 +68,14 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
         "model": plan.skeleton.name,
         "timesteps": [tick.t for tick, _ in outcome if tick.branch == first],
         "sites": [{"name": site.name, "modules": list(site.modules)} for site in plan.sites],
-        "rows": {branch: rows_of(outcome, branch) for branch in outcome.branches},
+        "rows": {branch: _rows_of(outcome, branch) for branch in outcome.branches},
         "rules": rules,
         "calls": {verdict: counts.calls[verdict] for verdict in ("compute", "reuse", "hidden")},
         "skipped": counts.skipped,
     }
 
 
-def rows_of(outcome: Outcome, branch: str) -> dict[str, str]:
+def _rows_of(outcome: Outcome, branch: str) -> dict[str, str]:
     """Returns one letter a step for each site."""
     return outcome.rows_of(branch) if isinstance(outcome, Schedule) else outcome.rows(branch)
 
@@ -88,7 +88,7 @@ def _by_branch(outcome: Outcome) -> list[tuple[list[str], dict[str, str]]]:
     """Returns the rows of each branch, with the names of all branches that have the same rows."""
     groups = list[tuple[list[str], dict[str, str]]]()
     for branch in outcome.branches:
-        rows = rows_of(outcome, branch)
+        rows = _rows_of(outcome, branch)
         names = next((names for names, known in groups if known == rows), None)
         if names is None:
             groups.append(([branch], rows))

@@ -17,7 +17,7 @@ from cachepolicy.engine.introspection import denoisers, is_pipeline
 from cachepolicy.errors import PolicyError
 from cachepolicy.tools.sampling import call_pipeline
 
-CallArguments = Mapping[str, Any]
+ModelCall = Mapping[str, Any]
 SampleFunction = Callable[..., Any]
 
 
@@ -60,7 +60,7 @@ class Sampler:
         components: Mapping[str, Any] = getattr(self.target, "components", {})
         return [part for part in components.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
 
-    def __call__(self, call: CallArguments) -> Sampled:
+    def __call__(self, call: ModelCall) -> Sampled:
         """Sample one call. Generators among its arguments are restored afterwards, so that the call can be repeated."""
         with _restored(call):
             if self._sample is None:
@@ -74,7 +74,7 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def _restored(call: CallArguments) -> Generator[None]:
+def _restored(call: ModelCall) -> Generator[None]:
     """Set the generators of a call back to where they were."""
     generators = list[torch.Generator]()
     for value in call.values():

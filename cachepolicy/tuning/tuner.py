@@ -21,7 +21,7 @@ from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.planner import PlannedSteps, PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.recording import OutputRecord, record
-from cachepolicy.tuning.sampling import CallArguments, Sampled, SampleFunction, Sampler
+from cachepolicy.tuning.sampling import ModelCall, Sampled, SampleFunction, Sampler
 from cachepolicy.tuning.solver import SolverWeights, solver_weights
 
 MOST_RUNS = 6
@@ -90,13 +90,13 @@ class Tuning:
 
 def tune(  # noqa: PLR0913 (one target of four, and how to sample)
     target: Any,
-    calls: Sequence[CallArguments],
+    calls: Sequence[ModelCall],
     *,
     cost: float | None = None,
     speedup: float | None = None,
     psnr: float | None = None,
     psnr_p10: float | None = None,
-    held_out: Sequence[CallArguments] | None = None,
+    held_out: Sequence[ModelCall] | None = None,
     sample: SampleFunction | None = None,
     scheduler: Any = None,
     order: int = 1,
@@ -133,10 +133,10 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
     targets = {"cost": cost, "speedup": speedup, "psnr": psnr, "psnr_p10": psnr_p10}
     wanted = {name: value for name, value in targets.items() if value is not None}
     if len(wanted) != 1:
-        found = ", ".join(f"`{name}`" for name in wanted) or "none"
+        stated = ", ".join(f"`{name}`" for name in wanted) or "none"
         raise PolicyError.of(
             "E402",
-            f"exactly one target is needed, found {found}",
+            f"exactly one target is needed, found {stated}",
             help=f"one of {', '.join(f'`{n}=`' for n in targets)}",
         )
     training, testing = _split(calls, held_out)
@@ -159,8 +159,8 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
 
 
 def _split(
-    calls: Sequence[CallArguments], held_out: Sequence[CallArguments] | None
-) -> tuple[Sequence[CallArguments], Sequence[CallArguments]]:
+    calls: Sequence[ModelCall], held_out: Sequence[ModelCall] | None
+) -> tuple[Sequence[ModelCall], Sequence[ModelCall]]:
     if held_out is None:
         count = max(1, len(calls) // 4)
         calls, held_out = calls[:-count], calls[-count:]
@@ -243,10 +243,10 @@ class _Bench:
         self._sampler = sampler
         self._progress = progress
         self._done, self._total = 0, total
-        self._training = list[tuple[CallArguments, Sampled]]()
-        self._held_out = list[tuple[CallArguments, Sampled]]()
+        self._training = list[tuple[ModelCall, Sampled]]()
+        self._held_out = list[tuple[ModelCall, Sampled]]()
 
-    def recorded(self, calls: Sequence[CallArguments]) -> _Evidence:
+    def recorded(self, calls: Sequence[ModelCall]) -> _Evidence:
         """Record all calls.
 
         Raises:
@@ -256,7 +256,7 @@ class _Bench:
         runs = list[list[OutputRecord]]()
         for call in calls:
 
-            def run(call: CallArguments = call) -> None:
+            def run(call: ModelCall = call) -> None:
                 self._training.append((call, self._sample(call, "recording")))
 
             runs.append(record(run, sampler.schedulers, sampler.models))
@@ -271,7 +271,7 @@ class _Bench:
         weights = [solver_weights(records[0].solver) for records in outputs]
         return _Evidence(outputs, weights, ", ".join(type(model).__name__ for model in sampler.models))
 
-    def reference(self, calls: Sequence[CallArguments]) -> None:
+    def reference(self, calls: Sequence[ModelCall]) -> None:
         """Sample the held-out calls uncached."""
         self._held_out = [(call, self._sample(call, "uncached")) for call in calls]
         uncached = [sampled for _, sampled in self._held_out]
@@ -304,7 +304,7 @@ class _Bench:
         return next(iter(ratios))
 
     def _with(
-        self, point: SchedulePoint, order: int, calls: Sequence[tuple[CallArguments, Sampled]]
+        self, point: SchedulePoint, order: int, calls: Sequence[tuple[ModelCall, Sampled]]
     ) -> tuple[list[float], float]:
         """Sample with a schedule, and return the PSNR of each sample and the speed-up."""
         self._total += len(calls)
@@ -316,12 +316,12 @@ class _Bench:
                 uncached, cached = uncached + reference.seconds, cached + sampled.seconds
         return ratios, uncached / cached
 
-    def _sample(self, call: CallArguments, what: str, cost: float = 1.0) -> Sampled:
+    def _sample(self, call: ModelCall, label: str, cost: float = 1.0) -> Sampled:
         sampled = self._sampler(call)
         self.evaluations += cost
         self._done += 1
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
+            self._progress(self._done, self._total, label)
         return sampled
 
 
@@ -357,12 +357,12 @@ class _Search:
 
     def _bisected(self, points: Sequence[SchedulePoint], middle: int) -> SchedulePoint:
         """Bisect on the number of computed calls: more of them are nearer to the uncached run, and slower."""
-        low, high, found, best = 0, len(points) - 1, None, None
+        low, high, reached, best = 0, len(points) - 1, None, None
         for _ in range(MOST_RUNS):
             point = self._bench.measured(points[middle], self._order)
             best = point if best is None or self._value(point) > self._value(best) else best
             meets = self._value(point) >= self._target
-            found = point if meets else found
+            reached = point if meets else reached
             if meets == (self._name == "speedup"):
                 low = middle + 1
             else:
@@ -370,7 +370,7 @@ class _Search:
             if low > high:
                 break
             middle = (low + high) // 2
-        if found is None:
+        if reached is None:
             assert best is not None
             unit = "x" if self._name == "speedup" else " dB"
             raise PolicyError.of(
@@ -379,7 +379,7 @@ class _Search:
                 f"{self._value(best):.3g}{unit} at a cost of {best.cost:.3g}",
                 help=f"the denoiser takes {self._bench.model_share:.0%} of an uncached call; ask for less",
             )
-        return found
+        return reached
 
     def _value(self, point: SchedulePoint) -> float:
         value = {"speedup": point.speedup, "psnr": point.psnr, "psnr_p10": point.psnr_p10}[self._name]

@@ -13,7 +13,7 @@ from cachepolicy.reports.explanation import AskedRule, explain_decision
 from cachepolicy.reports.html._charts import number
 from cachepolicy.reports.text import Outcome
 
-Calls = Sequence[tuple[Tick, Sequence[Decision]]]
+_Calls = Sequence[tuple[Tick, Sequence[Decision]]]
 _VERBS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}
 
 
@@ -86,7 +86,7 @@ def decision_grid(outcome: Outcome, branch: str, reasons: CellReasons) -> dict[s
     return {"branch": branch, "steps": [tick.step for tick, _ in calls], "bodies": bodies}
 
 
-def _equal_sites(plan: Plan, calls: Calls) -> Iterator[tuple[str, list[int]]]:
+def _equal_sites(plan: Plan, calls: _Calls) -> Iterator[tuple[str, list[int]]]:
     """Yields sites with equal decisions whose names differ in numbers only, under one name for all."""
     equal = dict[tuple[Any, ...], list[str]]()
     index = {site.name: site.index for site in plan.sites}

@@ -205,14 +205,16 @@ class SignalPass(Protocol):
 _CALL = torch.nn.Module.__call__
 
 
-def site_override(original: Method) -> Method:
+def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a hit are written out)
     """Build the `__call__` of a site: answer from the slot, or compute and store, as the frame decides."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         frame = LOCAL.frame
         try:
-            site: SiteHandle = self.__dict__[ATTRIBUTE]
+            site: SiteHandle | None = self.__dict__[ATTRIBUTE]
         except KeyError:  # a copy of a site
+            return original(self, *args, **kwargs)
+        if site is None:  # a copy of a parametrised site, whose class is copied with it
             return original(self, *args, **kwargs)
         if frame is None or frame.owner is not site.owner:
             if not torch.compiler.is_compiling():

@@ -102,6 +102,6 @@ def _shares(outcome: Outcome, counts: Tally, width: int) -> Iterator[str]:
         share = f"rule {bound.index + 1}: takes nothing here   "
         if bound.sites:
             owned, reused = counted(counts.owned[bound.index], "call"), counts.reused[bound.index]
-            halves = f", half of {counts.halved[bound.index]} of them" if counts.halved[bound.index] else ""
+            halves = f", {counts.halved[bound.index]} of them by half" if counts.halved[bound.index] else ""
             share = f"rule {bound.index + 1}: owns {owned}, answers {reused}{halves}   "
         yield share + label(bound.rule, width=max(20, width - len(share)))

@@ -166,9 +166,11 @@ def _guidance(config: Mapping[str, Any], file: Path) -> Guidance:
     index = file.parent.parent / "model_index.json"
     name = _read(index)[1].get("_class_name") if index.is_file() else None
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(name, str) or not isinstance(pipeline, type):
+    # The index names any class. Only one that defines calls of its instances has a source to read.
+    call = getattr(pipeline, "__call__", None) if isinstance(pipeline, type) else None  # noqa: B004
+    if not isinstance(name, str) or not inspect.isfunction(call):
         return Guidance()
-    contexts = tuple(dict.fromkeys(CALL_CONTEXT.findall(inspect.getsource(pipeline.__call__))))
+    contexts = tuple(dict.fromkeys(CALL_CONTEXT.findall(inspect.getsource(call))))
     if COND_BRANCHES & {*contexts} and UNCOND_BRANCHES & {*contexts}:
         return Guidance("sequential", name, tuple(name for name in contexts if name in COND_BRANCHES | UNCOND_BRANCHES))
     return Guidance("batched", name) if BATCH_CONTEXT in contexts else Guidance()

@@ -26,7 +26,7 @@ TEXTS = [
     (
         "match model every 2 -> approximate uncond spectral(1.1)",
         "E001",
-        "arguments have names: `spectral(low: 1.1, high: ..., layout: ...)`",
+        "arguments have names: `spectral(low: 1.1, high: ...)`",
     ),
     ("match blocks.*attn every 2 -> reuse", "E002", 'a regex stands in quotes: `"blocks.*attn"`'),
     ("match transformer_blocks.0.attn1 -> reuse", "E002", 'a regex stands in quotes: `"transformer_blocks.0.attn1"`'),

@@ -39,7 +39,7 @@ def test_every_report_counts_half_a_call():
     """The summary, the JSON form, the overview and the page say the same number."""
     schedule = simulate(cachepolicy.parse(GUIDED.format(2000, 2)), steps=10)
     assert "2.5 of 10 site calls skipped (25.0 %)" in summary(schedule)
-    assert "answers 5, half of 5 of them" in draw(schedule)
+    assert "answers 5, 5 of them by half" in draw(schedule)
     assert 2.5 == outcome_to_json(schedule)["skipped"]
     assert 2.5 == gains(schedule).tally.skipped
     assert "2.5 of 10 site calls skipped" in schedule._repr_html_()

@@ -269,7 +269,7 @@ def _share(plan: Plan, rule: int | None, gained: Gains) -> dict[str, Any]:
         return {"rule": None, "text": f"Rule {rule + 1} takes nothing here"}
     owned, reused, halved = (counts[rule] for counts in (gained.tally.owned, gained.tally.reused, gained.tally.halved))
     text = f"decides {percent(owned, gained.tally.total)}, reuses {reused} of {owned}"
-    text += f", half of {halved} of them" if halved else ""
+    text += f", {halved} of them by half" if halved else ""
     if gained.flops is not None:
         text += f", skips {percent(gained.flops.skipped_by_rule.get(rule, 0), gained.flops.total)} of the FLOPs"
     of_all = 100 / max(1, gained.tally.total)

@@ -95,7 +95,12 @@ class Kept:
 
 
 def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
-    """Return the prediction from a history, newest first, as a tensor of its own."""
+    """Return the prediction from a history, as a new tensor.
+
+    Args:
+        history: Stored values, newest first. All have the same shape.
+        numbers: The coefficients of the prediction.
+    """
     answer = extrapolate(history, numbers)
     # Never return the stored tensor itself: the caller may modify it in place.
     return answer.clone() if answer is history[0] else answer
@@ -117,14 +122,18 @@ def predict(
 
 
 TOO_LARGE = "the weights of its predictor are too large"
-"""The fact of a site that computes because its prediction could overflow, whatever its history."""
+"""The reason of a site that computes because its prediction could overflow for any history."""
 
 NOT_FINITE = "its answer would not be finite"
-"""The fact of a site that computes because its answer has an infinite number or NaN."""
+"""The reason of a site that computes because its answer has an infinite number or NaN."""
 
 
 def is_too_large(numbers: Weights, history: Any) -> bool:
     """Return True if a prediction from a history would overflow for all but small values.
+
+    Args:
+        numbers: The coefficients of the prediction.
+        history: Stored outputs. Only their dtypes are read.
 
     The result depends on the weights and the dtype only, so it needs no synchronization with the device, and it is the
     same on all processes that hold parts of one sample.
@@ -163,7 +172,15 @@ def is_finite(value: Any) -> bool:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Return the main tensor of a call: the first positional one, `hidden_states`, or the first other."""
+    """Return the main tensor of a call, usually of shape `(B, S, C)`.
+
+    Args:
+        args: Positional arguments. The first one is the main tensor, if it is a tensor.
+        kwargs: Keyword arguments. `hidden_states` comes next, then the first other tensor of the call.
+
+    Returns:
+        The tensor, or None if the call has none.
+    """
     if args and isinstance(args[0], torch.Tensor):
         return args[0]
     named = kwargs.get(HIDDEN_STATES)
@@ -176,7 +193,13 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
 
 
 def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bool:
-    """Return True if the stored output was computed from matching hidden states, or from both halves."""
+    """Return True if the stored output was computed from matching hidden states.
+
+    Args:
+        slot: The history of the site.
+        states: The hidden states of the call, or None.
+        halved: Whether the call runs only the conditional half of a guidance batch. A stored full batch then fits too.
+    """
     if states is None:
         return slot.shape is None
     if slot.shape is None or states.dtype is not slot.dtype or states.device != slot.device:
@@ -188,7 +211,7 @@ def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bo
 
 
 def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> str | None:
-    """Return why the stored output cannot answer this call, or None."""
+    """Return why the stored output cannot answer this call, or None. Arguments as for `fits`."""
     if slot.output is None:
         return slot.storing.lacking
     if not fits(slot, states, halved=halved):
@@ -201,7 +224,7 @@ def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> s
 
 
 def overwritten(slot: Slot) -> bool:
-    """Return True if any stored output was modified in place. Outputs are returned without copies."""
+    """Return True if any stored output was modified in place, which is possible because answers are not copies."""
     if slot.version is not None:
         newest = slot.output._version != slot.version
     else:
@@ -210,14 +233,24 @@ def overwritten(slot: Slot) -> bool:
 
 
 def spoil(slot: Slot) -> None:
-    """Drop the history of a site and use copies from now on. Older outputs were shared too."""
+    """Release the outputs of a site, older ones too, and store copies from now on."""
     slot.clones, slot.output, slot.older = True, None, []
 
 
 def keep(
     slot: Slot, keeping: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
 ) -> None:
-    """Store a computed output with the properties of its hidden states."""
+    """Store a computed output with the shape, dtype and device of its hidden states.
+
+    Args:
+        slot: The history of the site.
+        keeping: What the history has to hold.
+        code: The code of the site. `STORE_CLONE` stores a copy.
+        states: The hidden states of the call, or None.
+        output: The computed output.
+        step: The step of the call.
+        full: False if only the conditional half of a guidance batch was computed.
+    """
     if states is None:
         slot.shape = slot.dtype = slot.device = None
     else:
@@ -226,7 +259,7 @@ def keep(
 
 
 def push(slot: Slot, keeping: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
-    """Store `output` as the newest of the history."""
+    """Store `output` as the newest entry of the history. Arguments as for `keep`."""
     if keeping.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
         spoil(slot)
     if keeping.outputs > 1 and slot.output is not None:
@@ -254,7 +287,14 @@ def push(slot: Slot, keeping: Keeping, code: str, output: Any, *, step: int, ful
 
 
 def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
-    """Return the newest output, copied where the caller must not share it."""
+    """Return the newest stored output, as a copy if the caller must not share it.
+
+    Args:
+        slot: The history of the site.
+        halved: Whether the call runs only the conditional half of a guidance batch.
+        half: The index of the conditional half, 0 or 1.
+        inference: Whether the call runs in inference mode.
+    """
     output = slot.output if slot.packing is None else opened(slot.output)
     if halved and slot.full:
         output = map_tensors(_half(half), output)
@@ -268,7 +308,16 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
 def predicted(
     slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, *, halved: bool, half: int
 ) -> Any:
-    """Return the prediction for each tensor of the output."""
+    """Return the output with each tensor predicted from the history.
+
+    Args:
+        slot: The history of the site.
+        action: The action of the site.
+        arguments: The arguments of the predictor at this step.
+        step: The step of the call.
+        halved: Whether the call runs only the conditional half of a guidance batch.
+        half: The index of the conditional half, 0 or 1.
+    """
     # Entries of half a batch cannot serve a full batch.
     kept = [entry for entry in slot_history(slot, reach(action)) if halved or entry.full]
     columns = [
@@ -303,7 +352,7 @@ def rebuilt_containers(value: Any) -> Any:
 
 
 def filled(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """Return `value` with its tensors replaced, in order."""
+    """Return `value` with its tensors replaced by `tensors`, in order."""
     rest = list(tensors)
     return map_tensors(lambda _: rest.pop(0), value)
 

@@ -24,7 +24,7 @@ Names = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class OutputStructure:
-    """Structure of a module's output: per place, the input that continues there, or a constant."""
+    """Structure of a module's output: for each element, the input that continues in it, or a constant."""
 
     inputs: tuple[str | None, ...]
     constants: tuple[Any, ...]
@@ -48,7 +48,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """End of a segment: per stream of its first block, the place in the final output, or None."""
+    """End of a segment: for each stream of its first block, the index in the final output, or None."""
 
     segment: int
     outputs: tuple[int | None, ...]
@@ -81,7 +81,7 @@ class ChainEntry:
         return (*self.residuals, *self.outputs)
 
     def at(self, index: int, *, residual: bool) -> torch.Tensor | None:
-        """Return the residual or the output of one place, unpacked."""
+        """Return the residual or the output at an index, unpacked."""
         kept = (self.residuals if residual else self.outputs)[index]
         return kept.opened() if isinstance(kept, Packed) else kept
 
@@ -452,7 +452,13 @@ def _held(call: BlockCall | None) -> list[Any]:
 
 
 def bind_names(parameters: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by parameter name."""
+    """Return the arguments of a call by parameter name.
+
+    Args:
+        parameters: The parameter names of the forward.
+        args: Positional arguments. Those beyond the parameters are named `*index`.
+        kwargs: Keyword arguments.
+    """
     names: dict[str, Any] = dict(zip(parameters, args, strict=False))
     for index in range(len(parameters), len(args)):
         names[f"*{index}"] = args[index]
@@ -477,7 +483,7 @@ def signature(names: Names) -> tuple[Any, ...]:
 
 
 def rebuilt(shape: OutputStructure, tensors: Sequence[Any]) -> Any:
-    """Build an output of the given structure, from one tensor per place that continues an input."""
+    """Build an output of this structure. `tensors` has one value for each element of the output."""
     if issubclass(shape.kind, torch.Tensor):
         return tensors[0]
     values = [
@@ -497,7 +503,7 @@ def handed_on(shape: OutputStructure, names: Names) -> Any:
 
 
 def passed(shape: OutputStructure, names: Names) -> list[Any]:
-    """Return, per place of the output, the input that continues there."""
+    """Return, for each element of the output, the input that continues in it, or None for a constant."""
     return [None if key is None else names[key] for key in shape.inputs]
 
 

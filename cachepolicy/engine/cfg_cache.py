@@ -192,13 +192,18 @@ def rebuild(bands: Bands, cond: torch.Tensor, low: float, high: float) -> torch.
 
 
 def halves(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the unconditional and the conditional half of a batch."""
+    """Return the unconditional and the conditional half of a batch.
+
+    Args:
+        x: A tensor with an even number of rows.
+        order: `"uncond first"` or the other order.
+    """
     first, second = x.chunk(2, dim=0)
     return (first, second) if order == "uncond first" else (second, first)
 
 
 def whole(uncond: torch.Tensor, cond: torch.Tensor, order: str) -> torch.Tensor:
-    """Invert `halves`."""
+    """Return the batch of both halves, the inverse of `halves`."""
     return torch.cat([uncond, cond] if order == "uncond first" else [cond, uncond], dim=0)
 
 
@@ -263,7 +268,13 @@ def predictions_of(output: Any, rows: int) -> list[torch.Tensor]:
 
 
 def with_predictions(output: Any, rows: int, predictions: Sequence[torch.Tensor]) -> Any:
-    """Return `output` with its batched tensors replaced by `predictions`, in order."""
+    """Return `output` with its batched tensors replaced.
+
+    Args:
+        output: The output of the root model.
+        rows: The number of rows of its batched tensors.
+        predictions: The new tensors, in the order of `predictions_of`.
+    """
     rest = iter(predictions)
     values = [_like(value, next(rest)) if _is_batch(value, rows) else value for value in _values(output)]
     if isinstance(output, dict):

@@ -10,7 +10,13 @@ from cachepolicy.engine.block_chain import Chain, ChainEntry, Keeps, Link, Names
 
 
 def is_trackable(chain: Chain, blocks: int, names: Names) -> bool:
-    """Return True if the chain has a full compute on inputs of this signature, without in-place writes."""
+    """Return True if the chain has a full compute on inputs of this signature, without in-place writes.
+
+    Args:
+        chain: The history of the span.
+        blocks: The number of blocks of the span.
+        names: The inputs of the first block by name.
+    """
     return (
         len(chain.links) == blocks
         and bool(chain.history)

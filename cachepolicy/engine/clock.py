@@ -56,7 +56,7 @@ CONTEXT: ContextVar[Context | None] = ContextVar("cachepolicy_context", default=
 
 
 def step_context(*, t: Any, step: Any, steps: Any, sigma: Any, branch: Any) -> Context:
-    """Return the context of a `run.step(...)`.
+    """Return the context of a `run.step(...)`, whose arguments these are.
 
     Raises:
         PolicyError: A value does not fit (E324).
@@ -164,7 +164,7 @@ def inspect_root(module: torch.nn.Module) -> Root:
 
 
 def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallArguments:
-    """Bind the arguments of a call to names.
+    """Bind the arguments of a call of `root` to names.
 
     The latents are the first argument with a tensor, except the timestep, positions and masks.
     """

@@ -62,7 +62,7 @@ def _refuse(cache: str, help: str) -> NoReturn:
 
 
 def enable_cache_override(original: Method) -> Method:
-    """Override of diffusers' `model.enable_cache(config)`, which refuses its caches while a policy is attached."""
+    """Override of diffusers' `model.enable_cache(config)`. It raises E340 while a policy is attached to the model."""
 
     def enable_cache(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         if is_swapped(self) and original.__module__.startswith("diffusers."):

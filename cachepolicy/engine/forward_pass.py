@@ -889,7 +889,7 @@ class ForwardPass:
         return answers
 
     def _values(self, span: int, segment: int, action: ir.Action | None) -> list[torch.Tensor | None]:
-        """Return the residuals or outputs with which a segment is answered, by place."""
+        """Return the residuals or outputs with which a segment is answered, by index."""
         residual = _of_residual(action)
         # An older entry may hold only outputs, or only residuals.
         read = [entry for entry in self._chain(span).history[segment][: reach(action)] if self.halved or entry.full]
@@ -908,7 +908,7 @@ class ForwardPass:
         return values
 
     def excess(self, site: int, action: ir.Action | None) -> str | None:
-        """Return that the weights of a predictor are too large for the dtype of its history, or None."""
+        """Return the reason if the weights of a predictor are too large for the dtype of its history, or None."""
         if not isinstance(action, ir.Predict):
             return None
         slot = self.branch.slots[site]

@@ -114,7 +114,7 @@ class GuidanceSource:
         if _equal_parts(latents, 2, model):
             return None
         if self.stated and parts is None and self.pipeline is None:
-            # Only the caller's word is left, which a third part would contradict.
+            # Only the `guidance` argument says that there are two halves. Three equal parts would contradict it.
             odd = (number for number in range(3, rows + 1, 2) if rows % number == 0)
             count = next((number for number in odd if _equal_parts(latents, number, model)), None)
             return None if count is None else f"the batch has {count} parts with the same latents"

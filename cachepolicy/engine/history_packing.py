@@ -133,7 +133,7 @@ def compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_whole(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return True if the tensors together are most of what their storages hold."""
+    """Return True if the tensors together make up most of the bytes of their storages."""
     if len(tensors) == 1:
         return tensors[0].untyped_storage().nbytes() <= _MUCH * tensors[0].nbytes
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -155,7 +155,7 @@ def packed(packing: Packing, value: Any) -> Any:
 
 
 def leaves(value: Any, leaf: type | tuple[type, ...] = torch.Tensor) -> list[Any]:
-    """Return each `leaf` in tuples, lists, dicts and output objects, in order."""
+    """Return all instances of `leaf` in tuples, lists, dicts and output objects, in order."""
     if isinstance(value, leaf):
         return [value]
     if isinstance(value, dict):
@@ -166,7 +166,7 @@ def leaves(value: Any, leaf: type | tuple[type, ...] = torch.Tensor) -> list[Any
 
 
 def map_once(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type, ...]) -> Any:
-    """Apply `function` to each `leaf` as `map_leaves` does. A leaf that occurs twice is mapped once."""
+    """Apply `function` to each instance of `leaf`, as `map_leaves` does. One that occurs twice is mapped once."""
     # Pairs instead of a dict by `id`, which Dynamo does not trace.
     done: list[tuple[Any, Any]] = []
 
@@ -182,7 +182,16 @@ def map_once(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any, leaf: type | tuple[type, ...]) -> Any:
-    """Apply `function` to each `leaf` in tuples, lists, dicts and output objects."""
+    """Apply `function` to all instances of `leaf` in tuples, lists, dicts and output objects.
+
+    Args:
+        function: Called with each instance.
+        value: The output of a module, of any nesting.
+        leaf: The class or classes to look for.
+
+    Returns:
+        The output with the results in place of the instances. Values of other classes are kept.
+    """
     if isinstance(value, leaf):
         return function(value)
     if isinstance(value, dict):

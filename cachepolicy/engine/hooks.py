@@ -142,7 +142,7 @@ class SiteHandle(Handle):
 
 
 def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
-    """Return the parameter names of the module's forward, of `torch.compile(module)` those of the module inside."""
+    """Return the parameter names of the module's forward. For `torch.compile(module)`, the module inside is read."""
     return tuple(inspect.signature(unwrapped(module).forward).parameters)
 
 
@@ -478,7 +478,7 @@ def runs(handle: object) -> bool:
 
 @contextlib.contextmanager
 def published(handle: RootHandle, forward_pass: RootPass) -> Generator[None]:
-    """Return a context manager that is one forward pass: the sites that run inside read its frame."""
+    """Return a context manager for one forward pass: the sites that run inside read its frame."""
     outer = LOCAL.frame, LOCAL.stage
     forward_pass.frame.spans_calls = True
     LOCAL.frame, LOCAL.stage = forward_pass.frame, None

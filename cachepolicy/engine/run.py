@@ -657,7 +657,7 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
 
 
 def _guidance(session_config: SessionConfig, here: Entered | None, sources: Sources) -> GuidanceSource:
-    """Return what the caller, the running pipeline and its scheduler tell of guidance."""
+    """Return what is known of guidance from the caller, the running pipeline and its scheduler."""
     samples = sources.follower.rows if sources.follower is not None else None
     pipeline = here.pipeline if here is not None else None
     return GuidanceSource(session_config.options.guidance, pipeline, samples)

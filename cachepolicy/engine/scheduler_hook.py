@@ -15,7 +15,7 @@ from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped,
 
 
 class SchedulerFollower(Handle):
-    """Tells at which of its timesteps one scheduler is. Several runs can use it.
+    """Follows the present timestep of one scheduler. Several runs can use it.
 
     Attributes:
         step: How often `step` was called since the last restart.
@@ -153,7 +153,15 @@ def _rows(sample: Any) -> int | None:
 
 
 def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
-    """Return the follower of a scheduler for a run, or None if the object is no scheduler."""
+    """Return the follower of a scheduler for a run.
+
+    Args:
+        scheduler: The scheduler. Its class is swapped the first time.
+        user: The run.
+
+    Returns:
+        The follower, or None if the object is no scheduler.
+    """
     follower: Any = getattr(scheduler, "__dict__", {}).get(ATTRIBUTE)
     # Fast path without the lock for schedulers that this run follows already.
     if isinstance(follower, SchedulerFollower) and user in follower.users:

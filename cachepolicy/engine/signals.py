@@ -350,7 +350,16 @@ def _worst(function: str, streams: list[Stream]) -> torch.Tensor:
 
 
 def probed(probe: ir.Probe, names: Mapping[str, Any], first: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the tensor that an `input` or `argument` probe reads, or None."""
+    """Return the tensor that an `input` or `argument` probe reads.
+
+    Args:
+        probe: The probe.
+        names: The arguments of the module call by name.
+        first: The main tensor of the call, or None.
+
+    Returns:
+        The tensor, or None if the call does not have it.
+    """
     if probe.stream == "argument":
         value = names.get(probe.argument or "")
         return value if isinstance(value, torch.Tensor) else None

@@ -65,7 +65,7 @@ class Staged(Protocol):
         ...
 
     def excess(self, site: int, action: ir.Action | None) -> str | None:
-        """Return that the weights of a predictor are too large, or None."""
+        """Return the reason if the weights of a predictor are too large, or None."""
         ...
 
 
@@ -122,7 +122,14 @@ def staged(forward_pass: Staged, site: int) -> Part:
 
 
 def fill(forward_pass: Staged, site: int, part: Part, *, refused: bool) -> None:
-    """Set the code of a site, and its history if the site answers."""
+    """Set the code of a site, and its history if the site answers.
+
+    Args:
+        forward_pass: The call.
+        site: The site number.
+        part: What the graph reads. It is changed.
+        refused: Whether the site has to compute although it is decided to reuse.
+    """
     decision, keeping, slot = forward_pass.decided(site), forward_pass.keepings[site], forward_pass.slots[site]
     action = decision.action
     if decision is WAITING or (keeping.streams and part.form is None):

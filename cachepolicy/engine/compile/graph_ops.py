@@ -141,7 +141,13 @@ exporting = getattr(torch.compiler, "is_exporting", _says_exporting)
 
 
 def waits(stage: Stage, number: int, members: Sequence[tuple[int, int]]) -> bool:
-    """Return True if a call has to leave the graph, because its decision or its structure is unknown."""
+    """Return True if a call has to leave the graph, because its decision or its structure is unknown.
+
+    Args:
+        stage: The parts that the graph can read.
+        number: The number of the site's own part, or -1.
+        members: The spans of the module, and its position in each.
+    """
     for span, _ in members:
         if stage.parts[span].code is PENDING:
             return True

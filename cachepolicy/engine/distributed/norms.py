@@ -78,7 +78,12 @@ def share(
 
 
 def summed(term: torch.Tensor, *, by_sample: bool) -> Sum:
-    """Return the sums of a tensor. For a DTensor, they cover the whole tensor."""
+    """Return the sums of a tensor `(B, ...)`, for a DTensor those of the whole tensor.
+
+    Args:
+        term: The tensor.
+        by_sample: Whether each row has a sum of its own. Otherwise there is one sum.
+    """
     if in_pieces(term):
         return _of_all(term, by_sample=by_sample)
     sums = _sums(term, by_sample=by_sample)
@@ -143,7 +148,13 @@ def _message_of(share: Share, columns: Sequence[Sequence[float]]) -> list[float]
 
 
 def norm_of(function: str, numbers: Sequence[float], dtype: torch.dtype) -> float:
-    """Return the norm from the summed numbers: of several samples the largest (the smallest cosine)."""
+    """Return the largest norm over the samples, or the smallest cosine.
+
+    Args:
+        function: `"l1"`, `"l2"`, `"relative_l1"` or `"cosine"`.
+        numbers: The summed numbers of all processes, `MESSAGE_WIDTH` per sample.
+        dtype: The dtype to which the norm is rounded.
+    """
     rows = torch.tensor(numbers, dtype=torch.float64).reshape(-1, MESSAGE_WIDTH)
     first, second, third = (rows[:, :3] / rows[:, 3:]).unbind(1)
     match function:
@@ -165,6 +176,6 @@ def dtype_of(code: float) -> torch.dtype:
 
 
 def norm_alone(function: str, x: torch.Tensor, y: torch.Tensor | None, *, by_sample: bool) -> float:
-    """Return the norm of a DTensor. All processes that hold it get the same value."""
+    """Return the norm of a DTensor, which is equal on all processes that hold it. Arguments as for `share`."""
     mine = share(function, x, y, by_sample=by_sample)
     return norm_of(function, numbers_of([mine])[0], mine.dtype)

@@ -141,10 +141,10 @@ class SampledModel:
 def _numbers(name: str, value: Any) -> Any:
     """Returns the number of a `--signal`, or its list of numbers."""
     with contextlib.suppress(Undefined, TypeError):
-        found = constant(value)
-        each = found if isinstance(found, tuple) else (found,)
-        if all(isinstance(number, int | float) and not isinstance(number, bool) for number in each):
-            return found
+        result = constant(value)
+        numbers = result if isinstance(result, tuple) else (result,)
+        if all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+            return result
     raise click.UsageError(f"Invalid value for '--signal': `{name}` takes a number, or a list of one for each step")
 
 

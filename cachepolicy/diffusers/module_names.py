@@ -31,7 +31,7 @@ CROSS_ATTENTION = re.compile(r"cross|(^|_)attn2$|_to_.*_attn|encoder_attn")
 `attn2` is the text attention of `BasicTransformerBlock`, `audio_to_video_attn` is LTX2's.
 """
 
-CONTEXT = re.compile(r"^(context|encoder_hidden_states|memory|key_value_states)$")
+CONTEXT_ARGUMENTS = re.compile(r"^(context|encoder_hidden_states|memory|key_value_states)$")
 """A parameter of an attention's forward for the sequence that its keys come from."""
 
 SELF_ATTENTION = "self"

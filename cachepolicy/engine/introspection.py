@@ -19,7 +19,7 @@ from cachepolicy.diffusers.module_names import (
     ATTENTION,
     ATTENTION_CLASSES,
     BLOCK,
-    CONTEXT,
+    CONTEXT_ARGUMENTS,
     CROSS_ATTENTION,
     FEEDFORWARD,
     FEEDFORWARD_CLASS,
@@ -203,7 +203,10 @@ def _is_cross(name: str, module: nn.Module) -> bool:
 def _needs_context(module: nn.Module) -> bool:
     """Return True if the forward has a parameter for another sequence, and no default for it."""
     parameters = inspect.signature(module.forward).parameters
-    return any(each.default is each.empty and CONTEXT.search(name) for name, each in parameters.items())
+    return any(
+        parameter.default is parameter.empty and CONTEXT_ARGUMENTS.search(name)
+        for name, parameter in parameters.items()
+    )
 
 
 def _is_joint(module: nn.Module) -> bool:

@@ -75,8 +75,8 @@ def _judge_param(node: ir.PatternParam, checker: Checker) -> None:
     elif sort == "unknown":
         pass
     elif param is None or param.type not in ("string", "list"):
-        found = f"`{param.type}` parameter" if param else sort
-        message = f"a selector takes a regex, or a `string` or `list` parameter; `{name}` is a {found}"
+        actual = f"`{param.type}` parameter" if param else sort
+        message = f"a selector takes a regex, or a `string` or `list` parameter; `{name}` is a {actual}"
         checker.report.add("E110", message, node, help=f'modules are named in quotes: `"{name}"`')
     elif param.optional:
         checker.off(node, f"`{name}`, which may be off,")
@@ -96,6 +96,6 @@ def _judge_default(param: ir.Param, report: Report) -> None:
 
 
 def _judge_regex(regex: str, node: ir.Node, report: Report) -> None:
-    found = regex_fault(regex)
-    if found is not None:
-        report.adopt(found, node)
+    fault = regex_fault(regex)
+    if fault is not None:
+        report.adopt(fault, node)

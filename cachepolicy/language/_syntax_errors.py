@@ -59,23 +59,23 @@ def syntax_error(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
     """Returns the diagnostic for a statement that does not parse."""
     if stop.offset >= chunk.end:
         return _cut_short(source, chunk, stop)
-    found = _found(source, chunk, stop.offset)
-    start, end = stop.offset, stop.offset + len(found)
-    if found[0] in "\"'" and _unclosed(found):
-        message = f"the string is not closed: a closing `{found[0]}` is missing on this line"
+    lexeme = _found(source, chunk, stop.offset)
+    start, end = stop.offset, stop.offset + len(lexeme)
+    if lexeme[0] in "\"'" and _unclosed(lexeme):
+        message = f"the string is not closed: a closing `{lexeme[0]}` is missing on this line"
         return source.finding("E003", message, start, end)
-    moved = _out_of_order(source, chunk, stop, found)
+    moved = _out_of_order(source, chunk, stop, lexeme)
     if moved:
         message, help = moved
         return source.finding("E020", message, start, end, help=help)
-    if found in RESERVED and "NAME" in stop.accepts and stop.accepts <= _NAME_ONLY:
-        message = f"`{found}` is a reserved word and cannot be a name"
-        return source.finding("E008", message, start, end, help=f"call it `{found}_` or something else")
+    if lexeme in RESERVED and "NAME" in stop.accepts and stop.accepts <= _NAME_ONLY:
+        message = f"`{lexeme}` is a reserved word and cannot be a name"
+        return source.finding("E008", message, start, end, help=f"call it `{lexeme}_` or something else")
     expected = expectation(stop)
-    hint = _hint(source, chunk, stop, found) or _usage(chunk)
-    if not re.match(_LEXABLE, found):
-        return source.finding("E002", f"`{found}` has no meaning here: expected {expected}", start, end, help=hint)
-    return source.finding("E001", f"expected {expected}, found `{found}`", start, end, help=hint)
+    hint = _hint(source, chunk, stop, lexeme) or _usage(chunk)
+    if not re.match(_LEXABLE, lexeme):
+        return source.finding("E002", f"`{lexeme}` has no meaning here: expected {expected}", start, end, help=hint)
+    return source.finding("E001", f"expected {expected}, found `{lexeme}`", start, end, help=hint)
 
 
 _NAME_ONLY = frozenset({"NAME", "STRING", "RPAR"})
@@ -91,8 +91,8 @@ def _found(source: Source, chunk: Chunk, offset: int) -> str:
     return text if len(text) <= 60 else text[:60]
 
 
-def _unclosed(found: str) -> bool:
-    return found.count(found[0]) % 2 == 1
+def _unclosed(lexeme: str) -> bool:
+    return lexeme.count(lexeme[0]) % 2 == 1
 
 
 def _cut_short(source: Source, chunk: Chunk, stop: Stop) -> Diagnostic:
@@ -120,12 +120,12 @@ def _ending_hint(source: Source, chunk: Chunk, stop: Stop) -> str | None:
 
 def _open_bracket(source: Source, chunk: Chunk) -> int | None:
     opened = list[int]()
-    for found in re.finditer(r"""#[^\n]*|"(?:[^"\n]|"")*"|'(?:[^'\n]|'')*'|[()\[\]{}]""", source.clean[: chunk.end]):
-        if found.start() < chunk.start:
+    for bracket in re.finditer(r"""#[^\n]*|"(?:[^"\n]|"")*"|'(?:[^'\n]|'')*'|[()\[\]{}]""", source.clean[: chunk.end]):
+        if bracket.start() < chunk.start:
             continue
-        if found[0] in "([{":
-            opened.append(found.start())
-        elif found[0] in ")]}" and opened:
+        if bracket[0] in "([{":
+            opened.append(bracket.start())
+        elif bracket[0] in ")]}" and opened:
             opened.pop()
     return opened[-1] if opened else None
 
@@ -135,22 +135,22 @@ def _open_bracket(source: Source, chunk: Chunk) -> int | None:
 _ORDER = {"when": 0, "every": 1, "on": 1, "mask": 1, "while": 2, "at": 3}
 
 
-def _out_of_order(source: Source, chunk: Chunk, stop: Stop, found: str) -> tuple[str, str] | None:
-    if chunk.word != "match" or found not in _ORDER:
+def _out_of_order(source: Source, chunk: Chunk, stop: Stop, lexeme: str) -> tuple[str, str] | None:
+    if chunk.word != "match" or lexeme not in _ORDER:
         return None
     earlier = re.sub(r""""[^"\n]*"|'[^'\n]*'|#[^\n]*""", "", source.clean[chunk.start : stop.offset])
     if "->" in earlier and "_FOLLOW" in stop.accepts:
-        return f"`{found}` stands before `->`", f"the order is {RULE}"
+        return f"`{lexeme}` stands before `->`", f"the order is {RULE}"
     if "_ARROW" not in stop.accepts:
         return None
     clauses = [word for word in re.findall(r"[a-z_]+", earlier) if word in _ORDER]
-    same = [word for word in clauses if _ORDER[word] == _ORDER[found]]
-    if same == [found]:
-        return f"a rule has one `{found}`", "join the conditions with `and`" if found != "every" else f"it is {RULE}"
+    same = [word for word in clauses if _ORDER[word] == _ORDER[lexeme]]
+    if same == [lexeme]:
+        return f"a rule has one `{lexeme}`", "join the conditions with `and`" if lexeme != "every" else f"it is {RULE}"
     if same:
-        return f"a rule has one schedule: `{same[0]}` and `{found}` cannot stand together", "write two rules"
-    later = [word for word in clauses if _ORDER[word] > _ORDER[found]]
-    return (f"`{found}` stands before `{later[0]}`", f"the order is {RULE}") if later else None
+        return f"a rule has one schedule: `{same[0]}` and `{lexeme}` cannot stand together", "write two rules"
+    later = [word for word in clauses if _ORDER[word] > _ORDER[lexeme]]
+    return (f"`{lexeme}` stands before `{later[0]}`", f"the order is {RULE}") if later else None
 
 
 # --- expected terminals ----------------------------------------------------------------------------------
@@ -259,42 +259,42 @@ def _usage(chunk: Chunk) -> str | None:
     return f"write {USAGE[chunk.word]}" if chunk.word in USAGE else None
 
 
-def _hint(source: Source, chunk: Chunk, stop: Stop, found: str) -> str | None:
+def _hint(source: Source, chunk: Chunk, stop: Stop, lexeme: str) -> str | None:
     pattern = _unquoted_regex(source, chunk, stop)
     if pattern is not None:
         return f'a regex stands in quotes: `"{pattern}"`'
-    unfinished = _unfinished(source.clean[chunk.start : stop.offset], stop, found)
+    unfinished = _unfinished(source.clean[chunk.start : stop.offset], stop, lexeme)
     if unfinished is not None:
         return unfinished
     preceding = source.clean[chunk.start : stop.offset].split()[-1:]
-    special = _AFTER.get("".join(preceding)) or _WORDS.get(found)
-    if special and found not in _SIGNS:
+    special = _AFTER.get("".join(preceding)) or _WORDS.get(lexeme)
+    if special and lexeme not in _SIGNS:
         return special
     words = {stop.words[terminal] for terminal in stop.accepts if terminal in stop.words}
     if "KIND" in stop.accepts:
         words |= set(KINDS)
     if "TYPE" in stop.accepts:
         words |= set(TYPES)
-    if found in _SIGNS and (found != "=" or "COMPARE" in stop.accepts):
-        return _SIGNS[found]
-    if re.fullmatch(r"[A-Za-z_]\w*", found):
-        return _word_hint(stop, found, words)
-    if re.fullmatch(r"\.[0-9]+|[0-9]+\.", found):
-        return f"write `{'0' + found if found[0] == '.' else found + '0'}`"
-    if found[0].isalnum() and not found.isascii():
+    if lexeme in _SIGNS and (lexeme != "=" or "COMPARE" in stop.accepts):
+        return _SIGNS[lexeme]
+    if re.fullmatch(r"[A-Za-z_]\w*", lexeme):
+        return _word_hint(stop, lexeme, words)
+    if re.fullmatch(r"\.[0-9]+|[0-9]+\.", lexeme):
+        return f"write `{'0' + lexeme if lexeme[0] == '.' else lexeme + '0'}`"
+    if lexeme[0].isalnum() and not lexeme.isascii():
         return "names are written in ASCII letters, digits and `_`"
-    if found[0].isdigit():
+    if lexeme[0].isdigit():
         return "a name cannot start with a digit, and a number ends before a letter"
     return None
 
 
-def _unfinished(before: str, stop: Stop, found: str) -> str | None:
+def _unfinished(before: str, stop: Stop, lexeme: str) -> str | None:
     """Returns the hint for a percentage, a bound without its end, or an action's argument without its name.
 
     Args:
         before: The text of the statement before the error.
         stop: The position of the error.
-        found: The word or sign at the error.
+        lexeme: The word or sign at the error.
     """
     percentage = re.search(r"(?<![A-Za-z0-9_.])([0-9.]+)\s*%\s*$", before)
     if percentage is not None and re.fullmatch(r"[0-9]*\.?[0-9]+", percentage[1]):
@@ -306,11 +306,11 @@ def _unfinished(before: str, stop: Stop, found: str) -> str | None:
     labels = {**PREDICTORS, **APPROXIMATIONS}.get(method[1]) if method is not None else None
     if method is not None and labels:
         first, *others = [name for name, label in labels.items() if label.required]
-        value = found if found[0].isdigit() else "..."
+        value = lexeme if lexeme[0].isdigit() else "..."
         arguments = ", ".join([f"{first}: {value}", *(f"{name}: ..." for name in others)])
         return f"arguments have names: `{method[1]}({arguments})`"
     used = re.search(r"\b([a-z_]+)\s*$", before)
-    if found == "[" and used is not None and SYNONYMS.get(used[1]) == "blocks":
+    if lexeme == "[" and used is not None and SYNONYMS.get(used[1]) == "blocks":
         return "did you mean `blocks`?"
     return None
 
@@ -332,14 +332,14 @@ def _unquoted_regex(source: Source, chunk: Chunk, stop: Stop) -> str | None:
 _REGEX_LETTERS = frozenset(string.ascii_letters + string.digits + "_.^$*\\|+?-")
 
 
-def _word_hint(stop: Stop, found: str, words: Collection[str]) -> str | None:
-    near = nearest(found.lower(), words)
+def _word_hint(stop: Stop, lexeme: str, words: Collection[str]) -> str | None:
+    near = nearest(lexeme.lower(), words)
     if near:
         return f"did you mean `{near}`?"
-    if "_ARROW" in stop.accepts and found in ("reuse", "skip", "compute", "predict", "approximate"):
-        return f"write `-> {found}`"
-    if found in RESERVED and "NAME" in stop.accepts:
-        return f"`{found}` is a reserved word and cannot be a name"
-    if "LETTERS" in stop.accepts or re.fullmatch(r"[A-Z]+", found):
+    if "_ARROW" in stop.accepts and lexeme in ("reuse", "skip", "compute", "predict", "approximate"):
+        return f"write `-> {lexeme}`"
+    if lexeme in RESERVED and "NAME" in stop.accepts:
+        return f"`{lexeme}` is a reserved word and cannot be a name"
+    if "LETTERS" in stop.accepts or re.fullmatch(r"[A-Z]+", lexeme):
         return "one letter per step: `C` computes, `R` reuses"
     return None

@@ -173,7 +173,7 @@ def _add_words(lines: list[str], part: str, indent: str) -> None:
 
 def _parts(piece: str) -> Iterator[str]:
     """Splits an action after each argument. Other pieces are not split."""
-    labels = [found.start() for found in _LABEL.finditer(piece) if found[0][0] not in "\"'"]
+    labels = [label.start() for label in _LABEL.finditer(piece) if label[0][0] not in "\"'"]
     starts = [0, *labels[1:]] if piece.lstrip().startswith("-> ") else [0]
     for start, end in pairwise([*starts, len(piece)]):
         yield piece[start:end]

@@ -286,8 +286,8 @@ def path_of(source_name: str | None) -> Path | None:
     """Returns the path of the file that `Policy.source_name` refers to, or `None` for a text."""
     if source_name is None or not source_name.startswith(SHIPPED):
         return Path(source_name) if _is_file_name(source_name) else None
-    found = shipped_policies().get(_stem(source_name.removeprefix(SHIPPED)))
-    return found if isinstance(found, Path) else None
+    policy_path = shipped_policies().get(_stem(source_name.removeprefix(SHIPPED)))
+    return policy_path if isinstance(policy_path, Path) else None
 
 
 def chain(origins: Sequence[Origin]) -> str:

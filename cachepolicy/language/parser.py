@@ -156,7 +156,7 @@ def _parser() -> Any:
 def _words() -> Mapping[str, str]:
     """Maps the name of each keyword terminal to its keyword."""
     patterns = ((terminal.name, str(terminal.pattern.value)) for terminal in _parser().terminals)
-    return {name: found[1] for name, pattern in patterns if (found := re.fullmatch(r"([a-z_]+)\\b", pattern))}
+    return {name: word[1] for name, pattern in patterns if (word := re.fullmatch(r"([a-z_]+)\\b", pattern))}
 
 
 @functools.cache
@@ -251,12 +251,12 @@ class _Reading:
         if not self.source.chunks:
             return False
         chunk = self.source.chunks[0]
-        found = re.compile(r"cachepolicy\s+([0-9]+)\b").match(self.source.clean, chunk.start, chunk.end)
-        if not found or found[1].lstrip("0") == str(ir.EDITION):
+        statement = re.compile(r"cachepolicy\s+([0-9]+)\b").match(self.source.clean, chunk.start, chunk.end)
+        if not statement or statement[1].lstrip("0") == str(ir.EDITION):
             return False
-        message = f"edition {found[1][:20]} of the language is not known here"
+        message = f"edition {statement[1][:20]} of the language is not known here"
         help = f"this version of cachepolicy reads edition {ir.EDITION}"
-        self.findings.append(self.source.finding("E010", message, *found.span(1), help=help))
+        self.findings.append(self.source.finding("E010", message, *statement.span(1), help=help))
         return True
 
     def read(self) -> None:
@@ -269,10 +269,10 @@ class _Reading:
     def judge(self, policy: ir.Policy) -> None:
         """Adds the diagnostics of the semantic checks."""
         partial = bool(self.findings)
-        for found in judge(policy, frozenset(self.broken), partial=partial):
-            diagnostic = found.diagnostic
-            if found.word is not None and diagnostic.span is not None:
-                diagnostic = replace(diagnostic, span=self.source.narrow(diagnostic.span, found.word))
+        for judged in judge(policy, frozenset(self.broken), partial=partial):
+            diagnostic = judged.diagnostic
+            if judged.word is not None and diagnostic.span is not None:
+                diagnostic = replace(diagnostic, span=self.source.narrow(diagnostic.span, judged.word))
             self.findings.append(self.source.locate(diagnostic))
 
     def _whole(self) -> Sequence[Any] | None:

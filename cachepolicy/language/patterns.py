@@ -44,7 +44,7 @@ def search_all(regexes: Iterable[str], names: Sequence[str]) -> dict[str, frozen
         ValueError: RE2 refuses a pattern; the message says why.
     """
     ordered = list(dict.fromkeys(regexes))
-    found: dict[str, set[str]] = {regex: set() for regex in ordered}
+    matching_names: dict[str, set[str]] = {regex: set() for regex in ordered}
     together = re2.Set.SearchSet(_OPTIONS)
     # The empty pattern matches every name. A name without any match means that RE2 ran out of memory.
     for regex in ("", *ordered):
@@ -60,5 +60,5 @@ def search_all(regexes: Iterable[str], names: Sequence[str]) -> dict[str, frozen
             return {regex: frozenset(filter(searcher(regex), names)) for regex in ordered}
         for number in numbers:
             if number > 0:
-                found[ordered[number - 1]].add(name)
-    return {regex: frozenset(matching) for regex, matching in found.items()}
+                matching_names[ordered[number - 1]].add(name)
+    return {regex: frozenset(matching) for regex, matching in matching_names.items()}

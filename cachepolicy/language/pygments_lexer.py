@@ -52,10 +52,12 @@ TOKENS: Mapping[Role, Any] = {
 
 def _rule(colouring: Colouring) -> tuple[Any, ...]:
     tokens = [TOKENS[role] for role in colouring.roles]
-    found = bygroups(*tokens) if len(tokens) > 1 else tokens[0]
+    token_type = bygroups(*tokens) if len(tokens) > 1 else tokens[0]
     if colouring.closes:
-        return colouring.expression, found, "#pop"
-    return (colouring.expression, found, colouring.opens) if colouring.opens else (colouring.expression, found)
+        return colouring.expression, token_type, "#pop"
+    return (
+        (colouring.expression, token_type, colouring.opens) if colouring.opens else (colouring.expression, token_type)
+    )
 
 
 class CachePolicyLexer(RegexLexer):

@@ -66,8 +66,8 @@ class Report:
                 return
             self.reported.add((code, once))
         severity = "warning" if code.startswith("W") else "error"
-        found = Diagnostic(code, message, severity, span=node.span, help=help, label=label)
-        self.findings.append(Finding(found, word))
+        diagnostic = Diagnostic(code, message, severity, span=node.span, help=help, label=label)
+        self.findings.append(Finding(diagnostic, word))
 
     def adopt(self, diagnostic: Diagnostic, node: ir.Node) -> None:
         """Adds an existing diagnostic and locates it at `node`."""
@@ -102,8 +102,8 @@ class Scope:
 
     def param(self, name: str) -> ir.Param | None:
         """Returns the parameter with this name, or `None`."""
-        found = self.declared.get(name)
-        return found if isinstance(found, ir.Param) else None
+        declared = self.declared.get(name)
+        return declared if isinstance(declared, ir.Param) else None
 
     def clock_of(self, node: ir.Node) -> frozenset[str]:
         """Returns the clock words that `node` depends on, directly or through lets and signals."""
@@ -112,15 +112,15 @@ class Scope:
 
     def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
         """Returns a help sentence with the known name that is most similar to `name`."""
-        known: dict[str, Sort] = {name: SORTS[found.kind] for name, found in self.declared.items()}
+        known: dict[str, Sort] = {name: SORTS[declaration.kind] for name, declaration in self.declared.items()}
         known |= dict.fromkeys(CLOCK, "clock word")
         candidates = [candidate for candidate, sort in known.items() if sort in sorts]
-        found = SYNONYMS.get(name)
-        if found not in candidates and found not in words:
-            found = nearest(name, [*words, *candidates])
-        if found is None:
+        similar = SYNONYMS.get(name)
+        if similar not in candidates and similar not in words:
+            similar = nearest(name, [*words, *candidates])
+        if similar is None:
             return None
-        return f"did you mean the {known[found]} `{found}`?" if found in known else f"did you mean `{found}`?"
+        return f"did you mean the {known[similar]} `{similar}`?" if similar in known else f"did you mean `{similar}`?"
 
 
 def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozenset()) -> Scope:

@@ -168,8 +168,8 @@ class _Judgement:
         if sort is None:
             self.checker.unknown(name, name.name, frozenset({"parameter"}), type_=wanted)
         elif sort != "unknown" and (param is None or param.type != wanted):
-            found = f"`{param.type}` parameter" if param else sort
-            self.report.add("E110", f"{clause} takes a `{wanted}` parameter, and `{name.name}` is a {found}", name)
+            actual = f"`{param.type}` parameter" if param else sort
+            self.report.add("E110", f"{clause} takes a `{wanted}` parameter, and `{name.name}` is a {actual}", name)
 
     def _mask(self, mask: ir.Text) -> None:
         if not mask.value or not is_mask(mask.value):

@@ -54,7 +54,7 @@ class Source:
     @cached_property
     def _line_starts(self) -> list[int]:
         first = [] if self.text.startswith("\ufeff") else [0]
-        return first + [found.end() for found in re.finditer("\n", self.clean) if found.end() <= len(self.text)]
+        return first + [newline.end() for newline in re.finditer("\n", self.clean) if newline.end() <= len(self.text)]
 
     def span(self, start: int, end: int) -> Span:
         """Returns the span between two offsets. The end is exclusive."""
@@ -70,10 +70,10 @@ class Source:
 
     def narrow(self, span: Span, word: str) -> Span:
         """Returns the span of the first occurrence of `word` in `span`, or `span` if there is none."""
-        found = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])").search(
+        occurrence = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])").search(
             self.clean, span.start, span.end
         )
-        return self.span(*found.span()) if found else span
+        return self.span(*occurrence.span()) if occurrence else span
 
     def excerpt(self, span: Span) -> tuple[str, ...]:
         """Returns the lines that `span` covers. Characters that control a terminal are replaced."""
@@ -142,7 +142,9 @@ def prepare_source(text: str | bytes, name: str) -> tuple[Source, tuple[Diagnost
     if wrong is not None:
         message = "the text is not UTF-8"
         return source, (source.finding("E011", message, wrong, wrong + 1, help="save the file as UTF-8"),), False
-    forbidden = [_forbidden(source, found.start()) for found in islice(_FORBIDDEN.finditer(clean), _FORBIDDEN_LIMIT)]
+    forbidden = [
+        _forbidden(source, character.start()) for character in islice(_FORBIDDEN.finditer(clean), _FORBIDDEN_LIMIT)
+    ]
     if forbidden:
         return source, tuple(forbidden), False
     return _Scanner(source).scan()
@@ -207,54 +209,54 @@ class _Scanner:
 
     def scan(self) -> tuple[Source, tuple[Diagnostic, ...], bool]:
         line = 0
-        for found in _TOKENS.finditer(self.source.clean):
-            match found.lastgroup:
+        for token in _TOKENS.finditer(self.source.clean):
+            match token.lastgroup:
                 case "newline":
                     self._end_line()
-                    line = found.end()
+                    line = token.end()
                 case "blank":
                     pass
                 case "comment":
-                    self._note(found[0].rstrip())
+                    self._note(token[0].rstrip())
                 case _:
                     if self.tokens == TOKEN_LIMIT:
-                        return self.source, (self._too_many(found.start()),), False
+                        return self.source, (self._too_many(token.start()),), False
                     self.tokens += 1
-                    self._token(found, line)
+                    self._token(token, line)
         if self.deepest is not None:
             self.findings.append(self._too_deep(self.deepest))
         whole = replace(self.source, chunks=tuple(self.chunks), tail=tuple(_tidy(self.notes)))
         return whole, tuple(self.findings), self.deepest is None
 
-    def _token(self, found: re.Match[str], line: int) -> None:
+    def _token(self, token: re.Match[str], line: int) -> None:
         if self.fresh:
-            self._start_line(found, line)
+            self._start_line(token, line)
         if self.chunks:
-            self.chunks[-1].end = found.end()
-        if found.lastgroup == "open":
-            self.brackets.append(found.start())
+            self.chunks[-1].end = token.end()
+        if token.lastgroup == "open":
+            self.brackets.append(token.start())
             if len(self.brackets) > DEPTH_LIMIT and self.deepest is None:
-                self.deepest = found.start()
-        elif found.lastgroup == "close" and self.brackets:
+                self.deepest = token.start()
+        elif token.lastgroup == "close" and self.brackets:
             self.brackets.pop()
 
-    def _start_line(self, found: re.Match[str], line: int) -> None:
+    def _start_line(self, token: re.Match[str], line: int) -> None:
         self.fresh = False
-        start, word = found.start(), found[0]
+        start, word = token.start(), token[0]
         continues = word in CONTINUING or self.source.clean.startswith("->", start)
         if start == line and self.chunks and (continues or (self.brackets and word not in STATEMENT_WORDS)):
             # The line starts with a clause, or a bracket is open: the author meant it to continue the statement.
             if self.unindented != len(self.chunks):
-                self.findings.append(self._finding("E006", "a line that continues a statement must be indented", found))
+                self.findings.append(self._finding("E006", "a line that continues a statement must be indented", token))
             self.unindented = len(self.chunks)
         elif start == line:
             self.brackets.clear()
-            self.chunks.append(Chunk(start, found.end(), word, tuple(_tidy(self.notes))))
+            self.chunks.append(Chunk(start, token.end(), word, tuple(_tidy(self.notes))))
             self.notes.clear()
         elif self.chunks:
             self._continue()
         elif not self.findings:
-            self.findings.append(self._finding("E006", "an indented line continues no statement", found))
+            self.findings.append(self._finding("E006", "an indented line continues no statement", token))
 
     def _continue(self) -> None:
         """Moves the comments inside a statement before it."""
@@ -276,9 +278,9 @@ class _Scanner:
             self.notes.append("")
         self.fresh, self.commented = True, False
 
-    def _finding(self, code: str, message: str, found: re.Match[str]) -> Diagnostic:
+    def _finding(self, code: str, message: str, token: re.Match[str]) -> Diagnostic:
         help = "a statement starts in column 1 with its keyword; indented lines continue it"
-        return self.source.finding(code, message, found.start(), found.end(), help=help)
+        return self.source.finding(code, message, token.start(), token.end(), help=help)
 
     def _too_many(self, offset: int) -> Diagnostic:
         message = f"more than {TOKEN_LIMIT} tokens"

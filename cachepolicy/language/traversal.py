@@ -74,16 +74,16 @@ def names_in(node: ir.Node) -> set[str]:
 
 def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
     """Returns the distinct calls of `functions` in `expression`, inner calls before the calls that contain them."""
-    found = dict[ir.Call, None]()
+    calls = dict[ir.Call, None]()
 
     def visit(node: ir.Node) -> None:
         for child in children(node):
             visit(child)
         if isinstance(node, ir.Call) and node.function in functions:
-            found[node] = None
+            calls[node] = None
 
     visit(expression)
-    return tuple(found)
+    return tuple(calls)
 
 
 def dependency_order(reads: Mapping[str, Iterable[str]]) -> list[str]:

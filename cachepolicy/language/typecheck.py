@@ -70,33 +70,33 @@ class Checker:
                 self._stream(statement)
 
     def _scalar(self, let: ir.Let) -> None:
-        found = self.infer(let.value, LET)
-        if found in ("list", "range"):
-            help = f"`param {let.name}: {found} = ...` names one"
-            self.report.add("E111", f"a `let` is a single value, not {_NAMED[found]}", let.value, help=help)
-            found = "any"
-        self.types[let.name] = found
+        inferred = self.infer(let.value, LET)
+        if inferred in ("list", "range"):
+            help = f"`param {let.name}: {inferred} = ...` names one"
+            self.report.add("E111", f"a `let` is a single value, not {_NAMED[inferred]}", let.value, help=help)
+            inferred = "any"
+        self.types[let.name] = inferred
 
     def _stream(self, signal: ir.Signal) -> None:
-        found = self.infer(signal.value, SIGNAL)
-        if found not in ("tensor", "number", "any"):
-            self.report.add("E111", f"a signal is a tensor or a number, not {_NAMED[found]}", signal.value)
-            found = "any"
-        self.types[signal.name] = found
+        inferred = self.infer(signal.value, SIGNAL)
+        if inferred not in ("tensor", "number", "any"):
+            self.report.add("E111", f"a signal is a tensor or a number, not {_NAMED[inferred]}", signal.value)
+            inferred = "any"
+        self.types[signal.name] = inferred
 
     def expect(self, node: ir.Expression, wanted: Type, context: ExpressionPlace, subject: str | None = None) -> None:
         """Checks that `node` has the type `wanted`. `subject` names the value in the message."""
-        found = self.infer(node, context)
-        if "any" in (found, wanted) or found == wanted:
+        inferred = self.infer(node, context)
+        if "any" in (inferred, wanted) or inferred == wanted:
             return
         help = None
-        if found == "tensor":
+        if inferred == "tensor":
             help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`"
-        elif found == "number" and wanted == "tensor":
+        elif inferred == "number" and wanted == "tensor":
             help = "norms compare tensors; for numbers write `abs(x - y)`"
-        elif found == "number" and wanted == "boolean":
+        elif inferred == "number" and wanted == "boolean":
             help = "compare it with something: `x > 0`"
-        message = f"{subject or context.called} takes {_NAMED[wanted]}, not {_NAMED[found]}"
+        message = f"{subject or context.called} takes {_NAMED[wanted]}, not {_NAMED[inferred]}"
         self.report.add("E111", message, node, help=help)
 
     def count(self, count: WholeNumber) -> None:
@@ -275,10 +275,10 @@ class Checker:
         """Checks that the values have one common type: number, boolean or string."""
         if any(isinstance(node, ir.Name) and node.name == "branch" for node in nodes):
             self._branch_names(nodes)
-        found: list[Type] = [self.infer(node, context) for node in nodes]
-        known: list[Type] = [type_ for type_ in found if type_ != "any"]
+        inferred: list[Type] = [self.infer(node, context) for node in nodes]
+        known: list[Type] = [type_ for type_ in inferred if type_ != "any"]
         first: Type = known[0] if known else "any"
-        for node, type_ in zip(nodes, found, strict=True):
+        for node, type_ in zip(nodes, inferred, strict=True):
             if type_ not in ("any", "number", "boolean", "text"):
                 help = "take a norm of it: `l1(x)`, `relative_l1(x, y)`" if type_ == "tensor" else None
                 self.report.add("E111", f"{subject} takes single values, not {_NAMED[type_]}", node, help=help)
@@ -332,8 +332,8 @@ class Checker:
         elif sort == "unknown" or self.forbidden(node, node.name, sort, context):
             pass
         elif param is None or param.type not in ("range", "list"):
-            found = f"`{param.type}` parameter" if param else sort
-            message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {found}"
+            actual = f"`{param.type}` parameter" if param else sort
+            message = f"`in` takes an interval, a set, or a `range` or `list` parameter; `{node.name}` is a {actual}"
             self.report.add("E110", message, node)
 
     # --- calls
@@ -392,17 +392,17 @@ class Checker:
 
     def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
         inner = ExpressionPlace("memory", context.knows, memory=True, probes=context.probes)
-        found: Type = self.infer(node.arguments[0], inner)
-        if found not in ("number", "tensor", "any"):
-            message = f"`{node.function}` takes a tensor or a number, not {_NAMED[found]}"
+        inferred: Type = self.infer(node.arguments[0], inner)
+        if inferred not in ("number", "tensor", "any"):
+            message = f"`{node.function}` takes a tensor or a number, not {_NAMED[inferred]}"
             self.report.add("E111", message, node.arguments[0])
-            found = "any"
+            inferred = "any"
         for back in node.arguments[1:]:
             whole = isinstance(back, ir.Number) and isinstance(back.value, int) and 1 <= back.value <= KEPT_LIMIT
             if not whole:
                 message = f"the second argument of `kept` is a whole number from 1 to {KEPT_LIMIT}"
                 self.report.add("E124", message, back, help="`kept(x, 2)` is the compute before the last")
-        return found
+        return inferred
 
     def _probed(self, node: ir.Probe, context: ExpressionPlace) -> Type:
         if not context.probes:

@@ -183,9 +183,9 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
                 regex = node.regex
             case _:
                 regex = None
-        if regex is not None and (found := regex_fault(regex)) is not None:
-            message = f"the regex `{regex[:60]}` is refused: {found.message}"
-            yield replace(found, code="E164", message=message, span=node.span)
+        if regex is not None and (fault := regex_fault(regex)) is not None:
+            message = f"the regex `{regex[:60]}` is refused: {fault.message}"
+            yield replace(fault, code="E164", message=message, span=node.span)
     for count in counts:
         message = count.fault()
         if message is None and count.context is POSITION and not isinstance(count.value, ir.Number):

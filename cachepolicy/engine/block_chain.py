@@ -280,7 +280,7 @@ class Recorder:
         self._ends: dict[int, Ending] = {}
         self._takes: dict[int, tuple[tuple[int, str], ...]] = {}
         self._entries: list[ChainEntry] = []
-        self._given: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
+        self._passed_on: list[tuple[int, list[weakref.ref[torch.Tensor]]]] = []
         self._spoilt: str | None = None
         self._signature: tuple[Any, ...] | None = None
         self.calls = 0
@@ -349,15 +349,15 @@ class Recorder:
         Such an output is used elsewhere, for example as a skip connection. A segment has to end there, so that a reuse
         gives the right value. Weak references show which outputs are alive.
         """
-        older = self._given[:-_HELD]
+        older = self._passed_on[:-_HELD]
         if not any(reference() is not None for _, references in older for reference in references):
-            self._given = self._given[-_HELD:]
+            self._passed_on = self._passed_on[-_HELD:]
             self._give(call)
             return
         mine = {id(value) for held in (self._lead, self._previous, self._last, call) for value in _held(held)}
         mine |= {id(tensor) for entry in self._entries for tensor in entry.outputs}
-        self._given = [entry for entry in self._given if any(reference() is not None for reference in entry[1])]
-        for position, references in self._given:
+        self._passed_on = [entry for entry in self._passed_on if any(reference() is not None for reference in entry[1])]
+        for position, references in self._passed_on:
             if position in self._chain.splits or position in self._ends:
                 continue
             if any(
@@ -370,7 +370,7 @@ class Recorder:
     def _give(self, call: BlockCall) -> None:
         inputs = {id(value) for value in call.names.values()}
         fresh = [output for output in call.outputs if isinstance(output, torch.Tensor) and id(output) not in inputs]
-        self._given.append((call.position, [weakref.ref(output) for output in fresh]))
+        self._passed_on.append((call.position, [weakref.ref(output) for output in fresh]))
 
     def _became(self, last: BlockCall, call: BlockCall) -> dict[int, str] | None:
         """Return the input name of each output of `last` in `call`, or None unless `call` takes them all."""

@@ -162,7 +162,7 @@ def _give(forward_pass: Staged, site: int, part: Part, slot: Slot, action: ir.Ac
         # Entries of half a batch cannot serve a full batch.
         kept = [entry for entry in kept if forward_pass.halved or entry.full]
         part.weights = _weights(forward_pass, site, action, [entry.step for entry in kept], first)
-    part.given = tuple(_half(forward_pass, entry.output, full=entry.full) for entry in kept)
+    part.history = tuple(_half(forward_pass, entry.output, full=entry.full) for entry in kept)
     part.clones = slot.clones or forward_pass.inference
     part.square = first is not None and first.shape == slot.shape
 
@@ -195,7 +195,7 @@ def _give_chain(forward_pass: Staged, site: int, part: Part, chain: Chain | None
         if isinstance(action, ir.Predict):
             kept = next((column[0] for column in histories[-1] if column is not None), None)
             numbers.append(_weights(forward_pass, site, action, [entry.step for entry in entries], kept))
-    part.given, part.weights = tuple(histories), tuple(numbers)
+    part.history, part.weights = tuple(histories), tuple(numbers)
 
 
 def _weights(

@@ -85,7 +85,7 @@ class Part:
     """Data of one site in a graph: its inputs, set before the call, and its results.
 
     Attributes:
-        given: The history that an answer reads, newest first. For a span, one history per segment and stream.
+        history: The stored outputs that an answer reads, newest first. For a span, one history per segment and stream.
         weights: The coefficients of a prediction. For a span, one set per segment.
         places: Where results are left. For a span, one place per segment.
         calls: One place per module of the site, filled by its first call. Each is written once in a graph.
@@ -98,14 +98,14 @@ class Part:
     """
 
     __slots__ = (
-        "answer", "bases", "calls", "clones", "code", "form", "given", "outputs", "places", "repeats", "residuals",
+        "answer", "bases", "calls", "clones", "code", "form", "history", "outputs", "places", "repeats", "residuals",
         "square", "unfit", "weights",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.code = COMPUTE
         self.answer = Answer()
-        self.given: Any = ()
+        self.history: Any = ()
         self.weights: Any = None
         self.form: ChainForm | None = None
         self.places: list[OutputPlace] = []
@@ -233,17 +233,17 @@ def _fits(part: Part, states: torch.Tensor | None) -> bool:
 
     The root model checks its own inputs. This check serves models that change the number of tokens inside.
     """
-    kept = leaves(part.given[0])
+    kept = leaves(part.history[0])
     return not part.square or states is None or kept[0].shape == states.shape
 
 
 def _answered(part: Part) -> Any:
-    newest = part.given[0]
+    newest = part.history[0]
     if not part.answer.predicts:
         if part.clones:
             return cloned(newest)
         return rebuilt_containers(newest)
-    columns = [leaves(entry) for entry in part.given]
+    columns = [leaves(entry) for entry in part.history]
     values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
     output = filled(newest, values)
     if part.answer.feedback:
@@ -289,7 +289,7 @@ def _suits(part: Part, position: int, names: Names) -> bool:
     link = part.form.links[position]
     inputs = passed(link.shape, names)
     for index in range(len(inputs)):
-        column = part.given[link.segment][index]
+        column = part.history[link.segment][index]
         if column is not None and column[0].shape != inputs[index].shape:
             return False
     return True
@@ -311,7 +311,7 @@ def _led(part: Part, segment: int, inputs: list[Any]) -> list[Any]:
     residuals: list[Any] = [None] * len(inputs)
     outputs: list[Any] = [None] * len(inputs)
     for index in range(len(inputs)):
-        column, stream = part.given[segment][index], inputs[index]
+        column, stream = part.history[segment][index], inputs[index]
         if column is None:
             continue
         value = combine(column, part.weights[segment]) if part.answer.predicts else column[0]

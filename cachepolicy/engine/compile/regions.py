@@ -121,7 +121,7 @@ class Graphs:
                 forward_pass.refuse(site, reason)
             forward_pass.decide_again()
         forward_pass.parts = parts = {site: staged(forward_pass, site) for site in sites}
-        decided = tuple((part.code, part.answer, len(part.given)) for part in parts.values())
+        decided = tuple((part.code, part.answer, len(part.history)) for part in parts.values())
         modes = torch.is_grad_enabled(), forward_pass.inference, autocast()
         self._count((decided, forward_pass.halved, modes, arguments.signature()))
         return parts

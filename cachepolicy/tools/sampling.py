@@ -141,7 +141,7 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Sample:
 
     started = time.perf_counter()
     try:
-        with torch.no_grad(), _timed(denoisers(pipe).values()) as model_seconds:
+        with torch.no_grad(), timed_calls(denoisers(pipe).values()) as model_seconds:
             result = pipe(**arguments, output_type="np")
     except PolicyError:
         raise
@@ -160,8 +160,15 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Sample:
 
 
 @contextlib.contextmanager
-def _timed(models: Iterable[torch.nn.Module]) -> Generator[list[float]]:
-    """Measure the seconds of each call of the models inside the `with` block."""
+def timed_calls(models: Iterable[torch.nn.Module]) -> Generator[list[float]]:
+    """Measure the seconds of each call of the models inside the `with` block.
+
+    Args:
+        models: The models.
+
+    Yields:
+        A list that gets the wall-clock seconds of each call as it ends.
+    """
     seconds, started = list[float](), list[float]()
 
     def enter(*_: Any) -> None:

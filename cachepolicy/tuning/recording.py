@@ -149,7 +149,7 @@ class _Outputs:
     def append(self, output: torch.Tensor) -> None:
         """Keep an output."""
         kept = output.detach().reshape(-1).float().cpu()
-        if kept is output or kept.data_ptr() == output.data_ptr():
+        if kept.data_ptr() == output.data_ptr():
             kept = kept.clone()
         self.elements = len(kept)
         self._bytes += kept.nbytes

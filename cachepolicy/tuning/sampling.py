@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +14,10 @@ from torch import nn
 
 from cachepolicy.engine.introspection import denoisers, is_pipeline
 from cachepolicy.errors import PolicyError
-from cachepolicy.tools.sampling import call_pipeline
+from cachepolicy.tools.sampling import Sample, call_pipeline, timed_calls
 
 ModelCall = Mapping[str, Any]
 SampleFunction = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The result of one call: samples of shape `(n, ...)` in [-1, 1], and the seconds in all and in the denoisers."""
-
-    samples: torch.Tensor
-    seconds: float
-    model_seconds: float
 
 
 class Sampler:
@@ -60,32 +50,27 @@ class Sampler:
         components: Mapping[str, Any] = getattr(self.target, "components", {})
         return [part for part in components.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
 
-    def __call__(self, call: ModelCall) -> Sampled:
+    def __call__(self, call: ModelCall) -> Sample:
         """Sample one call. Generators among its arguments are restored afterwards, so that the call can be repeated."""
         with _restored(call):
             if self._sample is None:
-                sample = call_pipeline(self.target, call)
-                return Sampled(sample.pictures, sample.seconds, sample.model_seconds)
+                return call_pipeline(self.target, call)
             started = time.perf_counter()
-            with torch.no_grad():
+            with torch.no_grad(), timed_calls(self.models) as model_seconds:
                 samples = self._sample(**call)
             seconds = time.perf_counter() - started
-            return Sampled(torch.as_tensor(samples).detach().float().cpu(), seconds, seconds)
+        pictures = torch.as_tensor(samples).detach().float().cpu()
+        return Sample(pictures, frames=False, seconds=seconds, model_seconds=sum(model_seconds))
 
 
 @contextlib.contextmanager
 def _restored(call: ModelCall) -> Generator[None]:
     """Set the generators of a call back to where they were."""
-    generators = list[torch.Generator]()
-    for value in call.values():
-        generators += [item for item in (value if isinstance(value, Sequence) else [value]) if _is_generator(item)]
+    values = [item for value in call.values() for item in (value if isinstance(value, Sequence) else [value])]
+    generators = [value for value in values if isinstance(value, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-
-
-def _is_generator(value: object) -> bool:
-    return isinstance(value, torch.Generator)

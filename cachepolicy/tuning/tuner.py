@@ -18,10 +18,10 @@ from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.ir import Policy
 from cachepolicy.language.parser import parse
 from cachepolicy.tools.quality import each_psnr, percentile
-from cachepolicy.tools.sampling import Progress
-from cachepolicy.tuning.planner import PlannedSteps, PlanningProblem, Recorded, plan_steps, schedule_error
+from cachepolicy.tools.sampling import Progress, Sample
+from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.recording import OutputRecord, record
-from cachepolicy.tuning.sampling import ModelCall, Sampled, SampleFunction, Sampler
+from cachepolicy.tuning.sampling import ModelCall, SampleFunction, Sampler
 from cachepolicy.tuning.solver import SolverWeights, solver_weights
 
 MOST_RUNS = 6
@@ -205,19 +205,10 @@ def _frontiers(evidence: _Evidence, order: int, gap: int) -> list[Frontier]:
     """
     problem = evidence.problem(order, gap)
     problems = [replace(problem, outputs=_early(problem.outputs, by), coherence=c) for by, c in WAYS]
-    planned = [plan_steps(one) for one in problems]
-    even = {
-        count: PlannedSteps(steps, schedule_error(problem, steps))
-        for count in planned[0]
-        if {*problem.starts} <= {*(steps := tuple(number * problem.calls // count for number in range(count)))}
-    }
-    return [
-        {
-            count: _point(replace(one, error=schedule_error(problem, one.steps)), problem.calls)
-            for count, one in plans.items()
-        }
-        for plans in (*planned, even)
-    ]
+    planned = [{count: plan.steps for count, plan in plan_steps(one).items()} for one in problems]
+    even = {count: tuple(number * problem.calls // count for number in range(count)) for count in planned[0]}
+    possible = {count: steps for count, steps in even.items() if {*problem.starts} <= {*steps}}
+    return [{count: _point(problem, steps) for count, steps in schedules.items()} for schedules in (*planned, possible)]
 
 
 def _early(outputs: Sequence[Recorded], by: float) -> list[Recorded]:
@@ -228,10 +219,11 @@ def _early(outputs: Sequence[Recorded], by: float) -> list[Recorded]:
     ]
 
 
-def _point(planned: PlannedSteps, calls: int) -> SchedulePoint:
+def _point(problem: PlanningProblem, steps: tuple[int, ...]) -> SchedulePoint:
+    error = schedule_error(problem, steps)
     # The error is a mean square per element. Numbers in [-1, 1] span 2, so the square of the peak is 4.
-    decibels = 10 * math.log10(4 / planned.error) if planned.error > 0 else math.inf
-    return SchedulePoint(planned.steps, len(planned.steps) / calls, decibels)
+    forecast = 10 * math.log10(4 / error) if error > 0 else math.inf
+    return SchedulePoint(steps, len(steps) / problem.calls, forecast)
 
 
 class _Bench:
@@ -243,8 +235,8 @@ class _Bench:
         self._sampler = sampler
         self._progress = progress
         self._done, self._total = 0, total
-        self._training = list[tuple[ModelCall, Sampled]]()
-        self._held_out = list[tuple[ModelCall, Sampled]]()
+        self._training = list[tuple[ModelCall, Sample]]()
+        self._held_out = list[tuple[ModelCall, Sample]]()
 
     def recorded(self, calls: Sequence[ModelCall]) -> _Evidence:
         """Record all calls.
@@ -304,7 +296,7 @@ class _Bench:
         return next(iter(ratios))
 
     def _with(
-        self, point: SchedulePoint, order: int, calls: Sequence[tuple[ModelCall, Sampled]]
+        self, point: SchedulePoint, order: int, calls: Sequence[tuple[ModelCall, Sample]]
     ) -> tuple[list[float], float]:
         """Sample with a schedule, and return the PSNR of each sample and the speed-up."""
         self._total += len(calls)
@@ -312,11 +304,11 @@ class _Bench:
         with apply(self._sampler.target, parse(_rule(point.steps, order)), trace=False):
             for call, reference in calls:
                 sampled = self._sample(call, f"{len(point.steps)} computed", point.cost)
-                ratios += each_psnr(reference.samples, sampled.samples)
+                ratios += each_psnr(reference.pictures, sampled.pictures)
                 uncached, cached = uncached + reference.seconds, cached + sampled.seconds
         return ratios, uncached / cached
 
-    def _sample(self, call: ModelCall, label: str, cost: float = 1.0) -> Sampled:
+    def _sample(self, call: ModelCall, label: str, cost: float = 1.0) -> Sample:
         sampled = self._sampler(call)
         self.evaluations += cost
         self._done += 1
@@ -372,12 +364,13 @@ class _Search:
             middle = (low + high) // 2
         if reached is None:
             assert best is not None
-            unit = "x" if self._name == "speedup" else " dB"
+            share = f"the denoiser takes {self._bench.model_share:.0%} of an uncached call; ask for less"
+            unit, help = ("x", share) if self._name == "speedup" else (" dB", "ask for less")
             raise PolicyError.of(
                 "E404",
                 f"`{self._name}` {self._target:g}{unit} was not reached: the best of the measured schedules has "
                 f"{self._value(best):.3g}{unit} at a cost of {best.cost:.3g}",
-                help=f"the denoiser takes {self._bench.model_share:.0%} of an uncached call; ask for less",
+                help=help,
             )
         return reached
 

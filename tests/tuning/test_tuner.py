@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 
 import pytest
 import torch
@@ -149,3 +150,15 @@ def test_a_denoiser_is_tuned_by_its_sampling_function(pipe) -> None:
     found = tune(pipe.transformer, calls, cost=0.5, sample=sample, scheduler=pipe.scheduler)
     assert 4 == len(found.chosen.steps)
     assert found.chosen.psnr is not None
+
+
+def test_the_denoisers_share_is_measured_in_a_sampling_function_too(pipe) -> None:
+    """What a sampling function does beside the model, such as decoding, does not count as the model's time."""
+
+    def sample(**arguments: object) -> torch.Tensor:
+        time.sleep(0.05)
+        return pipe(**arguments, output_type="pt").images
+
+    calls = [call(seed, num_inference_steps=2) for seed in range(2)]
+    found = tune(pipe.transformer, calls, cost=1, sample=sample, scheduler=pipe.scheduler)
+    assert 0 < found.model_share < 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from cachepolicy.language import ir
 from cachepolicy.language.scope import Report, Scope, propagated
 from cachepolicy.language.traversal import children, fold_constants, names_in, walk
 from cachepolicy.language.validate import counts_of
-from cachepolicy.language.vocabulary import ACCUMULATORS, NORMS
+from cachepolicy.language.vocabulary import ACCUMULATORS, CLOCK, NORMS
 
 
 def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) -> None:
@@ -17,13 +17,14 @@ def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) ->
     Unused declarations are not reported for a `partial` policy, which lacks statements.
     """
     drifts = _drifts_of_signals(policy, scope)
+    whole, computed = _judge_lets(scope)
     for statement in policy.statements:
         if not isinstance(statement, ir.Rule):
             continue
         if statement.condition is not None:
             _judge_anchors(statement.condition, drifts, report)
         for count in counts_of(statement):
-            if not _is_whole(count.value, scope):
+            if _is_computed(count.value, scope, computed) and not _is_whole(count.value, scope, whole):
                 help = "it is rounded down: where it is 2.7, 2 is used"
                 report.add("W505", f"the number of {count.name} can be a fraction", count.value, help=help)
     if not partial:
@@ -107,23 +108,47 @@ def _with_sums(node: ir.Node, *, summed: bool) -> Iterator[tuple[ir.Node, bool]]
 # --- fractions -------------------------------------------------------------------------------------------
 
 
-def _is_whole(node: ir.Expression, scope: Scope) -> bool:
-    """Returns whether the value of `node` is a whole number at every step."""
+def _judge_lets(scope: Scope) -> tuple[set[str], set[str]]:
+    """Returns the lets that are whole numbers at every step, and the lets that are computed at each step."""
+    whole, computed = set[str](), set[str]()
+    # In dependency order, so that each let is judged once, however often others read it.
+    for name in scope.reads:
+        declared = scope.declared[name]
+        if isinstance(declared, ir.Let):
+            if _is_whole(declared.value, scope, whole):
+                whole.add(name)
+            if _is_computed(declared.value, scope, computed):
+                computed.add(name)
+    return whole, computed
+
+
+def _is_computed(node: ir.Expression, scope: Scope, computed: Collection[str]) -> bool:
+    """Returns whether `node` reads the clock, a table or one of the `computed` lets.
+
+    Other numbers are constants after substitution of the parameters. A constant fraction is an error (E163).
+    """
+    return any(
+        name in CLOCK or name in computed or isinstance(scope.declared.get(name), ir.Table) for name in names_in(node)
+    )
+
+
+def _is_whole(node: ir.Expression, scope: Scope, whole: Collection[str]) -> bool:
+    """Returns whether the value of `node` is a whole number at every step, as those of the lets `whole` are."""
     parts: tuple[ir.Expression, ...]
     match node:
         case ir.Number(value=value):
             return value == value // 1
         case ir.Name(name=name):
             declared = scope.declared.get(name)
-            if isinstance(declared, ir.Let):
-                return _is_whole(declared.value, scope)
-            return declared.type == "int" if isinstance(declared, ir.Param) else name in ("step", "steps", "age")
+            if isinstance(declared, ir.Param):
+                return declared.type == "int"
+            return name in whole or name in ("step", "steps", "age")
         case ir.Lookup(table=table):
             declared = scope.declared.get(table)
             return isinstance(declared, ir.Table) and all(value == value // 1 for value in declared.values)
         case ir.Arithmetic(operator=operator, left=left, right=right):
             if isinstance(folded := fold_constants(node), ir.Number):
-                return _is_whole(folded, scope)
+                return _is_whole(folded, scope, whole)
             if operator == "/":
                 return False
             parts = (left, right)
@@ -137,7 +162,7 @@ def _is_whole(node: ir.Expression, scope: Scope) -> bool:
             return True
         case _:
             return False
-    return all(_is_whole(part, scope) for part in parts)
+    return all(_is_whole(part, scope, whole) for part in parts)
 
 
 # --- unused declarations ---------------------------------------------------------------------------------

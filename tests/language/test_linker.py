@@ -479,8 +479,9 @@ def test_lets_cannot_blow_up() -> None:
     doubling = "let a0 = step\n" + "".join(f"let a{n + 1} = a{n} + a{n}\n" for n in range(100))
     chain = "let a0 = step\n" + "".join(f"let a{n + 1} = a{n} + 1\n" for n in range(1000))
     for text, last in ((doubling, 100), (chain, 1000)):
-        policy = parse(text + f"match attention when a{last} > 1 every 2 -> reuse\n")
-        assert ["E165"] == codes(refused(resolve, policy, {}))
+        for clause in (f"when a{last} > 1 every 2", f"every a{last}", f"at most a{last} in all"):
+            policy = parse(text + f"match attention {clause} -> reuse\n")
+            assert ["E165"] == codes(refused(resolve, policy, {}))
 
 
 # --- the digest ------------------------------------------------------------------------------------------

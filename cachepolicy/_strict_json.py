@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+T = TypeVar("T")
 
 
 class DuplicateKeyError(ValueError):
     """An object has the same key twice."""
+
+
+class InvalidDocumentError(ValueError):
+    """A JSON text does not have the form of a document. The message names the first place that is wrong."""
 
 
 def load_json(text: str | bytes) -> Any:
@@ -27,15 +36,32 @@ def load_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_object)
 
 
-def refuse_duplicate_keys(text: str | bytes) -> None:
-    """Checks a JSON text that another parser reads. Errors of other kinds are left to that parser.
+def validate_json(text: str | bytes, validate: Callable[[str | bytes], T]) -> T:
+    """Reads a JSON document by a parser of pydantic.
 
     Args:
         text: The JSON text.
+        validate: The parser, such as `Model.model_validate_json`.
+
+    Returns:
+        The document.
 
     Raises:
-        DuplicateKeyError: An object has the same key twice.
+        InvalidDocumentError: An object has the same key twice, or the parser refuses the text.
     """
+    try:
+        _refuse_duplicate_keys(text)
+        return validate(text)
+    except DuplicateKeyError as error:
+        raise InvalidDocumentError(str(error)) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the text"
+        raise InvalidDocumentError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
+
+
+def _refuse_duplicate_keys(text: str | bytes) -> None:
+    """Raises `DuplicateKeyError`. Errors of other kinds are left to the parser that reads the text next."""
     try:
         load_json(text)
     except DuplicateKeyError:

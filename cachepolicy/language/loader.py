@@ -12,10 +12,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TypeGuard, cast
 
-from pydantic import ValidationError
-
 from cachepolicy._resources import POLICY_SUFFIXES, shipped_policies
-from cachepolicy._strict_json import DuplicateKeyError, refuse_duplicate_keys
+from cachepolicy._strict_json import InvalidDocumentError, validate_json
 from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
@@ -197,15 +195,9 @@ def _content(path: Path, shown: str) -> bytes:
 def _from_json(content: bytes, shown: str) -> ir.Policy:
     """Parses the JSON form of a policy and applies the checks that apply to a text."""
     try:
-        refuse_duplicate_keys(content)
-        policy = ir.Policy.model_validate_json(content)
-    except DuplicateKeyError as error:
+        policy = validate_json(content, ir.Policy.model_validate_json)
+    except InvalidDocumentError as error:
         raise PolicyError.of("E154", f"`{shown}` holds no policy: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the text"
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise PolicyError.of("E154", f"`{shown}` holds no policy: {where}: {message}") from error
     errors = [replace(finding, source=shown) for finding in check_names(policy) if finding.severity == "error"]
     if errors:
         raise PolicyError(errors)

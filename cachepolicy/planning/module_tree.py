@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter
 
-from cachepolicy._strict_json import DuplicateKeyError, refuse_duplicate_keys
+from cachepolicy._strict_json import InvalidDocumentError, validate_json
 from cachepolicy.diffusers.module_names import ATTENTION, CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
@@ -125,22 +125,13 @@ def tree_from_json(text: str | bytes) -> Skeleton:
     if len(text) > MODULE_TREE_LIMIT:
         raise PolicyError.of("E210", f"a skeleton of {len(text)} bytes; at most {MODULE_TREE_LIMIT} are read")
     try:
-        refuse_duplicate_keys(text)
-        skeleton = _FILE.validate_json(text)
-    except DuplicateKeyError as error:
+        skeleton = validate_json(text, _FILE.validate_json)
+    except InvalidDocumentError as error:
         raise PolicyError.of("E210", f"no skeleton of a model: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the text"
-        raise PolicyError.of("E210", f"no skeleton of a model: {where}: {_lower(first['msg'])}") from error
     problem = fault(skeleton)
     if problem is not None:
         raise PolicyError.of("E210", f"no skeleton of a model: {problem}")
     return skeleton
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
 
 
 def fault(skeleton: Skeleton) -> str | None:
@@ -173,7 +164,8 @@ def read_tree(path: str | os.PathLike[str]) -> Skeleton:
         with Path(path).open("rb") as file:
             return tree_from_json(file.read(MODULE_TREE_LIMIT + 1))
     except (OSError, ValueError) as error:
-        raise PolicyError.of("E210", f"`{os.fspath(path)}` cannot be read: {_lower(str(error))}") from error
+        reason = str(error)
+        raise PolicyError.of("E210", f"`{os.fspath(path)}` cannot be read: {reason[:1].lower()}{reason[1:]}") from error
 
 
 def write_tree(skeleton: Skeleton, path: str | os.PathLike[str]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from cachepolicy._strict_json import DuplicateKeyError, refuse_duplicate_keys
+from cachepolicy._strict_json import InvalidDocumentError, validate_json
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
@@ -150,15 +150,9 @@ def document(text: str | bytes) -> Document:
     if len(text) > FILE_LIMIT:
         raise PolicyError.of("E260", f"a trace of {len(text)} bytes; at most {FILE_LIMIT} are read")
     try:
-        refuse_duplicate_keys(text)
-        return Document.model_validate_json(text)
-    except DuplicateKeyError as error:
+        return validate_json(text, Document.model_validate_json)
+    except InvalidDocumentError as error:
         raise PolicyError.of("E260", f"no trace: {error}", help="`Trace.save` writes one") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the text"
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise PolicyError.of("E260", f"no trace: {where}: {message}", help="`Trace.save` writes one") from error
 
 
 # --- plans -----------------------------------------------------------------------------------------------

@@ -288,10 +288,7 @@ def _why(schedule: Schedule, modules: Modules, step: int) -> str:
         return f"at step {step}: no rule selects this itself"
     decision = schedule.decision(site.name, step)
     rule = "" if decision.rule is None else f" (`{label(schedule.plan.rules[decision.rule].rule)}`)"
-    return f"at step {step} it {_VERBS[decision.verdict]}: {decision.reason}{rule}"
-
-
-_VERBS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}
+    return f"at step {step} it {decision.verb}: {decision.reason}{rule}"
 
 
 def _uncovered(policy: ir.Policy, reached: set[int]) -> Iterator[Diagnostic]:

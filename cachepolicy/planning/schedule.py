@@ -117,6 +117,11 @@ class Decision:
         """`C` computes, `R` reuses, `.` is hidden inside a site that reuses."""
         return {"compute": "C", "reuse": "R", "hidden": "."}[self.verdict]
 
+    @property
+    def verb(self) -> str:
+        """The verdict in a sentence about the site: it `computes`, `reuses` or `is hidden`."""
+        return {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}[self.verdict]
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:

@@ -64,9 +64,8 @@ class Explanation:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        verdict = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}[self.decision.verdict]
         branch = f" on branch `{self.branch}`" if self.branch else ""
-        yield f"{self.site} {verdict} at step {self.step}{branch}: {self.decision.reason}"
+        yield f"{self.site} {self.decision.verb} at step {self.step}{branch}: {self.decision.reason}"
         for rule in self.asked:
             yield f"  rule {rule.rule + 1}: {rule.text}"
             yield f"    {rule.outcome}"

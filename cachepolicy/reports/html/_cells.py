@@ -14,7 +14,6 @@ from cachepolicy.reports.html._charts import number
 from cachepolicy.reports.text import Outcome
 
 _Calls = Sequence[tuple[Tick, Sequence[Decision]]]
-_VERBS = {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}
 
 
 @dataclass(slots=True)
@@ -33,7 +32,7 @@ class CellReasons:
             explanation = explain_decision(plan, plan.sites[site].name, tick.step, tick.branch, decision)
             rule = -1 if decision.rule is None else decision.rule
             asked = tuple(self._asked(rule) for rule in explanation.asked if decision.inputs is not None)
-            reason = (_VERBS[decision.verdict], rule, self._text(decision.reason), asked)
+            reason = (decision.verb, rule, self._text(decision.reason), asked)
             self._known[key] = self.reasons.setdefault(reason, len(self.reasons))
         return self._known[key]
 

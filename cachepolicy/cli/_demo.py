@@ -13,6 +13,7 @@ from cachepolicy.cli.output import say, say_json, unwritable
 from cachepolicy.engine.options import is_disabled
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
+from cachepolicy.planning.tally import percent
 from cachepolicy.tools.demo import Demo, Row, Sampling, Spread, measure, save
 
 
@@ -82,17 +83,13 @@ def demo_table(demo: Demo, name: str) -> str:
 
 
 def _cells(row: Row) -> str:
-    skipped = f"{_percent(1 - row.flops):>13}  {_percent(1 - row.calls):>13}"
+    skipped = f"{percent(1 - row.flops, 1):>13}  {percent(1 - row.calls, 1):>13}"
     worst = f" (worst picture {_decibels(row.worst_psnr)})" if math.isfinite(row.psnr) else " (bitwise equal)"
     return f"{_ratio(row.wall):<19}  {_ratio(row.cpu):<19}  {skipped}  {_decibels(row.psnr)}{worst}"
 
 
 def _ratio(spread: Spread) -> str:
     return f"{spread.median:.2f}x ({spread.least:.2f}..{spread.most:.2f})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _decibels(value: float) -> str:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from cachepolicy.errors import Diagnostic, nearest
 from cachepolicy.language.scope import SYNONYMS
 from cachepolicy.language.source import Chunk, Source
-from cachepolicy.language.vocabulary import APPROXIMATIONS, KINDS, PREDICTORS, RESERVED, STATEMENT_WORDS, TYPES
+from cachepolicy.language.vocabulary import (
+    ACTION_WORDS,
+    APPROXIMATIONS,
+    KINDS,
+    PREDICTORS,
+    RESERVED,
+    STATEMENT_WORDS,
+    TYPES,
+)
 
 USAGE = {
     "cachepolicy": "`cachepolicy 1`",
@@ -336,7 +344,7 @@ def _word_hint(stop: Stop, lexeme: str, words: Collection[str]) -> str | None:
     near = nearest(lexeme.lower(), words)
     if near:
         return f"did you mean `{near}`?"
-    if "_ARROW" in stop.accepts and lexeme in ("reuse", "skip", "compute", "predict", "approximate"):
+    if "_ARROW" in stop.accepts and lexeme in ACTION_WORDS:
         return f"write `-> {lexeme}`"
     if lexeme in RESERVED and "NAME" in stop.accepts:
         return f"`{lexeme}` is a reserved word and cannot be a name"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from cachepolicy._resources import POLICY_SUFFIXES
 from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.errors import PolicyError
 
@@ -19,7 +20,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def is_hub_id(path: str | os.PathLike[str]) -> bool:
     """Returns whether a path has the form `owner/name` of a hub id, and nothing on disk has that path or its parent."""
     file = Path(path)
-    form = _HUB_ID.fullmatch(os.fspath(path)) and file.suffix not in (".cp", ".cachepolicy", ".json")
+    form = _HUB_ID.fullmatch(os.fspath(path)) and file.suffix not in (*POLICY_SUFFIXES, ".json")
     return bool(form) and not file.exists() and not file.parent.is_dir()
 
 

@@ -211,7 +211,7 @@ def _block_list(name: str, count: int, parts: Sequence[str]) -> list[Module]:
 
 
 def _guessed(name: str) -> frozenset[Kind]:
-    """Return the kinds of a module by the last part of its name."""
+    """Returns the kinds of a module by the last part of its name."""
     if FEEDFORWARD.search(name):
         return frozenset({"feedforward"})
     if not ATTENTION.search(name) and name != "cross":

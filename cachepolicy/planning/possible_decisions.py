@@ -90,7 +90,7 @@ class Event:
         return self.what in {"read", "skip"}
 
     def may_hide(self, branch: str) -> bool:
-        """Return True if the sites inside may not run. An unconditional call of its own is answered as a whole."""
+        """Returns True if the sites inside may not run. An unconditional call of its own is answered as a whole."""
         return self.hides or (self.what == "approximate" and branch in UNCOND_BRANCHES)
 
 
@@ -140,7 +140,7 @@ class Outlooks:
         )
 
     def approximates(self, moment: Moment) -> bool:
-        """Return True if the unconditional half of that step may be rebuilt, on this branch or on one of its own."""
+        """Returns True if the unconditional half of that step may be rebuilt, on this branch or on one of its own."""
         branches = UNCOND_BRANCHES | ({moment.branch} - COND_BRANCHES)
         return any(
             _APPROXIMATE in self._own(group, replace(moment, branch=branch), None)

@@ -36,7 +36,7 @@ class Weights:
 
 
 def weights(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
-    """Return the coefficients of a prediction at `step` from values at `steps`, newest first.
+    """Returns the coefficients of a prediction at `step` from values at `steps`, newest first.
 
     A factor that is too large for a float is infinite.
     """
@@ -47,7 +47,7 @@ def weights(predictor: str, steps: Sequence[int], step: int, arguments: Predicto
 
 
 def amplification(numbers: Weights) -> float:
-    """Return an upper bound of the magnitude of a prediction and its terms, for values of magnitude 1.
+    """Returns an upper bound of the magnitude of a prediction and its terms, for values of magnitude 1.
 
     Infinite if a factor is not finite.
     """
@@ -58,7 +58,7 @@ def amplification(numbers: Weights) -> float:
 
 
 def extrapolate(history: Sequence[V], numbers: Weights) -> V:
-    """Return the newest value plus the weighted differences of increasing order.
+    """Returns the newest value plus the weighted differences of increasing order.
 
     Args:
         history: Computed values, newest first.
@@ -74,7 +74,7 @@ def extrapolate(history: Sequence[V], numbers: Weights) -> V:
 
 
 def coefficients(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> tuple[float, ...]:
-    """Return the factor of each value at `steps`, newest first, in the prediction at `step`.
+    """Returns the factor of each value at `steps`, newest first, in the prediction at `step`.
 
     All predictors are linear: the prediction is the sum of the values times these factors.
     """
@@ -87,7 +87,7 @@ def coefficients(predictor: str, steps: Sequence[int], step: int, arguments: Pre
 
 
 def _differences(history: Sequence[V], numbers: Weights) -> list[V]:
-    """Return the newest difference of each order."""
+    """Returns the newest difference of each order."""
     divisors = numbers.divisors
     if divisors is None:
         return [history[0] - history[min(1, len(history) - 1)]]

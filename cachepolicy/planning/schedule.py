@@ -554,7 +554,7 @@ def _waits(program: Program, group: Group, inputs: Inputs) -> bool:
 
 
 def hides(decision: Decision, branch: str) -> bool:
-    """Return True if the sites inside do not run.
+    """Returns True if the sites inside do not run.
 
     A model whose unconditional half is rebuilt runs for the conditional half of a batch. An unconditional call of its
     own is answered, and nothing runs.

@@ -158,7 +158,7 @@ def _build(config: Mapping[str, Any], file: str) -> Blueprint:
 
 
 def _guidance(config: Mapping[str, Any], file: Path) -> Guidance:
-    """Returns how guidance runs, from the model's config, and from the source of the pipeline class beside it."""
+    """Return how guidance runs, from the model's config, and from the source of the pipeline class beside it."""
     import diffusers
 
     if config.get(DISTILLED) is True:

@@ -43,7 +43,7 @@ class Sample:
 def open_pipeline(
     folder: str | os.PathLike[str], arguments: Mapping[str, Any], *, dtype: str = "float32", device: str = "cpu"
 ) -> Any:
-    """Loads a pipeline from a folder. Nothing is downloaded, and no code of the folder is run.
+    """Load a pipeline from a folder. Nothing is downloaded, and no code of the folder is run.
 
     Args:
         folder: The folder, with a `model_index.json`.
@@ -81,7 +81,7 @@ def open_pipeline(
 
 
 def read_tensors(path: str | os.PathLike[str], *, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Reads tensors by argument name from a file. No code of the file is run.
+    """Read tensors by argument name from a file. No code of the file is run.
 
     Returns:
         The tensors. A file that holds one tensor without a name is `prompt_embeds`.

@@ -18,21 +18,21 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a path has the form `owner/name` of a hub id, and nothing on disk has that path or its parent."""
+    """Return whether a path has the form `owner/name` of a hub id, and nothing on disk has that path or its parent."""
     file = Path(path)
     form = _HUB_ID.fullmatch(os.fspath(path)) and file.suffix not in (*POLICY_SUFFIXES, ".json")
     return bool(form) and not file.exists() and not file.parent.is_dir()
 
 
 def hub_help(path: str | os.PathLike[str], *, only: str | None = None) -> str:
-    """Returns the help for a hub id in the place of a folder. `only` is a pattern of the files to download."""
+    """Return the help for a hub id in the place of a folder. `only` is a pattern of the files to download."""
     name, include = Path(path).name, f" --include {only}" if only else ""
     download = f"hf download {os.fspath(path)}{include} --local-dir {name}"
     return f"no command downloads a model: run `{download}`, and name the folder `{name}`"
 
 
 def read_index(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Reads the `model_index.json` of a pipeline.
+    """Read the `model_index.json` of a pipeline.
 
     Raises:
         PolicyError: The folder has none (E213).
@@ -52,14 +52,14 @@ def read_index(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def absent_components(folder: str | os.PathLike[str], index: Mapping[str, Any]) -> list[str]:
-    """Returns the components that the index names and the folder does not hold."""
+    """Return the components that the index names and the folder does not hold."""
     return [name for name, value in index.items() if isinstance(value, list) and not (Path(folder) / name).exists()]
 
 
 def require_text_encoder(
     folder: str | os.PathLike[str], index: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> None:
-    """Requires embeddings for a pipeline that was saved without its text encoders.
+    """Require embeddings for a pipeline that was saved without its text encoders.
 
     Args:
         folder: The folder of the pipeline.
@@ -81,7 +81,7 @@ EMBEDS_HELP = "give the embeddings: `--embeds FILE`, a .safetensors or .pt file 
 
 
 def check_tensor_file(path: str | os.PathLike[str]) -> None:
-    """Checks the name of a file of tensors.
+    """Check the name of a file of tensors.
 
     Raises:
         PolicyError: It does not exist, or its suffix is unknown (E213).

@@ -21,9 +21,20 @@ from cachepolicy.diffusers.guidance import COND_FIRST_MODELS, ORDERS
 from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.testing.models import redraw
 from tests.support import zoo
-from tests.support.tiny_pipelines import STEPS, Tiny, dit, normal, pixart, sd3, unet_sd, vae_of
+from tests.support.tiny_pipelines import (
+    NO_ENCODERS,
+    STEPS,
+    UNCHECKED,
+    Tiny,
+    dit,
+    normal,
+    pixart,
+    sd3,
+    texts,
+    unet_sd,
+    vae_of,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the policy reused nothing", "ignore::FutureWarning", "ignore::UserWarning:diffusers.*"
@@ -36,60 +47,34 @@ LAST = -1
 # --- pipelines -------------------------------------------------------------------------------------------
 
 
-def _unet(channels: int = 4) -> nn.Module:
-    model = diffusers.UNet2DConditionModel(**{**zoo.entry("unet2d_condition").config, "in_channels": channels})
-    redraw(model, 0)
-    return model.eval()
-
-
-def _texts(prompts: int, length: int = 5, width: int = 8) -> dict[str, Tensor]:
-    return {
-        "prompt_embeds": normal(prompts, length, width),
-        "negative_prompt_embeds": normal(prompts, length, width, seed=2),
-    }
-
-
-PARTS: dict[str, Any] = {
-    "text_encoder": None,
-    "tokenizer": None,
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
-}
-
-
 def instruct_pix2pix(prompts: int) -> Tiny:
     pipe = diffusers.StableDiffusionInstructPix2PixPipeline(
-        vae=vae_of(), unet=_unet(8), scheduler=diffusers.EulerDiscreteScheduler(), **PARTS
+        vae=vae_of(),
+        unet=zoo.build("unet2d_condition", in_channels=8),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        **UNCHECKED,
     )
     images = torch.rand(prompts, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return Tiny(pipe, {"image": images, **_texts(prompts)}, denoisers=("unet",))
+    return Tiny(pipe, {"image": images, **texts(8, rows=prompts)}, denoisers=("unet",))
 
 
 def pag(prompts: int) -> Tiny:
-    model = diffusers.UNet2DConditionModel(
-        **{**zoo.entry("unet2d_condition").config, "mid_block_type": "UNetMidBlock2DCrossAttn"}
-    )
-    redraw(model, 0)
+    model = zoo.build("unet2d_condition", mid_block_type="UNetMidBlock2DCrossAttn")
     pipe = diffusers.StableDiffusionPAGPipeline(
-        vae=vae_of(), unet=model.eval(), scheduler=diffusers.DDIMScheduler(), pag_applied_layers="mid", **PARTS
+        vae=vae_of(), unet=model, scheduler=diffusers.DDIMScheduler(), pag_applied_layers="mid", **UNCHECKED
     )
-    return Tiny(pipe, {"height": 16, "width": 16, "pag_scale": 3.0, **_texts(prompts)}, denoisers=("unet",))
+    return Tiny(pipe, {"height": 16, "width": 16, "pag_scale": 3.0, **texts(8, rows=prompts)}, denoisers=("unet",))
 
 
 def z_image(prompts: int) -> Tiny:
     pipe = diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=zoo.build("z_image"),
+        transformer=zoo.build("z_image"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **NO_ENCODERS
     )
-    texts = {
+    embeddings = {
         "prompt_embeds": [normal(5, 16, seed=3 + each) for each in range(prompts)],
         "negative_prompt_embeds": [normal(4, 16, seed=9 + each) for each in range(prompts)],
     }
-    return Tiny(pipe, {"prompt": None, "height": 64, "width": 64, "guidance_scale": 4.0, **texts})
+    return Tiny(pipe, {"prompt": None, "height": 64, "width": 64, "guidance_scale": 4.0, **embeddings})
 
 
 def two_prompts(tiny: Tiny) -> Tiny:
@@ -153,13 +138,9 @@ def test_the_unconditional_half_of_a_pipeline_is_the_one_that_is_rebuilt(name: s
 
 def cogview4() -> Tiny:
     pipe = diffusers.CogView4Pipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=zoo.build("cogview4"),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=zoo.build("cogview4"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **NO_ENCODERS
     )
-    return Tiny(pipe, {"prompt": None, "height": 64, "width": 64, **_texts(2, width=16)}, branches=("cond", "uncond"))
+    return Tiny(pipe, {"prompt": None, "height": 64, "width": 64, **texts(rows=2)}, branches=("cond", "uncond"))
 
 
 class SequentialIdeal:

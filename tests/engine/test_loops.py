@@ -16,9 +16,21 @@ import cachepolicy
 from cachepolicy.engine import clock
 from cachepolicy.engine.clock import Context
 from cachepolicy.language.parser import parse
-from cachepolicy.testing.models import Probes, redraw
+from cachepolicy.testing.models import Probes
 from tests.support import zoo
-from tests.support.tiny_pipelines import STEPS, Tiny, flux, flux_true_cfg, normal, unet_sd, vae_of, wan, wan22
+from tests.support.tiny_pipelines import (
+    NO_ENCODERS,
+    STEPS,
+    Tiny,
+    flux,
+    flux_true_cfg,
+    texts,
+    unet_sd,
+    unipc,
+    vae_of,
+    wan,
+    wan22,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 
@@ -30,16 +42,11 @@ POLICIES = (
 
 def lumina2(**told: Any) -> Tiny:
     pipe = diffusers.Lumina2Pipeline(
-        transformer=zoo.build("lumina2"),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
+        transformer=zoo.build("lumina2"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **NO_ENCODERS
     )
     mask = torch.ones(1, 5, dtype=torch.bool)
     arguments = {
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        **texts(),
         "prompt_attention_mask": mask,
         "negative_prompt_attention_mask": mask.clone(),
         "height": 64,
@@ -50,32 +57,19 @@ def lumina2(**told: Any) -> Tiny:
 
 def chroma() -> Tiny:
     pipe = diffusers.ChromaPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=zoo.build("chroma"),
+        transformer=zoo.build("chroma"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **NO_ENCODERS
     )
-    arguments = {
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
-        "prompt_attention_mask": torch.ones(1, 5),
-        "negative_prompt_attention_mask": torch.ones(1, 5),
-        "height": 64,
-        "width": 64,
-    }
-    return Tiny(pipe, arguments)
+    return Tiny(pipe, {**texts(masked=True), "height": 64, "width": 64})
 
 
 def flux_image_to_image() -> Tiny:
     tiny = flux_true_cfg()
     parts = {name: part for name, part in tiny.pipe.components.items() if name not in ("vae", "transformer")}
     # Four channels of latents, packed two by two.
-    model = diffusers.FluxTransformer2DModel(**{**zoo.entry("flux").config, "in_channels": 16})
-    redraw(model, 0)
+    model = zoo.build("flux", in_channels=16)
     vae = vae_of()
     vae.register_to_config(shift_factor=0.0)
-    pipe = diffusers.FluxImg2ImgPipeline(vae=vae, transformer=model.eval(), **parts)
+    pipe = diffusers.FluxImg2ImgPipeline(vae=vae, transformer=model, **parts)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     told = {"image": image, "strength": 0.6, "num_inference_steps": 10, "height": 32, "width": 32}
     return Tiny(pipe, tiny.arguments | told)
@@ -87,29 +81,16 @@ def panorama() -> Tiny:
     pipe = kind(
         **{name: part for name, part in parts.items() if name != "image_encoder"}, requires_safety_checker=False
     )
-    told = {
-        "prompt_embeds": normal(1, 5, 8),
-        "negative_prompt_embeds": normal(1, 5, 8, seed=2),
-        "height": 512,
-        "width": 640,
-    }
-    return Tiny(pipe, told, denoisers=("unet",))
+    return Tiny(pipe, {**texts(8), "height": 512, "width": 640}, denoisers=("unet",))
 
 
 def skyreels(**told: Any) -> Tiny:
     pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=zoo.build("skyreels_v2"),
-        vae=None,
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        transformer=zoo.build("skyreels_v2"), scheduler=unipc(), **NO_ENCODERS
     )
     arguments = {
         "prompt": None,
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        **texts(),
         "height": 64,
         "width": 64,
         "num_frames": 9,

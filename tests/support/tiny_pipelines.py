@@ -10,14 +10,37 @@ import diffusers
 import torch
 from torch import Tensor
 
-from cachepolicy.testing.models import redraw
 from tests.support import zoo
 
 STEPS = 6
 
 
+NO_TEXT_ENCODER: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+NO_ENCODERS: dict[str, Any] = {**NO_TEXT_ENCODER, "vae": None}
+UNCHECKED: dict[str, Any] = {
+    **NO_TEXT_ENCODER,
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+"""What the pipelines of Stable Diffusion leave out here, and no safety checker either."""
+
+
 def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(width: int = 16, *, rows: int = 1, length: int = 5, masked: bool = False) -> dict[str, Tensor]:
+    """Embeddings `(rows, length, width)` of a prompt and a negative prompt; with `masked`, masks that hide nothing."""
+    embeddings = {
+        "prompt_embeds": normal(rows, length, width),
+        "negative_prompt_embeds": normal(rows, length, width, seed=2),
+    }
+    masks = {
+        "prompt_attention_mask": torch.ones(rows, length),
+        "negative_prompt_attention_mask": torch.ones(rows, length),
+    }
+    return embeddings | masks if masked else embeddings
 
 
 @dataclass
@@ -56,16 +79,19 @@ def vae_of(kind: str = "AutoencoderKL") -> Any:
     ).eval()
 
 
-def flux() -> Tiny:
-    pipe = diffusers.FluxPipeline(
+def flux_pipeline(transformer: Any, vae: Any = None) -> diffusers.FluxPipeline:
+    return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
+        **NO_TEXT_ENCODER,
         text_encoder_2=None,
         tokenizer_2=None,
-        transformer=zoo.build("flux"),
+        vae=vae,
+        transformer=transformer,
     )
+
+
+def flux() -> Tiny:
+    pipe = flux_pipeline(zoo.build("flux"))
     told = {"prompt_embeds": normal(1, 5, 16), "pooled_prompt_embeds": normal(1, 16), "height": 64, "width": 64}
     return Tiny(pipe, told, branches=("cond",))
 
@@ -83,11 +109,7 @@ def flux_true_cfg() -> Tiny:
 
 def qwenimage() -> Tiny:
     pipe = diffusers.QwenImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=zoo.build("qwenimage"),
+        transformer=zoo.build("qwenimage"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **NO_ENCODERS
     )
     width, mask = pipe.transformer.config.joint_attention_dim, torch.ones(1, 5, dtype=torch.int64)
     arguments = {
@@ -105,9 +127,7 @@ def sd3() -> Tiny:
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=zoo.build("sd3"),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
+        **NO_ENCODERS,
         text_encoder_2=None,
         tokenizer_2=None,
         text_encoder_3=None,
@@ -115,8 +135,7 @@ def sd3() -> Tiny:
     )
     config = pipe.transformer.config
     told = {
-        "prompt_embeds": normal(1, 5, config.joint_attention_dim),
-        "negative_prompt_embeds": normal(1, 5, config.joint_attention_dim, seed=2),
+        **texts(config.joint_attention_dim),
         "pooled_prompt_embeds": normal(1, config.pooled_projection_dim),
         "negative_pooled_prompt_embeds": normal(1, config.pooled_projection_dim, seed=2),
         "height": 64,
@@ -127,16 +146,11 @@ def sd3() -> Tiny:
 
 def cogvideox() -> Tiny:
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=zoo.build("cogvideox"),
-        scheduler=diffusers.CogVideoXDDIMScheduler(),
+        transformer=zoo.build("cogvideox"), scheduler=diffusers.CogVideoXDDIMScheduler(), **NO_ENCODERS
     )
     config = pipe.transformer.config
     told = {
-        "prompt_embeds": normal(1, config.max_text_seq_length, config.text_embed_dim),
-        "negative_prompt_embeds": normal(1, config.max_text_seq_length, config.text_embed_dim, seed=2),
+        **texts(config.text_embed_dim, length=config.max_text_seq_length),
         "height": config.sample_height * 8,
         "width": config.sample_width * 8,
         "num_frames": 5,
@@ -144,53 +158,31 @@ def cogvideox() -> Tiny:
     return Tiny(pipe, told, branches=("cond_uncond",))
 
 
-def wan() -> Tiny:
-    pipe = diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=zoo.build("wan"),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
-    told = {
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
-        "height": 64,
-        "width": 64,
-        "num_frames": 5,
-    }
+def unipc() -> diffusers.UniPCMultistepScheduler:
+    """The scheduler of Wan."""
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def wan(**parts: Any) -> Tiny:
+    pipe = diffusers.WanPipeline(transformer=zoo.build("wan"), scheduler=unipc(), **NO_ENCODERS, **parts)
+    told = {**texts(), "height": 64, "width": 64, "num_frames": 5}
     return Tiny(pipe, told, branches=("cond", "uncond"))
 
 
 def wan22() -> Tiny:
-    tiny = wan()
-    pipe = diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=zoo.build("wan"),
-        transformer_2=zoo.build("wan", seed=5),
-        boundary_ratio=0.7,
-        scheduler=tiny.pipe.scheduler,
-    )
-    return Tiny(pipe, tiny.arguments, tiny.branches, ("transformer", "transformer_2"))
+    tiny = wan(transformer_2=zoo.build("wan", seed=5), boundary_ratio=0.7)
+    tiny.denoisers = ("transformer", "transformer_2")
+    return tiny
 
 
 def ltx() -> Tiny:
     pipe = diffusers.LTXPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
         transformer=zoo.build("ltx"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        **NO_ENCODERS,
     )
     told = {
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
-        "prompt_attention_mask": torch.ones(1, 5),
-        "negative_prompt_attention_mask": torch.ones(1, 5),
+        **texts(masked=True),
         "height": 64,
         "width": 64,
         "num_frames": 9,
@@ -200,19 +192,12 @@ def ltx() -> Tiny:
 
 def pixart() -> Tiny:
     pipe = diffusers.PixArtAlphaPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=zoo.build("pixart"),
-        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        transformer=zoo.build("pixart"), scheduler=diffusers.DPMSolverMultistepScheduler(), **NO_ENCODERS
     )
     told = {
         "prompt": None,
         "negative_prompt": None,
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
-        "prompt_attention_mask": torch.ones(1, 5),
-        "negative_prompt_attention_mask": torch.ones(1, 5),
+        **texts(masked=True),
         "height": 64,
         "width": 64,
         "use_resolution_binning": False,
@@ -222,25 +207,19 @@ def pixart() -> Tiny:
 
 def dit() -> Tiny:
     # The pipeline's empty label is 1000.
-    model = diffusers.DiTTransformer2DModel(**{**zoo.entry("dit").config, "num_embeds_ada_norm": 1000})
-    redraw(model, 0)
-    pipe = diffusers.DiTPipeline(transformer=model.eval(), vae=vae_of(), scheduler=diffusers.DDIMScheduler())
+    model = zoo.build("dit", num_embeds_ada_norm=1000)
+    pipe = diffusers.DiTPipeline(transformer=model, vae=vae_of(), scheduler=diffusers.DDIMScheduler())
     return Tiny(pipe, {"class_labels": [3], "output_type": "np"})
 
 
 def latte() -> Tiny:
     pipe = diffusers.LattePipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae_of(),
-        transformer=zoo.build("latte"),
-        scheduler=diffusers.DDIMScheduler(),
+        vae=vae_of(), transformer=zoo.build("latte"), scheduler=diffusers.DDIMScheduler(), **NO_TEXT_ENCODER
     )
     told = {
         "prompt": None,
         "negative_prompt": None,
-        "prompt_embeds": normal(1, 5, 16),
-        "negative_prompt_embeds": normal(1, 5, 16, seed=2),
+        **texts(),
         "height": 16,
         "width": 16,
         "video_length": 2,
@@ -252,17 +231,12 @@ def latte() -> Tiny:
 def unet_sd(scheduler: Any = None) -> Tiny:
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae_of(),
-        text_encoder=None,
-        tokenizer=None,
         unet=zoo.build("unet2d_condition"),
         scheduler=scheduler or diffusers.PNDMScheduler(skip_prk_steps=True),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **UNCHECKED,
     )
     told = {
-        "prompt_embeds": normal(1, 5, 8),
-        "negative_prompt_embeds": normal(1, 5, 8, seed=2),
+        **texts(8),
         "height": 16,
         "width": 16,
     }
@@ -290,19 +264,16 @@ class Unchecked(torch.nn.Module):
 
 
 def _cosmos(kind: Any, channels: int, vae: Any, **told: Any) -> Tiny:
-    model = diffusers.CosmosTransformer3DModel(**{**zoo.entry("cosmos").config, "in_channels": channels})
-    redraw(model, 0)
-    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": vae, "safety_checker": Unchecked()}
+    parts: dict[str, Any] = {**NO_TEXT_ENCODER, "vae": vae, "safety_checker": Unchecked()}
     pipe = kind(
-        transformer=model.eval(),
+        transformer=zoo.build("cosmos", in_channels=channels),
         scheduler=diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5),
         **parts,
     )
     width = zoo.entry("cosmos").config["text_embed_dim"]
     arguments = {
         "prompt": None,
-        "prompt_embeds": normal(1, 5, width),
-        "negative_prompt_embeds": normal(1, 5, width, seed=2),
+        **texts(width),
         "height": 32,
         "width": 32,
         "num_frames": 9,

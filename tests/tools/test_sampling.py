@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
@@ -19,7 +18,7 @@ from cachepolicy.testing.models import redraw
 from cachepolicy.tools import quality
 from cachepolicy.tools.sampling import read_tensors
 from tests.support import zoo
-from tests.support.tiny_pipelines import normal, vae_of
+from tests.support.tiny_pipelines import flux_pipeline, normal, vae_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 
@@ -31,19 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae = vae_of()
     vae.register_to_config(shift_factor=0.1)
     redraw(vae, 1)
-    config = {**zoo.entry("flux").config, "in_channels": 16}
-    torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(**config)
-    redraw(transformer, 0)
-    pipe = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    pipe = flux_pipeline(zoo.build("flux", in_channels=16), vae)
     pipe.save_pretrained(path / "flux")
     save_file({"prompt_embeds": normal(1, 5, 16), "pooled_prompt_embeds": normal(1, 16)}, path / "prompt.safetensors")
     return path

@@ -7,6 +7,7 @@ Needs diffusers; torch and diffusers are imported when a model is built.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tests.support.zoo import audio, image, joint, unet, video, wan
@@ -78,9 +79,10 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """The model of that name in eval mode, without gradients, drawn from `seed`."""
-    return _ENTRIES[name].build(seed)
+def build(name: str, seed: int = 0, **config: object) -> nn.Module:
+    """The model of that name in eval mode, without gradients, drawn from `seed`; `config` replaces some settings."""
+    found = _ENTRIES[name]
+    return replace(found, config={**found.config, **config}).build(seed)
 
 
 def output(result: Any) -> Any:

@@ -22,22 +22,12 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import strategies
 from cachepolicy.testing.models import Toy
+from tests.support.linear_root import Root, scheduler_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 
 READS_T = 'match "lin" when t < -5 -> reuse'
 BLIND = 'match "lin" when step < -5 -> reuse'
-
-
-class Root(nn.Module):
-    """A denoiser of one linear map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor, timestep: Any = None, y: Any = None) -> Tensor:
-        return self.lin(x)
 
 
 class Named(Root):
@@ -509,13 +499,6 @@ SCHEDULERS = (
     "IPNDMScheduler",
     "CMStochasticIterativeScheduler",
 )
-
-
-def scheduler_of(name: str, steps: int) -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = getattr(diffusers, name)()
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 def denoise(root: Root, scheduler: Any, branches: Sequence[Tensor], *, shown: Any = lambda t: t) -> None:

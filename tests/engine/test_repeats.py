@@ -236,20 +236,25 @@ TEXTS = [
 ]
 
 
+def _equal_from_the_first_loop(bare: Loop, model: Loop, when: str) -> None:
+    """Run a trajectory: from the forward on that loops for the first time, both models give the same numbers."""
+    x, y = inputs(Toy())
+    looped = False
+    for t in TIMESTEPS:
+        looped |= LATE[when](t) > 1
+        if looped:
+            assert torch.equal(bare(x, torch.tensor(t), y), model(x, torch.tensor(t), y))
+        else:
+            model(x, torch.tensor(t), y)
+
+
 @pytest.mark.parametrize("when", LATE)
 @pytest.mark.parametrize("text", TEXTS)
 def test_looped_blocks_compute(text: str, when: str) -> None:
     """From the forward on that loops for the first time, the model is the bare one; before, it may reuse."""
     bare, model = Loop(LATE[when]), Loop(LATE[when])
-    x, y = inputs(Toy())
-    looped = False
     with torch.no_grad(), cachepolicy.apply(model, parse(text)):
-        for t in TIMESTEPS:
-            looped |= LATE[when](t) > 1
-            if looped:
-                assert torch.equal(bare(x, torch.tensor(t), y), model(x, torch.tensor(t), y))
-            else:
-                model(x, torch.tensor(t), y)
+        _equal_from_the_first_loop(bare, model, when)
 
 
 def test_a_late_second_pass_is_told_as_a_fact() -> None:
@@ -396,15 +401,8 @@ def test_one_graph_notices_a_late_second_pass(text: str) -> None:
 def test_looped_blocks_compute_in_graphs(text: str, when: str, way: str) -> None:
     """The same where the model or its blocks are compiled."""
     bare, model = Loop(LATE[when]), Loop(LATE[when])
-    x, y = inputs(Toy())
-    looped = False
     torch.compiler.reset()
     with torch.no_grad(), cachepolicy.apply(model, parse(text)):
         for module in [model] if way == "whole" else model.blocks:
             module.compile(backend="eager")
-        for t in TIMESTEPS:
-            looped |= LATE[when](t) > 1
-            if looped:
-                assert torch.equal(bare(x, torch.tensor(t), y), model(x, torch.tensor(t), y))
-            else:
-                model(x, torch.tensor(t), y)
+        _equal_from_the_first_loop(bare, model, when)

@@ -15,28 +15,18 @@ import diffusers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import cachepolicy
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.language.parser import parse
+from tests.support.linear_root import Root, scheduler_of
 from tests.support.tiny_pipelines import STEPS, Tiny, cosmos_text_to_world, cosmos_video_to_world, flux, normal, unet_sd
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 
 EVERY_2 = "match attention when step > 0 every 2 -> reuse"
 PAIR = 'match "lin" when t < 2000 every 2 -> reuse'
-
-
-class Root(nn.Module):
-    """A denoiser of one linear map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor, timestep: Any = None) -> Tensor:
-        return self.lin(x)
 
 
 def clock_of(run: Any) -> list[list[tuple[int, float | None]]]:
@@ -62,12 +52,6 @@ def test_a_scheduler_that_is_set_back_is_at_its_own_step(make: Callable[[], Tiny
 
 INDEXED = ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 PLAIN = ["DDIMScheduler", "DDPMScheduler"]
-
-
-def scheduler_of(name: str, steps: int) -> Any:
-    scheduler = getattr(diffusers, name)()
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 @pytest.mark.parametrize("name", INDEXED + PLAIN)

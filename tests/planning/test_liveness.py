@@ -19,6 +19,7 @@ from cachepolicy.planning.possible_decisions import NOTHING, Ahead, Reads
 from cachepolicy.planning.schedule import Decision, Tick, prepare
 from cachepolicy.planning.simulation import plan, replay
 from cachepolicy.testing import strategies
+from tests.support.drawn_runs import draw_facts, draw_policy, ticks_of
 
 ACTIONS = (
     "reuse", "reuse residual", "skip", "compute", "predict linear(weight: 0.5)", "predict taylor(order: 2)",
@@ -90,11 +91,6 @@ def clocks(timesteps: Sequence[float]) -> dict[str, tuple[Ahead, bool]]:
     }
 
 
-def ticks_of(timesteps: Sequence[float], branches: Sequence[str], *, steps: bool) -> list[Tick]:
-    many = len(timesteps) if steps else None
-    return [Tick(step, t, many, None, branch) for step, t in enumerate(timesteps) for branch in branches]
-
-
 def bound_to_toy(policy: cachepolicy.Policy) -> Plan:
     return plan(policy, skeleton=builtin())
 
@@ -104,20 +100,10 @@ def test_what_is_let_go_is_never_read(data: st.DataObject, clock: str) -> None:
     """Whatever the policy, the clock, the branches and the facts of the run."""
     timesteps = data.draw(strategies.timesteps())
     names = data.draw(strategies.branches())
-    follow = data.draw(st.sampled_from([None, "cond"]))
-    policy = data.draw(strategies.policies(steps=len(timesteps), actions=ACTIONS, follow=follow))
-    if data.draw(st.booleans()):
-        others = strategies.rules(steps=len(timesteps), selectors=strategies.EVERYWHERE[:3], actions=ACTIONS)
-        rules = [each.replace("when ", "when uncond_skipped and ") for each in data.draw(st.lists(others, max_size=3))]
-        policy = cachepolicy.parse(GUIDED + "\n".join(rules) + "\n")
+    policy = draw_policy(data, steps=len(timesteps), actions=ACTIONS, guided=GUIDED)
     bound = bound_to_toy(policy)
     ahead, steps = clocks(timesteps)[clock]
-    calls = st.tuples(
-        st.sampled_from([site.name for site in bound.sites]), st.sampled_from(range(len(timesteps))),
-        st.sampled_from(names), st.just("a fact"),
-    )  # fmt: skip
-    drawn = data.draw(st.lists(calls, max_size=8))
-    facts = {(site, step, branch): fact for site, step, branch, fact in drawn}
+    facts = draw_facts(data, bound, steps=len(timesteps), branches=names, fact="a fact")
     sound(bound, ticks_of(timesteps, names, steps=steps), ahead, facts)
 
 

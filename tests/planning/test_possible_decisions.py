@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy.language import ir
-from cachepolicy.language.parser import parse
 from cachepolicy.planning.module_tree import builtin
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
 from cachepolicy.planning.schedule import Decision, Tick, prepare
 from cachepolicy.planning.simulation import Facts, plan, replay
 from cachepolicy.testing import strategies
+from tests.support.drawn_runs import draw_facts, draw_policy, ticks_of
 
 ACTIONS = (
     "reuse", "reuse residual", "skip", "compute", "predict linear(weight: 0.5)", "predict taylor(order: 2)",
@@ -79,21 +79,11 @@ def test_every_decision_is_possible(data: st.DataObject, clock: str) -> None:
     """Seen before the run (start 0) and part-way through it."""
     timesteps = data.draw(strategies.timesteps())
     names = data.draw(strategies.branches())
-    follow = data.draw(st.sampled_from([None, "cond"]))
-    policy = data.draw(strategies.policies(steps=len(timesteps), actions=ACTIONS, follow=follow))
-    if data.draw(st.booleans()):
-        others = strategies.rules(steps=len(timesteps), selectors=strategies.EVERYWHERE[:3], actions=ACTIONS)
-        rules = [rule.replace("when ", "when uncond_skipped and ") for rule in data.draw(st.lists(others, max_size=3))]
-        policy = parse(GUIDED + "\n".join(rules) + "\n")
-    many = len(timesteps) if clock != "nothing" else None
+    policy = draw_policy(data, steps=len(timesteps), actions=ACTIONS, guided=GUIDED)
     ordered = sorted(timesteps, reverse=True) if clock == "falling" else timesteps
-    ticks = [Tick(step, t, many, None, branch) for step, t in enumerate(ordered) for branch in names]
+    ticks = ticks_of(ordered, names, steps=clock != "nothing")
     start = data.draw(st.sampled_from(range(len(timesteps))))
     bound = plan(policy, skeleton=builtin())
-    calls = st.tuples(
-        st.sampled_from([site.name for site in bound.sites]), st.sampled_from(range(len(timesteps))),
-        st.sampled_from(names),
-    )  # fmt: skip
-    facts = dict.fromkeys(data.draw(st.lists(calls, max_size=8)), FACT)
+    facts = draw_facts(data, bound, steps=len(timesteps), branches=names, fact=FACT)
     for seen_from in {0, start}:
         check_all(bound, ticks, aheads(ordered)[clock], facts, seen_from)

@@ -41,8 +41,8 @@ def intervals(ends: st.SearchStrategy) -> st.SearchStrategy[ir.Interval]:
     return st.builds(ir.Interval, low=ends, high=ends, low_closed=st.booleans(), high_closed=st.booleans())
 
 
-def _comparisons(operands: st.SearchStrategy) -> st.SearchStrategy[ir.Comparison]:
-    operators = st.lists(st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), min_size=1, max_size=3)
+def _chained(operators: st.SearchStrategy[list[str]], operands: st.SearchStrategy) -> st.SearchStrategy[ir.Comparison]:
+    """Comparisons with the drawn operators, one operand more than these."""
     return operators.flatmap(
         lambda found: st.builds(
             ir.Comparison,
@@ -50,6 +50,11 @@ def _comparisons(operands: st.SearchStrategy) -> st.SearchStrategy[ir.Comparison
             operands=tuples(operands, len(found) + 1, len(found) + 1),
         )
     )
+
+
+def _comparisons(operands: st.SearchStrategy) -> st.SearchStrategy[ir.Comparison]:
+    operators = st.lists(st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), min_size=1, max_size=3)
+    return _chained(operators, operands)
 
 
 def _compounds(inner: st.SearchStrategy) -> st.SearchStrategy:
@@ -197,13 +202,7 @@ numbers = st.recursive(
 def _chains(operands: st.SearchStrategy) -> st.SearchStrategy[ir.Comparison]:
     ways = st.sampled_from([("<", "<="), (">", ">=")])
     operators = ways.flatmap(lambda way: st.lists(st.sampled_from(way), min_size=1, max_size=2))
-    return operators.flatmap(
-        lambda found: st.builds(
-            ir.Comparison,
-            operators=st.just(tuple(found)),
-            operands=tuples(operands, len(found) + 1, len(found) + 1),
-        )
-    )
+    return _chained(operators, operands)
 
 
 def conditions(operands: st.SearchStrategy) -> st.SearchStrategy:

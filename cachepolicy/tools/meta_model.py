@@ -79,7 +79,7 @@ def read_model(path: str | os.PathLike[str]) -> Blueprint:
 
     Args:
         path: A `config.json` of diffusers, the folder of a model, the folder of a pipeline (its denoiser is read), or a
-            skeleton file that `module_tree.write` wrote.
+            skeleton file that `module_tree.write_tree` wrote.
 
     Returns:
         The model.

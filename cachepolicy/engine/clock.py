@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NAMES
 from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
+from cachepolicy.engine.history_packing import leaves
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError, warn
 from cachepolicy.planning.possible_decisions import Ahead
@@ -127,7 +128,7 @@ class CallArguments:
                 (name, tensor.shape, tensor.dtype, tensor.device)
                 for name, value in self.named.items()
                 if name != self.timestep
-                for tensor in _tensors(value)
+                for tensor in leaves(value)
             ]
         )
 
@@ -172,20 +173,10 @@ def arguments_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     named.update(kwargs)
     latents = None
     for name, value in named.items():
-        if name != root.timestep and not POSITIONS_OR_MASKS.search(name) and _tensors(value):
+        if name != root.timestep and not POSITIONS_OR_MASKS.search(name) and leaves(value):
             latents = name
             break
     return CallArguments(named, latents, root.timestep if root.timestep in named else None)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]  # pyright: ignore[reportUnknownVariableType]
-    return []
 
 
 class RowTimesteps:

@@ -148,11 +148,6 @@ def is_too_large(numbers: Weights, history: Any) -> bool:
 _LIMIT = 0.8
 
 
-def is_alone() -> bool:
-    """Return True if this process belongs to no process group."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
 def is_finite(value: Any) -> bool:
     """Return True if all numbers in an output are finite. Only tensors on the CPU are read.
 

@@ -24,7 +24,6 @@ from cachepolicy.engine.actions import (
     TOO_LARGE,
     Slot,
     hidden_states,
-    is_alone,
     is_finite,
     is_too_large,
     keep,
@@ -57,6 +56,7 @@ from cachepolicy.engine.compat import left, split_arguments
 from cachepolicy.engine.compile.graph_io import fill, lacking, problem
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.distributed.consensus import Agreement
+from cachepolicy.engine.distributed.groups import is_initialized
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.history import trim
 from cachepolicy.engine.hooks import Leave, SiteHandle
@@ -927,7 +927,7 @@ class ForwardPass:
     @property
     def _checks(self) -> bool:
         """Whether the values of answers may be checked. With several processes, one might refuse what others give."""
-        return self.company is None and (self.measuring is None or self.measuring.agreement is None) and is_alone()
+        return not is_initialized()
 
     def _overflow(self, span: int, action: ir.Action | None, names: Names | None) -> str | None:
         """Return why a span that is decided to reuse would give an answer that is not finite, or None.

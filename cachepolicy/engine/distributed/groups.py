@@ -30,7 +30,7 @@ def member_ranks(process_group: Any) -> Ranks:
     Raises:
         PolicyError: The object is neither, torch.distributed is not initialized, or this process is no member.
     """
-    if not _running():
+    if not is_initialized():
         raise _unfit("torch.distributed has not been initialised", "`torch.distributed.init_process_group(...)` first")
     if isinstance(process_group, distributed.ProcessGroup):
         ranks: Ranks = tuple(distributed.get_process_group_ranks(process_group))
@@ -79,7 +79,7 @@ def holders_of(model: torch.nn.Module, *, known: bool = False) -> Peers | None:
         model: The root model.
         known: Return only an existing group, without waiting for other processes.
     """
-    if not _running() or distributed.get_world_size() == 1:
+    if not is_initialized() or distributed.get_world_size() == 1:
         return None
     held = {_holders(parameter) for parameter in model.parameters() if hasattr(parameter, "device_mesh")}
     ranks = max(held, key=len, default=())
@@ -94,13 +94,14 @@ def _holders(parameter: Any) -> Ranks:
     return tuple(mesh.mesh.flatten().tolist()) if cut else ()
 
 
-def _running() -> bool:
+def is_initialized() -> bool:
+    """Return True if this process belongs to a process group of torch."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def _mesh_of(model: torch.nn.Module) -> Any:
     """Return the mesh of diffusers' context parallelism (Ulysses, ring or both), or None."""
-    if not _running() or distributed.get_world_size() == 1:
+    if not is_initialized() or distributed.get_world_size() == 1:
         return None
     for module in model.modules():  # the model may be inside a wrapper
         config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
@@ -213,6 +214,6 @@ def _timeout(process_group: Any) -> timedelta:
 
 @atexit.register
 def _leave() -> None:
-    if _running():
+    if is_initialized():
         for _, peers in _all.values():
             peers.leave()

@@ -317,7 +317,7 @@ class RootModel(Handle):
             state.decided.clear()
             state.doubted.clear()
             state.step = tick.step
-        branch, facts = self._emptied(state, tick, reading) if again else self._branch(state, tick, reading)
+        branch, facts = self._emptied(state, tick, reading, RERUN) if again else self._branch(state, tick, reading)
         leaders = {name: state.decided[name] for name in execution.followed if name in state.decided}
         if state.account is not None:
             state.account.give_way()
@@ -353,27 +353,27 @@ class RootModel(Handle):
         branch = state.branches.get(tick.branch)
         if branch is not None and not (reading.stale or reading.doubtful):
             return branch, {}
-        slots = [Slot(storing) for storing in self._storings(state, tick, reading.ahead)]
         if branch is None:
-            execution = state.host.execution
+            execution, slots = state.host.execution, self._slots(state, tick, reading)
             state.branches[tick.branch] = Branch(execution.program.coarse, execution.recall.start, slots)
             return state.branches[tick.branch], {}
         # The shapes have changed, or the branch is uncertain: the history is discarded, the memories stay. An uncertain
         # branch is kept aside, in case the call turns out to be of another branch.
         if tick.branch in state.calls.doubted:
             state.doubted[tick.branch] = branch
+        reason = "the history does not fit this call" if reading.stale else "nothing tells which branch this is"
+        return self._emptied(state, tick, reading, reason)
+
+    def _emptied(self, state: State, tick: Tick, reading: Reading, reason: str) -> tuple[Branch, dict[int, str]]:
+        """Return the branch of a call without its history, and per site the reason why it computes."""
+        branch, slots = state.branches[tick.branch], self._slots(state, tick, reading)
         state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
         state.guide = Guide()
-        reason = "the history does not fit this call" if reading.stale else "nothing tells which branch this is"
         return state.branches[tick.branch], dict.fromkeys(range(len(slots)), reason)
 
-    def _emptied(self, state: State, tick: Tick, reading: Reading) -> tuple[Branch, dict[int, str]]:
-        """Return the branch of a call without its history, and the reason why every site computes."""
-        branch = state.branches[tick.branch]
-        slots = [Slot(storing) for storing in self._storings(state, tick, reading.ahead)]
-        state.branches[tick.branch] = Branch(branch.partition, branch.memories, slots)
-        state.guide = Guide()
-        return state.branches[tick.branch], dict.fromkeys(range(len(slots)), RERUN)
+    def _slots(self, state: State, tick: Tick, reading: Reading) -> list[Slot]:
+        """Return an empty history for each site of a branch."""
+        return [Slot(storing) for storing in self._storings(state, tick, reading.ahead)]
 
     def _storings(self, state: State, tick: Tick, ahead: Ahead) -> list[Storing]:
         """Return how each site of a branch stores its results."""

@@ -27,6 +27,7 @@ from cachepolicy.diffusers.guidance import (
     orders_of,
 )
 from cachepolicy.engine.clock import CONTEXT
+from cachepolicy.engine.introspection import is_one_of
 from cachepolicy.errors import PolicyError
 
 PERTURBED: Order = ("uncond", "cond", "perturbed")
@@ -132,8 +133,7 @@ class GuidanceSource:
         orders = self.orders
         if orders is not None:
             return "uncond first" if orders[0].index("uncond") == 0 else "cond first"
-        classes = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
-        if classes & COND_FIRST_MODELS and model not in _warned:
+        if is_one_of(model, COND_FIRST_MODELS) and model not in _warned:
             _warned[model] = True
             warnings.warn(
                 f"the unconditional half of the batch is assumed to come first, but diffusers' pipelines call "

@@ -110,18 +110,18 @@ def _is_denoiser(component: nn.Module) -> bool:
 def describe(model: nn.Module) -> Skeleton:
     """Return the module tree of a live model: names, classes and kinds of its modules, and the lists of its blocks."""
     named = list(modules_by_path(model).items())
-    native = any(_is_one_of(module, ATTENTION_CLASSES) for _, module in named)
+    native = any(is_one_of(module, ATTENTION_CLASSES) for _, module in named)
     modules = list[Module]()
     attentions = set[str]()
     for name, module in named:
         kinds = set[Kind]()
         if name == "":
             kinds.add("model")
-        elif _is_one_of(module, ATTENTION_CLASSES) if native else _looks_like_attention(module):
+        elif is_one_of(module, ATTENTION_CLASSES) if native else _looks_like_attention(module):
             if _has_weights(module) or attentions.isdisjoint(ancestors(name)):  # not the core of another attention
                 kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
                 attentions.add(name)
-        elif _is_one_of(module, FEEDFORWARD_CLASSES) or _looks_like_feedforward(name, module):
+        elif is_one_of(module, FEEDFORWARD_CLASSES) or _looks_like_feedforward(name, module):
             kinds.add("feedforward")
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
         is_list = isinstance(module, nn.ModuleList)
@@ -137,7 +137,7 @@ def describe(model: nn.Module) -> Skeleton:
     return Skeleton(type(model).__name__, marked, tuple(lists))
 
 
-def _is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
+def is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
     """Return True if the class of a module or one of its bases has one of these paths.
 
     Paths are compared instead of classes, so that nothing is imported.
@@ -194,7 +194,7 @@ def _is_cross(name: str, module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.MultiheadAttention):
         return module.kdim != module.embed_dim
-    if not _is_one_of(module, ATTENTION_CLASSES) and _needs_context(module):
+    if not is_one_of(module, ATTENTION_CLASSES) and _needs_context(module):
         return True
     queries, keys = (_width(_first_of(module, names)) for names in (QUERIES, KEYS))
     return queries is not None and keys is not None and queries != keys

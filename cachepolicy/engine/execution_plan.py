@@ -21,6 +21,7 @@ class ExecutionPlan:
     Attributes:
         keepings: What the history of each site has to hold, by site number.
         names: The modules of each site.
+        skipped: The modules of the sites that a rule may skip, by site number.
         inside: The probes inside the first block of each site. The block has to begin before the site is decided.
         approximation: The action that rebuilds the unconditional half, or None.
         itself: The site number of the root model itself, or None.
@@ -32,6 +33,7 @@ class ExecutionPlan:
     signals: Signals
     keepings: Sequence[Keeping]
     names: Mapping[int, Sequence[str]]
+    skipped: Mapping[int, Sequence[str]]
     inside: Mapping[int, frozenset[ir.Probe]]
     approximation: ir.ApproximateUncond | None
     itself: int | None
@@ -112,6 +114,12 @@ def lay_out(plan: Plan) -> ExecutionPlan:
         signals_of(plan),
         keepings,
         {site.index: site.modules for site in plan.sites},
+        {
+            site: plan.sites[site].modules
+            for bound in plan.rules
+            if isinstance(bound.rule.action, ir.Skip) and not _never(bound.rule.when)
+            for site in bound.sites
+        },
         inside,
         approximation,
         next((site.index for site in plan.sites if site.modules == ("",)), None),

@@ -40,6 +40,7 @@ from cachepolicy.engine.history_storage import ANYHOW, Saving, Storing
 from cachepolicy.engine.hooks import AGAIN, Frame, SiteHandle, parameters_of, runs
 from cachepolicy.engine.introspection import modules_by_path
 from cachepolicy.engine.memory_budget import Account, Budget, Lease
+from cachepolicy.engine.meta_forward import forms_of
 from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
@@ -122,6 +123,8 @@ class RootModel(Handle):
         self.handles = self._handles()
         self.graphs = Graphs(self)
         self._lock = threading.Lock()
+        self._deriving = threading.Lock()
+        self._derived = False
         self._warned = False
         self._warned_of_repeats = False
         self._reuses: dict[Ahead, Reuses] = {}
@@ -272,6 +275,7 @@ class RootModel(Handle):
         if reading.starts:
             self.context.settle(self)
             self._start(session, state, reading.tick)
+        self._derive(state.host.execution, args, kwargs)
         forward_pass = self._new_pass(session_config, state, reading)
         call = RootCall(session, state, reading, forward_pass, arguments, args, kwargs)
         if forward_pass.host.execution.approximation is not None:
@@ -285,6 +289,18 @@ class RootModel(Handle):
         if call.parts:
             self.graphs.place(call.frame, call.parts, whole=compiler)
         return call
+
+    def _derive(self, execution: ExecutionPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Derive once what the spans with a `skip` return, so that they need no compute to show it."""
+        if self._derived or not execution.skipped or not (args or kwargs):
+            return
+        with self._deriving:
+            if self._derived:
+                return
+            for span, form in forms_of(self.module, (args, kwargs), execution.skipped).items():
+                self.continuations.keep_links(span, dict(enumerate(form.links)))
+                self.graphs.forms.setdefault(span, form)
+            self._derived = True
 
     def _terms(self, session: Session, here: Entered | None) -> SessionConfig:
         if session.session_config is None:

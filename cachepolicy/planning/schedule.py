@@ -25,7 +25,7 @@ WHILE_IS_FALSE = "its `while` is false"
 """The reason of a compute whose owner's condition does not hold."""
 
 UNKNOWN_FORM = "its inputs and outputs are not known yet"
-"""The fact of a `skip` before its site has computed for the first time in the run."""
+"""The fact of a `skip` before its site has computed in the run, where no forward on the meta device shows its form."""
 
 REPEATED = "one forward calls it more than once"
 """The fact of a site that computes because one forward pass calls it several times and it keeps one result."""

@@ -180,8 +180,6 @@ def _explained(trajectory: Any, key: tuple[str, int, str], fact: str, loop: Loop
             return name == "model" and loop.batched and step < 2
         case "the conditional call has not run in this step":
             return name == "model" and "cond" not in same_step[: same_step.index("uncond")]
-        case "its inputs and outputs are not known yet":
-            return True  # a span that is skipped before it ever ran
         case "its first block had run before it was decided":
             return bool(trajectory.plan.probes)
         case "the history does not fit this call":

@@ -277,8 +277,13 @@ def push(slot: Slot, keeping: Keeping, code: str, output: Any, *, step: int, ful
         slot.whole = is_whole(leaves(kept))
         if not slot.whole:
             slot.output = kept = map_tensors(compact, kept)
+    slot.version = slot.versions = None
     # Graphs have no `_version` counters. There, the graph owns its outputs.
-    slot.version, slot.versions = None, None if clone or torch.compiler.is_compiling() else versions(kept)
+    if not clone and not torch.compiler.is_compiling():
+        if type(kept) is torch.Tensor and not kept.is_inference():
+            slot.version = kept._version
+        else:
+            slot.versions = versions(kept)
 
 
 def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:

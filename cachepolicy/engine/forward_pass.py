@@ -189,6 +189,8 @@ class ForwardPass:
         self.halved = False
         self.half = 1
         self.again = False
+        self.remembers = False
+        """Whether this call has changed the remembered signals."""
         self.started = time.perf_counter()
         self.decisions: list[Decision]
         self.after: list[Memory]
@@ -333,7 +335,7 @@ class ForwardPass:
         if (past.previous or past.kept) and not self.liveness.measures(self.tick, now=False):
             self.branch.remembered = Remembered()
             changed = True
-        return changed or self.measuring is not None
+        return changed or self.remembers
 
     # --- decisions on the way ----------------------------------------------------------------------------
 
@@ -494,7 +496,7 @@ class ForwardPass:
                 self._see(seen, last=True)
             decisions = self.branch.partition.spread(self.decisions)
             computed = [site for site, decision in enumerate(decisions) if decision.computes]
-            self.measuring.finish(list(range(len(decisions))), computed)
+            self.remembers = self.measuring.finish(list(range(len(decisions))), computed)
 
     def _around(self, site: int) -> Sequence[int]:
         """Return the groups of the sites that contain a site."""

@@ -217,8 +217,12 @@ class Measuring:
         except Undefined:
             return None
 
-    def finish(self, sites: list[int], computed: list[int]) -> None:
-        """Store this step for `prev` of the next step, and for `kept` of the sites that computed."""
+    def finish(self, sites: list[int], computed: list[int]) -> bool:
+        """Store this step for `prev` of the next step, and for `kept` of the sites that computed.
+
+        Returns:
+            Whether the stored values may have changed.
+        """
         if self.agreement is not None and self._signals.lasting:
             self._settle("what is remembered", self._signals.lasting, sites)
         previous = self._values(self._signals.previous, sites)
@@ -230,7 +234,9 @@ class Measuring:
                     self.past.kept[key] = (now[key], *self.past.kept.get(key, ()))[:depth]
                 else:
                     self.past.kept.pop(key, None)
+        changed = bool(previous or self.past.previous or (computed and self._signals.kept))
         self.past.previous, self.past.step = previous, self._step
+        return changed
 
     def _values(
         self, expressions: Iterable[ir.Expression], sites: list[int]

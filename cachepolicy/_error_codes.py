@@ -133,6 +133,8 @@ CODES: dict[str, str] = {
     "E402": "not exactly one target",
     "E403": "calls that cannot be planned together",
     "E404": "a target out of reach",
+    "E405": "a run directory of other settings",
+    "E406": "an argument that cannot be recognised again",
     # W5xx: doubtful, but a policy.
     "W501": "a `sum` over a distance from the last compute",
     "W502": "a distance from the step before, without a `sum`",

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,15 @@ from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.recording import OutputRecord, record
+from cachepolicy.tuning.run_directory import (
+    SAMPLE,
+    Form,
+    RunDirectory,
+    pack_records,
+    scheduler_key,
+    settings_of,
+    unpack_records,
+)
 from cachepolicy.tuning.sampling import ModelCall, SampleFunction, Sampler
 from cachepolicy.tuning.solver import SolverWeights, solver_weights
 
@@ -101,6 +111,7 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
     scheduler: Any = None,
     order: int = 1,
     gap: int = 9,
+    run_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Find the schedule of computed calls that meets a target with the least error.
@@ -121,14 +132,17 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
         scheduler: The scheduler that `sample` steps. Required for a denoiser.
         order: Order of the extrapolation, 0 to 3.
         gap: Most calls between two computed ones, plus 1.
+        run_dir: A folder that keeps each recording, reference and measurement. Tuning with the same folder, model and
+            calls goes on from there, also for another target, order or gap.
         progress: Called with the calls done, the calls in all, and what is sampled.
 
     Returns:
         The policy and the evidence.
 
     Raises:
-        PolicyError: Not exactly one target is given (E402), the calls cannot be recorded (E400, E401, E403), or the
-            target cannot be reached; the message says what can (E404).
+        PolicyError: Not exactly one target is given (E402), the calls cannot be recorded (E400, E401, E403), the
+            target cannot be reached; the message says what can (E404). The run directory holds results of another
+            model (E405), or cannot tell an argument of a call from others (E406).
     """
     targets = {"cost": cost, "speedup": speedup, "psnr": psnr, "psnr_p10": psnr_p10}
     wanted = {name: value for name, value in targets.items() if value is not None}
@@ -140,7 +154,9 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
             help=f"one of {', '.join(f'`{n}=`' for n in targets)}",
         )
     training, testing = _split(calls, held_out)
-    bench = _Bench(Sampler(target, sample, scheduler), progress, len(training) + len(testing))
+    sampler = Sampler(target, sample, scheduler)
+    kept = RunDirectory(run_dir, settings_of(sampler.models, sample or target) if run_dir is not None else {})
+    bench = _Bench(sampler, kept, progress, len(training) + len(testing))
     evidence = bench.recorded(training)
     bench.reference(testing)
     (name, value), *_ = wanted.items()
@@ -226,13 +242,21 @@ def _point(problem: PlanningProblem, steps: tuple[int, ...]) -> SchedulePoint:
     return SchedulePoint(steps, len(steps) / problem.calls, forecast)
 
 
+T = TypeVar("T")
+_Recording = tuple[Sample, list[OutputRecord]]
+_Measured = tuple[list[float], float]
+"""The PSNR of each sample of a call, and its seconds."""
+_MEASURED: Form[_Measured] = Form(list, lambda data: (data[0], data[1]))
+
+
 class _Bench:
     """Samples the calls, and counts what was spent."""
 
-    def __init__(self, sampler: Sampler, progress: Progress | None, total: int) -> None:
+    def __init__(self, sampler: Sampler, kept: RunDirectory, progress: Progress | None, total: int) -> None:
         self.evaluations = 0.0
         self.model_share = 1.0
         self._sampler = sampler
+        self._kept = kept
         self._progress = progress
         self._done, self._total = 0, total
         self._training = list[tuple[ModelCall, Sample]]()
@@ -247,11 +271,9 @@ class _Bench:
         sampler = self._sampler
         runs = list[list[OutputRecord]]()
         for call in calls:
-
-            def run(call: ModelCall = call) -> None:
-                self._training.append((call, self._sample(call, "recording")))
-
-            runs.append(record(run, sampler.schedulers, sampler.models))
+            sample, records = self._recall("recording", call, self._record, self._recording_form, "recording")
+            self._training.append((call, sample))
+            runs.append(records)
         lengths = {tuple(len(output.models) for output in run) for run in runs}
         if len(lengths) > 1 or len({*lengths.pop()}) > 1:
             raise PolicyError.of(
@@ -265,7 +287,7 @@ class _Bench:
 
     def reference(self, calls: Sequence[ModelCall]) -> None:
         """Sample the held-out calls uncached."""
-        self._held_out = [(call, self._sample(call, "uncached")) for call in calls]
+        self._held_out = [(call, self._recall("reference", call, self._sampler, SAMPLE, "uncached")) for call in calls]
         uncached = [sampled for _, sampled in self._held_out]
         self.model_share = sum(one.model_seconds for one in uncached) / sum(one.seconds for one in uncached)
 
@@ -301,20 +323,54 @@ class _Bench:
         """Sample with a schedule, and return the PSNR of each sample and the speed-up."""
         self._total += len(calls)
         ratios, uncached, cached = list[float](), 0.0, 0.0
-        with apply(self._sampler.target, parse(_rule(point.steps, order)), trace=False):
+        rule = _rule(point.steps, order)
+        with apply(self._sampler.target, parse(rule), trace=False):
             for call, reference in calls:
-                sampled = self._sample(call, f"{len(point.steps)} computed", point.cost)
-                ratios += each_psnr(reference.pictures, sampled.pictures)
-                uncached, cached = uncached + reference.seconds, cached + sampled.seconds
+
+                def measure(call: ModelCall, reference: Sample = reference) -> _Measured:
+                    sampled = self._sampler(call)
+                    return each_psnr(reference.pictures, sampled.pictures), sampled.seconds
+
+                label = f"{len(point.steps)} computed"
+                psnr, seconds = self._recall("measured", call, measure, _MEASURED, label, policy=rule, cost=point.cost)
+                ratios += psnr
+                uncached, cached = uncached + reference.seconds, cached + seconds
         return ratios, uncached / cached
 
-    def _sample(self, call: ModelCall, label: str, cost: float = 1.0) -> Sample:
-        sampled = self._sampler(call)
+    def _record(self, call: ModelCall) -> _Recording:
+        samples = list[Sample]()
+        records = record(lambda: samples.append(self._sampler(call)), self._sampler.schedulers, self._sampler.models)
+        return samples[0], records
+
+    @property
+    def _recording_form(self) -> Form[_Recording]:
+        return Form(
+            lambda made: {"sample": SAMPLE.pack(made[0]), "records": pack_records(made[1])},
+            lambda data: (
+                SAMPLE.unpack(data["sample"]),
+                unpack_records(data["records"], self._sampler.schedulers),
+            ),
+        )
+
+    def _recall(
+        self,
+        kind: str,
+        call: ModelCall,
+        produce: Callable[[ModelCall], T],
+        form: Form[T],
+        label: str,
+        *,
+        policy: str = "",
+        cost: float = 1.0,
+    ) -> T:
+        """Sample a call, or take what an earlier run kept of it, which counts as spent too."""
+        key = [scheduler_key(self._sampler.schedulers), call, policy]
+        result = self._kept.recall(kind, key, lambda: produce(call), form)
         self.evaluations += cost
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total, label)
-        return sampled
+        return result
 
 
 # --- the search ------------------------------------------------------------------------------------------

@@ -175,6 +175,8 @@ assert cachepolicy.__version__
 assert all(map(template, ("report.html", "macros.html", "notebook.html", "report.css", "report.js")))
 assert shipped("data").joinpath("emoji-dit", "config.json").is_file()
 assert shipped("data").joinpath("emoji-dit", "diffusion_pytorch_model.safetensors").is_file()
+assert shipped("data").joinpath("emoji-flux", "model_index.json").is_file()
+assert shipped("data").joinpath("emoji-flux", "transformer", "diffusion_pytorch_model.safetensors").is_file()
 assert documentation("language.md#when") and documentation("diagnostics/E001.md")
 for name in shipped_policies():
     assert run_expectations(name).hold

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import os
 import time
@@ -18,6 +19,8 @@ import torch
 from cachepolicy.engine.introspection import denoisers
 from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.tools.saved_pipeline import EMBEDS_HELP, absent_components, check_tensor_file, read_index
+
+EMOJI_FLUX = "cachepolicy.tools.emoji_flux"
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps or runs done, their number in all, and a description of the present one."""
@@ -58,6 +61,9 @@ def open_pipeline(
     import diffusers
 
     index = read_index(folder)
+    if any(isinstance(value, list) and EMOJI_FLUX in value for value in index.values()):
+        # diffusers takes components that are not its own from modules that are imported already.
+        importlib.import_module(EMOJI_FLUX)
     name = index.get("_class_name")
     pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if isinstance(pipeline_class, type):

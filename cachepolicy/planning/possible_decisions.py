@@ -190,7 +190,10 @@ class Outlooks:
         clauses += [_within(bound, view) for bound in rule.bounds]
         if not all(clause.true for clause in clauses):
             return {_COMPUTE}
-        return {_COMPUTE, answers} if any(clause.false for clause in clauses) else {answers}
+        # A history of half a guidance batch cannot answer a call of the whole batch.
+        half = bool(self.approximating) and group not in self.approximating and answers is not _SKIP
+        half &= moment.branch not in COND_BRANCHES | UNCOND_BRANCHES
+        return {_COMPUTE, answers} if half or any(clause.false for clause in clauses) else {answers}
 
     # --- the clock ---------------------------------------------------------------------------------------
 

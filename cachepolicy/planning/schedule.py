@@ -13,6 +13,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
 from cachepolicy.language.vocabulary import KEPT_LIMIT
+from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.plan import BoundRule, Plan
 
 OVER_LIMIT = "over the memory limit"
@@ -26,6 +27,9 @@ WHILE_IS_FALSE = "its `while` is false"
 
 UNKNOWN_FORM = "its inputs and outputs are not known yet"
 """The fact of a `skip` before its site has computed in the run, where no forward on the meta device shows its form."""
+
+HALF_KEPT = "the history holds half of the guidance batch"
+"""The reason of a site that computes in a call of a whole guidance batch, because it last ran on half of one."""
 
 REPEATED = "one forward calls it more than once"
 """The fact of a site that computes because one forward pass calls it several times and it keeps one result."""
@@ -56,6 +60,11 @@ class Tick:
     branch: str = ""
     uncond_skipped: bool = False
 
+    @property
+    def halved(self) -> bool:
+        """True where the call runs half of a guidance batch. Calls of named branches run one half each."""
+        return self.uncond_skipped and self.branch not in COND_BRANCHES | UNCOND_BRANCHES
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -69,6 +78,7 @@ class Memory:
         previous: Numbers at the last step that were measured, by the expression below `prev`.
         kept: Numbers at the last computes, newest first, by the expression below `kept`.
         seen: Step of `previous`.
+        half: Whether the newest result is one of half a guidance batch.
     """
 
     last: int | None = None
@@ -78,6 +88,7 @@ class Memory:
     previous: Mapping[ir.Expression, float] = field(default_factory=dict[ir.Expression, float])
     kept: Mapping[ir.Expression, tuple[float, ...]] = field(default_factory=dict[ir.Expression, tuple[float, ...]])
     seen: int | None = None
+    half: bool = False
 
     def age(self, step: int) -> int:
         """Returns the steps since the last compute; before the first compute, step + 1."""
@@ -203,8 +214,11 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
 
 
 def _answered(bound: BoundRule, inputs: Inputs, verdict: Any) -> Decision:
-    if not isinstance(bound.rule.action, ir.Skip) and inputs.memory.computes == 0:
-        return verdict("compute", "nothing is kept yet")
+    if not isinstance(bound.rule.action, ir.Skip):
+        if inputs.memory.computes == 0:
+            return verdict("compute", "nothing is kept yet")
+        if inputs.memory.half and not inputs.tick.halved:
+            return verdict("compute", HALF_KEPT)
     if inputs.fact is not None:
         return verdict("compute", inputs.fact)
     return verdict("reuse", "the rule reuses")
@@ -361,10 +375,11 @@ def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> M
             owner = -1 if decision.rule is None else decision.rule
             counted = {**memory.reuses, owner: memory.reuses.get(owner, 0) + 1}
             kept_on = {**memory.accumulated, **decision.accumulated}
-            return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen)
+            half = inputs.tick.halved if feedback(decision.action) else memory.half
+            return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen, half)
         case "compute":
             kept = {key: (value, *memory.kept.get(key, ()))[:KEPT_LIMIT] for key, value in now.items()}
-            return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen)
+            return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen, inputs.tick.halved)
         case _:
             assert_never(decision.verdict)
 

@@ -182,8 +182,6 @@ def _explained(trajectory: Any, key: tuple[str, int, str], fact: str, loop: Loop
             return name == "model" and "cond" not in same_step[: same_step.index("uncond")]
         case "its first block had run before it was decided":
             return bool(trajectory.plan.probes)
-        case "the history does not fit this call":
-            return loop.batched  # it holds one half
         case "nothing is kept yet":
             before = [call for call in trajectory.calls if call.tick.branch == branch and call.tick.step < step]
             never = not any(call.decisions[site.index].computes for call in before)
@@ -328,6 +326,18 @@ def test_a_model_that_approximates_at_some_steps_may_reuse_at_others(action: str
         (trajectory,) = agree(policy, loop, steps=6)
         assert {} == trajectory.facts
         assert "CRRCRR" == trajectory.rows(trajectory.branches[-1])["model"]
+
+
+@pytest.mark.parametrize("selector", ["attention", "blocks", "each blocks"])
+@pytest.mark.parametrize("action", ["reuse", "reuse residual", "predict taylor(order: 1)", "skip"])
+def test_a_history_of_half_a_batch_does_not_answer_a_whole_one(action: str, selector: str) -> None:
+    """Steps 1, 3 and 5 run half of the batch. The site computes at step 3, so it cannot answer at step 4."""
+    policy = parse(f"match model every 2 -> {strategies.APPROXIMATION}\nmatch {selector} every 3 -> {action}")
+    (trajectory,) = agree(policy, Loop(CLOCK, ("",), range(6), batched=True), steps=6)
+    assert {} == trajectory.facts
+    rows = trajectory.rows("")
+    assert "CRCRCR" == rows.pop("model")
+    assert {"CRRCRR" if action == "skip" else "CRRCCR"} == set(rows.values())
 
 
 CLOCK = (900.0, 800.0, 700.0, 600.0, 500.0, 400.0)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
+from cachepolicy.cli._progress import progress_bar
 from cachepolicy.cli.output import say, say_json, unwritable
 from cachepolicy.engine.options import is_disabled
 from cachepolicy.errors import PolicyError, counted
@@ -35,17 +33,7 @@ def show_demo(
         raise PolicyError.of("E152", f"`{output}` cannot be written: there is no folder `{output.parent}`")
     if is_disabled():
         say("note: `CACHEPOLICY_DISABLE` is set, so the policy is not attached", error=True)
-    # A log file does not need a progress line every 0.1 seconds.
-    interval = 0.1 if sys.stderr.isatty() else 5
-    with tqdm(
-        total=0, unit="step", file=sys.stderr, desc="loading the model", leave=False, mininterval=interval
-    ) as bar:
-
-        def progress(done: int, total: int, phase: str) -> None:
-            bar.total = total
-            bar.set_description(phase, refresh=False)
-            bar.update(done - bar.n)
-
+    with progress_bar("loading the model", "step") as progress:
         demo = measure(policy, settings, sampling, progress=progress)
     headings = (
         f"uncached, {counted(sampling.steps, 'step')}",

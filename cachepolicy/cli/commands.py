@@ -1,10 +1,10 @@
-"""The commands of `cachepolicy`. Only `demo`, `run` and `--model` import torch."""
+"""The commands of `cachepolicy`. Only `demo`, `run`, `tune` and `--model` import torch."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from cachepolicy.tracing.schema import schema as trace_schema
 from cachepolicy.tracing.trace import Trajectory, load_trace
 
 STDIN = "-"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _print_version(context: click.Context, _option: click.Parameter, requested: bool) -> None:
@@ -388,43 +387,121 @@ def demo_command(
 @click.option("--policy", metavar="FILE", help="The policy; without one, the bare pipeline is sampled.")
 @options.set_param
 @click.option("--prompt", help="The prompt, for a pipeline that was saved with its text encoder.")
-@click.option("--embeds", metavar="FILE", help="Tensors by argument name, e.g. prompt_embeds (safetensors, pt).")
-@options.call_argument
+@options.pipeline
 @click.option("--seed", "seeds", type=click.IntRange(0, 2**31), multiple=True, help="A seed; repeatable (default 0).")
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
 @click.option("--compare/--no-compare", "compares", default=True, help="Sample uncached too, and compare the pictures.")
 @click.option(
     "--output", type=click.Path(file_okay=False), default="run", show_default=True, help="Folder to write to."
 )
-@click.option("--device", default="cpu", show_default=True, help="Device to run on.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Dtype of the weights.")
 @options.json_form
 @output.guarded
 def run_command(
     *, folder: str, policy: str | None, settings: Sequence[tuple[str, ir.Expression]], **values: Any
 ) -> None:
     """Sample a pipeline from a diffusers folder, with and without a policy: pictures, trace, report and metrics."""
-    # Everything that can be checked without torch is checked before torch and diffusers are imported.
     loaded = None if policy is None else _load_policy(policy)
     if loaded is not None:
         resolve(loaded, dict(settings))
     elif settings:
         raise click.UsageError("--set needs --policy")
-    index = read_index(folder)
     named = {"prompt": values["prompt"], "num_inference_steps": values["steps"]}
-    arguments = {name: value for name, value in named.items() if value is not None} | dict(values["more"])
-    if values["embeds"] is None:
+    pipe, arguments = _open_pipeline(folder, named, **values)
+    from cachepolicy.cli._run import Task, show_run
+
+    task = Task(arguments, values["seeds"] or (0,), Path(values["output"]), loaded, dict(settings), values["compares"])
+    show_run(pipe, task, as_json=values["as_json"])
+
+
+def _open_pipeline(
+    folder: str,
+    named: Mapping[str, Any],
+    *,
+    embeds: str | None,
+    more: Sequence[tuple[str, Any]],
+    device: str,
+    dtype: str,
+    **_: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a pipeline. Everything that can be checked without torch is checked first.
+
+    Args:
+        folder: Its folder.
+        named: Arguments of its call that have options of their own; None stands for one that is not given.
+        embeds: The file of `--embeds`.
+        more: The values of `--argument`.
+        device: The device of the pipeline.
+        dtype: The dtype of the weights.
+
+    Returns:
+        The pipeline and all arguments of its call.
+    """
+    index = read_index(folder)
+    arguments = {name: value for name, value in named.items() if value is not None} | dict(more)
+    if embeds is None:
         require_text_encoder(folder, index, arguments)
     else:
-        check_tensor_file(values["embeds"])
-    from cachepolicy.cli._run import Task, show_run
+        check_tensor_file(embeds)
     from cachepolicy.tools.sampling import open_pipeline, read_tensors
 
-    if values["embeds"] is not None:
-        arguments = read_tensors(values["embeds"], device=values["device"]) | arguments
-    task = Task(arguments, values["seeds"] or (0,), Path(values["output"]), loaded, dict(settings), values["compares"])
-    pipe = open_pipeline(folder, arguments, dtype=values["dtype"], device=values["device"])
-    show_run(pipe, task, as_json=values["as_json"])
+    if embeds is not None:
+        arguments = read_tensors(embeds, device=device) | arguments
+    return open_pipeline(folder, arguments, dtype=dtype, device=device), arguments
+
+
+@main.command("tune")
+@click.argument("folder", metavar="FOLDER")
+@click.option("--cost", type=click.FloatRange(0, 1, min_open=True), help="Target: the share of the model's calls.")
+@click.option("--speedup", type=click.FloatRange(1), help="Target: how many times as fast a whole call gets.")
+@click.option("--psnr", type=float, help="Target: the mean PSNR in dB against the uncached pictures.")
+@click.option("--psnr-p10", type=float, help="Target: the 10th percentile of the same.")
+@click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE", help="Prompts, one a line.")
+@options.pipeline
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
+@click.option("--samples", type=click.IntRange(1), default=24, show_default=True, help="Calls to record.")
+@click.option("--held-out", type=click.IntRange(1), default=8, show_default=True, help="Further calls to measure on.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the first call.")
+@click.option("--order", type=click.IntRange(0, 3), default=1, show_default=True, help="Order of the extrapolation.")
+@click.option(
+    "--gap", type=click.IntRange(1), default=9, show_default=True, help="Most steps from one computed call to the next."
+)
+@click.option("--run-dir", type=click.Path(file_okay=False), help="Folder that keeps what was sampled.")
+@click.option("--out", type=click.Path(dir_okay=False), default="tuned.cp", show_default=True, help="File to write.")
+@options.json_form
+@output.guarded
+def tune_command(
+    *, folder: str, prompts: str | None, steps: int | None, out: str, run_dir: str | None, as_json: bool, **values: Any
+) -> None:
+    """Find the policy that meets a target with the least error, for a pipeline from a diffusers folder.
+
+    The pipeline is sampled without a policy, with different seeds and the prompts in turn, and the policy is planned
+    on these recordings. Then it is measured on further calls. With --run-dir, an interrupted command goes on when it
+    is run again.
+    """
+    targets = {name: values[name] for name in ("cost", "speedup", "psnr", "psnr_p10") if values[name] is not None}
+    if len(targets) != 1:
+        raise click.UsageError("give one of --cost, --speedup, --psnr and --psnr-p10")
+    lines = [] if prompts is None else _prompts(prompts)
+    pipe, arguments = _open_pipeline(
+        folder, {"prompt": lines[0] if lines else None, "num_inference_steps": steps}, **values
+    )
+    from cachepolicy.cli._tune import Calls, show_tuning
+
+    calls = Calls(arguments, lines, values["samples"], values["held_out"], values["seed"])
+    target = {**targets, "order": values["order"], "gap": values["gap"]}
+    show_tuning(pipe, calls, target, out=Path(out), run_dir=run_dir, as_json=as_json)
+
+
+def _prompts(path: str) -> list[str]:
+    """Returns the lines of a file that are not empty."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError.of("E213", f"the prompts in `{path}` cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise PolicyError.of("E213", f"`{path}` holds no prompt", help="write one prompt a line")
+    return prompts
 
 
 # --- editors ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 from cachepolicy.tools.meta_model import Blueprint, read_model
 
 Command = Callable[..., Any]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class _Assignment(click.ParamType[Any]):
@@ -77,6 +78,23 @@ set_param = click.option("--set", "settings", type=param_type, multiple=True, he
 call_argument = click.option(
     "--argument", "more", type=_JsonAssignment(), multiple=True, help="Another argument of the pipeline; repeatable."
 )
+
+
+def pipeline(command: Command) -> Command:
+    """Adds the options that say how a pipeline from a folder is loaded, and the arguments of all its calls."""
+    options = (
+        click.option(
+            "--embeds", metavar="FILE", help="Tensors by argument name, e.g. prompt_embeds (safetensors, pt)."
+        ),
+        call_argument,
+        click.option("--device", default="cpu", show_default=True, help="Device to run on."),
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Dtype of the weights."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def schedule(command: Command) -> Command:

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import time
+import wave
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,16 +32,19 @@ class Sample:
     """The result of one call of a pipeline.
 
     Attributes:
-        pictures: The pictures, or the frames of all videos in order, `(N, C, H, W)` in [-1, 1].
+        pictures: The pictures, or the frames of all videos in order, `(N, C, H, W)` in [-1, 1]. Sound is a picture of
+            one row, `(N, C, 1, T)`.
         frames: True if the pictures are frames of videos.
         seconds: The wall-clock seconds of the call.
         model_seconds: The wall-clock seconds in the calls of the denoisers.
+        rate: The samples of a second of sound, None for pictures.
     """
 
     pictures: torch.Tensor = field(repr=False)
     frames: bool
     seconds: float
     model_seconds: float = 0.0
+    rate: int | None = None
 
 
 def open_pipeline(
@@ -157,12 +161,22 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Sample:
         help = EMBEDS_HELP if None in encoders and not any(name.endswith("_embeds") for name in arguments) else None
         raise PolicyError.of("E213", f"`{type(pipe).__name__}` failed: {reason}", help=help) from error
     seconds = time.perf_counter() - started
-    frames = not hasattr(result, "images") and hasattr(result, "frames")
-    output = result.frames if frames else result.images if hasattr(result, "images") else result[0]
+    kind = next((name for name in ("images", "frames", "audios") if hasattr(result, name)), None)
+    output = np.asarray(result[0] if kind is None else getattr(result, kind))
+    batch = torch.from_numpy(np.ascontiguousarray(output)).float()
+    if kind == "audios":
+        sound = batch.reshape(len(batch), -1, 1, batch.shape[-1])
+        return Sample(sound, frames=False, seconds=seconds, model_seconds=sum(model_seconds), rate=_sampling_rate(pipe))
     # All pictures, or the frames of all videos, as one batch with the channels in front.
-    batch = torch.from_numpy(np.ascontiguousarray(np.asarray(output)))
-    pictures = batch.reshape(-1, *batch.shape[-3:]).permute(0, 3, 1, 2).float() * 2 - 1
-    return Sample(pictures, frames, seconds, sum(model_seconds))
+    pictures = batch.reshape(-1, *batch.shape[-3:]).permute(0, 3, 1, 2) * 2 - 1
+    return Sample(pictures, kind == "frames", seconds, sum(model_seconds))
+
+
+def _sampling_rate(pipe: Any) -> int:
+    """Return the samples of a second of a pipeline's sound, as its decoder states them."""
+    configs = [getattr(part, "config", None) for part in pipe.components.values()]
+    rates = [getattr(config, name, None) for config in configs for name in ("sampling_rate", "sample_rate")]
+    return next((int(rate) for rate in rates if rate), 16_000)
 
 
 @contextlib.contextmanager
@@ -191,13 +205,13 @@ def timed_calls(models: Iterable[torch.nn.Module]) -> Generator[list[float]]:
 
 
 def save_pictures(sample: Sample, folder: Path, name: str) -> list[Path]:
-    """Write pictures as PNG files, and the frames of videos as PNG files and one animated GIF.
+    """Write pictures as PNG files, the frames of videos as PNG files and one animated GIF, and sound as WAV files.
 
     Args:
         sample: The pictures.
         folder: The folder to write to.
-        name: The stem of the files: `name.png` for one picture, `name-0.png` and so on for several. Frames are in
-            the folder `name`, and `name.gif` beside it.
+        name: The stem of the files: `name.png` or `name.wav` for one sample, `name-0.png` and so on for several.
+            Frames are in the folder `name`, and `name.gif` beside it.
 
     Returns:
         The paths of all files.
@@ -205,6 +219,12 @@ def save_pictures(sample: Sample, folder: Path, name: str) -> list[Path]:
     Raises:
         OSError: A file cannot be written.
     """
+    if sample.rate is not None:
+        stems = [name] if len(sample.pictures) == 1 else [f"{name}-{number}" for number in range(len(sample.pictures))]
+        return [
+            _save_sound(sound, sample.rate, folder / f"{stem}.wav")
+            for stem, sound in zip(stems, sample.pictures, strict=True)
+        ]
     from PIL import Image
 
     levels = ((sample.pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -222,3 +242,14 @@ def save_pictures(sample: Sample, folder: Path, name: str) -> list[Path]:
         paths.append(folder / f"{name}.gif")
         pictures[0].save(paths[-1], save_all=True, append_images=pictures[1:], duration=1000 // 16, loop=0)
     return paths
+
+
+def _save_sound(sound: torch.Tensor, rate: int, path: Path) -> Path:
+    """Write sound, `(C, 1, T)` in [-1, 1], in 16 bits."""
+    levels = (sound[:, 0].T.clamp(-1, 1) * 32767).round().to(torch.int16).cpu().contiguous()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(levels.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(levels.numpy().astype("<i2").tobytes())
+    return path

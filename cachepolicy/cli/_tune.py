@@ -1,0 +1,122 @@
+"""Implementation of the `tune` command: finds the policy of a pipeline from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachepolicy.cli import output
+from cachepolicy.cli._progress import progress_bar
+from cachepolicy.errors import PolicyError, counted
+from cachepolicy.tuning.tuner import SchedulePoint, Tuning, tune
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """The calls of a pipeline that a command samples.
+
+    Attributes:
+        arguments: Arguments of every call.
+        prompts: One for each call in turn; empty for a pipeline that gets none.
+        samples: Number of calls that are recorded.
+        held_out: Number of further calls, on which the result is measured.
+        seed: Seed of the first call; each further one has the next.
+    """
+
+    arguments: Mapping[str, Any]
+    prompts: Sequence[str]
+    samples: int
+    held_out: int
+    seed: int
+
+    def split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the calls that are recorded and the further ones."""
+        calls = [self._call(number) for number in range(self.samples + self.held_out)]
+        return calls[: self.samples], calls[self.samples :]
+
+    def _call(self, number: int) -> dict[str, Any]:
+        prompt = {"prompt": self.prompts[number % len(self.prompts)]} if self.prompts else {}
+        generator = torch.Generator("cpu").manual_seed(self.seed + number)
+        return {**self.arguments, **prompt, "generator": generator}
+
+
+def show_tuning(
+    pipe: Any, calls: Calls, target: Mapping[str, Any], *, out: Path, run_dir: str | None, as_json: bool
+) -> None:
+    """Tune, write the policy and print what was found. Progress goes to standard error.
+
+    Args:
+        pipe: The pipeline.
+        calls: Its calls.
+        target: Further arguments of `tune`: the target, order and gap.
+        out: Where the policy is written.
+        run_dir: The folder that keeps what was sampled.
+        as_json: Print JSON.
+
+    Raises:
+        PolicyError: The calls cannot be tuned, or the policy cannot be written (E152).
+    """
+    if not out.parent.is_dir():
+        raise PolicyError.of("E152", f"`{out}` cannot be written: there is no folder `{out.parent}`")
+    pipe.set_progress_bar_config(disable=True)
+    training, held_out = calls.split()
+    try:
+        with progress_bar("recording", "run") as progress:
+            result = tune(pipe, training, held_out=held_out, run_dir=run_dir, progress=progress, **target)
+    except KeyboardInterrupt:
+        kept = f"`{run_dir}` has what was sampled; run the command again to go on"
+        output.say(f"interrupted: {kept if run_dir else 'nothing was kept; `--run-dir DIR` keeps it'}", error=True)
+        raise SystemExit(INTERRUPTED) from None
+    try:
+        result.save(str(out))
+    except OSError as error:
+        raise output.unwritable(out, error) from error
+    if as_json:
+        output.say_json({**_to_json(result), "output": str(out)})
+    else:
+        output.say("\n".join(_lines(result, len(held_out), str(out))))
+
+
+def _lines(result: Tuning, held_out: int, out: str) -> list[str]:
+    chosen, calls = result.chosen, len(result.frontier[-1].steps)
+    measured = f"PSNR {chosen.psnr:.1f} dB, 10th percentile {chosen.psnr_p10:.1f} dB" if chosen.psnr else "not measured"
+    others = f"{counted(held_out, 'call')} that {'was' if held_out == 1 else 'were'}"
+    lines = [
+        f"{out}: {len(chosen.steps)} of {counted(calls, 'call')} computed, cost {chosen.cost:.3g}",
+        f"{measured}, on {others} not recorded; forecast {chosen.forecast:.1f} dB",
+        f"a call is {chosen.speedup:.2f}x as fast; the denoiser takes {result.model_share:.0%} of an uncached one",
+        f"sampled as many calls of the model as {result.evaluations:.1f} uncached runs",
+    ]
+    if not result.linear:
+        lines.append("note: the scheduler is not linear, so its weights hold near the recorded trajectories only")
+    return lines
+
+
+def _to_json(result: Tuning) -> dict[str, Any]:
+    return {
+        "policy": result.text,
+        "chosen": _point(result.chosen),
+        "frontier": [_point(point) for point in result.frontier],
+        "model_share": result.model_share,
+        "evaluations": result.evaluations,
+        "linear": result.linear,
+    }
+
+
+def _point(point: SchedulePoint) -> dict[str, Any]:
+    exact = len(point.steps) and point.forecast == float("inf")
+    return {
+        "steps": list(point.steps),
+        "cost": point.cost,
+        "forecast": None if exact else point.forecast,
+        "psnr": point.psnr,
+        "psnr_p10": point.psnr_p10,
+        "speedup": point.speedup,
+    }

@@ -485,7 +485,8 @@ def tune_command(
     pipe, arguments = _open_pipeline(
         folder, {"prompt": lines[0] if lines else None, "num_inference_steps": steps}, **values
     )
-    from cachepolicy.cli._tune import Calls, show_tuning
+    from cachepolicy.cli._tune import show_tuning
+    from cachepolicy.tuning.calls import Calls
 
     calls = Calls(arguments, lines, values["samples"], values["held_out"], values["seed"])
     target = {**targets, "order": values["order"], "gap": values["gap"]}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from cachepolicy.cli.commands import main
 from cachepolicy.testing.models import redraw
+from cachepolicy.tuning.calls import Calls
 from cachepolicy.tuning.sampling import Sampler
 from tests.support import zoo
 from tests.support.tiny_pipelines import flux_pipeline, latte, normal, texts, vae_of
@@ -105,10 +106,8 @@ def test_sound_is_written_as_such(tune: Callable[..., Result], tmp_path: Path) -
         assert (2, 16, 16) == (file.getnchannels(), file.getframerate(), file.getnframes())
 
 
-def test_prompts_take_turns_and_every_call_has_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_take_turns_and_every_call_has_a_seed() -> None:
     """Recorded and further calls go through the prompts and the seeds in one order."""
-    from cachepolicy.cli._tune import Calls
-
     recorded, further = Calls({"height": 8}, ["a", "b"], samples=3, held_out=2, seed=7).split()
     calls = [*recorded, *further]
     assert (3, 2) == (len(recorded), len(further))

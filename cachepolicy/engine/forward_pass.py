@@ -72,6 +72,7 @@ from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.predictors import weights
 from cachepolicy.planning.schedule import (
     HIDDEN,
+    UNDEFINED_ARGUMENT,
     UNKNOWN_FORM,
     WAITING,
     Decision,
@@ -921,9 +922,13 @@ class ForwardPass:
             newest = slot.output
             history = [(slot.step, slot.full), *[(kept.step, kept.full) for kept in slot.older]]
         steps = [step for step, full in history[: reach(action)] if self.halved or full]
+        try:
+            arguments = self.arguments(action, site)
+        except Undefined:
+            return UNDEFINED_ARGUMENT
         if len(steps) < 2:
             return None  # the answer is the newest value itself
-        numbers = weights(action.predictor, steps, self.tick.step, self.arguments(action, site))
+        numbers = weights(action.predictor, steps, self.tick.step, arguments)
         return TOO_LARGE if is_too_large(numbers, newest) else None
 
     @property
@@ -1055,25 +1060,19 @@ class ForwardPass:
             without: Labels of arguments that are left out.
 
         Raises:
-            PolicyError: An argument has no value at this step (E322).
+            Undefined: An argument has no value at this step.
         """
         known = self._arguments.get((site, without))
         if known is not None:
             return known
         wanted = [argument for argument in action.arguments if argument.label not in without]
-        names = dict[str, Any]()
+        memory = self.branch.memories[self.branch.partition.group_of[site]]
+        names = clock_words(replace(self.tick, uncond_skipped=True) if self.halved else self.tick, memory)
         if self.host.externals:
             read = set[str]().union(*(names_in(argument.value) for argument in wanted))
             names |= {name: self._asked(name, site) for name in self.host.externals if name in read}
-        names |= clock_words(self.tick, Memory(self.tick.step))
         environment = Environment(names, self.host.execution.program.tables)
-        try:
-            values = {argument.label: evaluate(argument.value, environment) for argument in wanted}
-        except (Undefined, TypeError) as error:
-            step = self.tick.step
-            raise PolicyError.of(
-                "E322", f"an argument of `{action.kind}` has no value at step {step}: {error}"
-            ) from error
+        values = {argument.label: evaluate(argument.value, environment) for argument in wanted}
         self._arguments[site, without] = values
         return values
 

@@ -24,7 +24,7 @@ from cachepolicy.engine.actions import (
     Slot,
 )
 from cachepolicy.engine.block_chain import Continuations
-from cachepolicy.engine.cfg_cache import Guide
+from cachepolicy.engine.cfg_cache import Guide, Problem
 from cachepolicy.engine.class_swap import Handle, plain
 from cachepolicy.engine.clock import CallArguments, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.engine.compile.graph_ops import Part
@@ -47,7 +47,7 @@ from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
 from cachepolicy.errors import PolicyError, counted, warn
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment
+from cachepolicy.language.evaluate import Environment, Undefined
 from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import Ahead
@@ -55,6 +55,7 @@ from cachepolicy.planning.schedule import (
     OVER_LIMIT,
     REPEATED,
     RERUN,
+    UNDEFINED_ARGUMENT,
     WAITING,
     Decision,
     Memory,
@@ -495,6 +496,12 @@ class RootModel(Handle):
         problem = guide.problem(
             forward_pass.tick, call.arguments, call.source, self.module, calls=len(call.state.calls.present)
         )
+        factors = dict[str, Any]()
+        if problem is None and forward_pass.decision(itself).verdict == "reuse":
+            try:
+                factors = forward_pass.arguments(action, itself)
+            except Undefined:
+                problem = Problem(UNDEFINED_ARGUMENT, final=False)
         if problem is not None:
             call.guidance = None if problem.final else settings
             if forward_pass.decision(itself).verdict == "reuse":
@@ -505,7 +512,6 @@ class RootModel(Handle):
             if itself in forward_pass.signals_of:
                 # The other sites were decided before the signals of this one were measured.
                 forward_pass.decide_again()
-            factors = forward_pass.arguments(action, itself)
             settings |= {name: factors[name] for name in _FACTORS}
             if guide.named(forward_pass.tick.branch):
                 call.answered, call.output = True, guide.answered(settings)

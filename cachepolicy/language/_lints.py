@@ -8,11 +8,11 @@ from cachepolicy.language import ir
 from cachepolicy.language.scope import Report, Scope, propagated
 from cachepolicy.language.traversal import children, fold_constants, names_in, walk
 from cachepolicy.language.validate import counts_of
-from cachepolicy.language.vocabulary import ACCUMULATORS, CLOCK, NORMS
+from cachepolicy.language.vocabulary import ACCUMULATORS, NORMS, SUMS
 
 
 def advise(policy: ir.Policy, scope: Scope, report: Report, *, partial: bool) -> None:
-    """Reports accumulators over `kept`, distances from `prev` without an accumulator, and unused declarations.
+    """Reports `sum` over `kept`, distances from `prev` without an accumulator, and unused declarations.
 
     Unused declarations are not reported for a `partial` policy, which lacks statements.
     """
@@ -99,7 +99,7 @@ def _all_drifts(node: ir.Node, drifts: dict[str, frozenset[str]]) -> frozenset[s
 def _with_sums(node: ir.Node, *, summed: bool) -> Iterator[tuple[ir.Node, bool]]:
     """Yields the nodes below `node`, and whether each is inside an accumulator. Nested accumulators are left out."""
     yield node, summed
-    within = summed or (isinstance(node, ir.Call) and node.function in ACCUMULATORS)
+    within = summed or (isinstance(node, ir.Call) and node.function in SUMS)
     for child in children(node):
         if not (summed and isinstance(child, ir.Call) and child.function in ACCUMULATORS):
             yield from _with_sums(child, summed=within)
@@ -127,9 +127,7 @@ def _is_computed(node: ir.Expression, scope: Scope, computed: Collection[str]) -
 
     Other numbers are constants after substitution of the parameters. A constant fraction is an error (E163).
     """
-    return any(
-        name in CLOCK or name in computed or isinstance(scope.declared.get(name), ir.Table) for name in names_in(node)
-    )
+    return any(scope.sort(name) in ("clock word", "table") or name in computed for name in names_in(node))
 
 
 def _is_whole(node: ir.Expression, scope: Scope, whole: Collection[str]) -> bool:
@@ -142,7 +140,7 @@ def _is_whole(node: ir.Expression, scope: Scope, whole: Collection[str]) -> bool
             declared = scope.declared.get(name)
             if isinstance(declared, ir.Param):
                 return declared.type == "int"
-            return name in whole or name in ("step", "steps", "age")
+            return name in whole or (declared is None and name in _WHOLE)
         case ir.Lookup(table=table):
             declared = scope.declared.get(table)
             return isinstance(declared, ir.Table) and all(value == value // 1 for value in declared.values)
@@ -158,11 +156,15 @@ def _is_whole(node: ir.Expression, scope: Scope, whole: Collection[str]) -> bool
             parts = (then, otherwise)
         case ir.Call(function="abs" | "min" | "max" | "clamp", arguments=arguments):
             parts = arguments
-        case ir.Off():
+        case ir.Off() | ir.Call(function="floor"):
             return True
         case _:
             return False
     return all(_is_whole(part, scope, whole) for part in parts)
+
+
+_WHOLE = frozenset({"step", "steps", "age", "gap", "computes"})
+"""The clock words that are whole numbers."""
 
 
 # --- unused declarations ---------------------------------------------------------------------------------

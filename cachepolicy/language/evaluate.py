@@ -26,7 +26,7 @@ class Environment:
     Attributes:
         names: Values of clock words, signals and externals by name. `None` means that the value is not known.
         tables: Values of tables by name.
-        stateful: Current values of calls that are computed elsewhere: `sum`, `product`, `prev`, `kept` and norms.
+        stateful: Current values of calls that are computed elsewhere: accumulators, `prev`, `kept` and norms.
     """
 
     names: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -217,5 +217,6 @@ _FUNCTIONS: Mapping[str, Any] = {
     "exp": math.exp,
     "log": math.log,
     "clamp": _clamp,
+    "floor": math.floor,
     "poly": _poly,
 }

@@ -370,7 +370,8 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
             opening, closing = "[" if node.low_closed else "(", "]" if node.high_closed else ")"
             return f"{opening}{_all([node.low, node.high])}{closing}", _ATOM
         case ir.Call():
-            return f"{node.function}({_all(node.arguments)})", _ATOM
+            labelled = [format_node(argument) for argument in node.labelled]
+            return f"{node.function}({', '.join([*map(expression, node.arguments), *labelled])})", _ATOM
         case ir.Probe():
             named = "" if node.argument is None else f", {quote(node.argument)}"
             return f"{node.stream}({selector(node.selector)}{named})", _ATOM

@@ -5,9 +5,9 @@ A node that was parsed from a text has the `span` of its text. Spans are ignored
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
 from cachepolicy.errors import Span
@@ -42,6 +42,26 @@ class Node(BaseModel):
             computed = hash((type(self), *(value for name, value in self.__dict__.items() if name not in _PLACES)))
             _HASHED.__set__(self, computed)
             return computed
+
+
+class GrownNode(Node):
+    """A node with fields that were added after policies existed.
+
+    At their defaults these fields are left out of the JSON form and of the digest, so that both stay what they were.
+    """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset()
+    """The names of these fields."""
+
+    def unsaid(self) -> frozenset[str]:
+        """Returns the added fields that have their defaults."""
+        fields = type(self).model_fields
+        return frozenset(name for name in self.ADDED if _same(getattr(self, name), fields[name].default))
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unsaid = self.unsaid()
+        return {name: value for name, value in handler(self).items() if name not in unsaid}
 
 
 _HASHED: Any = Node.__dict__["_hashed"]  # the slot descriptor, because frozen models refuse assignments
@@ -187,12 +207,22 @@ class Membership(Node):
     container: Annotated[Interval | SetOf | Name | Off | ListOf, Field(discriminator="kind")]
 
 
-class Call(Node):
+class Argument(Node):
+    """`label: value` of a function or an action."""
+
+    label: str
+    value: Expression
+
+
+class Call(GrownNode):
     """A function of the language: a norm, `prev`, `kept`, `sum`, `product`, `poly`, `abs`, ..."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"labelled"})
 
     kind: Literal["call"] = "call"
     function: str
     arguments: tuple[Expression, ...]
+    labelled: tuple[Argument, ...] = Field(default=(), description="the arguments with a label, as `decay: 0.9`")
 
 
 class Probe(Node):
@@ -331,13 +361,6 @@ class Bound(Node):
     kind: Literal["bound"] = "bound"
     count: Expression
     scope: Literal["row", "all"]
-
-
-class Argument(Node):
-    """`label: value` of an action."""
-
-    label: str
-    value: Expression
 
 
 class Compute(Node):

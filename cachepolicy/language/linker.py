@@ -408,7 +408,8 @@ def _normal(node: object, values: Mapping[str, str]) -> object:
 
 
 def _fields(node: ir.Node) -> list[str]:
-    return [name for name in type(node).model_fields if name not in {"span", "kind"}]
+    left_out = {"span", "kind"} | (node.unsaid() if isinstance(node, ir.GrownNode) else frozenset[str]())
+    return [name for name in type(node).model_fields if name not in left_out]
 
 
 def _as_interval(chain: ir.Comparison) -> ir.Membership | None:

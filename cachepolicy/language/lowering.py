@@ -188,6 +188,13 @@ class Lowering:
             return ir.Number(value=-self._amount(operand.children[0]), span=span)
         return ir.Negative(operand=self.lower(operand), span=span)
 
+    def _call(self, tree: Any) -> ir.Call:
+        name, *rest = tree.children
+        parts = [self.lower(child) for child in rest]
+        plain = tuple(part for part in parts if not isinstance(part, ir.Argument))
+        labelled = tuple(part for part in parts if isinstance(part, ir.Argument))
+        return ir.Call(function=str(name), arguments=plain, labelled=labelled, span=self._span(tree))
+
     def _compared(self, tree: Any) -> ir.Comparison:
         values = [self.lower(child) for child in tree.children]
         return ir.Comparison(operators=tuple(values[1::2]), operands=tuple(values[::2]), span=self._span(tree))
@@ -251,7 +258,6 @@ _NODES: Mapping[str, tuple[Any, ...]] = {
     "negated": (ir.Negation, "operand"),
     "conditional": (ir.Conditional, "then", "condition", "otherwise"),
     "member": (ir.Membership, "value", "container"),
-    "call": (ir.Call, "function", "*arguments"),
     "lookup": (ir.Lookup, "table", "index"),
     "probe": (ir.Probe, "stream", "selector", "argument"),
 }
@@ -275,6 +281,7 @@ _CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "yes": Lowering._boolean,
     "no": Lowering._boolean,
     "negative": Lowering._negative,
+    "call": Lowering._call,
     "compared": Lowering._compared,
     "interval": Lowering._interval,
 }

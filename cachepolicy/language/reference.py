@@ -92,6 +92,8 @@ TABLES = (
             "true where this step's call computes the conditional half only; rules on `model` cannot read it"
         ),
         "age": "steps since this site last computed",
+        "gap": "steps between this site's last two computes; it has no value before the second",
+        "computes": "how often this site has computed in this trajectory",
     }),
     ReferenceTable("expression", "is", "when", {
         "a if c else b": "a where c holds, else b; only the one that is taken is read",
@@ -109,6 +111,7 @@ TABLES = (
         "exp(x)": "e to the power of x",
         "log(x)": "the natural logarithm",
         "clamp(x, low, high)": "x, but not below low and not above high",
+        "floor(x)": "the largest whole number that is not above x",
         "poly([highest, ..., c0], x)": "the polynomial of x with these coefficients",
     }),
     ReferenceTable("schedule", "computes when", "schedules", {
@@ -133,6 +136,11 @@ TABLES = (
         "cosine(x, y)": "the cosine of the angle between them: 1 where they point the same way",
         "sum(x)": "the sum of x over the steps since this site last computed, this one included",
         "product(x)": "the product of x over the same steps",
+        "sum(x, decay: d)": "the same sum, which is multiplied by d at each step before x is added",
+        "total(x)": "the sum of x over all steps at which the rule owned the site; a compute does not reset it",
+        "ema(x, a)": "the moving average of x: it starts as the first x, then the share a of each step is x",
+        "latch(c)": "true from the first step at which c holds; from then on c is not read",
+        "at_step(k, x)": "x at step k; it has no value before, and x is read at that step only",
     }),
     ReferenceTable("action", "answers with", "actions", {
         "compute": "nothing: the site runs",

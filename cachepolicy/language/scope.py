@@ -10,7 +10,7 @@ from typing import Literal
 from cachepolicy.errors import Diagnostic, nearest
 from cachepolicy.language import ir
 from cachepolicy.language.traversal import dependency_order, names_in
-from cachepolicy.language.vocabulary import CLOCK, FUNCTIONS, KEYWORDS
+from cachepolicy.language.vocabulary import ADDED_WORDS, CLOCK, FUNCTIONS, KEYWORDS
 
 Declaration = ir.Param | ir.Let | ir.Table | ir.Signal | ir.External
 Sort = Literal["clock word", "parameter", "let", "table", "signal", "external", "function", "unknown"]
@@ -108,12 +108,14 @@ class Scope:
     def clock_of(self, node: ir.Node) -> frozenset[str]:
         """Returns the clock words that `node` depends on, directly or through lets and signals."""
         names = names_in(node)
-        return frozenset(CLOCK.keys() & names).union(*(self.clock.get(name, frozenset()) for name in names))
+        return frozenset((CLOCK.keys() & names) - self.declared.keys()).union(
+            *(self.clock.get(name, frozenset()) for name in names)
+        )
 
     def near(self, name: str, sorts: frozenset[Sort], *words: str) -> str | None:
         """Returns a help sentence with the known name that is most similar to `name`."""
-        known: dict[str, Sort] = {name: SORTS[declaration.kind] for name, declaration in self.declared.items()}
-        known |= dict.fromkeys(CLOCK, "clock word")
+        known: dict[str, Sort] = dict.fromkeys(CLOCK, "clock word")
+        known |= {name: SORTS[declaration.kind] for name, declaration in self.declared.items()}
         candidates = [candidate for candidate, sort in known.items() if sort in sorts]
         similar = SYNONYMS.get(name)
         if similar not in candidates and similar not in words:
@@ -135,13 +137,22 @@ def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozens
             label = f"first in line {first.span.line}" if first.span else ""
             report.add("E102", f"`{statement.name}` is declared twice", statement, word=statement.name, label=label)
     reads = _acyclic(declared, report)
-    clock = {name: frozenset(CLOCK.keys() & set(names)) for name, names in reads.items()}
+    clock = {name: frozenset(CLOCK.keys() & set(names)) - declared.keys() for name, names in reads.items()}
     return Scope(declared, broken, reads, propagated(reads, clock))
 
 
 def _judge_name(statement: Declaration, report: Report) -> None:
     name = statement.name
-    if name in CLOCK or name in FUNCTIONS:
+    if name in ADDED_WORDS:
+        help = "rename it if the word of the language is meant elsewhere in this file"
+        report.add(
+            "W507",
+            f"`{name}` is a word of the language, and here it is what the file declares",
+            statement,
+            word=name,
+            help=help,
+        )
+    elif name in CLOCK or name in FUNCTIONS:
         sort = "a clock word" if name in CLOCK else "a function"
         report.add(
             "E103", f"`{name}` is {sort} and cannot be declared", statement, word=name, help="choose another name"
@@ -214,7 +225,7 @@ class ExpressionPlace:
         called: Name of the position in messages.
         knows: Sorts of names that the expression may read.
         memory: Whether `prev` and `kept` are allowed.
-        accumulators: Whether `sum` and `product` are allowed.
+        accumulators: Whether accumulators are allowed.
         probes: Whether probes are allowed.
         refusal: Second half of the message when the expression reads a name that is not known there.
     """

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, constant
+from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 
 N = TypeVar("N", bound=ir.Node)
 
@@ -137,9 +138,7 @@ def fold_constants(node: ir.Node) -> ir.Node:
             | ir.Negation()
         ):
             return _constant(node) if all(map(_is_constant, children(node))) else node
-        case ir.Call(function="sum" | "product" | "prev" | "kept"):
-            return node
-        case ir.Call():
+        case ir.Call(function=function) if function not in ACCUMULATORS | MEMORIES:
             return _constant(node) if all(map(_is_constant, node.arguments)) else node
         case _:
             return node

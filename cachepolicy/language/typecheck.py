@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from cachepolicy.errors import nearest
+from cachepolicy.errors import nearest, suggestion
 from cachepolicy.language import ir
-from cachepolicy.language.scope import LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
+from cachepolicy.language.scope import CONSTANT, LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
 from cachepolicy.language.validate import WholeNumber
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
@@ -360,6 +360,7 @@ class Checker:
             return "any" if node.function in MEMORIES else signature.gives
         if node.function in MEMORIES:
             return self._remembered(node, context)
+        self._labelled(node, signature, context)
         takes = signature.takes + signature.takes[-1:] * (len(node.arguments) - len(signature.takes))
         for argument, wanted in zip(node.arguments, takes, strict=False):
             if isinstance(argument, ir.ListOf) and wanted == "list":
@@ -389,6 +390,20 @@ class Checker:
         plural = "" if wanted == "1" else "s"
         self.report.add("E106", f"`{node.function}` takes {wanted} argument{plural}, not {count}", node)
         return False
+
+    def _labelled(self, node: ir.Call, signature: Signature, context: ExpressionPlace) -> None:
+        given = set[str]()
+        for argument in node.labelled:
+            label = signature.labels.get(argument.label)
+            if label is None:
+                help = suggestion(argument.label, list(signature.labels)) if signature.labels else None
+                message = f"`{node.function}` has no argument `{argument.label}`"
+                self.report.add("E108", message, argument, help=help, word=argument.label)
+            elif argument.label in given:
+                self.report.add("E108", f"`{argument.label}` is given twice", argument, word=argument.label)
+            else:
+                self.expect(argument.value, label.type, CONSTANT if label.constant else context, f"`{argument.label}`")
+            given.add(argument.label)
 
     def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
         inner = ExpressionPlace("memory", context.knows, memory=True, probes=context.probes)

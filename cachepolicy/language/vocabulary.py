@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from cachepolicy.language.ir import Kind, ParamType
@@ -72,9 +72,28 @@ CLOCK: Mapping[str, Type] = {
     "progress": "number",
     "sigma": "number",
     "age": "number",
+    "gap": "number",
+    "computes": "number",
     "branch": "text",
     "uncond_skipped": "boolean",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A labelled argument of a function or an action.
+
+    Attributes:
+        type: Type of the value.
+        required: Whether the argument must be given.
+        constant: Whether the value must not depend on the clock.
+        choices: The valid strings, or an empty tuple if any value of the type is valid.
+    """
+
+    type: Type
+    required: bool = True
+    constant: bool = False
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +105,14 @@ class Signature:
         least: Minimum number of arguments.
         gives: Type of the result.
         more: Whether the last argument may be repeated.
+        labels: The arguments with a label, which follow the others.
     """
 
     takes: tuple[Type, ...]
     least: int
     gives: Type = "number"
     more: bool = False
+    labels: Mapping[str, Label] = field(default_factory=dict[str, Label])
 
 
 FUNCTIONS: Mapping[str, Signature] = {
@@ -106,32 +127,26 @@ FUNCTIONS: Mapping[str, Signature] = {
     "exp": Signature(("number",), 1),
     "log": Signature(("number",), 1),
     "clamp": Signature(("number", "number", "number"), 3),
+    "floor": Signature(("number",), 1),
     "poly": Signature(("list", "number"), 2),
-    "sum": Signature(("number",), 1),
+    "sum": Signature(("number",), 1, labels={"decay": Label("number", required=False)}),
     "product": Signature(("number",), 1),
+    "total": Signature(("number",), 1),
+    "ema": Signature(("number", "number"), 2),
+    "latch": Signature(("boolean",), 1, gives="boolean"),
+    "at_step": Signature(("number", "number"), 2),
     "prev": Signature(("any",), 1, gives="any"),
     "kept": Signature(("any", "number"), 1, gives="any"),
 }
 NORMS = frozenset({"l1", "l2", "relative_l1", "cosine"})
-ACCUMULATORS = frozenset({"sum", "product"})
+LASTING = frozenset({"total", "ema", "latch", "at_step"})
+"""The accumulators that a compute does not reset."""
+ACCUMULATORS = LASTING | {"sum", "product"}
+SUMS = frozenset({"sum", "product", "total"})
+"""The accumulators in which a slow drift adds up."""
 MEMORIES = frozenset({"prev", "kept"})
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """An argument of an action.
-
-    Attributes:
-        type: Type of the value.
-        required: Whether the argument must be given.
-        constant: Whether the value must not depend on the clock.
-        choices: The valid strings, or an empty tuple if any value of the type is valid.
-    """
-
-    type: Type
-    required: bool = True
-    constant: bool = False
-    choices: tuple[str, ...] = ()
+ADDED_WORDS = frozenset({"gap", "computes", "floor", "total", "ema", "latch", "at_step"})
+"""Clock words and functions that were added after policies existed. A policy may declare such a name as its own."""
 
 
 PREDICTORS: Mapping[str, Mapping[str, Label]] = {

@@ -131,6 +131,7 @@ def _names(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator
     elif "KIND" in ahead.accepts:
         yield from _declared(document, {"param"}, ("string", "list"))
     else:
+        yield from _labels_of_function(ahead)
         yield from _values(document, _expression_place(chunk, ahead))
 
 
@@ -152,6 +153,21 @@ def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterato
         case _:
             return
     yield from (completion for name, completion in candidates.items() if name not in read)
+
+
+def _labels_of_function(ahead: Lookahead) -> Iterator[Completion]:
+    """Yields the labels of the innermost function whose first argument stands before the cursor."""
+    texts = [text for _, text in ahead.read]
+    opened = list[int]()
+    for position, text in enumerate(texts):
+        if text in ("(", "[", "{"):
+            opened.append(position)
+        elif text in (")", "]", "}") and opened:
+            opened.pop()
+    if opened and texts[-1] == "," and opened[-1] > 0:
+        signature = FUNCTIONS.get(texts[opened[-1] - 1])
+        for name, label in signature.labels.items() if signature else ():
+            yield Completion(name, "label", f"{name}: {label.type}")
 
 
 def _values(document: PolicyDocument, context: ExpressionPlace) -> Iterator[Completion]:

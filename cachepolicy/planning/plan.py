@@ -11,8 +11,8 @@ from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.parser import parse_selector
-from cachepolicy.language.traversal import stateful_calls
-from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
+from cachepolicy.language.traversal import stateful_calls, walk
+from cachepolicy.language.vocabulary import ACCUMULATORS, CLOCK, MEMORIES
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.planning.selectors import Modules, select
 
@@ -46,13 +46,24 @@ class BoundRule:
     memories: tuple[ir.Call, ...] = field(init=False, repr=False, compare=False)
     """The `prev` and `kept` calls of its `while`, inner calls first."""
     accumulators: tuple[ir.Call, ...] = field(init=False, repr=False, compare=False)
-    """The `sum` and `product` calls of its `while`, inner calls first."""
+    """The accumulators of its `while`, inner calls first."""
+    arguments: tuple[ir.Argument, ...] = field(init=False, repr=False, compare=False)
+    """The arguments of its action that the clock tells, without those that are constants or read externals."""
 
     def __post_init__(self) -> None:
         condition = self.rule.condition
         for name, functions in (("memories", MEMORIES), ("accumulators", ACCUMULATORS)):
             calls = () if condition is None else stateful_calls(condition, functions)
             object.__setattr__(self, name, calls)
+        action = self.rule.action
+        given = action.arguments if isinstance(action, ir.Predict | ir.ApproximateUncond) else ()
+        object.__setattr__(self, "arguments", tuple(filter(_told_by_the_clock, given)))
+
+
+def _told_by_the_clock(argument: ir.Argument) -> bool:
+    constant = isinstance(argument.value, ir.Number | ir.Boolean | ir.Text)
+    names = {node.name for node in walk(argument.value) if isinstance(node, ir.Name)}
+    return not constant and names <= CLOCK.keys()
 
 
 @dataclass(frozen=True, slots=True)

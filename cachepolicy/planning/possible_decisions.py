@@ -188,6 +188,7 @@ class Outlooks:
             return {_COMPUTE, answers} if answers in follows else {_COMPUTE}
         clauses = [_not(_due(rule.schedule, view)), truth(rule.condition, view)]
         clauses += [_within(bound, view) for bound in rule.bounds]
+        clauses += [_defined(argument, view) for argument in bound.arguments]
         if not all(clause.true for clause in clauses):
             return {_COMPUTE}
         # A history of half a guidance batch cannot answer a call of the whole batch.
@@ -212,6 +213,7 @@ class Outlooks:
             "branch": moment.branch,
             "uncond_skipped": False,
             "age": Range(1, math.inf),
+            "computes": Range(0, math.inf),
         }
         steps = self.end(moment.now)
         if steps is not None:
@@ -293,6 +295,14 @@ def _due(schedule: ir.ScheduleClause | None, view: View) -> Truth:
     if due(schedule, Environment({**view.names, clock: now}, view.tables)):
         return _TRUE
     return _FALSE if now == view.names[clock] else BOTH
+
+
+def _defined(argument: ir.Argument, view: View) -> Truth:
+    """Returns whether an argument of an action may have a value, and whether it may have none."""
+    try:
+        return BOTH if known(argument.value, view) is EITHER else _TRUE
+    except Undefined:
+        return _FALSE
 
 
 def _within(bound: ir.Bound, view: View) -> Truth:

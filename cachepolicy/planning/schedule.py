@@ -12,7 +12,7 @@ from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
-from cachepolicy.language.vocabulary import KEPT_LIMIT
+from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.plan import BoundRule, Plan
 
@@ -25,6 +25,9 @@ DUE = "its schedule says so"
 WHILE_IS_FALSE = "its `while` is false"
 """The reason of a compute whose owner's condition does not hold."""
 
+UNDEFINED_ARGUMENT = "an argument of its action has no value"
+"""The reason of a site that computes because its action reads a number that is missing or not finite."""
+
 UNKNOWN_FORM = "its inputs and outputs are not known yet"
 """The fact of a `skip` before its site has computed in the run, where no forward on the meta device shows its form."""
 
@@ -36,6 +39,9 @@ REPEATED = "one forward calls it more than once"
 
 RERUN = "the forward ran again, because a site that had answered was called once more"
 """The fact of the other sites of a forward pass that was repeated with every site computing."""
+
+Accumulated = Mapping[tuple[int, ir.Call], float | bool]
+"""Values of accumulators by rule number and call."""
 
 Verdict = Literal["compute", "reuse", "hidden"]
 
@@ -79,16 +85,18 @@ class Memory:
         kept: Numbers at the last computes, newest first, by the expression below `kept`.
         seen: Step of `previous`.
         half: Whether the newest result is one of half a guidance batch.
+        gap: Steps between the last two computes; None before the second.
     """
 
     last: int | None = None
     computes: int = 0
     reuses: Mapping[int, int] = field(default_factory=dict[int, int])
-    accumulated: Mapping[tuple[int, ir.Call], float] = field(default_factory=dict[tuple[int, ir.Call], float])
+    accumulated: Accumulated = field(default_factory=dict[tuple[int, ir.Call], "float | bool"])
     previous: Mapping[ir.Expression, float] = field(default_factory=dict[ir.Expression, float])
     kept: Mapping[ir.Expression, tuple[float, ...]] = field(default_factory=dict[ir.Expression, tuple[float, ...]])
     seen: int | None = None
     half: bool = False
+    gap: int | None = None
 
     def age(self, step: int) -> int:
         """Returns the steps since the last compute; before the first compute, step + 1."""
@@ -115,7 +123,7 @@ class Decision:
     reason: str
     rule: int | None = None
     action: ir.Action | None = None
-    accumulated: Mapping[tuple[int, ir.Call], float] = field(default_factory=dict[tuple[int, ir.Call], float])
+    accumulated: Accumulated = field(default_factory=dict[tuple[int, ir.Call], "float | bool"])
     inputs: Inputs | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -201,7 +209,7 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         return verdict("compute", "the conditional call computes")
     if rule.follow is not None and tick.branch != rule.follow:
         reason = unfollowed(bound, inputs)
-        return verdict("compute", reason) if reason else _answered(bound, inputs, verdict)
+        return verdict("compute", reason) if reason else _answered(bound, inputs, environment, verdict)
     if rule.schedule is not None and due(rule.schedule, environment):
         return verdict("compute", DUE)
     if not holds(rule.condition, environment):
@@ -210,18 +218,30 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         if not within(bound_clause, bound.index, memory, tick, environment):
             scope = "in a row" if bound_clause.scope == "row" else "in all"
             return verdict("compute", f"at most so many {scope}")
-    return _answered(bound, inputs, verdict)
+    return _answered(bound, inputs, environment, verdict)
 
 
-def _answered(bound: BoundRule, inputs: Inputs, verdict: Any) -> Decision:
+def _answered(bound: BoundRule, inputs: Inputs, environment: Environment, verdict: Any) -> Decision:
     if not isinstance(bound.rule.action, ir.Skip):
         if inputs.memory.computes == 0:
             return verdict("compute", "nothing is kept yet")
         if inputs.memory.half and not inputs.tick.halved:
             return verdict("compute", HALF_KEPT)
+    if undefined_argument(bound, environment) is not None:
+        return verdict("compute", UNDEFINED_ARGUMENT)
     if inputs.fact is not None:
         return verdict("compute", inputs.fact)
     return verdict("reuse", "the rule reuses")
+
+
+def undefined_argument(bound: BoundRule, environment: Environment) -> ir.Argument | None:
+    """Returns the first argument of the action that the clock tells and that has no value now."""
+    for argument in bound.arguments:
+        try:
+            evaluate(argument.value, environment)
+        except Undefined:
+            return argument
+    return None
 
 
 def unfollowed(bound: BoundRule, inputs: Inputs) -> str:
@@ -311,12 +331,15 @@ def clock_words(tick: Tick, memory: Memory) -> dict[str, Any]:
         "branch": tick.branch,
         "uncond_skipped": tick.uncond_skipped,
         "age": memory.age(tick.step),
+        "gap": memory.gap,
+        "computes": memory.computes,
     }
 
 
 def environment_of(bound: BoundRule, inputs: Inputs) -> Environment:
     """Returns the environment in which the clauses of a rule are evaluated."""
-    names = {**inputs.signals, **clock_words(inputs.tick, inputs.memory)}
+    # A signal may be called like a clock word that was added later.
+    names = {**clock_words(inputs.tick, inputs.memory), **inputs.signals}
     if not bound.memories:
         return Environment(names, inputs.tables)
     return Environment(names, inputs.tables, _remembered(bound.memories, inputs, names))
@@ -339,28 +362,47 @@ def _remembered(calls: Sequence[ir.Call], inputs: Inputs, names: Mapping[str, An
     return values
 
 
-_Accumulated = dict[tuple[int, ir.Call], float]
+def accumulate(bound: BoundRule, inputs: Inputs, environment: Environment) -> tuple[Environment, Accumulated]:
+    """Returns the environment with the accumulators of a rule advanced by this step, and what they keep.
 
-
-def accumulate(
-    bound: BoundRule, inputs: Inputs, environment: Environment
-) -> tuple[Environment, Mapping[tuple[int, ir.Call], float]]:
-    """Returns the environment with the accumulators of a rule advanced by this step, and their values."""
+    An accumulator that reads an undefined number has no value at this step. `sum` and `product` have none until the
+    next compute; the others keep what they had.
+    """
     if not bound.accumulators:
         return environment, {}
-    advanced: _Accumulated = {}
+    advanced = dict[tuple[int, ir.Call], float | bool]()
     for call in bound.accumulators:
         key = (bound.index, call)
-        start = 0.0 if call.function == "sum" else 1.0
-        before = inputs.memory.accumulated.get(key, start)
+        before = inputs.memory.accumulated.get(key)
         try:
-            now = evaluate(call.arguments[0], environment)
-            value = before + now if call.function == "sum" else before * now
+            value = _accumulated(call, before, environment)
         except Undefined:
             value = float("nan")
-        advanced[key] = value
+        if call.function not in LASTING or not math.isnan(value):
+            advanced[key] = value
         environment = replace(environment, stateful={**environment.stateful, call: value})  # pyright: ignore[reportUnhashable]
     return environment, advanced
+
+
+def _accumulated(call: ir.Call, before: float | bool | None, environment: Environment) -> float | bool:
+    """Returns the value of an accumulator at this step from its value before, None at its start."""
+    if call.function == "latch":
+        return before is True or bool(evaluate(call.arguments[0], environment))
+    if call.function == "at_step":
+        step, x = call.arguments
+        if math.floor(evaluate(step, environment)) == environment.names["step"]:
+            return evaluate(x, environment)
+        return math.nan if before is None else before
+    now = evaluate(call.arguments[0], environment)
+    match call.function:
+        case "product":
+            return (1.0 if before is None else before) * now
+        case "ema":
+            share = evaluate(call.arguments[1], environment)
+            return now if before is None else before + (now - before) * share
+        case _:
+            decay = [evaluate(argument.value, environment) for argument in call.labelled]
+            return (0.0 if before is None else before) * (decay[0] if decay else 1) + now
 
 
 def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> Memory:
@@ -376,10 +418,17 @@ def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> M
             counted = {**memory.reuses, owner: memory.reuses.get(owner, 0) + 1}
             kept_on = {**memory.accumulated, **decision.accumulated}
             half = inputs.tick.halved if feedback(decision.action) else memory.half
-            return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen, half)
+            return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen, half, memory.gap)
         case "compute":
             kept = {key: (value, *memory.kept.get(key, ()))[:KEPT_LIMIT] for key, value in now.items()}
-            return Memory(step, memory.computes + 1, memory.reuses, {}, previous, kept, seen, inputs.tick.halved)
+            lasting = {
+                key: value
+                for key, value in {**memory.accumulated, **decision.accumulated}.items()
+                if key[1].function in LASTING
+            }
+            gap = None if memory.last is None else step - memory.last
+            half = inputs.tick.halved
+            return Memory(step, memory.computes + 1, memory.reuses, lasting, previous, kept, seen, half, gap)
         case _:
             assert_never(decision.verdict)
 

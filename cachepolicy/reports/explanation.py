@@ -183,6 +183,14 @@ def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iter
     for limit in rule.bounds:
         ok = within(limit, bound.index, inputs.memory, inputs.tick, environment)
         yield _clause(format_node(limit), ok, limit, environment, extra=("age",) if limit.scope == "row" else ())
+    for argument in bound.arguments:
+        try:
+            evaluate(argument.value, environment)
+            defined = True
+        except Undefined:
+            defined = False
+        text = f"`{format_node(argument)}` has a value"
+        yield _clause(text, defined, argument.value, environment)
     if not isinstance(rule.action, ir.Compute | ir.Skip):
         yield Clause("something is kept from an earlier step", inputs.memory.computes > 0)
     if inputs.fact is not None:

@@ -215,6 +215,8 @@ ACTIONS = (
     "compute",
     "predict taylor(order: 1)",
     "predict linear(weight: 0.5, feedback: true)",
+    "predict linear(weight: 1 / (3 - gap))",
+    "predict hermite(order: 1, scale: computes / age)",
 )
 TOYS = st.builds(
     Toy, blocks=st.integers(2, 3), returns=st.sampled_from(["tensor", "tuple", "dict"]), in_place=st.booleans()

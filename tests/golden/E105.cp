@@ -1,1 +1,1 @@
-match attention when floor(progress) < 1 every 2 -> reuse
+match attention when median(progress) < 1 every 2 -> reuse

@@ -118,7 +118,7 @@ def test_what_the_clock_decides_is_exact(data: st.DataObject) -> None:
 def _by_the_clock(rule: str) -> str:
     """The rule without what counts steps since a compute, or reuses."""
     rule = re.sub(r"at most .*? in (a row|all)", "", rule)
-    return rule.replace("since compute", "").replace("age", "step")
+    return re.sub(r"\b(age|gap|computes)\b", "step", rule.replace("since compute", ""))
 
 
 def exact(bound: Plan, timesteps: Sequence[float]) -> None:

@@ -18,6 +18,7 @@ from cachepolicy.testing import checks, strategies
 from tests.support import reference_schedule
 
 SELECTORS = (*strategies.SELECTORS, "blocks", "blocks[1:3]", "blocks[1:]")
+ACTIONS = (*strategies.ACTIONS, "predict linear(weight: 1 / (3 - gap))")
 
 
 @st.composite
@@ -25,7 +26,9 @@ def drawn(draw: st.DrawFn, **options: object) -> Schedule:
     """A schedule of any policy on any clock, on the built-in model."""
     timesteps, branches = draw(strategies.timesteps()), draw(strategies.branches())
     follow = "cond" if len(branches) > 1 else None
-    policy = draw(strategies.policies(steps=len(timesteps), selectors=SELECTORS, follow=follow, **options))
+    policy = draw(
+        strategies.policies(steps=len(timesteps), selectors=SELECTORS, actions=ACTIONS, follow=follow, **options)
+    )
     return simulate(policy, steps=len(timesteps), timesteps=timesteps, branches=branches)
 
 

@@ -98,11 +98,50 @@ def value(node: Any, log: Log, at: int, owner: int | None) -> Any:
             since = max(log.computes(at), default=-1) + 1
             mine = [i for i in range(since, at + 1) if i == at or log.entries[i].owner == owner]
             values = [value(node.arguments[0], log, i, owner) for i in mine]
-            return finite(sum(values) if node.function == "sum" else math.prod(values))
+            if node.function == "product":
+                return finite(math.prod(values))
+            decays = [value(node.labelled[0].value, log, i, owner) for i in mine] if node.labelled else [1] * len(mine)
+            result = 0.0
+            for decay, each in zip(decays, values, strict=True):
+                result = result * decay + each
+            return finite(result)
+        case ir.Call(function="total" | "ema" | "latch" | "at_step"):
+            return lasting(node, log, [i for i in range(at + 1) if i == at or log.entries[i].owner == owner], owner)
+        case ir.Call(function="floor"):
+            return math.floor(of(node.arguments[0]))
         case ir.Call():
             return finite(OPERATORS[node.function](*(of(each) for each in node.arguments)))
         case _:
             raise TypeError(node)
+
+
+def lasting(node: Any, log: Log, mine: Sequence[int], owner: int | None) -> Any:
+    """The value of an accumulator that computes do not reset, from the steps `mine` of its rule, the last one now."""
+
+    def defined(part: Any, i: int) -> Any:
+        try:
+            return value(part, log, i, owner)
+        except NotFinite:
+            return None
+
+    past = mine[:-1]
+    match node.function:
+        case "latch":
+            held = any(defined(node.arguments[0], i) for i in past)
+            return held or bool(value(node.arguments[0], log, mine[-1], owner))
+        case "at_step":
+            at = [i for i in mine if (k := defined(node.arguments[0], i)) is not None and math.floor(k) == i]
+            return finite(value(node.arguments[1], log, at[-1], owner) if at else None)
+        case "total":
+            now = value(node.arguments[0], log, mine[-1], owner)
+            return finite(sum(each for i in past if (each := defined(node.arguments[0], i)) is not None) + now)
+        case _:
+            now, share = value(node.arguments[0], log, mine[-1], owner), node.arguments[1].value
+            numbers = [each for i in past if (each := defined(node.arguments[0], i)) is not None]
+            average = None
+            for each in [*numbers, now]:
+                average = each if average is None else average + (each - average) * share
+            return finite(average)
 
 
 def true(node: Any, log: Log, owner: int | None) -> bool:
@@ -110,6 +149,15 @@ def true(node: Any, log: Log, owner: int | None) -> bool:
         return node is None or bool(value(node, log, len(log.entries) - 1, owner))
     except NotFinite:
         return False
+
+
+def exists(node: Any, log: Log) -> bool:
+    """Whether an argument of an action has a value now."""
+    try:
+        value(node, log, len(log.entries) - 1, None)
+    except NotFinite:
+        return False
+    return True
 
 
 def scheduled(schedule: Any, log: Log) -> bool:
@@ -156,6 +204,8 @@ def outcome(rules: Sequence[tuple[int, ir.Rule]], log: Log, branch: str, led: En
                 reuses = reuses and used < math.floor(value(bound.count, log, len(log.entries) - 1, index))
         if isinstance(rule.action, ir.Compute):
             reuses = False
+        if isinstance(rule.action, ir.Predict):
+            reuses = reuses and all(exists(argument.value, log) for argument in rule.action.arguments)
         if not isinstance(rule.action, ir.Skip) and not log.computes(len(log.entries) - 1):
             reuses = False
         return ("R" if reuses else "C"), index
@@ -180,6 +230,7 @@ def rows(
                 age = step - last[-1] if last else step + 1
                 progress = step / (steps - 1) if steps > 1 else 0.0
                 clock = {"step": step, "t": t, "steps": steps, "progress": progress, "branch": branch, "age": age}
+                clock |= {"computes": len(last), "gap": last[-1] - last[-2] if len(last) > 1 else None}
                 log.entries.append(Entry(clock))
                 if any(logs[branch][parent].entries[-1].letter == "R" for parent in parents[site]):
                     log.entries[-1].letter = "."

@@ -1,0 +1,2 @@
+param gap: int = 3
+match attention every gap -> reuse

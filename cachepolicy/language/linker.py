@@ -16,7 +16,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
 from cachepolicy.language.params import settled
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform
+from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform, walk
 from cachepolicy.language.validate import resolved_faults
 from cachepolicy.language.vocabulary import NORMS
 
@@ -180,8 +180,8 @@ class _Flat:
         spans = {setting.name: setting.span for setting in use.settings} if use else {}
         prefix = (policy.name or use.policy) if use else ""
         names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings, spans)
-        renamed = self._declare(policy, prefix)
-        names |= {old: ir.Name(name=new) for old, new in renamed.items()}
+        renamed = self._declare(policy, prefix, names)
+        names |= {old: ir.Name(name=new) for old, new in renamed.items() if old not in names}
         sizes = dict[str, tuple[int, int]]()
         lets = {let.name: let for let in _of(policy, ir.Let)}
         for name in _ordered(lets, policy):
@@ -205,11 +205,19 @@ class _Flat:
                     pass
         return names
 
-    def _declare(self, policy: ir.Policy, prefix: str) -> dict[str, str]:
-        """Chooses unique names for signals, tables and externals. Returns the map from old to new names."""
+    def _declare(self, policy: ir.Policy, prefix: str, settings: Mapping[str, ir.Expression]) -> dict[str, str]:
+        """Chooses unique names for signals, tables and externals. Returns the map from old to new names.
+
+        A list parameter that is looked up, as `ratios[step]`, is a table whose numbers are those of its setting.
+        """
+        looked_up = {
+            node.table for statement in policy.statements for node in walk(statement) if isinstance(node, ir.Lookup)
+        }
         renamed = dict[str, str]()
         for statement in policy.statements:
-            if not isinstance(statement, ir.Signal | ir.Table | ir.External):
+            if not isinstance(statement, ir.Signal | ir.Table | ir.External | ir.Param):
+                continue
+            if isinstance(statement, ir.Param) and statement.name not in looked_up:
                 continue
             new, count = statement.name, 1
             while prefix and new in self.taken:
@@ -219,6 +227,8 @@ class _Flat:
             self.taken.add(new)
             if isinstance(statement, ir.Table):
                 self.tables[new] = statement.values
+            elif isinstance(statement, ir.Param):
+                self.tables[new] = self._numbers(policy, statement, settings[statement.name])
             elif isinstance(statement, ir.External):
                 self.externals.append(new)
         if not prefix:
@@ -226,6 +236,15 @@ class _Flat:
                 statement.name for statement in policy.statements if isinstance(statement, ir.Param | ir.Let)
             }
         return renamed
+
+    def _numbers(self, policy: ir.Policy, param: ir.Param, value: ir.Expression) -> tuple[int | float, ...]:
+        """Returns the numbers of a list parameter that is looked up; `off` has none."""
+        items: tuple[Any, ...] = tuple(cast("Any", constant(value))) if isinstance(value, ir.ListOf) else ()
+        numbers = tuple(item for item in items if isinstance(item, int | float) and not isinstance(item, bool))
+        if len(numbers) < len(items):
+            message = f"`{param.name}` is looked up as a table, so its items are numbers"
+            self.findings.append(located(Diagnostic("E161", message), policy, param.span))
+        return numbers
 
     def _write(
         self, policy: ir.Policy, node: Any, names: Mapping[str, ir.Expression], renamed: Mapping[str, str]

@@ -245,8 +245,11 @@ class Checker:
         sort = self.scope.sort(node.table)
         if sort is None:
             self.unknown(node, node.table, frozenset({"table"}))
+        elif sort == "parameter" and (param := self.scope.param(node.table)) is not None and param.type == "list":
+            pass
         elif sort not in ("table", "unknown"):
-            self.report.add("E110", f"`{node.table}` is a {sort}, not a table", node, word=node.table)
+            help = "a `table` or a `list` parameter of numbers can be looked up"
+            self.report.add("E110", f"`{node.table}` is a {sort}, not a table", node, help=help, word=node.table)
         elif sort == "table":
             self.forbidden(node, node.table, sort, context)
         self.expect(node.index, "number", context, f"`{node.table}[...]`")

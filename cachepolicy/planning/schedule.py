@@ -207,7 +207,7 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         return verdict("compute", "the rule computes")
     if isinstance(rule.action, ir.ApproximateUncond) and tick.branch in COND_BRANCHES:
         return verdict("compute", "the conditional call computes")
-    if rule.follow is not None and tick.branch != rule.follow:
+    if rule.follow is not None and tick.branch not in (rule.follow, ""):
         reason = unfollowed(bound, inputs)
         return verdict("compute", reason) if reason else _answered(bound, inputs, environment, verdict)
     if rule.schedule is not None and due(rule.schedule, environment):

@@ -354,6 +354,23 @@ def test_settings_that_do_not_fit_their_clause(text: str, settings: dict[str, An
     assert code in codes(refused(resolve, parse(text), settings))
 
 
+def test_a_list_parameter_is_looked_up_as_a_table(folder: Path) -> None:
+    """Its numbers are those of the setting, also through `use`, and the meaning is that of a table."""
+    text = "param numbers: list = [1]\nmatch blocks while {}[step] < 2 -> reuse\n"
+    table = resolve(parse("table numbers = [3, 1, 4]\nmatch blocks while numbers[step] < 2 -> reuse\n"))
+    policy = parse(text.format("numbers"))
+    assert table.digest == resolve(policy, {"numbers": [3, 1, 4]}).digest
+    (folder / "list.cp").write_text(text.format("numbers"))
+    user = folder / "user.cp"
+    user.write_text(
+        'table numbers = [7]\nuse "./list.cp" with numbers = [3, 1, 4]\nmatch model while numbers[0] < 1 -> reuse\n'
+    )
+    used = resolve(load(str(user)))
+    assert {(7,), (3, 1, 4)} == set(used.tables.values())
+    assert ["E161"] == codes(refused(resolve, policy, {"numbers": ["blocks"]}))
+    assert ["E110"] == codes(refused(parse, "param n: int = 1\nmatch blocks while n[step] < 2 -> reuse\n"))
+
+
 def test_a_nested_regex_is_harmless() -> None:
     """`(a+)+$` is taken: RE2 matches in linear time."""
     resolve(parse('match "(a+)+$" every 2 -> reuse\n'), {})

@@ -193,6 +193,13 @@ def test_a_leader_that_runs_later_is_not_followed() -> None:
     assert ("CCCC", "CRRR") == (schedule.rows_of("uncond")[site], schedule.rows_of("cond")[site])
 
 
+def test_a_run_without_branches_follows_nobody() -> None:
+    """A rule that follows a branch decides by itself where the calls of a run are not told apart."""
+    text = "match attention every 3 -> reuse{}"
+    expected = simulate(parse(text.format("")), steps=7).rows
+    assert expected == simulate(parse(text.format(" follow cond")), steps=7).rows
+
+
 def test_branches_do_not_share_a_past() -> None:
     """What one branch computes counts for no other."""
     text = 'match attention when branch == "cond" or step > 1 at most 1 in all -> reuse'

@@ -194,7 +194,7 @@ def outcome(rules: Sequence[tuple[int, ir.Rule]], log: Log, branch: str, led: En
         if not true(rule.when, log, index):
             continue
         past = [each for each in log.entries[:-1] if each.letter == "R" and each.owner == index]
-        if rule.follow is not None and branch != rule.follow:
+        if rule.follow is not None and branch not in (rule.follow, ""):
             reuses = led is not None and led.letter == "R" and led.owner == index
         else:
             here.owner = index

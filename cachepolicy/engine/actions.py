@@ -107,15 +107,15 @@ def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
 
 
 def predict(
-    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[int], step: int, arguments: PredictorArguments
+    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[float], step: float, arguments: PredictorArguments
 ) -> torch.Tensor:
     """Predict the value at `step` from a history.
 
     Args:
         predictor: `"linear"`, `"taylor"` or `"hermite"`.
         history: Computed values, newest first. A short history lowers the order.
-        steps: The steps of the values.
-        step: The step of the prediction.
+        steps: The steps of the values, or their places on another axis.
+        step: The step of the prediction, on the same axis.
         arguments: The arguments of the predictor, such as `order`.
     """
     return combine(history, weights(predictor, steps, step, arguments))
@@ -305,8 +305,12 @@ def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
     return rebuilt_containers(output)
 
 
+Place = Callable[[int], float]
+"""Gives the place of a step of this trajectory on the axis of a predictor."""
+
+
 def predicted(
-    slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, *, halved: bool, half: int
+    slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, place: Place, *, halved: bool, half: int
 ) -> Any:
     """Return the output with each tensor predicted from the history.
 
@@ -315,6 +319,7 @@ def predicted(
         action: The action of the site.
         arguments: The arguments of the predictor at this step.
         step: The step of the call.
+        place: The places of the steps on the axis of the predictor.
         halved: Whether the call runs only the conditional half of a guidance batch.
         half: The index of the conditional half, 0 or 1.
     """
@@ -323,8 +328,10 @@ def predicted(
     columns = [
         leaves(map_tensors(_half(half), entry.output) if halved and entry.full else entry.output) for entry in kept
     ]
-    steps = [entry.step for entry in kept]
-    answers = [predict(action.predictor, column, steps, step, arguments) for column in zip(*columns, strict=True)]
+    places = [place(entry.step) for entry in kept]
+    answers = [
+        predict(action.predictor, column, places, place(step), arguments) for column in zip(*columns, strict=True)
+    ]
     return filled(kept[0].output, answers)
 
 

@@ -22,6 +22,7 @@ from cachepolicy.engine.actions import (
     STORE,
     STORE_CLONE,
     TOO_LARGE,
+    Place,
     Slot,
     hidden_states,
     is_finite,
@@ -66,10 +67,10 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
-from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.history_spec import Keeping, axis, feedback, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
-from cachepolicy.planning.predictors import weights
+from cachepolicy.planning.predictors import Weights, weights
 from cachepolicy.planning.schedule import (
     HIDDEN,
     UNDEFINED_ARGUMENT,
@@ -103,6 +104,8 @@ class Branch:
     """Bytes that the branch holds."""
     signals: Lease | None = None
     """The lease for remembered signals, if there is a memory limit."""
+    ticks: dict[int, Tick] = field(default_factory=dict[int, Tick])
+    """The times of the calls so far, by step."""
 
     def forget(self) -> None:
         """Release the history. The memories of the decisions stay."""
@@ -177,7 +180,7 @@ class ForwardPass:
     ) -> None:
         self.host = host
         self.branch = branch
-        self.tick = tick
+        self.tick = branch.ticks[tick.step] = tick
         self.leaders = leaders
         self.measuring = measuring
         self.company = company
@@ -896,7 +899,6 @@ class ForwardPass:
         residual = _of_residual(action)
         # An older entry may hold only outputs, or only residuals.
         read = [entry for entry in self._chain(span).history[segment][: reach(action)] if self.halved or entry.full]
-        steps = [entry.step for entry in read]
         values = list[torch.Tensor | None]()
         for index in range(len(read[0].residuals)):
             column = [self._own(entry, index, residual=residual) for entry in read]
@@ -904,8 +906,9 @@ class ForwardPass:
             if len(tensors) < len(column):
                 values.append(None)
             elif isinstance(action, ir.Predict):
-                arguments = self.arguments(action, span)
-                values.append(predict(action.predictor, tensors, steps, self.tick.step, arguments))
+                place, arguments = self.places(action), self.arguments(action, span)
+                places = [place(entry.step) for entry in read]
+                values.append(predict(action.predictor, tensors, places, place(self.tick.step), arguments))
             else:
                 values.append(tensors[0])
         return values
@@ -923,12 +926,12 @@ class ForwardPass:
             history = [(slot.step, slot.full), *[(kept.step, kept.full) for kept in slot.older]]
         steps = [step for step, full in history[: reach(action)] if self.halved or full]
         try:
-            arguments = self.arguments(action, site)
+            self.arguments(action, site)
         except Undefined:
             return UNDEFINED_ARGUMENT
         if len(steps) < 2:
             return None  # the answer is the newest value itself
-        numbers = weights(action.predictor, steps, self.tick.step, arguments)
+        numbers = self.weights(action, site, steps)
         return TOO_LARGE if is_too_large(numbers, newest) else None
 
     @property
@@ -1031,7 +1034,8 @@ class ForwardPass:
 
     def _predicted(self, site: int, action: ir.Predict) -> Any:
         slot, arguments = self.branch.slots[site], self.arguments(action, site)
-        return predicted(slot, action, arguments, self.tick.step, halved=self.halved, half=self.half)
+        place = self.places(action)
+        return predicted(slot, action, arguments, self.tick.step, place, halved=self.halved, half=self.half)
 
     def answered(self, site: int) -> Any:
         """Return the answer of a site from its stored outputs."""
@@ -1048,6 +1052,23 @@ class ForwardPass:
                 slot, self.host.execution.keepings[site], self.store, output, step=self.tick.step, full=not self.halved
             )
         return output
+
+    def weights(self, action: ir.Predict, site: int, steps: Sequence[int]) -> Weights:
+        """Return the coefficients of the prediction at this step from results of other steps.
+
+        Args:
+            action: The action.
+            site: The number of the site that is answered.
+            steps: The steps of the results, newest first.
+        """
+        place = self.places(action)
+        places = [place(step) for step in steps]
+        return weights(action.predictor, places, place(self.tick.step), self.arguments(action, site))
+
+    def places(self, action: ir.Predict) -> Place:
+        """Return the function that gives the place of a step on the axis of a predictor."""
+        word, ticks = axis(action), self.branch.ticks
+        return int if word == "step" else lambda step: getattr(ticks[step], word)
 
     def arguments(
         self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()

@@ -149,16 +149,16 @@ ADDED_WORDS = frozenset({"gap", "computes", "floor", "total", "ema", "latch", "a
 """Clock words and functions that were added after policies existed. A policy may declare such a name as its own."""
 
 
+_FEEDBACK = Label("boolean", required=False, constant=True)
+_ALONG = Label("text", required=False, constant=True, choices=("step", "t", "sigma"))
 PREDICTORS: Mapping[str, Mapping[str, Label]] = {
-    "linear": {"weight": Label("number"), "feedback": Label("boolean", required=False, constant=True)},
-    "taylor": {
-        "order": Label("number", constant=True),
-        "feedback": Label("boolean", required=False, constant=True),
-    },
+    "linear": {"weight": Label("number"), "feedback": _FEEDBACK},
+    "taylor": {"order": Label("number", constant=True), "along": _ALONG, "feedback": _FEEDBACK},
     "hermite": {
         "order": Label("number", constant=True),
         "scale": Label("number"),
-        "feedback": Label("boolean", required=False, constant=True),
+        "along": _ALONG,
+        "feedback": _FEEDBACK,
     },
 }
 APPROXIMATIONS: Mapping[str, Mapping[str, Label]] = {

@@ -13,6 +13,7 @@ from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning._probes import ProbeLocator
 from cachepolicy.planning.doubtful_rules import doubts
+from cachepolicy.planning.history_spec import axis
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, Site, label
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
@@ -204,6 +205,8 @@ def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
         read.add("steps")
     if isinstance(rule.schedule, ir.Every) and rule.schedule.anchor == "end":
         read.add("steps")
+    if isinstance(rule.action, ir.Predict):
+        read.add(axis(rule.action))
     if rule.follow is not None:
         read.add("branch")
     return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from cachepolicy.language import ir
 
@@ -70,6 +71,17 @@ def history_depth(action: ir.Predict) -> int:
 def reach(action: ir.Action | None) -> int:
     """Returns the number of newest results that an answer by this action is computed from."""
     return history_depth(action) if isinstance(action, ir.Predict) else 1
+
+
+Axis = Literal["step", "t", "sigma"]
+
+
+def axis(action: ir.Predict) -> Axis:
+    """Returns the clock word along which a predictor extrapolates."""
+    for argument in action.arguments:
+        if argument.label == "along" and isinstance(argument.value, ir.Text):
+            return cast("Axis", argument.value.value)
+    return "step"
 
 
 def feedback(action: ir.Action | None) -> bool:

@@ -35,14 +35,15 @@ class Weights:
     factors: tuple[Any, ...]
 
 
-def weights(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
+def weights(predictor: str, steps: Sequence[float], step: float, arguments: PredictorArguments) -> Weights:
     """Returns the coefficients of a prediction at `step` from values at `steps`, newest first.
 
-    A factor that is too large for a float is infinite.
+    The steps may be places on any axis, such as timesteps or sigmas. A factor that is too large for a float is
+    infinite, as is one from two values at the same place.
     """
     try:
         return _PREDICTORS[predictor](steps, step, arguments)
-    except OverflowError:
+    except (OverflowError, ZeroDivisionError):
         return Weights(None, (math.inf,))
 
 
@@ -51,8 +52,9 @@ def amplification(numbers: Weights) -> float:
 
     Infinite if a factor is not finite.
     """
-    # A difference of order i is the sum of 2^i values, divided by at least 1.
-    terms = [2.0 ** (order + 1) * abs(factor) for order, factor in enumerate(numbers.factors)]
+    # A difference of order i is the sum of 2^i values, divided i times: by steps, or by less along another axis.
+    least = min(1.0, *map(abs, numbers.divisors)) if numbers.divisors else 1.0
+    terms = [(2.0 / least) ** (order + 1) * abs(factor) for order, factor in enumerate(numbers.factors)]
     bound = 1.0 + sum(terms)
     return bound if math.isfinite(bound) else math.inf
 
@@ -73,7 +75,9 @@ def extrapolate(history: Sequence[V], numbers: Weights) -> V:
     return answer
 
 
-def coefficients(predictor: str, steps: Sequence[int], step: int, arguments: PredictorArguments) -> tuple[float, ...]:
+def coefficients(
+    predictor: str, steps: Sequence[float], step: float, arguments: PredictorArguments
+) -> tuple[float, ...]:
     """Returns the factor of each value at `steps`, newest first, in the prediction at `step`.
 
     All predictors are linear: the prediction is the sum of the values times these factors.
@@ -99,19 +103,19 @@ def _differences(history: Sequence[V], numbers: Weights) -> list[V]:
     return differences
 
 
-def _linear(_steps: Sequence[int], _step: int, arguments: PredictorArguments) -> Weights:
+def _linear(_steps: Sequence[float], _step: float, arguments: PredictorArguments) -> Weights:
     """FasterCache's extrapolation, newest + (newest - older) * weight (arXiv:2410.19355, equation 5)."""
     return Weights(None, (arguments["weight"],))
 
 
-def _taylor(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
+def _taylor(steps: Sequence[float], step: float, arguments: PredictorArguments) -> Weights:
     """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
     divisors = _divisors(steps, arguments["order"])
     k = step - steps[0]
     return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
 
 
-def _hermite(steps: Sequence[int], step: int, arguments: PredictorArguments) -> Weights:
+def _hermite(steps: Sequence[float], step: float, arguments: PredictorArguments) -> Weights:
     """HiCache's series in scaled Hermite polynomials (arXiv:2508.16984)."""
     divisors, scale = _divisors(steps, arguments["order"]), arguments["scale"]
     x = scale * (step - steps[0])
@@ -122,8 +126,11 @@ def _hermite(steps: Sequence[int], step: int, arguments: PredictorArguments) -> 
     return Weights(divisors, tuple(factors))
 
 
-def _divisors(steps: Sequence[int], order: int) -> tuple[int, ...]:
-    return tuple(newer - older for newer, older in pairwise(steps[: order + 1]))
+def _divisors(steps: Sequence[float], order: int) -> tuple[float, ...]:
+    divisors = tuple(newer - older for newer, older in pairwise(steps[: order + 1]))
+    if 0 in divisors:
+        raise ZeroDivisionError("two computed values lie at the same place of the axis")
+    return divisors
 
 
 _PREDICTORS = {"linear": _linear, "taylor": _taylor, "hermite": _hermite}

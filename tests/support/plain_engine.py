@@ -42,6 +42,7 @@ class PlainEngine:
         self.plan = plan
         self.decisions: Sequence[Decision] = ()
         self.step = 0
+        self.ticks: dict[int, Any] = {}
         self.branch = ""
         self.histories: dict[tuple[str, int], list[Entry]] = {}
         self._begun: dict[int, Sequence[Tensor]] = {}
@@ -59,6 +60,7 @@ class PlainEngine:
     def call(self, tick: Any, decisions: Sequence[Decision], facts: Mapping[int, str], args: tuple[Any, ...]) -> Any:
         """One call of the model under these decisions; facts about a history say that it is gone."""
         self.step, self.branch, self.decisions = tick.step, tick.branch, decisions
+        self.ticks[tick.step] = tick
         self._begun.clear()
         for site, fact in facts.items():
             if any(
@@ -88,6 +90,12 @@ class PlainEngine:
     def _remember(self, site: Site, entry: Entry) -> None:
         self.histories.setdefault((self.branch, site.index), []).insert(0, entry)
 
+    def _places(self, history: Sequence[Entry], arguments: Mapping[str, Any]) -> tuple[list[float], float]:
+        """Where the entries and this call lie on the axis of a predictor."""
+        word = arguments.get("along", "step")
+        places = {step: float(getattr(tick, word)) for step, tick in self.ticks.items()}
+        return [places[entry.step] for entry in history], places[self.step]
+
     def _answer(self, site: Site, position: int, args: tuple[Any, ...], original: Any) -> Any:
         action = self.decisions[site.index].action
         history = self.histories.get((self.branch, site.index), [])
@@ -101,8 +109,7 @@ class PlainEngine:
             value = column[0]
             if isinstance(action, ir.Predict):
                 arguments = {each.label: evaluate(each.value) for each in action.arguments}
-                steps = [entry.step for entry in history]
-                value = predict(action.predictor, column, steps, self.step, arguments)
+                value = predict(action.predictor, column, *self._places(history, arguments), arguments)
             answers.append(args[place] + value if residual else value.clone())
         if feedback(action):
             given = [each.clone() for each in args if isinstance(each, Tensor)]

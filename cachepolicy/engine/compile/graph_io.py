@@ -25,7 +25,7 @@ from cachepolicy.engine.compile.graph_ops import Answer, OutputPlace, Part
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, feedback, reach
-from cachepolicy.planning.predictors import Weights, weights
+from cachepolicy.planning.predictors import Weights
 from cachepolicy.planning.schedule import UNKNOWN_FORM, WAITING, Decision
 
 
@@ -60,8 +60,8 @@ class Staged(Protocol):
         """Return the current decision of the site, `WAITING` if its signals are missing."""
         ...
 
-    def arguments(self, action: ir.Predict, site: int) -> dict[str, Any]:
-        """Return the arguments of the action at this step."""
+    def weights(self, action: ir.Predict, site: int, steps: Sequence[int]) -> Weights:
+        """Return the coefficients of a prediction from results of other steps."""
         ...
 
     def excess(self, site: int, action: ir.Action | None) -> str | None:
@@ -202,7 +202,7 @@ def _weights(
     forward_pass: Staged, site: int, action: ir.Predict, steps: Sequence[int], like: torch.Tensor | None
 ) -> Weights:
     """Return the coefficients as 0-d tensors, because constants would recompile the graph at each step."""
-    numbers = weights(action.predictor, steps, forward_pass.step, forward_pass.arguments(action, site))
+    numbers = forward_pass.weights(action, site, steps)
 
     def tensor(number: float) -> torch.Tensor:
         device = torch.device("cpu") if like is None else like.device

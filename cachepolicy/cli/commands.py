@@ -256,6 +256,7 @@ def _explanation_json(explanation: Explanation) -> dict[str, object]:
         "branch": explanation.branch,
         "verdict": decision.verdict,
         "reason": decision.reason,
+        "error": explanation.error,
         "rule": None if decision.rule is None else decision.rule + 1,
         "asked": [{**asdict(asked), "rule": asked.rule + 1} for asked in explanation.asked],
     }

@@ -122,20 +122,24 @@ class Continuations:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], str] = {}
-        self._links: dict[int, dict[int, Link]] = {}
+        self._links: dict[int, tuple[dict[int, Link], dict[int, Ending]]] = {}
 
     def learn(self, module: Any, index: int, name: str) -> None:
         """Record that an output was passed on as `name`, which is also an input of the block itself."""
         self._known[type(module).__qualname__, index] = name
 
-    def keep_links(self, span: int, links: dict[int, Link]) -> None:
+    def keep_links(self, span: int, links: dict[int, Link], endings: dict[int, Ending]) -> None:
         """Store the structure of a span after a complete compute."""
-        self._links[span] = links
+        self._links[span] = links, endings
 
-    def links_of(self, span: int, names: Names) -> dict[int, Link]:
-        """Return the structure of a span from any compute of the run, if these inputs of its first block fit it."""
-        links = self._links.get(span, {})
-        return links if links and all(key is None or key in names for key in links[0].shape.inputs) else {}
+    def links_of(self, span: int, names: Names) -> tuple[dict[int, Link], dict[int, Ending]]:
+        """Return copies of a span's links and endings from any compute of the run, if these inputs fit its first block.
+
+        If none is known or the inputs do not fit, both are empty.
+        """
+        links, endings = self._links.get(span, ({}, {}))
+        fits = bool(links) and all(key is None or key in names for key in links[0].shape.inputs)
+        return (dict(links), dict(endings)) if fits else ({}, {})
 
     def input_of(self, module: Any, index: int) -> str | None:
         """Return the input that an output continues, or None if unknown."""

@@ -35,6 +35,7 @@ from cachepolicy.engine.actions import (
     unfit,
     versions,
 )
+from cachepolicy.engine.audit import Audit, run_bare
 from cachepolicy.engine.block_chain import (
     Begun,
     Chain,
@@ -60,7 +61,7 @@ from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.groups import is_initialized
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.history import trim
-from cachepolicy.engine.hooks import Leave, SiteHandle
+from cachepolicy.engine.hooks import LOCAL, Leave, SiteHandle
 from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Measuring, Remembered, probed
 from cachepolicy.errors import PolicyError
@@ -165,6 +166,7 @@ class ForwardPass:
         facts: Reasons why sites have to compute, by site number.
         liveness: What later steps may read.
         company: The processes that hold shards of the parameters, or None.
+        audit: Compares the answers with computed outputs, or None where the trajectory is not audited.
     """
 
     def __init__(
@@ -177,8 +179,10 @@ class ForwardPass:
         facts: dict[int, str],
         liveness: Liveness,
         company: Agreement | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self.host = host
+        self.audit = audit
         self.branch = branch
         self.tick = branch.ticks[tick.step] = tick
         self.leaders = leaders
@@ -211,7 +215,8 @@ class ForwardPass:
         """The modules that have been called, and the spans that have computed from their first block to their last."""
         self._gated: set[SiteHandle] | None = None
         self._recorders: dict[int, Recorder | Tracker] = {}
-        self._waiting: list[int] = []
+        self._waiting: dict[int, Names] = {}
+        """The spans whose first block runs before they are decided, with its inputs."""
         self._unclear: list[Seen] = []
         self._begun: dict[ir.Probe, tuple[Names, int | None]] = {}
         self._opened: Begun | None = None
@@ -578,7 +583,9 @@ class ForwardPass:
                 link = links.pop(position, None)
                 if link is None:
                     return self._repeated(original, module, site, args, kwargs)
-                return self._linked(span, link, names) if link.leads else handed_on(link.shape, names)
+                if self.audit is None and not link.leads:
+                    return handed_on(link.shape, names)
+                return self._answered_block(span, position, link, original, module, args, kwargs, names)
             if position > 0:
                 # A span is decided when its first block has run. A tracker exists only if it computes.
                 tracker = self._recorders.get(span)
@@ -586,13 +593,9 @@ class ForwardPass:
                     return self._tracked(tracker, original, module, site, args, kwargs, names)
         if site in self._called or any([span in self._called for span, _ in site.members]):
             return self._repeated(original, module, site, args, kwargs)
-        self._called.add(site)
-        self._learn(names)
-        if self._gated and site in self._gated:
-            # The probes have read this call between two graphs.
-            self._gated.discard(site)
-        else:
-            self.enter(site, names, positional, named)
+        self._begin(site, names, positional, named)
+        if self.audit is not None and self.audit.left is not None:
+            return original(module, *args, **kwargs)
         self.release()
         recording = list[tuple[int, int, Begun | None]]()
         waiting = list[int]()
@@ -610,11 +613,14 @@ class ForwardPass:
         code = COMPUTE if answer is not None else self._code(site, args, kwargs)
         before = _counter(names)
         if answer is not None:
-            output = self._linked(answer, self._links[answer].pop(position), names)
+            link = self._links[answer].pop(position)
+            output = self._answered_block(answer, position, link, original, module, args, kwargs, names)
         elif code == ANSWER:
-            output = self.answered(site.index)
+            output = self._answered_site(site.index, original, module, args, kwargs)
         else:
             output, answer = self._run(original, module, args, kwargs, waiting, names)
+            if self.audit is not None and self.audit.left is not None:
+                return output
         for span in waiting:
             if self._modes[span] == PENDING:
                 self._settle(span, names, ran=True)
@@ -628,6 +634,16 @@ class ForwardPass:
         self.leave(site, module, names, output, before)
         self._last = (module, names, parts(output)[0]) if isinstance(output, torch.Tensor | tuple) else None
         return output  # pyright: ignore[reportUnknownVariableType]
+
+    def _begin(self, site: SiteHandle, names: Names, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Begin the first call of a module: learn from its inputs, and let the probes read them."""
+        self._called.add(site)
+        self._learn(names)
+        if self._gated and site in self._gated:
+            # The probes have read this call between two graphs.
+            self._gated.discard(site)
+        else:
+            self.enter(site, names, positional, named)
 
     def _run(
         self,
@@ -643,9 +659,10 @@ class ForwardPass:
         Returns:
             The output, and the number of the answered span or None.
         """
-        self._waiting += waiting
+        frame = LOCAL.frame
+        self._waiting |= dict.fromkeys(waiting, names)
         try:
-            return original(module, *args, **kwargs), None
+            output = original(module, *args, **kwargs)
         except Leave as leave:
             if leave.span not in waiting:
                 raise
@@ -655,7 +672,14 @@ class ForwardPass:
             return self._linked(leave.span, self._links[leave.span].pop(0), names), leave.span
         finally:
             for span in waiting:
-                self._waiting.remove(span)
+                del self._waiting[span]
+        span = None if self.audit is None else self.audit.left
+        if self.audit is None or span is None or span not in waiting:
+            return output, None
+        self.audit.left, LOCAL.frame = None, frame
+        self._recorders.pop(span, None)
+        self._compare_segment(self.audit, span, 0, output)
+        return output, span
 
     def _learn(self, names: Names) -> None:
         """Learn which input of a module continues which output of the module before it, by tensor identity."""
@@ -735,6 +759,11 @@ class ForwardPass:
         for span in self._waiting:
             if self._modes[span] == PENDING and self.measuring is not None and self._ready(span):
                 self._settle(span, None, ran=False)
+                if self._modes[span] == ANSWER and self.audit is not None:
+                    # The block goes on, but what follows in it is not seen: under the policy, it would be left here.
+                    self._expect(self.audit, span, self._links[span].pop(0), self._waiting[span])
+                    self.audit.left, LOCAL.frame = span, None
+                    return
                 if self._modes[span] == ANSWER:
                     raise Leave(span)
 
@@ -828,7 +857,7 @@ class ForwardPass:
             self._recorders.pop(span).finish()
             links = self._chain(span).links
             if len(links) == recorder.calls:
-                self.host.continuations.keep_links(span, links)
+                self.host.continuations.keep_links(span, links, self._chain(span).endings)
 
     def _tracked(
         self,
@@ -860,6 +889,48 @@ class ForwardPass:
         if link.leads and not isinstance(action, ir.Skip):
             inputs = self._led(span, link, inputs, action)
         return rebuilt(link.shape, inputs)
+
+    def _answered_block(
+        self,
+        span: int,
+        position: int,
+        link: Link,
+        original: Any,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: Names,
+    ) -> Any:
+        """Return the answer of one block of a span that reuses, or its computed output in an audited trajectory."""
+        if self.audit is None:
+            return self._linked(span, link, names)
+        self._expect(self.audit, span, link, names)
+        output = run_bare(original, module, args, kwargs)
+        self._compare_segment(self.audit, span, position, output)
+        return output
+
+    def _expect(self, audit: Audit, span: int, link: Link, names: Names) -> None:
+        """Form the answer of a segment from the inputs of its first block."""
+        if not link.leads:
+            return
+        inputs, action = passed(link.shape, names), self.decision(span).action
+        answers = inputs if isinstance(action, ir.Skip) else self._led(span, link, inputs, action)
+        # The block may write into its inputs, which are answers of a `skip`.
+        audit.expected[span, link.segment] = [
+            answer.clone() if answer is stream and isinstance(stream, torch.Tensor) else answer
+            for answer, stream in zip(answers, inputs, strict=True)
+        ]
+
+    def _compare_segment(self, audit: Audit, span: int, position: int, output: Any) -> None:
+        """Compare the answer of a segment with the output of its last block."""
+        ending = self._chain(span).endings.get(position)
+        answers = None if ending is None else audit.expected.pop((span, ending.segment), None)
+        if ending is None or answers is None:
+            return
+        outputs, _ = parts(output)
+        for answer, index in zip(answers, ending.outputs, strict=True):
+            if index is not None and isinstance(answer, torch.Tensor):
+                audit.compare(span, answer, outputs[index])
 
     def _led(self, span: int, link: Link, inputs: list[Any], action: ir.Action | None) -> list[Any]:
         """Return the answer of the first block of a segment, which carries the result of the whole segment."""
@@ -979,7 +1050,7 @@ class ForwardPass:
         skips = isinstance(action, ir.Skip)
         if skips and not chain.links:
             # What a skipped block returns does not depend on the trajectory or the branch.
-            chain.links = dict(self.host.continuations.links_of(span, names))
+            chain.links, chain.endings = self.host.continuations.links_of(span, names)
         if not chain.links:
             return UNKNOWN_FORM if skips else chain.storing.lacking
         if not skips and not chain.holds(residual=_of_residual(action)):
@@ -1036,6 +1107,17 @@ class ForwardPass:
         slot, arguments = self.branch.slots[site], self.arguments(action, site)
         place = self.places(action)
         return predicted(slot, action, arguments, self.tick.step, place, halved=self.halved, half=self.half)
+
+    def _answered_site(
+        self, site: int, original: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the answer of a site, or its computed output in an audited trajectory."""
+        answer = self.answered(site)
+        if self.audit is None:
+            return answer
+        output = run_bare(original, module, args, kwargs)
+        self.audit.compare(site, answer, output)
+        return output
 
     def answered(self, site: int) -> Any:
         """Return the answer of a site from its stored outputs."""

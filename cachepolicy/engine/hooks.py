@@ -335,6 +335,8 @@ class RootPass(Protocol):
     """State of one root call. The root model runs with `args` and `kwargs`."""
 
     frame: Frame
+    compares: bool
+    computed: Any
     answered: bool
     output: Any
     args: tuple[Any, ...]
@@ -467,6 +469,21 @@ def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @_eager
+def _audited(call: Any, module: Any, forward_pass: RootPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the bare model outside any graph, and return the output that the policy would have given."""
+    with UNCOMPILED if forward_pass.learns else contextlib.nullcontext():
+        LOCAL.frame = None
+        forward_pass.computed = call(module, *args, **kwargs)
+        LOCAL.frame = forward_pass.frame
+        if forward_pass.answered:
+            return forward_pass.output
+        # The second run must not change the random numbers that the caller draws afterwards.
+        devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):  # pyright: ignore[reportUnknownMemberType]
+            return call(module, *forward_pass.args, **forward_pass.kwargs)
+
+
+@_eager
 def _fail(handle: RootHandle, forward_pass: RootPass, error: BaseException) -> None:
     handle.fail(forward_pass, error)
 
@@ -549,7 +566,9 @@ def _decided(original: Method) -> Method:
                 LOCAL.root = outer[2]
         LOCAL.frame, LOCAL.stage = forward_pass.frame, None
         try:
-            if forward_pass.answered:
+            if forward_pass.compares:
+                output = _audited(original, self, forward_pass, args, kwargs)
+            elif forward_pass.answered:
                 output = forward_pass.output
             elif forward_pass.learns:
                 output = _learn(original, self, forward_pass.args, forward_pass.kwargs)

@@ -24,6 +24,11 @@ class RunOptions:
         gradients: What happens where a gradient would have to pass through a reused result, which has none: `"refuse"`
             raises E343 if an input of the model requires grad or an adapter is being trained; `"detach"` treats reused
             results as constants.
+        audit: The share of trajectories, 0 to 1, in which every module computes and each answer that the policy would
+            have given is compared with the computed output. Such a trajectory returns what the bare model returns.
+        audit_seed: The seed of the choice. The trajectory with the number n, counted from 0 in the order in which the
+            trajectories of the run begin, is audited where `random.Random(f"cachepolicy audit {audit_seed} {n}")`
+            draws a number below `audit`.
 
     The other fields are keyword arguments of `apply`, which documents them.
     """
@@ -41,6 +46,8 @@ class RunOptions:
     history_device: Any = None
     memory_limit: int | str | None = None
     gradients: Literal["refuse", "detach"] = "refuse"
+    audit: float = 0.0
+    audit_seed: int = 0
 
     @classmethod
     def of(cls, options: RunOptions | Mapping[str, Any] | None, **keywords: Any) -> RunOptions:
@@ -100,6 +107,11 @@ class RunOptions:
         gradients = cast("Any", self.gradients)
         if gradients not in {"refuse", "detach"}:
             return f"`gradients` is `{gradients!r}`", '`"refuse"` or `"detach"`'
+        audit, seed = cast("tuple[Any, Any]", (self.audit, self.audit_seed))
+        if not isinstance(audit, int | float) or isinstance(audit, bool) or not 0 <= audit <= 1:
+            return f"`audit` is `{audit!r}`", "the share of trajectories that are audited, between 0 and 1"
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            return f"`audit_seed` is `{seed!r}`", "a whole number"
         limit = cast("Any", self.memory_limit)
         if limit is not None and not _is_size(limit):
             return f"`memory_limit` is `{limit!r}`", "a number of bytes, or a size such as `512MiB` or `2GB`"

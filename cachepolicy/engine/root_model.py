@@ -23,6 +23,7 @@ from cachepolicy.engine.actions import (
     REUSE,
     Slot,
 )
+from cachepolicy.engine.audit import Audit, Audits
 from cachepolicy.engine.block_chain import Continuations
 from cachepolicy.engine.cfg_cache import Guide, Problem
 from cachepolicy.engine.class_swap import Handle, plain
@@ -84,6 +85,7 @@ class RootContext:
     trace: Trace | None
     storing: Storing
     budget: Budget | None
+    audits: Audits
 
 
 @dataclass(slots=True)
@@ -282,7 +284,10 @@ class RootModel(Handle):
         if forward_pass.host.execution.approximation is not None:
             call.source = self.context.guidance(session_config, here, sources)
         self._open(call)
-        if self.graphs.used(whole=compiler) and not call.answered:
+        if state.audited:
+            call.compares = call.answered or forward_pass.halved
+            call.learns = self.graphs.used(whole=compiler)  # the answers are compared outside graphs
+        elif self.graphs.used(whole=compiler) and not call.answered:
             call.learns = self.graphs.learns(arguments)
             if not call.learns:
                 call.parts = self.graphs.parts(forward_pass, arguments, whole=compiler)
@@ -354,7 +359,8 @@ class RootModel(Handle):
                 agreement=state.agreement,
                 undefined=self.remeasured,
             )
-        return ForwardPass(state.host, branch, tick, leaders, measuring, facts, liveness, state.company)
+        audit = Audit() if state.audited else None
+        return ForwardPass(state.host, branch, tick, leaders, measuring, facts, liveness, state.company, audit)
 
     def _liveness(self, state: State, ahead: Ahead) -> Liveness:
         """Return what later steps may read. The result is cached until the clock's forecast changes."""
@@ -436,8 +442,13 @@ class RootModel(Handle):
                 self.finished(other)
                 other.clear()
         self.graphs.look()
+        if session.drawn != session.clock.trajectories:
+            options = (session.session_config or self.context.session_config).options
+            session.drawn = session.clock.trajectories
+            session.audited = self.context.audits.draws(options.audit, options.audit_seed)
+        state.audited = session.audited
         trace, plan = self.context.trace, state.host.execution.plan
-        state.trajectory = trace.begin(session.key, plan) if trace is not None else None
+        state.trajectory = trace.begin(session.key, plan, audited=state.audited) if trace is not None else None
         self._meet(state)
         error = untold(plan, tick)
         if error is not None:
@@ -552,6 +563,10 @@ class RootModel(Handle):
             output = state.guide.ended(
                 forward_pass.tick, call.arguments, call.guidance, output, self.channels, halved=forward_pass.halved
             )
+        errors: Mapping[int, float] = {}
+        if forward_pass.audit is not None:
+            errors = self._compared(call, forward_pass.audit, output)
+            output = call.computed if call.compares else output
         if site.outputs:
             forward_pass.leave(site, self.module, call.arguments.named, output, None)
         if call.parts:
@@ -579,13 +594,24 @@ class RootModel(Handle):
         if state.reused and torch.is_grad_enabled():
             self.keeps_graphs = True
         if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
-            state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls)))
+            state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls), errors))
         if forward_pass.tick.steps is not None and forward_pass.tick.step + 1 >= forward_pass.tick.steps:
             self._over(call)
         with self._lock:
             self.active -= 1
         call.session.leave()
         return output
+
+    def _compared(self, call: RootCall, audit: Audit, output: Any) -> dict[int, float]:
+        """Return the error of each answer of an audited call by site number, and add them to those of the run."""
+        itself = call.forward_pass.host.execution.itself
+        if call.compares and itself is not None:
+            audit.compare(itself, output, call.computed)
+        errors = audit.errors()
+        prefix = f"{self.name}: " if len(self.run.plans) > 1 else ""
+        named = {f"{prefix}{self.plan.sites[site].name}": error for site, error in errors.items()}
+        self.context.audits.add(call.forward_pass.tick.step, named)
+        return errors
 
     def again(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall:
         """Prepare a forward pass anew, in which every site computes.
@@ -647,7 +673,7 @@ class RootModel(Handle):
             help="select modules that one forward calls once",
         )
 
-    def _recorded(self, call: RootCall, number: int) -> CallRecord:
+    def _recorded(self, call: RootCall, number: int, errors: Mapping[int, float]) -> CallRecord:
         """Return the trace entry of the call."""
         forward_pass = call.forward_pass
         profiled = self.context.session_config.options.trace == "profile"
@@ -661,6 +687,7 @@ class RootModel(Handle):
             held=self.held(call.state),
             began=forward_pass.started,
             profile=call.frame.profile if number < _MOST_PROFILED else (),
+            errors=errors,
         )
 
     def _release(self, call: RootCall) -> None:
@@ -771,7 +798,12 @@ _NO_GUIDANCE_SOURCE = GuidanceSource()
 
 @dataclass(slots=True)
 class RootCall:
-    """State of one root call between `begin` and `end`. The root model runs with `args` and `kwargs`."""
+    """State of one root call between `begin` and `end`. The root model runs with `args` and `kwargs`.
+
+    Attributes:
+        compares: Whether the call is audited and the policy answers it or halves its batch. The bare model then runs
+            first, and its output `computed` is what the call returns.
+    """
 
     session: Session
     state: State
@@ -785,13 +817,15 @@ class RootCall:
     output: Any = None
     guidance: dict[str, Any] | None = None
     learns: bool = False
+    compares: bool = False
+    computed: Any = None
     parts: Mapping[int, Part] = field(default_factory=dict[int, Part])
     source: GuidanceSource = _NO_GUIDANCE_SOURCE
 
 
 def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:
     """Return the code of a site at this call. A result is stored only if a later step may read it."""
-    if decision is WAITING:
+    if decision is WAITING or forward_pass.audit is not None:
         return PENDING
     if decision.verdict != "reuse":
         return forward_pass.store if forward_pass.wanted(site).outputs else COMPUTE

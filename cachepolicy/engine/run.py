@@ -17,6 +17,7 @@ import torch
 from cachepolicy.diffusers.configs import config_of
 from cachepolicy.diffusers.guidance import GUIDANCE_PROPERTY
 from cachepolicy.engine import compat
+from cachepolicy.engine.audit import Audits, AuditSummary
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
 from cachepolicy.engine.clock import CONTEXT, Context, Sources, step_context
 from cachepolicy.engine.distributed.groups import member_ranks
@@ -245,6 +246,7 @@ class Run:
         self._swapped: list[torch.nn.Module] = []
         self._schedulers: Weakly[Any] = Weakly()
         self._pipelines: Weakly[Any] = Weakly()
+        self._audits = Audits()
         self._sessions = Sessions(offer.session_config.options.max_sessions, self._finished)
 
     @property
@@ -283,6 +285,11 @@ class Run:
             self._sessions.continued,
             self._terms.options.max_sessions,
         )
+
+    @property
+    def audit(self) -> AuditSummary:
+        """The errors of the answers in the trajectories that `RunOptions(audit=...)` has audited."""
+        return self._audits.summary
 
     # --- telling -----------------------------------------------------------------------------------------
 
@@ -354,6 +361,7 @@ class Run:
             self.trace,
             self._storing,
             self._budget,
+            self._audits,
         )
         root = RootModel(self, name, module, context)
         self._attached[name] = root
@@ -492,6 +500,7 @@ class Run:
         scheduler: Any = None,
         steps: int | None = None,
         guidance: bool | None = None,
+        audit: float | None = None,
         **params: Any,
     ) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that assigns the calls inside to the session `key`.
@@ -506,6 +515,7 @@ class Run:
             scheduler: As for `apply`.
             steps: As for `apply`.
             guidance: As for `apply`.
+            audit: As for `RunOptions`; 1.0 audits the session's trajectories, 0.0 none of them.
             **params: Params of the policy that change no hook, such as thresholds and intervals.
 
         Raises:
@@ -514,7 +524,7 @@ class Run:
         """
         if key is None:
             raise PolicyError.of("E304", "a session's key is None", help="use a string or a number of your own")
-        stated = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance}
+        stated = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance, "audit": audit}
         options = {name: value for name, value in stated.items() if value is not None}
         session_config = self._offer.depart(options, params) if options or params else None
         return self._inside(key, session_config)

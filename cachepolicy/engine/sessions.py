@@ -38,6 +38,7 @@ class State:
         host: The root model under the settings of the session.
         doubted: Branches as they were before a call of this step that may belong to another branch.
         over: Whether the last step has run.
+        audited: Whether the answers of the trajectory are compared with computed outputs.
     """
 
     host: Host
@@ -50,6 +51,7 @@ class State:
     reused: bool = False
     count: int = 0
     over: bool = False
+    audited: bool = False
     trajectory: Trajectory | None = None
     agreement: Agreement | None = None
     company: Agreement | None = None
@@ -86,9 +88,13 @@ class Session:
     Attributes:
         lost: The last timestep, and the direction of `t`, of a trajectory that was under way when `max_sessions` ended
             the session.
+        drawn: The trajectory for which `audited` was drawn, -1 before the first.
+        audited: Whether that trajectory is audited.
     """
 
-    __slots__ = ("__weakref__", "_depth", "_thread", "clock", "key", "lost", "session_config", "states")
+    __slots__ = (
+        "__weakref__", "_depth", "_thread", "audited", "clock", "drawn", "key", "lost", "session_config", "states",
+    )  # fmt: skip
 
     def __init__(self, key: object) -> None:
         self.key = key
@@ -96,6 +102,8 @@ class Session:
         self.session_config: SessionConfig | None = None
         self.states: dict[str, State] = {}
         self.lost: Lost | None = None
+        self.drawn = -1
+        self.audited = False
         self._thread: int | None = None
         self._depth = 0
 
@@ -138,7 +146,7 @@ class Session:
     def end(self) -> list[tuple[str, State]]:
         """Release the state and return it by root model. The next call starts a trajectory."""
         states, self.states = self.states, {}
-        self.clock, self.session_config, self.lost = Clock(), None, None
+        self.clock, self.session_config, self.lost, self.drawn = Clock(), None, None, -1
         return list(states.items())
 
     def goes_on(self, tick: Tick) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cachepolicy.errors import PolicyError
@@ -52,13 +52,17 @@ class AskedRule:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The explanation of one decision."""
+    """The explanation of one decision.
+
+    `error` is the relative error of the answer in an audited trajectory, None elsewhere.
+    """
 
     site: str
     step: int
     branch: str
     decision: Decision
     asked: tuple[AskedRule, ...]
+    error: float | None = None
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -66,6 +70,9 @@ class Explanation:
     def _lines(self) -> Iterator[str]:
         branch = f" on branch `{self.branch}`" if self.branch else ""
         yield f"{self.site} {self.decision.verb} at step {self.step}{branch}: {self.decision.reason}"
+        if self.error is not None:
+            measure = "norm of the difference / norm of the computed output"
+            yield f"  audited: the answer is {self.error:.2%} off ({measure})"
         for rule in self.asked:
             yield f"  rule {rule.rule + 1}: {rule.text}"
             yield f"    {rule.outcome}"
@@ -117,7 +124,9 @@ def explain_run(trajectory: Trajectory, where: str, *, branch: str | None = None
     wanted = next(iter(trajectory.branches), "") if branch is None else branch
     for call in trajectory.calls:
         if (call.tick.step, call.tick.branch) == (step, wanted):
-            return explain_decision(trajectory.plan, matching.name, step, wanted, call.decisions[matching.index])
+            decision = call.decisions[matching.index]
+            explanation = explain_decision(trajectory.plan, matching.name, step, wanted, decision)
+            return replace(explanation, error=call.errors.get(matching.index))
     of = f" of branch `{wanted}`" if wanted else ""
     help = f"its branches are {', '.join(f'`{name}`' for name in trajectory.branches)}" if branch is not None else None
     raise PolicyError.of("E253", f"the run has no step {step}{of}", help=help)

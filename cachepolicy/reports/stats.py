@@ -31,6 +31,7 @@ class Gains:
         uncached: Seconds of the calls without the policy: those that the caller measured, or an estimate.
         estimated: Whether `uncached` is an estimate: as many calls at the median of those that computed everything.
         held: Most bytes that the session held; None for a schedule.
+        audited: Whether every module computed, so that the seconds tell nothing of the policy.
     """
 
     calls: int
@@ -40,11 +41,12 @@ class Gains:
     uncached: float | None
     estimated: bool
     held: int | None
+    audited: bool = False
 
     @property
     def speed_up(self) -> float | None:
         """The speed-up of the calls of the model, as `speed_up` defines it."""
-        return speed_up(self.seconds, self.uncached, self.tally.skipped)
+        return None if self.audited else speed_up(self.seconds, self.uncached, self.tally.skipped)
 
 
 def speed_up(seconds: float | None, uncached: float | None, skipped: float) -> float | None:
@@ -76,6 +78,7 @@ def gains(outcome: Outcome, *, work: Work | None = None, uncached: float | None 
         uncached=uncached if estimate is None else estimate,
         estimated=estimate is not None,
         held=max((call.held for call in calls), default=None),
+        audited=isinstance(outcome, Trajectory) and outcome.audited,
     )
 
 

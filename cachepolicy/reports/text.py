@@ -39,6 +39,10 @@ def draw(outcome: Outcome, *, width: int = 80, colour: bool = False) -> str:
         held = max((call.held for call in outcome.calls), default=0)
         memory = f", at most {format_bytes(held, digits=1)} held" if held else ""
         lines.append(f"{outcome.seconds:.2f} s in {counted(len(outcome.calls), 'call')} of the model{memory}")
+        if outcome.audited:
+            worst = outcome.worst
+            most = "" if worst is None else f"; the largest error of an answer is {worst[2]:.2%}, {worst[0]}@{worst[1]}"
+            lines.append(f"audited: every module computed{most}")
     return "\n".join(lines)
 
 

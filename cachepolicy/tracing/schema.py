@@ -93,6 +93,7 @@ class CallForm(Form):
         facts: What only the run could know, by site number.
         signals: Measured numbers by name, by site number.
         profile: Times of the modules in a profiled run.
+        errors: Relative errors of the answers in an audited trajectory, by site number.
     """
 
     step: Count
@@ -108,6 +109,7 @@ class CallForm(Form):
     facts: dict[Index, str] = {}
     signals: dict[Index, dict[str, float]] = {}
     profile: tuple[SliceForm, ...] = ()
+    errors: dict[Index, Annotated[float, Field(ge=0)]] = {}
 
 
 class TrajectoryForm(Form):
@@ -119,6 +121,7 @@ class TrajectoryForm(Form):
         began: Seconds since the document's first trajectory.
         decisions: The different decisions.
         calls: The calls in order.
+        audited: Whether every module computed, and the answers were compared with the computed outputs.
     """
 
     session: str
@@ -126,6 +129,7 @@ class TrajectoryForm(Form):
     began: Seconds
     decisions: tuple[DecisionForm, ...]
     calls: tuple[CallForm, ...]
+    audited: bool = False
 
 
 class Document(Form):

@@ -43,6 +43,8 @@ class CallRecord:
         held: Bytes of history that the session held after the call.
         began: `time.perf_counter` at its beginning.
         profile: Times of the modules that it called, in a run with `trace="profile"`.
+        errors: Relative errors of the answers in an audited trajectory, by site number: the norm of the difference to
+            the computed output, over the norm of the computed output.
     """
 
     tick: Tick
@@ -54,6 +56,7 @@ class CallRecord:
     held: int = 0
     began: float = 0.0
     profile: Sequence[Slice] = ()
+    errors: Mapping[int, float] = field(default_factory=dict[int, float])
 
     @property
     def decisions(self) -> list[Decision]:
@@ -63,15 +66,19 @@ class CallRecord:
 
 @dataclass(slots=True)
 class Trajectory:
-    """The calls of one trajectory, in order."""
+    """The calls of one trajectory, in order.
+
+    In an audited trajectory every module has computed; the decisions are those of the policy.
+    """
 
     session: object
     plan: Plan
     calls: list[CallRecord] = field(default_factory=list[CallRecord])
+    audited: bool = False
 
     def __deepcopy__(self, memo: object) -> Trajectory:
         # Plans and records never change. The key of a session may be any hashable object, and its identity matters.
-        return Trajectory(self.session, self.plan, list(self.calls))
+        return Trajectory(self.session, self.plan, list(self.calls), self.audited)
 
     def rows(self, branch: str | None = None) -> dict[str, str]:
         """Returns one letter a call for each site: `C` computed, `R` reused, `.` hidden.
@@ -117,7 +124,22 @@ class Trajectory:
         """Steps, sites, skipped site calls and the time, on one line."""
         steps = len({call.tick.step for call in self.calls})
         size = f"{counted(steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
-        return f"{size}: {tally(self)}, {self.seconds:.2f} s in the model"
+        worst = self.worst
+        audit = "" if not self.audited else ", audited" if worst is None else f", audited: {worst[2]:.2%} off at most"
+        return f"{size}: {tally(self)}, {self.seconds:.2f} s in the model{audit}"
+
+    @property
+    def worst(self) -> tuple[str, int, float] | None:
+        """The site, the step and the size of the largest error of an audited trajectory, or None."""
+        errors = [
+            (error, call.tick.step, self.plan.sites[site].name)
+            for call in self.calls
+            for site, error in call.errors.items()
+        ]
+        if not errors:
+            return None
+        error, step, name = max(errors, key=lambda found: found[0])
+        return name, step, error
 
     def to_html(self) -> str:
         """Returns the summary and the rows as HTML for notebooks."""
@@ -148,9 +170,9 @@ class Trace:
         self._trajectories = deque(trajectories, maxlen=most)
         self._lock = threading.Lock()
 
-    def begin(self, session: object, plan: Plan) -> Trajectory:
+    def begin(self, session: object, plan: Plan, *, audited: bool = False) -> Trajectory:
         """Starts the record of a trajectory, and drops the oldest if there are too many."""
-        trajectory = Trajectory(session, plan)
+        trajectory = Trajectory(session, plan, audited=audited)
         with self._lock:
             self._trajectories.append(trajectory)
         return trajectory
@@ -263,7 +285,7 @@ def from_json(text: str | bytes) -> Trace:
         where = f"trajectories.{index}"
         if form.plan >= len(plans):
             raise _wrong(f"{where}.plan", f"there is no plan {form.plan}")
-        trajectory = trace.begin(form.session, plans[form.plan])
+        trajectory = trace.begin(form.session, plans[form.plan], audited=form.audited)
         trajectory.calls += _replayed(plans[form.plan], form, where)
     return trace
 
@@ -303,6 +325,7 @@ def _replayed(plan: Plan, form: TrajectoryForm, where: str) -> Iterator[CallReco
             signals=call.signals,
             held=call.held,
             began=form.began + call.began,
+            errors=call.errors,
             profile=[Slice(piece.module, form.began + piece.began, piece.seconds) for piece in call.profile],
         )
 
@@ -313,7 +336,7 @@ def _check_indices(plan: Plan, form: TrajectoryForm, call: CallForm, where: str)
         raise _wrong(f"{where}.decisions", f"{counted(len(call.decisions), 'decision')} for {counted(sites, 'site')}")
     if call.decisions and max(call.decisions) >= len(form.decisions):
         raise _wrong(f"{where}.decisions", f"there is no decision {max(call.decisions)}")
-    for name, numbers in (("facts", call.facts), ("signals", call.signals)):
+    for name, numbers in (("facts", call.facts), ("signals", call.signals), ("errors", call.errors)):
         outside = [number for number in numbers if number >= sites]
         if outside:
             raise _wrong(f"{where}.{name}", f"there is no site {outside[0]}")
@@ -379,7 +402,12 @@ def _trajectory_form(trajectory: Trajectory, plan: int, session: str, start: flo
         by_group = [number(decision) for decision in call.decided]
         calls.append(_call_form(call, tuple(by_group[group] for group in call.partition.group_of), first))
     return TrajectoryForm(
-        session=session, plan=plan, began=max(0.0, first - start), decisions=tuple(forms), calls=tuple(calls)
+        session=session,
+        plan=plan,
+        began=max(0.0, first - start),
+        decisions=tuple(forms),
+        calls=tuple(calls),
+        audited=trajectory.audited,
     )
 
 
@@ -403,6 +431,7 @@ def _call_form(call: CallRecord, decisions: tuple[int, ...], first: float) -> Ca
         decisions=decisions,
         facts=dict(call.facts),
         signals={site: dict(values) for site, values in call.signals.items()},
+        errors=dict(call.errors),
         profile=tuple(
             SliceForm(module=piece.module, began=max(0.0, piece.began - first), seconds=piece.seconds)
             for piece in call.profile

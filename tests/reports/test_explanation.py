@@ -205,3 +205,32 @@ def test_the_command_explains_a_saved_run(traced):
     assert 2 == CliRunner().invoke(main, ["explain", "pab", "blocks.0.attn@1", "--trace", file]).exit_code
     assert 2 == CliRunner().invoke(main, ["explain", "blocks.0.attn@1", "--trace", file, "--trajectory", "5"]).exit_code
     assert 2 == CliRunner().invoke(main, ["explain", "blocks.0.attn@1"]).exit_code
+
+
+def test_an_audited_answer_is_explained_with_its_error(tmp_path):
+    """The explanation, its JSON form, the page and the terminal show the recorded error, and no speed-up."""
+    import json
+
+    from click.testing import CliRunner
+
+    from cachepolicy.cli.commands import main
+    from cachepolicy.reports.html.page import page
+    from cachepolicy.reports.stats import gains
+    from cachepolicy.reports.text import draw
+    from cachepolicy.testing.models import Toy, inputs, sample
+
+    options = cachepolicy.RunOptions(audit=1.0)
+    policy = parse("match attention every 2 -> reuse")
+    with torch.no_grad(), cachepolicy.apply(Toy().build(), policy, options=options) as run:
+        list(sample(run.target, (950.0, 850.0, 750.0, 650.0), *inputs(Toy())))
+        trajectory, file = run.trace.last, tmp_path / "trace.json"
+        run.trace.save(file)
+    error = trajectory.calls[1].errors[0]
+    assert f"audited: the answer is {error:.2%} off" in str(explain_run(trajectory, "blocks.0.attn@1"))
+    assert "audited" not in str(explain_run(trajectory, "blocks.0.attn@0"))
+    command = ["explain", "blocks.0.attn@1", "--trace", str(file), "--json"]
+    assert error == json.loads(CliRunner().invoke(main, command).output)["error"]
+    worst = max(error for call in trajectory.calls for error in call.errors.values())
+    for text in (page([trajectory]), draw(trajectory), str(run.trace)):
+        assert f"{worst:.2%}" in text
+    assert gains(trajectory, uncached=10.0).speed_up is None

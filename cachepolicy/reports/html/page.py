@@ -89,6 +89,7 @@ def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, An
             for rule, source in enumerate(plan.resolved.sources)
             if source.policy is not policy
         ],
+        "errors": _errors(outcome) if recorded else None,
         **(_calls(outcome) if recorded and outcome.calls else {"calls": None, "profile": None}),
     }
 
@@ -125,8 +126,31 @@ def _figures(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
             yield "Speed-up, measured", f"{gained.speed_up:.2f}×", against
         each_call = f"{gained.seconds / max(1, gained.calls) * 1e3:.1f} ms a call"
         yield "Time in the model", f"{number(gained.seconds)} s", each_call
+    if isinstance(outcome, Trajectory) and outcome.worst is not None:
+        name, step, error = outcome.worst
+        yield "Largest error of an answer", f"{error:.2%}", f"{name} at step {step}; every module computed"
     if gained.held:
         yield "Memory held", format_bytes(gained.held, digits=1), "of histories, at most"
+
+
+def _errors(trajectory: Trajectory) -> dict[str, Any] | None:
+    """Returns a table of the errors of an audited trajectory, the site with the largest first."""
+    found = dict[int, list[tuple[float, int]]]()
+    for call in trajectory.calls:
+        for site, error in call.errors.items():
+            found.setdefault(site, []).append((error, call.tick.step))
+    rows: Rows = [
+        (
+            trajectory.plan.sites[site].name,
+            str(len(errors)),
+            f"{sum(error for error, _ in errors) / len(errors):.2%}",
+            f"{max(errors)[0]:.2%}",
+            str(max(errors)[1]),
+        )
+        for site, errors in sorted(found.items(), key=lambda item: -max(item[1])[0])
+    ]
+    heads = ("site", "answers", "mean error", "largest error", "at step")
+    return _table("Errors of the answers", heads, rows) if rows else None
 
 
 # --- signals ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
         image = pipe("a lighthouse at dusk").images[0]
     print(run.trace)
 
-Names are imported on first use. Only `apply`, `remove`, `tune` and the cache API of diffusers import torch.
+Names are imported on first use. Only `apply`, `remove`, `compare`, `tune` and the cache API of diffusers import torch.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cachepolicy.planning.simulation import plan, simulate
     from cachepolicy.reports.explanation import explain
     from cachepolicy.tracing.trace import load_trace
+    from cachepolicy.tuning.compare import compare
     from cachepolicy.tuning.tuner import tune
 
     __version__: str
@@ -55,6 +56,7 @@ __all__ = [
     "apply_first_block_cache",
     "apply_pyramid_attention_broadcast",
     "cache_context",
+    "compare",
     "disable_cache",
     "enable_cache",
     "explain",
@@ -84,6 +86,7 @@ _MODULES = {
     "apply_first_block_cache": "diffusers.api",
     "apply_pyramid_attention_broadcast": "diffusers.api",
     "cache_context": "diffusers.api",
+    "compare": "tuning.compare",
     "disable_cache": "diffusers.api",
     "enable_cache": "diffusers.api",
     "explain": "reports.explanation",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from cachepolicy.tools.sampling import Sample, call_pipeline, timed_calls
 
 ModelCall = Mapping[str, Any]
 SampleFunction = Callable[..., Any]
+STEPS = "num_inference_steps"
+"""The argument of a call that sets the number of steps."""
 
 
 class Sampler:
@@ -49,6 +52,48 @@ class Sampler:
             return [self._scheduler]
         components: Mapping[str, Any] = getattr(self.target, "components", {})
         return [part for part in components.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that can be replaced by another one, None where there is not exactly one."""
+        schedulers = self.schedulers
+        replaceable = len(schedulers) == 1 and (self._sample is None or self.takes("scheduler"))
+        return schedulers[0] if replaceable else None
+
+    def takes(self, argument: str) -> bool:
+        """Return whether a call takes an argument."""
+        return argument in self._parameters
+
+    def steps(self, call: ModelCall) -> int | None:
+        """Return the number of steps of a call, None where its arguments do not set it."""
+        default = self._parameters[STEPS].default if self.takes(STEPS) else None
+        steps = call.get(STEPS, default)
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self._sample or type(self.target).__call__).parameters
+
+    @contextlib.contextmanager
+    def stepping(self, scheduler: Any) -> Generator[dict[str, Any]]:
+        """Replace the scheduler inside the `with` block.
+
+        Args:
+            scheduler: The scheduler to step instead.
+
+        Yields:
+            Further arguments of the calls.
+        """
+        if self._sample is not None:
+            yield {"scheduler": scheduler}
+            return
+        original = self.scheduler
+        (name,) = (name for name, part in self.target.components.items() if part is original)
+        setattr(self.target, name, scheduler)
+        try:
+            yield {}
+        finally:
+            setattr(self.target, name, original)
 
     def __call__(self, call: ModelCall) -> Sample:
         """Sample one call. Generators among its arguments are restored afterwards, so that the call can be repeated."""

@@ -156,4 +156,10 @@ CODES: dict[str, str] = {
     "W603": "a scheduler that was replaced during a call",
     "W604": "modules that one forward calls more than once",
     "W605": "results that are reused while gradients are recorded",
+    "W610": "a policy that was tuned for another model",
+    "W611": "a policy that was tuned on another schedule",
+    "W612": "a policy that was tuned at another guidance scale",
+    "W613": "a policy that was tuned with other adapters",
+    "W614": "a policy that was tuned at another resolution",
+    "W615": "a tuned list that is cut",
 }

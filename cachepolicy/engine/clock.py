@@ -267,6 +267,7 @@ class Sources:
         timestep: The caller's `timestep=` function, or None.
         steps: The number of steps of a trajectory, or None if unknown.
         reads_t: Whether the policy uses the timestep, so that its unit matters.
+        lengths: Lengths of schedules within which a trajectory keeps the step numbers of the schedule.
     """
 
     scheduler: Any = None
@@ -274,6 +275,7 @@ class Sources:
     timestep: Callable[[], Any] | None = None
     steps: int | None = None
     reads_t: bool = True
+    lengths: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -346,7 +348,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     repeats = _Repeats(calls, calls.matching(name, conditioning), latents)
     stated = context is not None and context.own and (context.timestep is not None or context.step_index is not None)
     if sources.scheduler is not None and sources.follower is not None and not stated:
-        starts, moved, tick = _by_scheduler(clock, calls, sources.scheduler, sources.follower, root, arguments, repeats)
+        starts, moved, tick = _by_scheduler(clock, calls, sources, root, arguments, repeats)
     else:
         starts, moved, tick = _by_value(clock, calls, sources, context, root, arguments, repeats)
     if starts:
@@ -395,8 +397,7 @@ def _with_context(tick: Tick, branch: str, context: Context | None) -> Tick:
 def _by_scheduler(
     clock: Clock,
     calls: Calls,
-    scheduler: Any,
-    follower: SchedulerFollower,
+    sources: Sources,
     root: Root,
     arguments: CallArguments,
     repeats: _Repeats,
@@ -406,6 +407,8 @@ def _by_scheduler(
     Returns:
         Whether a trajectory starts, whether the step changed, and the tick.
     """
+    scheduler, follower = sources.scheduler, sources.follower
+    assert follower is not None
     timesteps, sigmas = follower.numbers(scheduler)
     raw = arguments.time
     if isinstance(raw, RowTimesteps) and raw.on_cpu:
@@ -424,12 +427,15 @@ def _by_scheduler(
     starts = starts or turns
     moved = step != clock.step
     clock.step = step
+    # The steps of the schedule before the trajectory are counted where the policy was tuned on the whole schedule.
+    skipped = clock.begin if not clock.before and len(timesteps) in sources.lengths else 0
     if starts or clock.numbers is not timesteps:
-        clock.ahead, clock.numbers = _rest(clock, timesteps, sigmas), timesteps
+        clock.ahead, clock.numbers = _rest(clock, timesteps, sigmas, skipped), timesteps
     index = min(clock.begin + step - clock.before, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
-    return starts, moved, Tick(step, timesteps[index], len(timesteps) - clock.begin + clock.before, sigma)
+    steps = len(timesteps) - clock.begin + clock.before + skipped
+    return starts, moved, Tick(step + skipped, timesteps[index], steps, sigma)
 
 
 def _followed(
@@ -506,11 +512,14 @@ def _joined(
     return True, clock.index - clock.begin
 
 
-def _rest(clock: Clock, timesteps: Sequence[float], sigmas: Sequence[float] | None) -> Ahead:
-    """Return what is known of the trajectory: the steps that another scheduler took, and those of this one."""
-    ahead, done = clock.ahead, clock.before
-    ahead_sigmas = None if sigmas is None else (*_first(ahead.sigmas, done), *sigmas[clock.begin :])
-    return Ahead((*_first(ahead.timesteps, done), *timesteps[clock.begin :]), ahead_sigmas)
+def _rest(clock: Clock, timesteps: Sequence[float], sigmas: Sequence[float] | None, skipped: int) -> Ahead:
+    """Return what is known of the trajectory: the steps that another scheduler took, and those of this one.
+
+    `skipped` steps of the schedule before the trajectory are counted as its own.
+    """
+    ahead, done, first = clock.ahead, clock.before, clock.begin - skipped
+    ahead_sigmas = None if sigmas is None else (*_first(ahead.sigmas, done), *sigmas[first:])
+    return Ahead((*_first(ahead.timesteps, done), *timesteps[first:]), ahead_sigmas)
 
 
 def _first(values: Sequence[float] | None, number: int) -> tuple[float, ...]:

@@ -46,6 +46,7 @@ from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
+from cachepolicy.engine.tuned_for import TunedFor
 from cachepolicy.errors import PolicyError, counted, warn
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined
@@ -123,6 +124,7 @@ class RootModel(Handle):
         self._gradients = GradientGuard(module)
         self.expects_calls = True
         self.switches = compat.checkpointing(module)
+        self.tuned_for = TunedFor(self.plan.resolved, module) if self.plan.resolved.tuned else None
         self.handles = self._handles()
         self.graphs = Graphs(self)
         self._lock = threading.Lock()
@@ -278,6 +280,11 @@ class RootModel(Handle):
         if reading.starts:
             self.context.settle(self)
             self._start(session, state, reading.tick)
+            if self.tuned_for is not None:
+                skipped = 0 if session.clock.before else session.clock.begin
+                pipeline = self.context.guidance(session_config, here, sources).pipeline
+                latents = arguments.named.get(arguments.latents or "")
+                self.tuned_for.compare_run(sources, reading.tick.steps, skipped, latents, pipeline)
         self._derive(state.host.execution, args, kwargs)
         forward_pass = self._new_pass(session_config, state, reading)
         call = RootCall(session, state, reading, forward_pass, arguments, args, kwargs)

@@ -167,6 +167,7 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     )
     if attaches:
         run.attach()
+        run.compare_model()
     else:
         run.disable()
     return run
@@ -344,6 +345,12 @@ class Run:
             except BaseException:
                 self._detach()
                 raise
+
+    def compare_model(self) -> None:
+        """Warn where the denoisers are not those that the policy was tuned for."""
+        for root in self._attached.values():
+            if root.tuned_for is not None:
+                root.tuned_for.compare_model()
 
     def disable(self) -> None:
         """Mark a run that is never attached, because `CACHEPOLICY_DISABLE` is set."""

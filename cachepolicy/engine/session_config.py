@@ -32,7 +32,10 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         reads_t = any("t" in execution.plan.needs for execution in self.executions.values())
-        bare = Sources(timestep=self.options.timestep, steps=self.options.steps, reads_t=reads_t)
+        lengths = {one.steps for execution in self.executions.values() for one in execution.plan.resolved.tuned}
+        bare = Sources(
+            timestep=self.options.timestep, steps=self.options.steps, reads_t=reads_t, lengths=frozenset(lengths)
+        )
         object.__setattr__(self, "bare", bare)
 
     def differs(self, other: SessionConfig) -> bool:

@@ -62,7 +62,7 @@ def format_node(node: ir.Node) -> str:
             return expression(node)  # pyright: ignore[reportArgumentType]
 
 
-_STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect)
+_STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect, ir.Tuned)
 _ACTIONS = (ir.Compute, ir.Skip, ir.Reuse, ir.Predict, ir.ApproximateUncond)
 _SELECTORS = (ir.Pattern, ir.PatternParam, ir.OfKind, ir.OfClass, ir.Blocks, ir.AllOf, ir.AnyOf, ir.NoneOf)
 
@@ -123,6 +123,7 @@ _GROUPS = {
     "match": "rule",
     "use": "rule",
     "expect": "expect",
+    "tuned": "tuned",
 }
 
 
@@ -214,6 +215,9 @@ def _pieces(statement: ir.Statement) -> Iterator[str]:
             yield f"expect {selector(statement.selector)} over {statement.steps} steps" + ":" * (not statement.settings)
             yield from _settings(statement.settings, end=":")
             yield " ".join(statement.row)
+        case ir.Tuned():
+            yield f"tuned over {statement.steps} steps"
+            yield from _settings(statement.settings)
         case _:
             assert_never(statement)
 

@@ -16,6 +16,7 @@ from cachepolicy.language.vocabulary import (
     CLOCK,
     FUNCTIONS,
     KINDS,
+    LATER_WORDS,
     PHRASES,
     PROBES,
     RESERVED,
@@ -90,6 +91,7 @@ _DECLARATIONS = (
     Colouring(rf"\b(param|let|table|signal|external)({_GAP})({_NAME})", ("statement", "space", "declared")),
     Colouring(rf"\b(policy|use)({_GAP})({_NAME})", ("statement", "space", "policy")),
 )
+_LATER = (Colouring(rf"^(?:{_either(LATER_WORDS)})(?=[ \t]+over\b)", ("statement",)),)
 _METHODS = (
     Colouring(rf"\b(predict)({_GAP})({_NAME})", ("action", "space", "method")),
     Colouring(rf"\b(approximate)({_GAP})(uncond)({_GAP})({_NAME})", ("action", "space", "clause", "space", "method")),
@@ -97,7 +99,7 @@ _METHODS = (
 )
 _CONSTANTS = ("off", "inf", "true", "false")
 _WORDS = (
-    _words(STATEMENT_WORDS, "statement"),
+    _words((word for word in STATEMENT_WORDS if word not in LATER_WORDS), "statement"),
     _words((*CLAUSE_WORDS, "each", "of", "class", "optional"), "clause"),
     _words(ACTION_WORDS, "action"),
     _words((*KINDS, "blocks"), "kind"),
@@ -120,6 +122,7 @@ _ANYWHERE = (
     Colouring(r"[ \t\r\n\ufeff]+", ("space",)),
     Colouring(r"#[^\n]*", ("comment",)),
     *_LITERALS,
+    *_LATER,
     *_DECLARATIONS,
     *_METHODS,
     *(_phrase(phrase, opens=_OPENING.get(phrase)) for phrase in PHRASES if phrase not in _CLOSING),

@@ -487,7 +487,17 @@ class Expect(Node):
     row: str = Field(pattern="^[CR]+$", description="one letter per step: C computes, R reuses")
 
 
-Statement = Annotated[Param | Let | Table | Signal | External | Rule | Use | Expect, Field(discriminator="kind")]
+class Tuned(Node):
+    """`tuned over N steps [with A = V, ...]`: what the rules were found for, on schedules of N steps."""
+
+    kind: Literal["tuned"] = "tuned"
+    steps: int
+    settings: tuple[Setting, ...] = ()
+
+
+Statement = Annotated[
+    Param | Let | Table | Signal | External | Rule | Use | Expect | Tuned, Field(discriminator="kind")
+]
 
 
 class Comment(BaseModel):
@@ -524,6 +534,6 @@ class Policy(Node):
 for _model in (
     Lookup, ListOf, Negative, Arithmetic, Comparison, Both, Either, Negation, Conditional, Interval, SetOf,
     Membership, Call, Probe, Blocks, AllOf, AnyOf, NoneOf, Every, OnSteps, Mask, Bound, Argument, Predict,
-    ApproximateUncond, Param, Let, Signal, Rule, Setting, Use, Expect, Policy,
+    ApproximateUncond, Param, Let, Signal, Rule, Setting, Use, Expect, Tuned, Policy,
 ):  # fmt: skip
     _model.model_rebuild()

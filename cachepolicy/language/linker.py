@@ -67,6 +67,7 @@ class Resolved:
     tables: Mapping[str, tuple[int | float, ...]]
     externals: tuple[str, ...]
     expects: tuple[ir.Expect, ...]
+    tuned: tuple[ir.Tuned, ...]
     settings: Mapping[str, Value]
     digest: str
     used: Used = field(default_factory=dict[tuple[str, str], ir.Policy], repr=False, compare=False)
@@ -106,7 +107,8 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
     flat.signals = {name: flat.signals[name] for name in _ordered(flat.signals, policy)}
     rules, signals = tuple(flat.rules), tuple(flat.signals.values())
     flat.hold_to_size(policy)
-    meaning = digest(policy.edition, rules, signals, flat.tables)
+    tuned = tuple(_of(policy, ir.Tuned))
+    meaning = digest(policy.edition, rules, signals, flat.tables, tuned)
     rules, signals = _with_named_norms(rules, signals)
     return Resolved(
         policy=policy,
@@ -116,6 +118,7 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
         tables=flat.tables,
         externals=tuple(flat.externals),
         expects=tuple(flat.expects),
+        tuned=tuned,
         settings={param.name: constant(names[param.name]) for param in _of(policy, ir.Param)},
         digest=meaning,
         used=flat.files,
@@ -382,17 +385,25 @@ def _ordered(declared: Mapping[str, ir.Let | ir.Signal], policy: ir.Policy) -> l
 Tables = Mapping[str, Sequence[int | float]]
 
 
-def digest(edition: int, rules: Sequence[ir.Rule], signals: Sequence[ir.Signal], tables: Tables) -> str:
+def digest(
+    edition: int,
+    rules: Sequence[ir.Rule],
+    signals: Sequence[ir.Signal],
+    tables: Tables,
+    tuned: Sequence[ir.Tuned] = (),
+) -> str:
     """Computes the sha256 of what the rules mean, in hexadecimal. `signals` are in dependency order.
 
     Equal for policies that differ in the names of parameters, lets, signals and tables, in comments, titles and layout,
     in the order of declarations, in what no rule reads, or in whether rules are written out or come by `use`. Externals
-    count by their names, since the caller gives them so.
+    count by their names, since the caller gives them so. Of `tuned`, only the numbers of steps count: a trajectory that
+    begins within such a schedule keeps its step numbers.
     """
     values = {name: _hash(["table", *(_number(value) for value in table)]) for name, table in tables.items()}
     for signal in signals:
         values[signal.name] = _hash(["signal", _normal(signal.value, values)])
-    return _hash([edition, *(_normal(rule, values) for rule in rules)])
+    lengths = [["tuned", *sorted({statement.steps for statement in tuned})]] if tuned else []
+    return _hash([edition, *(_normal(rule, values) for rule in rules), *lengths])
 
 
 def _hash(form: object) -> str:

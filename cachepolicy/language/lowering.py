@@ -121,6 +121,12 @@ class Lowering:
             span=self._span(tree),
         )
 
+    def _tuned(self, tree: Any) -> ir.Tuned:
+        steps, *settings = tree.children
+        return ir.Tuned(
+            steps=int(self._amount(steps)), settings=tuple(map(self.lower, settings)), span=self._span(tree)
+        )
+
     def _rule(self, tree: Any) -> ir.Rule:
         optional = not is_tree(tree.children[0])
         selector, *rest = tree.children[optional:]
@@ -271,6 +277,7 @@ _CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "external": Lowering._external,
     "rule": Lowering._rule,
     "expect": Lowering._expect,
+    "tuned": Lowering._tuned,
     "every_from_end": Lowering._anchored,
     "every_since_compute": Lowering._anchored,
     "reuse": Lowering._reuse,

@@ -57,6 +57,7 @@ TABLES = (
         "match SELECTOR ... -> ACTION": "a rule",
         "use POLICY [with A = V, ...]": "another policy's rules, here",
         "expect SELECTOR over N steps [with A = V, ...]: C R ...": "a test inside the file",
+        "tuned over N steps [with A = V, ...]": "what the rules were found for",
     }),
     ReferenceTable("part of a rule", "says", "which-rule-decides", {
         "optional": "that the rule may take nothing",

@@ -95,6 +95,8 @@ class _Judgement:
                 self._settings(statement.settings, SETTING)
             case ir.Expect():
                 self._expect(statement)
+            case ir.Tuned():
+                self._tuned(statement)
             case _:
                 assert_never(statement)
 
@@ -266,6 +268,11 @@ class _Judgement:
         self._settings(expect.settings, EXPECTED)
         for setting in expect.settings:
             self._expected(setting, expect.steps)
+
+    def _tuned(self, tuned: ir.Tuned) -> None:
+        if not 1 <= tuned.steps <= EXPECTATION_LIMIT:
+            self.report.add("E124", f"`tuned` takes 1 to {EXPECTATION_LIMIT} steps, not {tuned.steps}", tuned)
+        self._settings(tuned.settings, LITERAL)
 
     def _expected(self, setting: ir.Setting, steps: int) -> None:
         sort = self.scope.sort(setting.name)

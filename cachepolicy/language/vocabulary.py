@@ -30,7 +30,9 @@ EXPECTATION_LIMIT = 10_000
 KINDS: tuple[str, ...] = get_args(Kind)
 TYPES: tuple[ParamType, ...] = get_args(ParamType)
 HEADER_WORDS = ("cachepolicy", "policy", "source")
-STATEMENT_WORDS = (*HEADER_WORDS, "param", "let", "table", "signal", "external", "match", "use", "expect")
+STATEMENT_WORDS = (*HEADER_WORDS, "param", "let", "table", "signal", "external", "match", "use", "expect", "tuned")
+LATER_WORDS = frozenset({"tuned"})
+"""Words that were added after policies existed. They are words where no name can stand, and names elsewhere."""
 CLAUSE_WORDS = ("when", "every", "offset", "from", "since", "on", "mask", "while", "at", "follow", "with", "over")
 ACTION_WORDS = ("compute", "skip", "reuse", "predict", "approximate")
 CONTINUING = frozenset((*CLAUSE_WORDS, *ACTION_WORDS, "and", "or", "if", "else", "in"))
@@ -38,7 +40,9 @@ CONTINUING = frozenset((*CLAUSE_WORDS, *ACTION_WORDS, "and", "or", "if", "else",
 SELECTOR_WORDS = (*KINDS, "blocks", "each", "of", "class", "optional")
 VALUE_WORDS = ("and", "or", "not", "if", "else", "in", "off", "inf", "true", "false")
 PROBES = ("input", "output", "residual", "argument")
-RESERVED = frozenset((*STATEMENT_WORDS, *CLAUSE_WORDS, *ACTION_WORDS, *SELECTOR_WORDS, *VALUE_WORDS, *PROBES))
+RESERVED = (
+    frozenset((*STATEMENT_WORDS, *CLAUSE_WORDS, *ACTION_WORDS, *SELECTOR_WORDS, *VALUE_WORDS, *PROBES)) - LATER_WORDS
+)
 PHRASES = (
     "from end", "since compute", "at most", "in a row", "in all", "over N steps", "reuse residual", "of residual",
     "approximate uncond",

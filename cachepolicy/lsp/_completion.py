@@ -201,6 +201,7 @@ _STATEMENTS = {
     "signal": scope.SIGNAL,
     "use": scope.SETTING,
     "expect": scope.EXPECTED,
+    "tuned": scope.LITERAL,
 }
 _CLAUSES = {
     "_WHEN": scope.WHEN,

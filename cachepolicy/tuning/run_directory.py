@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cachepolicy.engine.tuned_for import config_hash
 from cachepolicy.errors import PolicyError
 from cachepolicy.tools.sampling import Sample
 from cachepolicy.tuning.recording import OutputRecord
@@ -183,13 +184,6 @@ def settings_of(models: Sequence[nn.Module], sample: Any) -> dict[str, str]:
         "weights": fingerprint([_weights(model) for model in models]),
         "torch": torch.__version__.partition("+")[0],
     }
-
-
-def config_hash(model: nn.Module) -> str:
-    """Return a hash of the config of a model of diffusers, or of the shapes of the parameters of another."""
-    if isinstance(getattr(model, "config", None), Mapping):
-        return hashlib.sha256(_config_text(model).encode()).hexdigest()[:12]
-    return fingerprint([(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()])[:12]
 
 
 def _config_text(configured: Any) -> str:

@@ -18,7 +18,7 @@ from cachepolicy.language import parser
 from cachepolicy.language.formatter import format
 from cachepolicy.language.pygments_lexer import TOKENS, CachePolicyLexer
 from cachepolicy.language.source import prepare_source
-from cachepolicy.language.vocabulary import PHRASES, RESERVED, TYPES
+from cachepolicy.language.vocabulary import LATER_WORDS, PHRASES, RESERVED, TYPES
 from editors import textmate
 from tests.support import examples, ir_strategies
 from tests.test_docs import ROOT, fences
@@ -111,16 +111,17 @@ def test_nothing_is_wrong_in_a_text_that_parses(policy) -> None:
 
 
 def test_every_keyword_of_the_grammar_is_a_keyword() -> None:
-    """Every word of the grammar is a keyword for the lexer: the reserved ones anywhere, others in their phrases."""
+    """Every word of the grammar is a keyword for the lexer: the reserved ones anywhere, others in their place."""
     grammar = shipped("grammars").joinpath("cachepolicy.lark").read_text("utf-8")
     terminals = re.findall(r"^_?[A-Z]+: /(?:\(\?:)?([a-z_|]+)\)?\\b/", grammar, re.MULTILINE)
     words = {word for terminal in terminals for word in terminal.split("|")}
     phrased = {word for phrase in PHRASES for word in phrase.split()}
-    assert words <= RESERVED | phrased | set(TYPES)
+    assert words <= RESERVED | LATER_WORDS | phrased | set(TYPES)
     lines = [
         *sorted(RESERVED),
         "param x: " + " = 1\nparam x: ".join(TYPES),
         *(each.replace("N", "8") for each in PHRASES),
+        *(f"{word} over 8 steps" for word in sorted(LATER_WORDS)),
     ]
     # `in a row` and `in all` are phrases behind `at most`.
     found = {

@@ -566,6 +566,16 @@ def test_rules_count_in_order() -> None:
     assert resolve(parse(one + two), {}).digest != resolve(parse(two + one), {}).digest
 
 
+def test_what_a_policy_was_tuned_for_counts_by_its_steps() -> None:
+    """The numbers of steps of `tuned` say how a trajectory is counted; its values and their order say nothing."""
+    rule = "match model every 2 -> reuse\n"
+    one, two = rule + "tuned over 10 steps with guidance = 3\n", rule + "tuned over 10 steps\ntuned over 10 steps\n"
+    both = "tuned over 5 steps\n" + one
+    assert resolve(parse(one), {}).digest == resolve(parse(two), {}).digest
+    assert 3 == len({resolve(parse(text), {}).digest for text in (rule, one, both)})
+    assert resolve(parse(both), {}).digest == resolve(parse(one + "tuned over 5 steps\n"), {}).digest
+
+
 def test_settings_count_by_what_they_change() -> None:
     """A setting that says the default changes nothing; another one does."""
     policy = parse(TEACACHE)

@@ -416,3 +416,21 @@ def test_what_nothing_reads_is_warned_of() -> None:
     assert unread == {each.message.split("`")[1] for each in findings}
     assert {"W503", "W504"} == {each.code for each in findings}
     assert [] == [each for each in recover(DECLARED + "match manny -> skip\n")[1] if each.severity == "warning"]
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ('tuned over 4 steps with sigmas = [1, 0.5], denoiser = "A", adapters = [], n = 3, guidance = inf', []),
+        ("tuned over 4 steps with guidance = 1, guidance = 2", ["E102"]),
+        ("tuned over 4 steps with guidance = step", ["E113"]),
+        ("tuned over 0 steps", ["E124"]),
+        ("tuned over 4 steps with model = 3", ["E008"]),
+        ("tuned 4 steps", ["E001"]),
+        ("let tuned = 3\nmatch attention when tuned > step -> reuse", []),
+        ("policy tuned", ["E009"]),
+    ],
+)
+def test_what_a_policy_was_tuned_for(text: str, codes: list[str]) -> None:
+    """Constants under any names; `tuned` is a word at the start of a statement only."""
+    assert codes == found(f"{text}\n")

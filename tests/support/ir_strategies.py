@@ -155,6 +155,7 @@ statements = st.one_of(
         settings=_settings,
         row=st.text("CR", min_size=1, max_size=60),
     ),
+    st.builds(ir.Tuned, steps=st.integers(0, 99), settings=_settings),
 )
 comments = (
     st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp", "Zs"]), max_size=8)

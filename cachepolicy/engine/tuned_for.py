@@ -1,0 +1,144 @@
+"""Compares a run with what its policy was tuned for, as the `tuned` statements say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from cachepolicy.engine.clock import Sources
+from cachepolicy.errors import counted, warn
+from cachepolicy.language.evaluate import Undefined, constant
+from cachepolicy.language.linker import Resolved
+
+TOLERANCE = 0.01
+"""Largest difference between two noise levels or guidance scales that count as equal, as a share of the largest."""
+_AGAIN = "tune again for it, or measure what the policy does there: `cachepolicy run`"
+
+
+def config_hash(model: torch.nn.Module) -> str:
+    """Return a hash of the config of a model of diffusers, or of the shapes of the parameters of another."""
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        # Names with an underscore say where a config came from and who wrote it.
+        named = {name: value for name, value in cast("Mapping[str, Any]", config).items() if not name.startswith("_")}
+    else:
+        named = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return hashlib.sha256(json.dumps(named, default=repr, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def active_adapters(model: torch.nn.Module) -> list[str]:
+    """Return the names of the adapters of PEFT that change what a model computes, sorted."""
+    names = set[str]()
+    for module in model.modules():
+        active: Any = getattr(module, "active_adapters", None)
+        if hasattr(module, "base_layer") and isinstance(active, list | tuple):
+            merged: Sequence[str] = getattr(module, "merged_adapters", ())
+            if not getattr(module, "disable_adapters", False):
+                names.update(cast("Sequence[str]", active))
+            names.update(merged)
+    return sorted(names)
+
+
+class TunedFor:
+    """What a policy was tuned for. Each difference is told once.
+
+    Args:
+        resolved: The policy.
+        model: The denoiser.
+    """
+
+    def __init__(self, resolved: Resolved, model: torch.nn.Module) -> None:
+        self._resolved = resolved
+        self._model = model
+        self._told = set[str]()
+        params = resolved.settings
+        self._known = dict[int, dict[str, Any]]()
+        for statement in resolved.tuned:
+            values = {setting.name: _value(setting.value) for setting in statement.settings}
+            # A statement for other values of the params is not meant.
+            if all(values[name] == params[name] for name in values.keys() & params.keys()):
+                self._known[statement.steps] = values
+
+    def compare_model(self) -> None:
+        """Warn where the model or its adapters differ (W610, W613)."""
+        every = [*self._known.values()]
+        found = {"denoiser": type(self._model).__name__, "config": config_hash(self._model)}
+        stated = {name: values[name] for values in every for name in found if name in values}
+        # A policy for two experts names both.
+        if any(found[name] not in str(value).split(" and ") for name, value in stated.items()):
+            self._warn(
+                "W610",
+                f"the policy was tuned for a `{stated.get('denoiser', '?')}` with another config than this "
+                f"`{found['denoiser']}`",
+            )
+        adapters = next((values["adapters"] for values in every if "adapters" in values), None)
+        if adapters is not None and sorted(adapters) != (active := active_adapters(self._model)):
+            self._warn(
+                "W613", f"the policy was tuned with {_adapters(adapters)}, and the model has {_adapters(active)}"
+            )
+
+    def compare_run(self, sources: Sources, steps: int | None, begin: int, latents: Any, pipeline: Any) -> None:
+        """Warn where a trajectory differs, at its first call (W611, W612, W614, W615).
+
+        Args:
+            sources: The sources of its clock.
+            steps: Its number of steps, counted with those of its schedule before it begins; None if unknown.
+            begin: The step of the schedule at which it begins.
+            latents: The latents that the model is called with.
+            pipeline: The running pipeline, None if unknown.
+        """
+        self.compare_model()
+        if steps is None or not self._known:
+            return
+        values = self._known.get(steps)
+        if values is None:
+            known = " and ".join(map(str, sorted(self._known)))
+            self._warn("W611", f"the policy was tuned over {known} steps, and this trajectory has {steps}")
+            return
+        if begin:
+            self._warn(
+                "W615",
+                f"the trajectory begins at step {begin} of {counted(steps, 'step')}, where the list of steps is cut",
+                help="a list for the part that is run may be better: tune with the same `strength`",
+            )
+        follower = sources.follower
+        numbers = (None, None) if follower is None else follower.numbers(sources.scheduler)
+        for name, present in zip(("timesteps", "sigmas"), numbers, strict=True):
+            if name in values and present is not None and not _near(values[name], present[:steps]):
+                self._warn("W611", f"the `{name}` of the scheduler are not those that the policy was tuned on")
+        scale, guidance = values.get("guidance"), getattr(pipeline, "guidance_scale", None)
+        if scale is not None and isinstance(guidance, int | float) and abs(scale - guidance) > TOLERANCE * abs(scale):
+            self._warn("W612", f"the policy was tuned at a guidance scale of {scale:g}, and this one is {guidance:g}")
+        shape = values.get("latents")
+        if shape is not None and isinstance(latents, torch.Tensor) and [*shape] != [*latents.shape[1:]]:
+            sizes = " x ".join(map(str, shape)), " x ".join(map(str, latents.shape[1:]))
+            self._warn("W614", f"the policy was tuned on latents of {sizes[0]}, and these are {sizes[1]}")
+
+    def _warn(self, code: str, message: str, *, help: str = _AGAIN) -> None:
+        if code not in self._told:
+            self._told.add(code)
+            warn(code, message, help=help)
+
+
+def _value(node: Any) -> Any:
+    try:
+        value: Any = constant(node)
+    except (Undefined, TypeError):
+        return None
+    return value
+
+
+def _near(stated: Any, present: Sequence[float]) -> bool:
+    if not isinstance(stated, list | tuple) or len(cast("Sequence[Any]", stated)) != len(present):
+        return False
+    numbers = cast("Sequence[float]", stated)
+    largest = max((abs(number) for number in numbers), default=0.0)
+    return all(abs(one - other) <= TOLERANCE * largest for one, other in zip(numbers, present, strict=True))
+
+
+def _adapters(names: Sequence[str]) -> str:
+    return "the adapters " + ", ".join(f"`{name}`" for name in names) if names else "no adapter"

@@ -43,6 +43,19 @@ def active_adapters(model: torch.nn.Module) -> list[str]:
     return sorted(names)
 
 
+def numbers_of(timesteps: Any, sigmas: Any, steps: int) -> tuple[list[float], list[float] | None]:
+    """Return the timesteps and sigmas of the steps of a trajectory, the last ones of its schedule.
+
+    Args:
+        timesteps: All timesteps of the schedule.
+        sigmas: Its sigmas, of which one more may follow; None if it has none.
+        steps: The number of steps of the trajectory.
+    """
+    first = max(len(timesteps) - steps, 0)
+    listed = None if sigmas is None else [float(sigma) for sigma in sigmas[first : first + steps]]
+    return [float(timestep) for timestep in timesteps[first:]], listed
+
+
 class TunedFor:
     """What a policy was tuned for. Each difference is told once.
 
@@ -106,9 +119,9 @@ class TunedFor:
                 help="a list for the part that is run may be better: tune with the same `strength`",
             )
         follower = sources.follower
-        numbers = (None, None) if follower is None else follower.numbers(sources.scheduler)
+        numbers = (None, None) if follower is None else numbers_of(*follower.numbers(sources.scheduler), steps)
         for name, present in zip(("timesteps", "sigmas"), numbers, strict=True):
-            if name in values and present is not None and not _near(values[name], present[:steps]):
+            if name in values and present is not None and not _near(values[name], present):
                 self._warn("W611", f"the `{name}` of the scheduler are not those that the policy was tuned on")
         scale, guidance = values.get("guidance"), getattr(pipeline, "guidance_scale", None)
         if scale is not None and isinstance(guidance, int | float) and abs(scale - guidance) > TOLERANCE * abs(scale):

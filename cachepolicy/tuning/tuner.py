@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +16,13 @@ import torch
 from cachepolicy.engine.run import apply
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.formatter import format as format_policy
-from cachepolicy.language.ir import Policy
+from cachepolicy.language.formatter import format_node
+from cachepolicy.language.ir import Policy, Tuned
 from cachepolicy.language.parser import parse
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
+from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
 from cachepolicy.tuning.recording import OutputRecord, record
 from cachepolicy.tuning.run_directory import (
     SAMPLE,
@@ -162,7 +164,9 @@ def tune(  # noqa: PLR0913 (one target of four, and how to sample)
     (name, value), *_ = wanted.items()
     search = _Search(bench, _frontiers(evidence, order, gap), order, name, value)
     chosen = search.chosen()
-    text = _policy_text(chosen, evidence, order=order, held_out=len(testing), target=f"{name} {value:g}")
+    found = {"target": f"{name} {value:g}", "cost": chosen.cost, "samples": len(training), "held_out": len(testing)}
+    tuned = tuned_statement(evidence.outputs[0][0], sampler.models, evidence.seen, {**found, **_quality(chosen)})
+    text = _policy_text(chosen, evidence, order, tuned)
     return Tuning(
         policy=parse(text, source="<tuned>"),
         text=text,
@@ -196,7 +200,7 @@ class _Evidence:
 
     outputs: Sequence[Sequence[OutputRecord]]
     weights: Sequence[SolverWeights]
-    model: str
+    seen: Circumstances
 
     def problem(self, order: int, gap: int) -> PlanningProblem:
         """Return what is planned: the means over the runs."""
@@ -243,7 +247,7 @@ def _point(problem: PlanningProblem, steps: tuple[int, ...]) -> SchedulePoint:
 
 
 T = TypeVar("T")
-_Recording = tuple[Sample, list[OutputRecord]]
+_Recording = tuple[Sample, list[OutputRecord], Circumstances]
 _Measured = tuple[list[float], float]
 """The PSNR of each sample of a call, and its seconds."""
 _MEASURED: Form[_Measured] = Form(list, lambda data: (data[0], data[1]))
@@ -268,10 +272,9 @@ class _Bench:
         Raises:
             PolicyError: They cannot be recorded (E400), or they differ in their number of steps (E403).
         """
-        sampler = self._sampler
-        runs = list[list[OutputRecord]]()
+        runs, seen = list[list[OutputRecord]](), Circumstances()
         for call in calls:
-            sample, records = self._recall("recording", call, self._record, self._recording_form, "recording")
+            sample, records, seen = self._recall("recording", call, self._record, self._recording_form, "recording")
             self._training.append((call, sample))
             runs.append(records)
         lengths = {tuple(len(output.models) for output in run) for run in runs}
@@ -283,7 +286,7 @@ class _Bench:
             )
         outputs = list(zip(*runs, strict=True))
         weights = [solver_weights(records[0].solver) for records in outputs]
-        return _Evidence(outputs, weights, ", ".join(type(model).__name__ for model in sampler.models))
+        return _Evidence(outputs, weights, seen)
 
     def reference(self, calls: Sequence[ModelCall]) -> None:
         """Sample the held-out calls uncached."""
@@ -338,17 +341,23 @@ class _Bench:
         return ratios, uncached / cached
 
     def _record(self, call: ModelCall) -> _Recording:
-        samples = list[Sample]()
-        records = record(lambda: samples.append(self._sampler(call)), self._sampler.schedulers, self._sampler.models)
-        return samples[0], records
+        samples, sampler = list[Sample](), self._sampler
+        with observed(sampler.target, sampler.models[0]) as seen:
+            records = record(lambda: samples.append(sampler(call)), sampler.schedulers, sampler.models)
+        return samples[0], records, seen
 
     @property
     def _recording_form(self) -> Form[_Recording]:
         return Form(
-            lambda made: {"sample": SAMPLE.pack(made[0]), "records": pack_records(made[1])},
+            lambda made: {
+                "sample": SAMPLE.pack(made[0]),
+                "records": pack_records(made[1]),
+                "seen": asdict(made[2]),
+            },
             lambda data: (
                 SAMPLE.unpack(data["sample"]),
                 unpack_records(data["records"], self._sampler.schedulers),
+                Circumstances(**data["seen"]),
             ),
         )
 
@@ -465,20 +474,20 @@ def _rule(steps: Sequence[int], order: int) -> str:
     return f"match model on {{{numbers}}} -> {'predict taylor(order: ' + str(order) + ')' if order else 'reuse'}\n"
 
 
-def _policy_text(point: SchedulePoint, evidence: _Evidence, *, order: int, held_out: int, target: str) -> str:
-    """Return the policy with where it comes from, and an expectation of its schedule."""
-    record = evidence.outputs[0][0]
-    calls = len(record.models)
+def _quality(point: SchedulePoint) -> dict[str, float]:
+    """Return the forecast and the measured quality of a schedule. All are infinite where every call is computed."""
+    values = {"forecast": point.forecast, "psnr": point.psnr, "psnr_p10": point.psnr_p10}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _policy_text(point: SchedulePoint, evidence: _Evidence, order: int, tuned: Tuned) -> str:
+    """Return the policy with an expectation of its schedule, and with what it was tuned for."""
+    calls = len(evidence.outputs[0][0].models)
     row = " ".join("C" if call in point.steps else "R" for call in range(calls))
-    solver = type(record.solver.scheduler).__name__
-    assert point.psnr is not None
     text = f"""\
-# tuned for {target}: {len(point.steps)} of {calls} calls computed, cost {point.cost:.3g}
-# model {evidence.model}; scheduler {solver}, timesteps {record.timesteps[0]:.6g} to {record.timesteps[-1]:.6g}
-# recorded {len(evidence.outputs[0])} calls; forecast {point.forecast:.1f} dB
-# measured on {held_out} other calls: PSNR {point.psnr:.1f} dB, 10th percentile {point.psnr_p10:.1f} dB
 policy tuned
 {_rule(point.steps, order)}
 expect model over {calls} steps: {row}
+{format_node(tuned)}
 """
     return format_policy(parse(text))

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 
 import pytest
 import torch
 
 import cachepolicy
 from cachepolicy.errors import PolicyError
+from cachepolicy.language.evaluate import constant
+from cachepolicy.language.ir import Tuned
 from cachepolicy.planning.check import check_text
 from cachepolicy.tools.emoji import load_pipeline
 from cachepolicy.tools.quality import each_psnr
@@ -73,6 +76,23 @@ def test_the_file_is_a_checked_formatted_and_tested_policy(pipe, tuned: Tuning, 
         pictures(pipe, 3)
     row = "".join("C" if step in tuned.chosen.steps else "R" for step in range(STEPS))
     assert [row] == list(run.trace.rows().values())
+
+
+def test_the_file_says_what_it_was_tuned_for(pipe, tuned: Tuning) -> None:
+    """The circumstances, the target and the quality; a run like the tuned ones gives no warning, another one does."""
+    (said,) = [each for each in tuned.policy.statements if isinstance(each, Tuned)]
+    values = {each.name: constant(each.value) for each in said.settings}
+    assert STEPS == said.steps
+    told = ("denoiser", "scheduler", "guidance", "latents", "adapters", "target", "cost", "samples", "held_out")
+    expected = ["DiTTransformer2DModel", "FlowMatchEulerDiscreteScheduler", 2, (3, 32, 32), (), "cost 0.5", 0.5, 6, 2]
+    assert expected == [values[name] for name in told]
+    assert STEPS == len(values["sigmas"])
+    assert tuned.chosen.psnr == pytest.approx(values["psnr"], rel=1e-4)
+    with cachepolicy.apply(pipe, tuned.policy), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures(pipe, 3)
+    with cachepolicy.apply(pipe, tuned.policy), pytest.warns(UserWarning, match="W612"):
+        pipe(**call(3, guidance_scale=4.0))
 
 
 def test_the_result_counts_what_was_spent(tuned: Tuning) -> None:

@@ -45,12 +45,13 @@ def difference(reference: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     return (GAIN * (reference - pictures).abs() - 1).clamp(-1, 1)
 
 
-def line(pictures: torch.Tensor, scale: int = 1) -> Any:
-    """Return one image with the pictures side by side."""
+def line(pictures: torch.Tensor, scale: int | None = None) -> Any:
+    """Return one image with the pictures side by side. By default, small ones are enlarged to about 96 pixels."""
     from PIL import Image
 
     tiles = to_pil(pictures)
-    width, height = tiles[0].width * scale, tiles[0].height * scale
+    factor = scale or max(1, round(96 / tiles[0].height))
+    width, height = tiles[0].width * factor, tiles[0].height * factor
     image = Image.new("RGB", (len(tiles) * (width + _GAP) - _GAP, height), "white")
     for number, tile in enumerate(tiles):
         image.paste(tile.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (number * (width + _GAP), 0))

@@ -28,8 +28,9 @@ from cachepolicy.reports.comparison import (
     pareto_front,
     text_table,
 )
+from cachepolicy.reports.html.comparison import PictureRow, Summary, comparison_page, plot
 from cachepolicy.tools.flops import counting
-from cachepolicy.tools.pictures import Strip, contact_sheet, difference
+from cachepolicy.tools.pictures import Strip, contact_sheet, difference, line, png
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
 from cachepolicy.tracing.trace import Trajectory
@@ -151,8 +152,45 @@ class Comparison:
             strips.append(Strip(name, pictures, None if same else difference(base, pictures)))
         return strips
 
+    def report(
+        self, path: str | os.PathLike[str], *, title: str = "Comparison", summary: Summary | None = None
+    ) -> None:
+        """Write the comparison as one HTML file, with charts and pictures.
+
+        Args:
+            path: Where to write.
+            title: The title of the page.
+            summary: What stands above, for the report of a tuning.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        pictures = list[PictureRow]()
+        for strip in self.strips() if self.pictures else ():
+            images = (strip.pictures, strip.differences)
+            shown, differences = (None if part is None else png(line(part)) for part in images)
+            pictures.append(PictureRow(strip.heading, shown or b"", differences))
+        text = comparison_page(
+            title,
+            self.rows,
+            captions=self.captions(),
+            notes=self.notes,
+            policies=self.texts,
+            pictures=pictures,
+            summary=summary,
+        )
+        Path(path).write_text(text, encoding="utf-8")
+
+    def plot(self, reference: Reference = "uncached") -> str:
+        """Return the costs and distances of all rows as an SVG file.
+
+        Args:
+            reference: `"uncached"` or `"converged"`.
+        """
+        return plot(self.rows, reference)
+
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write the comparison as `compare.json`, `compare.csv`, `compare.html` and `compare.png`.
+        """Write the comparison as `compare.json`, `compare.csv`, `compare.html`, `compare.svg` and `compare.png`.
 
         Args:
             folder: The folder; it is made if it does not exist.
@@ -165,9 +203,11 @@ class Comparison:
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        files = [path / f"compare.{suffix}" for suffix in ("json", "csv", "html")]
-        files[0].write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        files[1].write_text(self.to_csv(), encoding="utf-8")
+        files = [path / f"compare.{suffix}" for suffix in ("json", "csv", "svg", "html")]
+        texts = (json.dumps(self.to_dict(), indent=1) + "\n", self.to_csv(), self.plot())
+        for file, text in zip(files, texts, strict=False):
+            file.write_text(text, encoding="utf-8")
+        self.report(files[-1])
         if self.pictures:
             files.append(path / "compare.png")
             self.sheet().save(files[-1])
@@ -381,7 +421,7 @@ class _Bench:
         if entry.computed is not None and len(entry.computed) < (steps or 0):
             for solver in dict.fromkeys([own, *SOLVERS]):
                 variant = Variant(steps=steps, solver=solver, only=entry.computed)
-                label = solver if isinstance(solver, str) else "its solver"
+                label = solver if isinstance(solver, str) else "same solver"
                 found.append(_Entry(f"{label} on the steps of {entry.name}", "baseline", variant, entry.name))
         return found
 
@@ -429,7 +469,7 @@ class _Bench:
                 if entry.name != UNCACHED:
                     values = torch.as_tensor(metric(uncached, pictures), dtype=torch.float64)
                     entry.metrics.setdefault(name, []).extend(values.reshape(-1).tolist())
-            if pictures.ndim == 4 and pictures.shape[1] in (1, 3):
+            if sampled.rate is None and pictures.ndim == 4 and pictures.shape[1] in (1, 3):
                 entry.pictures += pictures[: self._shown - len(entry.pictures)]
 
     def _count(self, entry: _Entry, call: ModelCall) -> None:

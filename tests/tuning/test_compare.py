@@ -41,7 +41,7 @@ def compared(pipe) -> Comparison:
 def test_baselines_are_always_in(compared):
     """A planned list is compared with fewer steps, two solvers, and all three on its steps, at its own cost."""
     names = ["uncached", "planned", "4 steps", "UniPC, 4 steps", "DPM++ 2M, 4 steps"]
-    names += [f"{solver} on the steps of planned" for solver in ("its solver", *SOLVERS)]
+    names += [f"{solver} on the steps of planned" for solver in ("same solver", *SOLVERS)]
     assert [*names, "converged"] == [row.name for row in compared.rows]
     assert [0.5] * 7 == [row.cost for row in compared.rows[1:8]]
     assert [4] * 7 == [row.evaluations for row in compared.rows[1:8]]

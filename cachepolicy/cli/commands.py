@@ -1,4 +1,4 @@
-"""The commands of `cachepolicy`. Only `demo`, `run`, `tune` and `--model` import torch."""
+"""The commands of `cachepolicy`. Only `demo`, `run`, `tune`, `compare` and `--model` import torch."""
 
 from __future__ import annotations
 
@@ -492,6 +492,66 @@ def tune_command(
     calls = Calls(arguments, lines, values["samples"], values["held_out"], values["seed"])
     target = {**targets, "order": values["order"], "gap": values["gap"]}
     show_tuning(pipe, calls, target, out=Path(out), run_dir=run_dir, as_json=as_json)
+
+
+@main.command("compare")
+@click.argument("folder", metavar="FOLDER")
+@click.argument("policies", nargs=-1, metavar="[POLICY...]")
+@options.set_param
+@click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE", help="Prompts, one a line.")
+@options.pipeline
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
+@click.option("--try-steps", type=click.IntRange(1, 10_000), multiple=True, help="Another number of steps; repeatable.")
+@click.option("--try-solver", type=click.Choice(["UniPC", "DPM++ 2M"]), multiple=True, help="A solver; repeatable.")
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Calls to sample.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the first call.")
+@click.option(
+    "--converged",
+    type=click.IntRange(0, 10_000),
+    default=120,
+    show_default=True,
+    help="Steps of the run that is taken for exact; 0 for none.",
+)
+@click.option(
+    "--output", type=click.Path(file_okay=False), default="compare", show_default=True, help="Folder to write to."
+)
+@options.json_form
+@output.guarded
+def compare_command(
+    *,
+    folder: str,
+    policies: Sequence[str],
+    settings: Sequence[tuple[str, ir.Expression]],
+    prompts: str | None,
+    steps: int | None,
+    try_steps: Sequence[int],
+    try_solver: Sequence[str],
+    converged: int,
+    output: str,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Measure policies, numbers of steps and solvers on the same calls of a pipeline from a diffusers folder.
+
+    Each policy is compared with fewer steps, UniPC and DPM++ 2M at its own cost, by the distance from the uncached run
+    and from a converged one. --set sets a parameter of all policies.
+    """
+    loaded = {Path(name).stem: _load_policy(name) for name in policies}
+    for policy in loaded.values():
+        resolve(policy, dict(settings))
+    lines = [] if prompts is None else _prompts(prompts)
+    pipe, arguments = _open_pipeline(
+        folder, {"prompt": lines[0] if lines else None, "num_inference_steps": steps}, **values
+    )
+    from cachepolicy.cli._compare import show_comparison
+    from cachepolicy.tuning.calls import Calls
+    from cachepolicy.tuning.compare import Variant
+
+    variants = {name: Variant(policy, dict(settings)) for name, policy in loaded.items()}
+    variants |= {counted(number, "step"): Variant(steps=number) for number in try_steps}
+    variants |= {solver: Variant(solver=solver) for solver in try_solver}
+    calls = Calls(arguments, lines, values["samples"], 0, values["seed"])
+    show_comparison(pipe, calls, variants, converged=converged or None, folder=Path(output), as_json=as_json)
 
 
 def _prompts(path: str) -> list[str]:

@@ -1,13 +1,18 @@
-"""The Pareto front and the tables of a comparison."""
+"""The Pareto front, the tables, the page and the chart of a comparison."""
 
 from __future__ import annotations
 
+import base64
 import math
+from xml.etree import ElementTree as ET
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cachepolicy.reports.comparison import Distance, Row, markdown_table, pareto_front, text_table
+from cachepolicy.reports.html.comparison import PictureRow, Summary, comparison_page, plot
+from tests.support.browser import Shown, launched
 
 
 def row(number: int, cost: float, psnr: float) -> Row:
@@ -40,3 +45,51 @@ def test_tables_have_a_line_for_each_row():
     assert "equal" in text
     assert "41.3" in text
     assert "converged" not in text
+
+
+def comparison() -> str:
+    """A page with a tuning's summary, rows, pictures and a policy."""
+    rows = [
+        row(0, 1.0, math.inf),
+        row(1, 0.5, 41.27),
+        Row("<b>", "baseline", "row 1", "UniPC", 5, 0.5, 5, Distance((30.0,), 30.0, 30.0), None, 1.0, 2.0, 2.0),
+    ]
+    summary = Summary([("Cost", "0.5", "of all calls")], [(0.2, 30.0), (0.5, 40.0)], [(0.5, 41.0)], "CRCR")
+    pixel = base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    )
+    pictures = [PictureRow("row 1", pixel, pixel)]
+    policies = {"row 1": "match model -> compute # </pre><script>alert(1)</script>"}
+    return comparison_page("A comparison", rows, policies=policies, pictures=pictures, summary=summary)
+
+
+def test_a_page_escapes_what_others_wrote():
+    """Names and policies are text, never markup."""
+    text = comparison()
+    assert "<script" not in text
+    assert "&lt;b&gt;" in text
+
+
+def test_a_plot_is_an_svg_file_with_the_names():
+    """It is well-formed, and each row has a mark with its name."""
+    drawing = ET.fromstring(plot([row(0, 1.0, 50.0), row(1, 0.5, 41.27)]))
+    texts = [element.text for element in drawing.iter() if element.tag.endswith("text")]
+    assert {"row 0", "row 1"} <= {*texts}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launched() as browser:
+        yield browser
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_a_page_opens_quietly(browser, tmp_path, width, scheme):
+    """No error, no request but for the file itself and no sideways scroll."""
+    path = tmp_path / "compare.html"
+    path.write_text(comparison(), encoding="utf-8")
+    with Shown(browser, path, width=width, scheme=scheme) as shown:
+        assert [] == shown.console
+        assert [path.as_uri()] == [each for each in shown.requests if not each.startswith("data:")]
+        assert width == shown.page.evaluate("document.documentElement.scrollWidth")
+        assert 2 == shown.page.locator("svg").count()

@@ -26,7 +26,8 @@ ANSWER = "answer"
 PENDING = "pending"
 ANSWERED = "answered"
 COMPUTED = "computed"
-"""The last two replace the code of a site in the frame once the site has been called."""
+RAN = "ran"
+"""The last three replace the code of a site in the frame once the site has been called. `RAN` has stored nothing."""
 
 
 class Slot:

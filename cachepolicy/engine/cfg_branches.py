@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -294,6 +294,16 @@ class Calls:
     known: dict[str, Known] = field(default_factory=dict[str, Known])
     doubted: dict[str, Known] = field(default_factory=dict[str, Known])
     signatures: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def copy(self) -> Calls:
+        """Return a copy that later calls do not change."""
+        return replace(
+            self,
+            present=[*self.present],
+            known={**self.known},
+            doubted={**self.doubted},
+            signatures={**self.signatures},
+        )
 
     def follow(self, number: int) -> None:
         """Set the number of the current step. A new number clears the state of the step."""

@@ -16,9 +16,12 @@ import torch
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.actions import (
     ANSWER,
+    ANSWERED,
     COMPUTE,
+    COMPUTED,
     NOT_FINITE,
     PENDING,
+    RAN,
     STORE,
     STORE_CLONE,
     TOO_LARGE,
@@ -74,6 +77,7 @@ from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.predictors import Weights, weights
 from cachepolicy.planning.schedule import (
     HIDDEN,
+    NOT_CALLED,
     UNDEFINED_ARGUMENT,
     UNKNOWN_FORM,
     WAITING,
@@ -472,13 +476,31 @@ class ForwardPass:
             if site in other.parents:
                 self.facts.setdefault(other.index, "the site around it had to compute")
 
-    def close(self, unfit: Sequence[tuple[int, str]]) -> None:
+    def uncalled(self, codes: Sequence[str], handles: Mapping[str, SiteHandle]) -> list[int]:
+        """Return the sites that the forward pass has not called, also those inside a site that has answered.
+
+        Args:
+            codes: The codes of the frame after the forward pass. Compiled graphs do not mark them.
+            handles: The sites by module name.
+        """
+        names, keepings = self.host.execution.names, self.host.execution.keepings
+        return [
+            site
+            for site, code in enumerate(codes)
+            if code is not COMPUTED and code is not ANSWERED and code is not RAN
+            if names[site] != ("",)
+            and site not in self._modes
+            and (keepings[site].streams or handles[names[site][0]] not in self._called)
+        ]
+
+    def close(self, unfit: Sequence[tuple[int, str]], uncalled: Sequence[int] = ()) -> None:
         """Decide again with all facts of the call, so that memories and trace record what happened.
 
         Args:
             unfit: The sites whose history did not fit, with the reasons, as the frame has collected them. They are
                 passed here because the frame refers to this object: a reference back would be a cycle, and the tensors
                 of the call would live until the garbage collector runs.
+            uncalled: The sites that were not called.
         """
         for site, reason in unfit:
             self.refuse(site, reason)
@@ -491,6 +513,11 @@ class ForwardPass:
             self._decide(site)
             if not any(hides(self.decisions[parent], self.tick.branch) for parent in self._around(site)):
                 self._consent(site, self.facts.get(site))
+        parents = self.host.execution.plan.sites
+        for site in uncalled:
+            around = [outer for outer in parents[site].parents if outer not in self.facts]
+            if not any(hides(self.decided(outer), self.tick.branch) for outer in around):
+                self.facts[site] = NOT_CALLED
         if self.facts:
             self.decide_again()
             if waiting := self._undecided():

@@ -17,6 +17,7 @@ from cachepolicy.engine.actions import (
     ANSWERED,
     COMPUTE,
     COMPUTED,
+    RAN,
     REUSE,
     STORE,
     STORE_CLONE,
@@ -38,7 +39,8 @@ class Frame:
     """Decisions of one forward pass: a code and a slot per site number. Sites read nothing else.
 
     Attributes:
-        codes: The codes. A called site replaces its own by `ANSWERED` or `COMPUTED`, so that a second call is noticed.
+        codes: The codes. A called site replaces its own by `ANSWERED`, `COMPUTED` or `RAN`, so that a second call is
+            noticed, and also that there was none.
         unfit: Sites whose history did not fit and which computed instead, with the reasons.
         forward_pass: Handles sites whose action is more than a store or a reuse.
         profile: Times of the modules, where the run is profiled.
@@ -258,13 +260,14 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
                 return reused(slot, halved=frame.halved, half=frame.half, inference=frame.inference)
             frame.unfit.append((index, reason))
             code = frame.store
-        elif code is not STORE and code is not COMPUTE and code is not STORE_CLONE:
+        elif code is not STORE and code is not COMPUTE and code is not RAN and code is not STORE_CLONE:
             if code is not ANSWERED and code is not COMPUTED:
                 return frame.forward_pass.special(original, self, site, args, kwargs)
             # A slot has the result of one call. The second call of a forward pass computes, and so do later passes.
             frame.forward_pass.repeats(index, answered=code is ANSWERED)
             return original(self, *args, **kwargs)
-        if code is COMPUTE:
+        if code is COMPUTE or code is RAN:
+            codes[index] = RAN
             return original(self, *args, **kwargs)
         codes[index] = COMPUTED
         output = original(self, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
@@ -25,9 +26,10 @@ from cachepolicy.engine.actions import (
 )
 from cachepolicy.engine.audit import Audit, Audits
 from cachepolicy.engine.block_chain import Continuations
+from cachepolicy.engine.cfg_branches import Calls
 from cachepolicy.engine.cfg_cache import Guide, Problem
 from cachepolicy.engine.class_swap import Handle, plain
-from cachepolicy.engine.clock import CallArguments, Reading, Sources, arguments_of, inspect_root, read
+from cachepolicy.engine.clock import CONTEXT, CallArguments, Clock, Reading, Sources, arguments_of, inspect_root, read
 from cachepolicy.engine.compile.graph_ops import Part
 from cachepolicy.engine.compile.regions import Graphs
 from cachepolicy.engine.distributed.consensus import Agreement
@@ -274,6 +276,8 @@ class RootModel(Handle):
             state.account = None if self.context.budget is None else Account(self.context.budget)
         arguments = arguments_of(self.root, args, kwargs)
         sources = self.context.sources(session_config, here)
+        context = CONTEXT.get()
+        before = None if context is None or not context.own else (copy.copy(session.clock), state.calls.copy())
         reading = self._read(session, state, sources, arguments)
         if session.goes_on(reading.tick):
             self.context.sessions.continues(session)
@@ -287,7 +291,7 @@ class RootModel(Handle):
                 self.tuned_for.compare_run(sources, reading.tick.steps, skipped, latents, pipeline)
         self._derive(state.host.execution, args, kwargs)
         forward_pass = self._new_pass(session_config, state, reading)
-        call = RootCall(session, state, reading, forward_pass, arguments, args, kwargs)
+        call = RootCall(session, state, reading, forward_pass, arguments, args, kwargs, before)
         if forward_pass.host.execution.approximation is not None:
             call.source = self.context.guidance(session_config, here, sources)
         self._open(call)
@@ -563,6 +567,12 @@ class RootModel(Handle):
             self.graphs.look_for_repeats(forward_pass, call.parts)
         if forward_pass.again:
             return AGAIN
+        # A graph does not tell which of its sites have run.
+        unmarked = call.answered or call.parts
+        uncalled = [] if unmarked else forward_pass.uncalled(call.frame.codes, self.handles)
+        if call.before is not None and len(uncalled) == len(self.plan.sites) > 0:
+            self._undo(call, *call.before)
+            return output
         site = self.handles[""]
         if forward_pass.host.execution.itself is not None and not (call.answered or forward_pass.halved):
             forward_pass.shut(site, self.module, call.arguments.named, call.args, call.kwargs, output)
@@ -578,7 +588,7 @@ class RootModel(Handle):
             forward_pass.leave(site, self.module, call.arguments.named, output, None)
         if call.parts:
             self.graphs.end(forward_pass, call.parts)
-        forward_pass.close(call.frame.unfit)
+        forward_pass.close(call.frame.unfit, uncalled)
         if (
             torch.is_grad_enabled()
             and self.context.session_config.options.gradients == "refuse"
@@ -619,6 +629,16 @@ class RootModel(Handle):
         named = {f"{prefix}{self.plan.sites[site].name}": error for site, error in errors.items()}
         self.context.audits.add(call.forward_pass.tick.step, named)
         return errors
+
+    def _undo(self, call: RootCall, clock: Clock, calls: Calls) -> None:
+        """Undo a `run.step` in which no site was called: it was no evaluation of the model."""
+        with self._lock:
+            self.active -= 1
+        if call.reading.starts:
+            self._forget(call.session, None)
+            return
+        call.session.clock, call.state.calls = clock, calls
+        call.session.leave()
 
     def again(self, call: RootCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RootCall:
         """Prepare a forward pass anew, in which every site computes.
@@ -780,7 +800,7 @@ class RootModel(Handle):
         if compat.recomputes():
             compat.refuse_recompute(name)
 
-    def _forget(self, session: Session, error: BaseException) -> None:
+    def _forget(self, session: Session, error: BaseException | None) -> None:
         for _, state in session.end():
             if state.trajectory is not None and self.context.trace is not None:
                 self.context.trace.drop(state.trajectory)
@@ -819,6 +839,8 @@ class RootCall:
     arguments: CallArguments
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    before: tuple[Clock, Calls] | None = None
+    """The clock and the calls before a `run.step`."""
     frame: Frame = field(init=False)
     answered: bool = False
     output: Any = None

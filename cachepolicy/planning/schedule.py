@@ -34,6 +34,9 @@ UNKNOWN_FORM = "its inputs and outputs are not known yet"
 HALF_KEPT = "the history holds half of the guidance batch"
 """The reason of a site that computes in a call of a whole guidance batch, because it last ran on half of one."""
 
+NOT_CALLED = "the model did not call it"
+"""The fact of a site that a forward pass has not called. It neither computes nor reuses, as a hidden site."""
+
 REPEATED = "one forward calls it more than once"
 """The fact of a site that computes because one forward pass calls it several times and it keeps one result."""
 
@@ -111,7 +114,7 @@ class Decision:
     """What happens to a site at one call, and why.
 
     Attributes:
-        verdict: Compute, reuse, or hidden in a site that reuses.
+        verdict: Compute, reuse, or hidden: in a site that reuses, or because the model did not call the site.
         reason: The reason in words.
         rule: Number of the rule that owns the site; None if no rule does.
         action: The action of that rule.
@@ -164,6 +167,7 @@ class Inputs:
 
 
 HIDDEN = Decision("hidden", "inside a site that reuses")
+UNCALLED = Decision("hidden", NOT_CALLED)
 WAITING = Decision("compute", "waits for its signals")
 """A decision that cannot be made before the signals of its rule are measured."""
 
@@ -585,6 +589,8 @@ def decide_all(
         inputs = Inputs(tick, memory, numbers, program.tables, leaders, facts.get(site) if facts else None)
         if group.parents and any(hides(decisions[parent], tick.branch) for parent in group.parents):
             decision = HIDDEN
+        elif inputs.fact == NOT_CALLED:
+            decision = UNCALLED
         elif signals_of is not None and site not in signals_of and _waits(program, group, inputs):
             decisions.append(WAITING)
             after.append(memory)

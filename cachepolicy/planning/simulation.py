@@ -132,7 +132,8 @@ def simulate(
         skeleton: Module tree of a model. A generic transformer by default.
         signals: Numbers of signals and externals by name: one number, one for each step, or those by branch.
         branches: Names of the calls of a step, in the order they run.
-        facts: What only a run can know, by (site, step, branch). A fact turns a reuse into a compute.
+        facts: What only a run can know, by (site, step, branch). A fact turns a reuse into a compute, or hides a site
+            that the model did not call.
         settings: Values of the policy's params.
 
     Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cachepolicy.diffusers.guidance import UNCOND_BRANCHES
 from cachepolicy.errors import counted
 from cachepolicy.language import ir
-from cachepolicy.planning.schedule import Decision, Tick
+from cachepolicy.planning.schedule import UNCALLED, Decision, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ def tally(calls: Iterable[tuple[Tick, Sequence[Decision]]]) -> Tally:
     counts = Tally()
     for tick, decisions in calls:
         for decision in decisions:
+            if decision is UNCALLED:
+                continue
             counts.calls[decision.verdict] += 1
             if decision.rule is not None:
                 reuses = decision.verdict == "reuse"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.planning.plan import Plan, Site
-from cachepolicy.planning.schedule import Decision, Inputs, Tick, clock_words, hides
+from cachepolicy.planning.schedule import UNCALLED, Decision, Inputs, Tick, clock_words, hides
 from cachepolicy.planning.simulation import replay
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def nesting_hides(schedule: Decided) -> None:
     """Check that a site is hidden exactly where a site that contains it reuses.
 
     `approximate uncond` hides nothing in a guidance batch, because the modules of the model run on half of it. It hides
-    every site of an unconditional call of its own.
+    every site of an unconditional call of its own. Sites that the model did not call are not checked.
 
     Args:
         schedule: A simulated schedule or a traced trajectory.
@@ -187,6 +187,8 @@ def nesting_hides(schedule: Decided) -> None:
     """
     for tick, decisions in schedule:
         for site in schedule.plan.sites:
+            if decisions[site.index] is UNCALLED:
+                continue
             hidden = any(hides(decisions[parent], tick.branch) for parent in site.parents)
             assert hidden == (decisions[site.index].verdict == "hidden"), (
                 f"{_where(site, tick)} is {'not ' if hidden else ''}hidden"

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
+from cachepolicy.planning.schedule import NOT_CALLED
+from cachepolicy.planning.tally import tally
+from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes, Toy, ToyDiT
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "error:.*W601")
@@ -425,3 +428,58 @@ def test_recomputed_blocks_are_not_told_of(record: Any) -> None:
         out = torch.utils.checkpoint.checkpoint(dit.blocks[0], x, CONDITIONS["cond"], step, use_reentrant=False)
         out.sum().backward()
     assert [] == told(record)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "counted"])
+@pytest.mark.parametrize("empty", [[0], [1], [0, 1], [3, 3], [5]])
+def test_an_evaluation_in_which_nothing_runs_is_no_step(empty: list[int], told: bool) -> None:
+    """The trajectory goes on as if the context had not been entered."""
+    results = list[Any]()
+    for skipped in ([], empty):
+        dit = Toy(blocks=3).build()
+        with torch.no_grad(), cachepolicy.apply(dit, parse(POLICIES[2]), steps=len(TIMES)) as run:
+            x = LATENTS
+            for index, t in enumerate(TIMES):
+                where: dict[str, Any] = {"t": t, "step": index} if told else {}
+                for _ in range(skipped.count(index)):
+                    with run.step(branch="cond", **where):
+                        pass
+                with run.step(branch="cond", **where):
+                    x = x - 0.1 * evaluate(dit, x, t, CONDITIONS["cond"])
+            results.append((x, decisions(run)))
+    (expected, decided), (got, decided_too) = results
+    assert torch.equal(expected, got)
+    assert decided == decided_too
+    assert 1 == len(decided)
+
+
+class Sparse(ToyDiT):
+    """A model that leaves a block out below a timestep."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict without the second block where `t` is below 600, and with it again below 200."""
+        step = self.embed((t / 1000).reshape(1, 1))
+        for index, block in enumerate(self.blocks):
+            if index != 1 or t >= 600 or t < 200:
+                x = block(x, y, step)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_site_that_the_model_leaves_out_neither_computes_nor_reuses(whole: bool) -> None:
+    """It is hidden with its reason, in the trace as in the simulator, and no skipped call is claimed for it."""
+    dit = Sparse(Toy(blocks=3)).eval()
+    selector = "blocks[1]" if whole else "attention"
+    name = "blocks.1" if whole else "blocks.1.attn"
+    action = "reuse residual" if whole else "reuse"
+    with torch.no_grad(), cachepolicy.apply(dit, parse(f"match {selector} every 2 -> {action}"), steps=6) as run:
+        for t in TIMES:
+            dit(LATENTS, torch.tensor(t), CONDITIONS["cond"])
+        assert run.trace is not None
+        trajectory = run.trace.last
+    assert trajectory is not None
+    assert "CR..CR" == trajectory.rows("")[name]
+    assert {(name, 2, ""): NOT_CALLED, (name, 3, ""): NOT_CALLED} == trajectory.facts
+    assert (2 if whole else 8) == tally(trajectory).skipped
+    checks.trace_agrees(trajectory)
+    checks.well_formed(trajectory)

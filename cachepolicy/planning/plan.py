@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from cachepolicy.errors import Diagnostic, PolicyError, suggestion
+from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved
 from cachepolicy.language.parser import parse_selector
 from cachepolicy.language.traversal import stateful_calls, walk
 from cachepolicy.language.vocabulary import ACCUMULATORS, CLOCK, MEMORIES
-from cachepolicy.planning.module_tree import Skeleton
+from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.selectors import Modules, select
 
 
@@ -168,8 +168,21 @@ def find_site(plan: Plan, name: str) -> Site:
     if sites:
         message = f"`{name}` selects {len(sites)} sites, not one"
         raise PolicyError.of("E252", message, help=f"ask about one of them, such as `{sites[0].name}`")
-    help = suggestion(name, [site.name for site in plan.sites])
+    # A selector of modules that are sites one by one, or that hold sites.
+    members = {module for modules in selected for module in modules} | ({name} & plan.skeleton.position.keys())
+    inside = [
+        site.name for site in plan.sites if all(members & {module, *ancestors(module)} for module in site.modules)
+    ]
+    if inside:
+        message = f"`{name}` is no site, and {counted(len(inside), 'site')} {'is' if len(inside) == 1 else 'are'} in it"
+        raise PolicyError.of("E252", message, help=f"ask about one of them, such as {_some(inside)}")
+    names = [site.name for site in plan.sites]
+    help = suggestion(name, names) or (f"the sites are {_some(names)}" if names else "the policy has no site here")
     raise PolicyError.of("E252", f"no rule selects a site `{name}`", help=help)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if names[3:] else "")
 
 
 def label(rule: ir.Rule, *, width: int = 60) -> str:

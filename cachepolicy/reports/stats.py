@@ -135,10 +135,14 @@ def curves(plan: Plan) -> tuple[Curve, ...]:
 def _comparisons(
     condition: ir.Expression, signals: frozenset[str]
 ) -> Iterator[tuple[ir.Expression, str, ir.Expression]]:
+    denied = _denied(condition)
     for node in walk(condition):
         match node:
+            case ir.Comparison() | ir.Membership() if id(node) in denied and not _one_limit(node):
+                pass  # one of two limits has to be exceeded, whichever
             case ir.Comparison():
-                for operator, left, right in zip(node.operators, node.operands, node.operands[1:], strict=False):
+                operators = [_OPPOSITE[each] for each in node.operators] if id(node) in denied else node.operators
+                for operator, left, right in zip(operators, node.operands, node.operands[1:], strict=False):
                     if _moves(left, signals):
                         yield left, operator, right
                     elif _moves(right, signals):
@@ -150,6 +154,28 @@ def _comparisons(
                 pass
 
 
+def _one_limit(node: ir.Expression) -> bool:
+    return isinstance(node, ir.Comparison) and len(node.operators) == 1
+
+
+def _denied(condition: ir.Expression) -> frozenset[int]:
+    """Returns the ids of the nodes that stand below an odd number of `not`, where a comparison means its opposite."""
+    denied, pending = set[int](), [(condition, False)]
+    while pending:
+        node, inverted = pending.pop()
+        if inverted:
+            denied.add(id(node))
+        match node:
+            case ir.Negation():
+                pending.append((node.operand, not inverted))
+            case ir.Both() | ir.Either():
+                pending += [(operand, inverted) for operand in node.operands]
+            case _:
+                pass
+    return frozenset(denied)
+
+
+_OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 
 

@@ -418,6 +418,14 @@ def test_an_expectation_that_fails(run):
     assert json.loads(run("test", "--json", "bad.cp").stdout)["bad.cp"]["hold"] is False
 
 
+def test_a_policy_without_expectations_is_linked(run):
+    """What is wrong with its params and names is an error of `test` too."""
+    grown = "".join(["let a0 = step\n", *(f"let a{n + 1} = a{n} + a{n}\n" for n in range(20))])
+    result = run("test", "grown.cp", grown=f"{grown}match attention when a20 > 1 every 2 -> reuse\n")
+    assert "error[E165]" in result.output
+    assert 1 == result.exit_code
+
+
 def test_a_rule_that_is_not_reached(run):
     """An uncovered rule is a warning that fails nothing."""
     result = run("test", "half.cp", half=GOOD + "match feedforward every 2 -> reuse\n")

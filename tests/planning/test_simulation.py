@@ -270,7 +270,8 @@ def test_a_site_is_found_by_a_selector() -> None:
     for name, message in [
         ("transformer_blocks.3", f"`transformer_blocks.3` is no site by itself, it belongs to the site `{span}`"),
         ("feedforward", "`feedforward` selects 12 sites, not one"),
-        ("blocks[2:]", "no rule selects a site `blocks[2:]`"),
+        ("blocks[2:]", "`blocks[2:]` is no site, and 10 sites are in it"),
+        ("attention", "no rule selects a site `attention`"),
     ]:
         with pytest.raises(PolicyError) as raised:
             schedule.decision(name, 1)

@@ -48,6 +48,25 @@ def test_each_clause_that_kept_a_rule_from_reusing_is_named(text, said):
     assert told(text + "\n", timesteps=timesteps).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("not drift > 0.05", "the limit is 0.05; at 10 of 28 steps it was at most 0.31"),
+        ("not (drift > 0.05 or step < 0)", "the limit is 0.05; at 10 of 28 steps it was at most 0.31"),
+        ("not not drift < 0.05", "the limit is 0.05; at 10 of 28 steps it was at most 0.31"),
+        ("not drift <= 0.9", "the limit is 0.9; at 10 of 28 steps it was at least 0.4"),
+        ("drift > 0.9", "the limit is 0.9; at 10 of 28 steps it was at least 0.4"),
+    ],
+)
+def test_a_limit_that_is_denied_is_met_from_the_other_side(condition, said):
+    """`not drift > 0.05` is advised as `drift <= 0.05` is."""
+    text = f"signal drift = l1(input(model))\nmatch attention while {condition} -> reuse\n"
+    policy = cachepolicy.parse(text)
+    trajectory = reports.as_trace(simulate(policy, steps=28, signals={"drift": DRIFTS})).last
+    trajectory.plan = cachepolicy.plan(policy)
+    assert f"`drift` was 0.11 to 0.63, {said}" == why_nothing_was_reused(trajectory)
+
+
 def test_many_rules_are_cut_short():
     """The first three rules are explained, the others counted."""
     text = "".join(f"match attention when t > {1001 + step} -> reuse\n" for step in range(5))

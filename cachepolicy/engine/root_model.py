@@ -315,7 +315,8 @@ class RootModel(Handle):
             if self._derived:
                 return
             for span, form in forms_of(self.module, (args, kwargs), execution.skipped).items():
-                self.continuations.keep_links(span, dict(enumerate(form.links)))
+                endings = {position: ending for position, ending in enumerate(form.endings) if ending is not None}
+                self.continuations.keep_links(span, dict(enumerate(form.links)), endings)
                 self.graphs.forms.setdefault(span, form)
             self._derived = True
 

@@ -144,8 +144,8 @@ def run_expectations(policy: str | os.PathLike[str] | ir.Policy, skeleton: Skele
         skeleton: The model; a generic transformer by default.
 
     Raises:
-        PolicyError: The policy cannot be loaded, or has no expectation whose outcome would show its errors. Errors of an
-            expectation are in its outcome.
+        PolicyError: The policy cannot be loaded, or has no expectation whose outcome would show its errors. The errors
+            of an expectation are in its outcome.
     """
     runner = _Runner(load(policy), builtin() if skeleton is None else skeleton)
     expects = [statement for statement in runner.policy.statements if isinstance(statement, ir.Expect)]

@@ -26,11 +26,24 @@ FURTHER_BRANCHES = frozenset(
 CALL_CONTEXT = re.compile(r"""cache_context\(["'](\w+)["']""")
 """How the source of a pipeline enters the `cache_context` of a call."""
 
-DISTILLED = "guidance_embeds"
-"""The entry of a model's config that is true where the guidance scale is an input of the model, as in FLUX.1-dev.
+DISTILLED = ("guidance_embeds", "guidance_scale_embeds", "time_cond_proj_dim", "is_turbo")
+"""Entries of a model's config that are set where guidance is built in, so that there is no unconditional half.
 
-Such a model has no unconditional half.
+The guidance scale is an input of the model (FLUX.1-dev, SANA-Sprint; `time_cond_proj_dim` in latent consistency
+models), or the weights contain it (the turbo variants of ACE-Step).
 """
+
+DISTILLED_PIPELINE = "is_distilled"
+"""The entry of a pipeline's `model_index.json` that says the same of its model (FLUX.2 [klein])."""
+
+
+def distilled_by(config: object) -> str | None:
+    """Returns the entry of a model's config that shows that guidance is built in, or None."""
+    if not isinstance(config, Mapping):
+        return None
+    entries: dict[object, object] = {**config}
+    return next((name for name in DISTILLED if entries.get(name) not in {None, False}), None)
+
 
 PERTURBED_PROPERTY = "do_perturbed_attention_guidance"
 """The property of the pipelines with perturbed attention guidance (`diffusers.pipelines.pag`) that says that it is on.

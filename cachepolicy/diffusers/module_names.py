@@ -63,6 +63,10 @@ QUERY_WORDS = frozenset({"q", "qkv", "query", "queries", "wq", "wqkv"})
 OUTPUT_WORDS = frozenset({"out", "o", "wo"})
 """Words in the names of projections of attention modules: `img_qkv` and `txt_qkv`, `out_img` and `out_txt`."""
 
-QUERIES = ("to_q", "to_query")
-KEYS = ("to_k", "to_key")
+KEY_WORDS = frozenset({"k", "kv", "key", "keys", "wk", "wkv"})
+FUSED_WORDS = frozenset({"qkv", "wqkv"})
+"""With `QUERY_WORDS`, words in the names of projections that only attention modules have."""
+
+QUERIES = ("to_q", "to_query", "wq", "q", "q_proj", "query")
+KEYS = ("to_k", "to_key", "wk", "k", "k_proj", "key")
 """The projections of an attention module. Different input widths show cross-attention."""

@@ -24,7 +24,9 @@ from cachepolicy.diffusers.module_names import (
     FEEDFORWARD,
     FEEDFORWARD_CLASS,
     FEEDFORWARD_CLASSES,
+    FUSED_WORDS,
     JOINT_ATTENTION,
+    KEY_WORDS,
     KEYS,
     OUTPUT_WORDS,
     QUERIES,
@@ -117,7 +119,11 @@ def describe(model: nn.Module) -> Skeleton:
         kinds = set[Kind]()
         if name == "":
             kinds.add("model")
-        elif is_one_of(module, ATTENTION_CLASSES) if native else _looks_like_attention(module):
+        elif (
+            is_one_of(module, ATTENTION_CLASSES)
+            if native
+            else _looks_like_attention(module) or (_projects(module) and attentions.isdisjoint(ancestors(name)))
+        ):
             if _has_weights(module) or attentions.isdisjoint(ancestors(name)):  # not the core of another attention
                 kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
                 attentions.add(name)
@@ -127,7 +133,8 @@ def describe(model: nn.Module) -> Skeleton:
         is_list = isinstance(module, nn.ModuleList)
         modules.append(Module(name, type(module).__name__, frozenset(kinds), is_list, not container))
     lists = _block_lists(model, modules)
-    blocks = {f"{name}.{index}" for name in lists for index, _ in enumerate(model.get_submodule(name).children())}
+    # A module that a list holds twice has one name, so the elements are not numbered from 0 without gaps.
+    blocks = {f"{name}.{index}" for name in lists for index, _ in model.get_submodule(name).named_children()}
     marked = tuple(
         Module(entry.name, entry.class_name, entry.kinds | frozenset[Kind]({"block"}), entry.is_list, entry.callable)
         if entry.name in blocks
@@ -213,9 +220,22 @@ def _is_joint(module: nn.Module) -> bool:
     """Return True for attention over two streams that both have queries, and both get an output."""
     if "Joint" in type(module).__name__ or any(JOINT_ATTENTION.search(name) for name, _ in module.named_children()):
         return True
-    children = [name for name, child in module.named_children() if "norm" not in name and _has_weights(child)]
-    words = [set(re.split(r"[_\W]|(?<=\D)(?=\d)", name)) for name in children]
+    words = _words_of_projections(module)
     return any(sum(bool(tokens & asked) for tokens in words) > 1 for asked in (QUERY_WORDS, OUTPUT_WORDS))
+
+
+def _projects(module: nn.Module) -> bool:
+    """Return True for a module with projections to queries and keys, whatever it is called, that is no block."""
+    if BLOCK.search(type(module).__name__) or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    words = set[str]().union(*_words_of_projections(module))
+    return bool(words & FUSED_WORDS or (words & QUERY_WORDS and words & KEY_WORDS))
+
+
+def _words_of_projections(module: nn.Module) -> list[set[str]]:
+    """Return the words in the names of each child with weights that is no norm."""
+    children = [name for name, child in module.named_children() if "norm" not in name and _has_weights(child)]
+    return [set(re.split(r"[_\W]|(?<=\D)(?=\d)", name)) for name in children]
 
 
 def _width(projection: Any) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cachepolicy.diffusers.guidance import COND_BRANCHES, DISTILLED, UNCOND_BRANCHES
+from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES, distilled_by
 from cachepolicy.engine import compat
 from cachepolicy.engine.actions import (
     ANSWER,
@@ -876,7 +876,7 @@ def _why_nothing(state: State, module: torch.nn.Module) -> str:
     length = counted(state.count, "call")
     if state.trajectory is None:
         return f"the policy reused nothing in a trajectory of {length}"
-    distilled = getattr(getattr(module, "config", None), DISTILLED, False) is True
+    distilled = distilled_by(getattr(module, "config", None)) is not None
     why = why_nothing_was_reused(state.trajectory, distilled=distilled)
     ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None]
     seen = f" (t went from {ts[0]:g} to {ts[-1]:g})" if ts else ""

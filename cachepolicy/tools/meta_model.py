@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.diffusers.denoisers import DENOISERS
-from cachepolicy.diffusers.guidance import BATCH_CONTEXT, CALL_CONTEXT, COND_BRANCHES, DISTILLED, UNCOND_BRANCHES
+from cachepolicy.diffusers.guidance import (
+    BATCH_CONTEXT,
+    CALL_CONTEXT,
+    COND_BRANCHES,
+    DISTILLED_PIPELINE,
+    UNCOND_BRANCHES,
+    distilled_by,
+)
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.guidance import Guidance
@@ -161,10 +168,14 @@ def _guidance(config: Mapping[str, Any], file: Path) -> Guidance:
     """Return how guidance runs, from the model's config, and from the source of the pipeline class beside it."""
     import diffusers
 
-    if config.get(DISTILLED) is True:
-        return Guidance("distilled", DISTILLED)
+    distilled = distilled_by(config)
     index = file.parent.parent / "model_index.json"
-    name = _read(index)[1].get("_class_name") if index.is_file() else None
+    entries: Any = _read(index)[1] if index.is_file() else {}
+    if distilled is None and entries.get(DISTILLED_PIPELINE) is True:
+        distilled = DISTILLED_PIPELINE
+    if distilled is not None:
+        return Guidance("distilled", distilled)
+    name = entries.get("_class_name")
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
     # The index names any class. Only one that defines calls of its instances has a source to read.
     call = getattr(pipeline, "__call__", None) if isinstance(pipeline, type) else None  # noqa: B004

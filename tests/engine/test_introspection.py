@@ -156,6 +156,36 @@ def test_a_second_sequence_that_a_forward_needs_makes_it_cross_attention() -> No
     }
 
 
+@pytest.mark.parametrize(
+    "names", [("wq", "wk", "wv", "wo"), ("q", "k", "v", "o"), ("qkv", "proj"), ("to_q", "to_kv"), ("q_proj", "k_proj")]
+)
+def test_projections_make_an_attention_whatever_it_is_called(names: tuple[str, ...]) -> None:
+    """A class without the word is found by its queries and keys; a block around it is none."""
+
+    class Self2(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in names:
+                self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    net = nn.Module()
+    net.blocks = nn.ModuleList([nn.ModuleDict({"mixer": Self2(), "lin": nn.Linear(4, 4)})])
+    kinds = {each.name: each.kinds for each in describe(net).modules}
+    assert {"attention", "self_attention"} == kinds["blocks.0.mixer"]
+    assert [] == [name for name, each in kinds.items() if "attention" in each and name != "blocks.0.mixer"]
+
+
+def test_a_list_that_holds_one_module_twice_keeps_the_numbers_of_its_blocks() -> None:
+    """The module has the name of its first place, and the others keep theirs."""
+    first, second = (nn.Sequential(SelfAttention()) for _ in range(2))
+    net = nn.Module()
+    net.blocks = nn.ModuleList([first, first, second])
+    assert ["blocks.0", "blocks.2"] == [each.name for each in describe(net).modules if "block" in each.kinds]
+
+
 def test_quantised_projections_are_weights() -> None:
     """Layers that keep their weights outside the parameters make an attention all the same."""
     model = torch.ao.quantization.quantize_dynamic(Net(SelfAttention).eval(), {nn.Linear})

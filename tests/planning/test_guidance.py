@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import cachepolicy
 from cachepolicy.cli.commands import main
+from cachepolicy.diffusers.guidance import distilled_by
 from cachepolicy.planning.cost_model import Work, forecast
 from cachepolicy.planning.guidance import reads_guidance, without_uncond
 from cachepolicy.planning.simulation import plan, simulate
@@ -100,6 +101,37 @@ def test_the_form_of_guidance_is_read_from_the_files(tmp_path, pipeline, config,
     assert expected == guidance.form
     assert (("cond", "uncond") if expected == "sequential" else ("",)) == guidance.branches
     assert guidance.source in str(guidance)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"guidance_embeds": True}, "guidance_embeds"),
+        ({"guidance_scale_embeds": True, "guidance_embeds": False}, "guidance_scale_embeds"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ({"is_turbo": True}, "is_turbo"),
+        ({"time_cond_proj_dim": None, "is_turbo": False}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_a_config_shows_that_guidance_is_built_in(config, expected):
+    """By a scale that is an input of the model, or by weights that contain it."""
+    assert expected == distilled_by(config)
+
+
+def test_a_distilled_pipeline_is_read_from_its_index(tmp_path):
+    """The config of the model is that of the variant with guidance."""
+    from cachepolicy.tools.meta_model import read_model
+
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    config = {"_class_name": "WanTransformer3DModel", "num_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    index = {"_class_name": "WanPipeline", "is_distilled": True}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    guidance = read_model(tmp_path).guidance
+    assert ("distilled", "is_distilled") == (guidance.form, guidance.source)
 
 
 def test_what_is_assumed_is_said():

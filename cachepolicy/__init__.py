@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cachepolicy.planning.simulation import plan, simulate
     from cachepolicy.reports.explanation import explain
     from cachepolicy.tracing.trace import load_trace
+    from cachepolicy.tuning.calibration import calibrate
     from cachepolicy.tuning.compare import compare
     from cachepolicy.tuning.tuner import tune
 
@@ -56,6 +57,7 @@ __all__ = [
     "apply_first_block_cache",
     "apply_pyramid_attention_broadcast",
     "cache_context",
+    "calibrate",
     "compare",
     "disable_cache",
     "enable_cache",
@@ -86,6 +88,7 @@ _MODULES = {
     "apply_first_block_cache": "diffusers.api",
     "apply_pyramid_attention_broadcast": "diffusers.api",
     "cache_context": "diffusers.api",
+    "calibrate": "tuning.calibration",
     "compare": "tuning.compare",
     "disable_cache": "diffusers.api",
     "enable_cache": "diffusers.api",

@@ -31,6 +31,7 @@ EXPORTS = [
     "apply_first_block_cache",
     "apply_pyramid_attention_broadcast",
     "cache_context",
+    "calibrate",
     "compare",
     "disable_cache",
     "enable_cache",

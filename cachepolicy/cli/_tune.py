@@ -1,4 +1,4 @@
-"""Implementation of the `tune` command: finds the policy of a pipeline from a folder."""
+"""Implementation of the commands `tune` and `calibrate`: they find policies for a pipeline from a folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from cachepolicy.cli import output
 from cachepolicy.cli._progress import progress_bar
 from cachepolicy.errors import PolicyError, counted
+from cachepolicy.tuning.calibration import Calibration, calibrate
 from cachepolicy.tuning.calls import Calls
 from cachepolicy.tuning.tuner import SchedulePoint, Tuning, tune
 
@@ -32,8 +33,7 @@ def show_tuning(
     Raises:
         PolicyError: The calls cannot be tuned, or the policy cannot be written (E152).
     """
-    if not out.parent.is_dir():
-        raise PolicyError.of("E152", f"`{out}` cannot be written: there is no folder `{out.parent}`")
+    _require_folder(out)
     pipe.set_progress_bar_config(disable=True)
     training, held_out = calls.split()
     try:
@@ -43,14 +43,43 @@ def show_tuning(
         kept = f"`{run_dir}` has what was sampled; run the command again to go on"
         output.say(f"interrupted: {kept if run_dir else 'nothing was kept; `--run-dir DIR` keeps it'}", error=True)
         raise SystemExit(INTERRUPTED) from None
-    try:
-        result.save(str(out))
-    except OSError as error:
-        raise output.unwritable(out, error) from error
+    _save(result, out)
     if as_json:
         output.say_json({**_to_json(result), "output": str(out)})
     else:
         output.say("\n".join(_lines(result, len(held_out), str(out))))
+
+
+def show_calibration(pipe: Any, calls: Calls, method: Any, cost: float, *, out: Path, as_json: bool) -> None:
+    """Calibrate a method, write the policy and print what was found. Progress goes to standard error.
+
+    Raises:
+        PolicyError: The model cannot be calibrated, or the policy cannot be written (E152).
+    """
+    _require_folder(out)
+    pipe.set_progress_bar_config(disable=True)
+    with progress_bar("recording", "run") as progress:
+        found = calibrate(pipe, calls.split()[0], method, cost=cost, progress=progress)
+    _save(found, out)
+    if as_json:
+        values = {"method": found.method, "threshold": found.threshold, "cost": found.cost}
+        output.say_json({"policy": found.text, **values, "output": str(out)})
+    else:
+        output.say(f"{out}: {method} with a threshold of {found.threshold:g}")
+        output.say(f"by the recording, {found.cost:.0%} of the steps are computed; `cachepolicy run` measures it")
+
+
+def _require_folder(out: Path) -> None:
+    """Raise before anything is sampled if the file to write has no folder (E152)."""
+    if not out.parent.is_dir():
+        raise PolicyError.of("E152", f"`{out}` cannot be written: there is no folder `{out.parent}`")
+
+
+def _save(result: Tuning | Calibration, out: Path) -> None:
+    try:
+        result.save(str(out))
+    except OSError as error:
+        raise output.unwritable(out, error) from error
 
 
 def _lines(result: Tuning, held_out: int, out: str) -> list[str]:

@@ -456,12 +456,9 @@ def _open_pipeline(
 @click.option("--speedup", type=click.FloatRange(1), help="Target: how many times as fast a whole call gets.")
 @click.option("--psnr", type=float, help="Target: the mean PSNR in dB against the uncached pictures.")
 @click.option("--psnr-p10", type=float, help="Target: the 10th percentile of the same.")
-@click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE", help="Prompts, one a line.")
-@options.pipeline
+@options.sampled_calls(24)
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
-@click.option("--samples", type=click.IntRange(1), default=24, show_default=True, help="Calls to record.")
 @click.option("--held-out", type=click.IntRange(1), default=8, show_default=True, help="Further calls to measure on.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the first call.")
 @click.option("--order", type=click.IntRange(0, 3), default=1, show_default=True, help="Order of the extrapolation.")
 @click.option(
     "--gap", type=click.IntRange(1), default=9, show_default=True, help="Most steps from one computed call to the next."
@@ -482,10 +479,7 @@ def tune_command(
     targets = {name: values[name] for name in ("cost", "speedup", "psnr", "psnr_p10") if values[name] is not None}
     if len(targets) != 1:
         raise click.UsageError("give one of --cost, --speedup, --psnr and --psnr-p10")
-    lines = [] if prompts is None else _prompts(prompts)
-    pipe, arguments = _open_pipeline(
-        folder, {"prompt": lines[0] if lines else None, "num_inference_steps": steps}, **values
-    )
+    pipe, arguments, lines = _open_for_calls(folder, prompts, steps, values)
     from cachepolicy.cli._tune import show_tuning
     from cachepolicy.tuning.calls import Calls
 
@@ -498,13 +492,10 @@ def tune_command(
 @click.argument("folder", metavar="FOLDER")
 @click.argument("policies", nargs=-1, metavar="[POLICY...]")
 @options.set_param
-@click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE", help="Prompts, one a line.")
-@options.pipeline
+@options.sampled_calls(8)
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
 @click.option("--try-steps", type=click.IntRange(1, 10_000), multiple=True, help="Another number of steps; repeatable.")
 @click.option("--try-solver", type=click.Choice(["UniPC", "DPM++ 2M"]), multiple=True, help="A solver; repeatable.")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Calls to sample.")
-@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the first call.")
 @click.option(
     "--converged",
     type=click.IntRange(0, 10_000),
@@ -539,10 +530,7 @@ def compare_command(
     loaded = {Path(name).stem: _load_policy(name) for name in policies}
     for policy in loaded.values():
         resolve(policy, dict(settings))
-    lines = [] if prompts is None else _prompts(prompts)
-    pipe, arguments = _open_pipeline(
-        folder, {"prompt": lines[0] if lines else None, "num_inference_steps": steps}, **values
-    )
+    pipe, arguments, lines = _open_for_calls(folder, prompts, steps, values)
     from cachepolicy.cli._compare import show_comparison
     from cachepolicy.tuning.calls import Calls
     from cachepolicy.tuning.compare import Variant
@@ -552,6 +540,53 @@ def compare_command(
     variants |= {solver: Variant(solver=solver) for solver in try_solver}
     calls = Calls(arguments, lines, values["samples"], 0, values["seed"])
     show_comparison(pipe, calls, variants, converged=converged or None, folder=Path(output), as_json=as_json)
+
+
+@main.command("calibrate")
+@click.argument("folder", metavar="FOLDER")
+@click.option("--method", type=click.Choice(["magcache", "teacache", "smoothcache"]), required=True, help="The method.")
+@click.option(
+    "--cost",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="The threshold is chosen for this share of computed steps.",
+)
+@options.sampled_calls(4)
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), default="calibrated.cp", show_default=True, help="File to write."
+)
+@options.json_form
+@output.guarded
+def calibrate_command(
+    *,
+    folder: str,
+    method: str,
+    cost: float,
+    prompts: str | None,
+    steps: int | None,
+    out: str,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Measure the constants of MagCache, TeaCache or SmoothCache for a pipeline, and write the method as a policy."""
+    pipe, arguments, lines = _open_for_calls(folder, prompts, steps, values)
+    from cachepolicy.cli._tune import show_calibration
+    from cachepolicy.tuning.calls import Calls
+
+    calls = Calls(arguments, lines, values["samples"], 0, values["seed"])
+    show_calibration(pipe, calls, method, cost, out=Path(out), as_json=as_json)
+
+
+def _open_for_calls(
+    folder: str, prompts: str | None, steps: int | None, values: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """Loads the pipeline of a command with `options.sampled_calls`. Returns it, its arguments and the prompts."""
+    lines = [] if prompts is None else _prompts(prompts)
+    named = {"prompt": lines[0] if lines else None, "num_inference_steps": steps}
+    pipe, arguments = _open_pipeline(folder, named, **values)
+    return pipe, arguments, lines
 
 
 def _prompts(path: str) -> list[str]:

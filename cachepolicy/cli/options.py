@@ -97,6 +97,27 @@ def pipeline(command: Command) -> Command:
     return command
 
 
+def sampled_calls(samples: int) -> Callable[[Command], Command]:
+    """Returns a decorator that adds the options for the calls of a pipeline. `samples` is the default number."""
+
+    def add(command: Command) -> Command:
+        options = (
+            click.option("--prompts", type=click.Path(dir_okay=False), metavar="FILE", help="Prompts, one a line."),
+            pipeline,
+            click.option(
+                "--samples", type=click.IntRange(1), default=samples, show_default=True, help="Calls to sample."
+            ),
+            click.option(
+                "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the first call."
+            ),
+        )
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def schedule(command: Command) -> Command:
     """Adds the options that describe the trajectory and the model."""
     options = (

@@ -70,7 +70,7 @@ def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[n
     """
     recorder = _Recorder(threading.get_ident())
     with contextlib.ExitStack() as stack:
-        for cls in dict.fromkeys(_stepping_class(scheduler) for scheduler in schedulers):
+        for cls in dict.fromkeys(stepping_class(scheduler) for scheduler in schedulers):
             stack.enter_context(recorder.patched(cls))
         for index, model in enumerate(models):
             stack.callback(model.register_forward_pre_hook(recorder.seen(index)).remove)
@@ -87,7 +87,7 @@ def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[n
     return records
 
 
-def _stepping_class(scheduler: Any) -> type:
+def stepping_class(scheduler: Any) -> type:
     """Return the class that defines the `step` of a scheduler."""
     return next(cls for cls in type(scheduler).__mro__ if "step" in cls.__dict__)
 

@@ -177,3 +177,17 @@ def test_a_target_out_of_reach_says_what_is_reachable(tune: Callable[..., Result
     assert "E404" in result.stderr
     assert "the denoiser takes" in result.stderr
     assert not (tmp_path / "a.cp").exists()
+
+
+def test_calibration_of_a_saved_pipeline(tune: Callable[..., Result], tmp_path: Path) -> None:
+    """The file is the method with the measured constants."""
+    path = tmp_path / "mine.cp"
+    options = ["--method", "magcache", "--samples", 1, "--out", path]
+    result = tune(*options, command="calibrate")
+    assert 0 == result.exit_code, result.output
+    assert "magcache with a threshold of" in result.stdout
+    assert "table ratios" in path.read_text("utf-8")
+    for command in (["check"], ["test"], ["fmt", "--check"]):
+        assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code
+    told = json.loads(tune(*options, "--json", command="calibrate").stdout)
+    assert told["policy"] == path.read_text("utf-8")

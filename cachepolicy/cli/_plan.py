@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from cachepolicy._strict_json import load_json
@@ -14,14 +16,24 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.planning import cost_model
 from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.guidance import reads_guidance, without_uncond
+from cachepolicy.planning.open_signals import replay_open, simulate_open
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.simulation import simulate
+from cachepolicy.planning.simulation import Schedule
 from cachepolicy.reports import overview
 from cachepolicy.reports import text as report_text
+from cachepolicy.reports.html.page import page
+from cachepolicy.tracing.trace import Trajectory
 
 
 def show_plan(
-    plan: Plan, sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool
+    plan: Plan,
+    sampled: SampledModel,
+    picture: Mapping[str, Any],
+    shapes: str | None,
+    *,
+    trajectory: Trajectory | None = None,
+    html: str | None = None,
+    as_json: bool,
 ) -> None:
     """Prints the schedule of one policy, and the FLOPs that it skips if they can be counted.
 
@@ -30,31 +42,71 @@ def show_plan(
         sampled: The model and the clock.
         picture: Sizes of the inputs, by the names of `Picture`.
         shapes: A JSON file with shapes of the call's arguments, which replace `picture`.
+        trajectory: A recorded run whose clock and signals take the place of those of `sampled`.
+        html: The file to write the schedule to as an HTML page.
         as_json: Print JSON.
+
+    Raises:
+        PolicyError: The file cannot be written (E152).
     """
     guidance = sampled.guidance
     plan = without_uncond(plan) if guidance.form == "distilled" else plan
-    simulated = simulate(plan, **sampled.arguments)
+    simulated = simulate_open(plan, **sampled.arguments) if trajectory is None else _recorded(plan, trajectory, sampled)
     work = _work(sampled, picture, shapes)
-    outlook = held = None
+    outlook = held = most = None
     if work is not None:
         from cachepolicy.tools.memory_forecast import holdings  # imports the engine, and with it torch
 
         outlook, held = cost_model.forecast(simulated.plan, simulated, work), holdings(plan, simulated, work)
+        most = None if simulated.most is None else cost_model.forecast(simulated.plan, simulated.most, work)
+    if html is not None:
+        _write_page(html, page([simulated], work=work))
     if as_json:
         flops = None if outlook is None else outlook.to_json()
-        output.say_json(
-            {**report_text.outcome_to_json(simulated), "flops": flops, "held": held, "guidance": asdict(guidance)}
-        )
+        as_data = report_text.outcome_to_json(simulated)
+        if as_data["most_cost"] is not None:
+            as_data["most_cost"]["flops"] = None if most is None else most.to_json()
+        output.say_json({**as_data, "flops": flops, "held": held, "guidance": asdict(guidance)})
         return
     output.report_findings(simulated.warnings, error=True)
     output.say(report_text.draw(simulated, width=output.columns(), colour=output.coloured(sys.stdout)))
     if guidance.form != "unknown" or reads_guidance(plan):
         output.say(str(guidance))
     if outlook is not None and work is not None:
-        output.say(cost_model.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps))
+        output.say(cost_model.draw_forecast(outlook, simulated.plan, work, steps=simulated.steps, most=most))
         peak = cost_model.format_bytes(max(held or (), default=0))
         output.say(f"{peak} of history at most, in float32; half of that in bfloat16")
+
+
+def _recorded(plan: Plan, trajectory: Trajectory, sampled: SampledModel) -> Schedule:
+    """Returns the schedule of a plan on the clock and the signals of a recorded run. `--signal` takes precedence.
+
+    Sites that the run did not have read the numbers of its first site that measured.
+    """
+    ticks = [replace(call.tick, uncond_skipped=False) for call in trajectory.calls]
+    number = {site.name: site.index for site in trajectory.plan.sites}
+    given = sampled.arguments["signals"]
+    measured = dict[tuple[int, str], dict[int, dict[str, float]]]()
+    for tick, call in zip(ticks, trajectory.calls, strict=True):
+        first = next(iter(call.signals.values()), dict[str, float]())
+        own = {name: _at(value, tick.step) for name, value in given.items()}
+        measured[tick.step, tick.branch] = {
+            site.index: {**first, **call.signals.get(number.get(site.name, -1), {}), **own} for site in plan.sites
+        }
+    return replay_open(plan, ticks, measured)
+
+
+def _at(value: float | Sequence[float], step: int) -> float:
+    if isinstance(value, int | float):
+        return value
+    return value[step] if step < len(value) else math.nan
+
+
+def _write_page(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise output.unwritable(path, error) from error
 
 
 def show_overview(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:

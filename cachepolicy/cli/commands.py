@@ -173,13 +173,17 @@ def _write(path: str, content: bytes) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="[MODEL] [FILE]")
 @options.schedule
 @options.picture
+@click.option("--trace", type=click.Path(dir_okay=False), help="A saved trace: its clock and its measured signals.")
+@click.option("--html", type=click.Path(dir_okay=False), metavar="OUT", help="Write the schedule as one HTML file.")
 @output.guarded
-def plan_command(*, names: Sequence[str], as_json: bool, shapes: str | None, **values: Any) -> None:
+def plan_command(
+    *, names: Sequence[str], as_json: bool, shapes: str | None, trace: str | None, html: str | None, **values: Any
+) -> None:
     """Draw the decision of each site at each step, without running a model.
 
     MODEL is a diffusers folder or configuration (no weights are read), or a skeleton file. For a diffusers model,
     FLOPs are counted too. Without MODEL, a generic diffusion transformer is used. Without FILE, all shipped policies
-    are compared.
+    are compared. Where a signal decides that neither --signal nor --trace gives, the cost is a range.
     """
     if len(names) > 2 or (len(names) == 2 and values["model"] is not None):
         raise click.UsageError("name one model and one policy")
@@ -188,12 +192,16 @@ def plan_command(*, names: Sequence[str], as_json: bool, shapes: str | None, **v
         values["model"] = names[0]
     elif values["model"] is None and is_model(names[0]):
         values["model"], file = names[0], None
+    if file is None and (trace is not None or html is not None):
+        raise click.UsageError("--trace and --html are for one policy")
+    recorded = None if trace is None else _trajectory(trace, -1)
     sampled = options.model_and_clock(values)
     picture = {name: values[name] for name in options.PICTURE}
     if file is None:
         show_overview(sampled, picture, shapes, as_json=as_json)
     else:
-        show_plan(_bind_policy(file, sampled), sampled, picture, shapes, as_json=as_json)
+        bound = _bind_policy(file, sampled)
+        show_plan(bound, sampled, picture, shapes, trajectory=recorded, html=html, as_json=as_json)
 
 
 @main.command("diff")

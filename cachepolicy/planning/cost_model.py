@@ -115,8 +115,17 @@ def forecast(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work:
     return Forecast(total, by_site, by_rule)
 
 
-def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> str:
-    """Returns text: the share of each rule's sites in a call, what the rules skip, and the bound of the speed-up."""
+def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int, most: Forecast | None = None) -> str:
+    """Returns text: the share of each rule's sites in a call, what the rules skip, and the bound of the speed-up.
+
+    Args:
+        outlook: The FLOPs that are skipped.
+        plan: The plan.
+        work: The work of one call.
+        steps: The number of steps.
+        most: The FLOPs that are skipped at the most cost, where signals that are not known decide.
+    """
+    most = outlook if most is None else most
     total = f"{format_flops(outlook.total)} in {counted(steps, 'step')}"
     lines = [f"{format_flops(work.total)} a call, {total} without the policy"]
     for bound in plan.rules:
@@ -127,10 +136,18 @@ def draw_forecast(outlook: Forecast, plan: Plan, work: Work, *, steps: int) -> s
             skips = outlook.skipped_by_rule.get(bound.index, 0)
             lines.append(
                 f"rule {bound.index + 1}: its sites are {percent(held, work.total)} of a call, "
-                f"it skips {percent(skips, outlook.total)} of the trajectory"
+                f"it skips {_span(most.skipped_by_rule.get(bound.index, 0), skips, outlook.total)} of the trajectory"
             )
     limit = f"at most {outlook.speed_up:.2f}x faster" if outlook.share < 1 else "nothing is left to compute"
-    return "\n".join([*lines, f"{percent(outlook.skipped, outlook.total)} of the FLOPs are skipped: {limit}"])
+    if most.skipped != outlook.skipped:
+        limit = f"between at most {most.speed_up:.2f}x and {limit}"
+    skipped = _span(most.skipped, outlook.skipped, outlook.total)
+    return "\n".join([*lines, f"{skipped} of the FLOPs are skipped: {limit}"])
+
+
+def _span(low: int, high: int, total: int) -> str:
+    """Returns a share as text, or the range of two different ones: `0.0 % to 96.3 %`."""
+    return percent(high, total) if low == high else f"{percent(low, total)} to {percent(high, total)}"
 
 
 def format_flops(flops: float) -> str:

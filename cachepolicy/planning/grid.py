@@ -7,9 +7,14 @@ from itertools import chain
 
 from cachepolicy._resources import render_template
 
-_COLOURS = {"C": "\x1b[33;1m", "R": "\x1b[32m", ".": "\x1b[2m"}
+_COLOURS = {"C": "\x1b[33;1m", "R": "\x1b[32m", "S": "\x1b[36m", ".": "\x1b[2m"}
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
-_STYLES = {"C": "background:#f7dcae;color:#5a3800", "R": "background:#bfe5d5;color:#0a4634", ".": "opacity:.55"}
+_STYLES = {
+    "C": "background:#f7dcae;color:#5a3800",
+    "R": "background:#bfe5d5;color:#0a4634",
+    "S": "background:#d6dcf5;color:#26326e",
+    ".": "opacity:.55",
+}
 _MOST_ROWS = 40
 
 

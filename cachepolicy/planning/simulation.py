@@ -40,11 +40,21 @@ STEPS_LIMIT = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The decisions of one simulated trajectory, by branch and step."""
+    """The decisions of one simulated trajectory, by branch and step.
+
+    Attributes:
+        plan: The plan.
+        ticks: The calls in the order they run.
+        decisions: The decisions by site number, for each branch and step.
+        most: The schedule with the most cost, if signals that are not given decide. This schedule then has the least.
+        signals: The names of those signals.
+    """
 
     plan: Plan
     ticks: tuple[Tick, ...]
     decisions: Mapping[tuple[str, int], Sequence[Decision]] = field(repr=False)
+    most: Schedule | None = field(default=None, repr=False)
+    signals: tuple[str, ...] = ()
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -57,7 +67,10 @@ class Schedule:
         return len({tick.step for tick in self.ticks})
 
     def rows_of(self, branch: str) -> dict[str, str]:
-        """Returns one letter a step for each site: `C` computes, `R` reuses, `.` is hidden in a site that reuses."""
+        """Returns one letter a step for each site: `C` computes, `R` reuses, `.` is hidden in a site that reuses.
+
+        With `most`, `S` stands where a signal decides.
+        """
         calls = [self.decisions[branch, step] for step in range(self.steps)]
         return {site.name: "".join(decisions[site.index].letter for decisions in calls) for site in self.plan.sites}
 

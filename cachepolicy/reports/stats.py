@@ -15,7 +15,7 @@ from cachepolicy.planning.cost_model import Forecast, Work, forecast
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import Decision, Tick, accumulate, environment_of
 from cachepolicy.planning.tally import Tally, tally
-from cachepolicy.reports.text import Outcome
+from cachepolicy.reports.text import Outcome, most_cost
 from cachepolicy.tracing.trace import Trajectory
 
 
@@ -31,6 +31,7 @@ class Gains:
         uncached: Seconds of the calls without the policy: those that the caller measured, or an estimate.
         estimated: Whether `uncached` is an estimate: as many calls at the median of those that computed everything.
         held: Most bytes that the session held; None for a schedule.
+        most: The figures of the most cost, where signals that are not known decide; these are then of the least.
         audited: Whether every module computed, so that the seconds tell nothing of the policy.
     """
 
@@ -42,6 +43,7 @@ class Gains:
     estimated: bool
     held: int | None
     audited: bool = False
+    most: Gains | None = None
 
     @property
     def speed_up(self) -> float | None:
@@ -78,6 +80,7 @@ def gains(outcome: Outcome, *, work: Work | None = None, uncached: float | None 
         uncached=uncached if estimate is None else estimate,
         estimated=estimate is not None,
         held=max((call.held for call in calls), default=None),
+        most=None if (most := most_cost(outcome)) is None else gains(most, work=work),
         audited=isinstance(outcome, Trajectory) and outcome.audited,
     )
 

@@ -126,7 +126,7 @@ def test_the_figures_are_the_trace():
         == figures["Site calls skipped"]
     )
     assert f"{100 * outlook.share:.1f} %" == figures["FLOPs skipped"].partition(" (")[0]
-    assert f"{outlook.speed_up:.2f}×" == figures["Speed-up, predicted"].partition(" ")[0]
+    assert f"{outlook.speed_up:.2f}×" == figures["Speed-up of the model, predicted"].partition(" ")[0]
     assert f"{sum(call.seconds for call in trajectory.calls):.4g} s" == figures["Time in the model"].partition(" (")[0]
     assert "8.0 KiB" == figures["Memory held"].partition(" (")[0]
     assert f"8 (8 calls of the model, {len(trajectory.plan.sites)} sites)" == figures["Steps"]
@@ -140,7 +140,7 @@ def test_a_speed_up_is_measured_against_what_is_known():
     assert pytest.approx(8 * 0.5 / trajectory.seconds) == gains(trajectory).speed_up
     trajectory.calls[1:] = [call for call in trajectory.calls[1:] if call.seconds == 0.125]
     assert gains(trajectory).speed_up is None
-    assert "Speed-up, measured" not in Page(page([trajectory])).figures
+    assert "Speed-up of the model, measured" not in Page(page([trajectory])).figures
     assert gains(reports.flux(4)).seconds is None
 
 
@@ -148,7 +148,7 @@ def test_two_denoisers_share_what_was_measured():
     """The seconds of the uncached run are those of all denoisers, so each part has the speed-up of all."""
     first, second = reports.drifting().last, reports.as_trace(simulate("fora", steps=8)).last
     text = page([first, second], uncached=3 * (first.seconds + second.seconds))
-    assert ["3.00×"] * 2 == re.findall(r"<dt>Speed-up, measured</dt><dd><b>([^<]*)</b>", text)
+    assert ["3.00×"] * 2 == re.findall(r"<dt>Speed-up of the model, measured</dt><dd><b>([^<]*)</b>", text)
 
 
 def test_rules_stand_beside_their_share():

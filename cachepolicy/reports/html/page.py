@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cachepolicy._resources import render_template, template
@@ -18,7 +19,7 @@ from cachepolicy.planning.tally import percent
 from cachepolicy.reports.html._cells import CellReasons, decision_grid
 from cachepolicy.reports.html._charts import Chart, Mark, bar_chart, curve_chart, number
 from cachepolicy.reports.stats import Curve, Gains, Point, curves, gains, series
-from cachepolicy.reports.text import Outcome
+from cachepolicy.reports.text import Outcome, signals_text
 from cachepolicy.tracing.schema import settings_of
 from cachepolicy.tracing.trace import CallRecord, Trajectory
 
@@ -77,6 +78,7 @@ def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, An
     return {
         "title": f"{policy.title or policy.name or 'a policy'} on {plan.skeleton.name}",
         "recorded": recorded,
+        "open_signals": signals_text(outcome),
         "source": policy.source,
         "digest": plan.resolved.digest,
         "figures": list(_figures(outcome, gained)),
@@ -102,28 +104,28 @@ def _figures(outcome: Outcome, gained: Gains) -> Iterator[tuple[str, str, str]]:
     """Yields the name, the value and a note of each figure at the head of the report."""
     hidden = gained.tally.calls["hidden"]
     steps = len({tick.step for tick, _ in outcome})
-    skipped = f"{gained.tally.skipped:g} of {gained.tally.total}" + (f", {hidden} of them hidden" if hidden else "")
-    yield "Site calls skipped", percent(gained.tally.skipped, gained.tally.total), skipped
+    most = gained.most or gained
+    calls = f"{_range(most.tally.skipped, gained.tally.skipped, '{:g}'.format)} of {gained.tally.total}"
+    calls += f", {hidden} of them hidden" if hidden else ""
+    share = _range(most.tally.skipped, gained.tally.skipped, lambda part: percent(part, gained.tally.total))
+    yield "Site calls skipped", share, calls + (f"; {signals_text(outcome)} decides" if gained.most else "")
     yield (
         "Steps",
         str(steps),
         f"{counted(gained.calls, 'call')} of the model, {counted(len(outcome.plan.sites), 'site')}",
     )
     if gained.flops is not None:
-        flops = gained.flops
-        of_total = f"{format_flops(flops.skipped)} of {format_flops(flops.total)}"
-        yield "FLOPs skipped", percent(flops.skipped, flops.total), of_total
-        yield (
-            "Speed-up, predicted",
-            f"{flops.speed_up:.2f}×" if flops.share < 1 else "all",
-            "at most, by the FLOPs",
-        )
+        flops, fewest = gained.flops, most.flops or gained.flops
+        of_total = f"{_range(fewest.skipped, flops.skipped, format_flops)} of {format_flops(flops.total)}"
+        yield "FLOPs skipped", _range(fewest.skipped, flops.skipped, lambda part: percent(part, flops.total)), of_total
+        bound = _range(fewest.speed_up, flops.speed_up, lambda factor: f"{factor:.2f}×" if factor < math.inf else "all")
+        yield "Speed-up of the model, predicted", bound, "at most, by the FLOPs"
     if gained.seconds is not None:
         if gained.speed_up is not None:
             against = (
                 "estimated from calls that computed everything" if gained.estimated else "against the uncached run"
             )
-            yield "Speed-up, measured", f"{gained.speed_up:.2f}×", against
+            yield "Speed-up of the model, measured", f"{gained.speed_up:.2f}×", against
         each_call = f"{gained.seconds / max(1, gained.calls) * 1e3:.1f} ms a call"
         yield "Time in the model", f"{number(gained.seconds)} s", each_call
     if isinstance(outcome, Trajectory) and outcome.worst is not None:
@@ -151,6 +153,11 @@ def _errors(trajectory: Trajectory) -> dict[str, Any] | None:
     ]
     heads = ("site", "answers", "mean error", "largest error", "at step")
     return _table("Errors of the answers", heads, rows) if rows else None
+
+
+def _range(low: float, high: float, shown: Callable[[float], str]) -> str:
+    """Returns a number as text, or the range of two different ones."""
+    return shown(high) if low == high else f"{shown(low)} to {shown(high)}"
 
 
 # --- signals ---------------------------------------------------------------------------------------------

@@ -156,8 +156,9 @@ def _build(config: Mapping[str, Any], file: str) -> Blueprint:
         with torch.device("meta"):
             model_class: Any = attribute
             model = model_class.from_config(dict(config)).eval()
-            guidance = _guidance(model.config, Path(file))
-            return Blueprint(describe(model), name, dict(model.config), model, guidance)
+        # This imports pipelines, some of whose modules hold tensors, which must not be made on the meta device.
+        guidance = _guidance(model.config, Path(file))
+        return Blueprint(describe(model), name, dict(model.config), model, guidance)
     except PolicyError:
         raise
     except Exception as error:

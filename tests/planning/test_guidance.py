@@ -134,6 +134,22 @@ def test_a_distilled_pipeline_is_read_from_its_index(tmp_path):
     assert ("distilled", "is_distilled") == (guidance.form, guidance.source)
 
 
+def test_pipelines_are_imported_on_the_usual_device(tmp_path, monkeypatch):
+    """The model is built on the meta device, but the modules that are imported then hold tensors of their own."""
+    import torch
+
+    from cachepolicy.tools import meta_model
+
+    devices = list[str]()
+    monkeypatch.setattr(
+        meta_model, "_guidance", lambda *_: devices.append(torch.empty(1).device.type) or meta_model.Guidance()
+    )
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"_class_name": "WanTransformer3DModel", "num_layers": 1}), encoding="utf-8")
+    meta_model.read_model(config)
+    assert ["cpu"] == devices
+
+
 def test_what_is_assumed_is_said():
     """`plan` prints how guidance runs, or what it assumes, and gives it as JSON."""
 

@@ -9,6 +9,7 @@ import itertools
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,7 +28,10 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, inputs, sample
 
-pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the policy reused nothing"),
+    pytest.mark.usefixtures("only_new_objects"),
+]
 
 INTERVALS = """
 param every_block: int = 3 in [1, inf)
@@ -351,24 +355,8 @@ def left() -> dict[str, int]:
     """How many objects of ours that belong to sessions are alive, besides those of the tests before."""
     gc.collect()
     kinds = (State, Slot, Branch, Session, Owner)
-    found = dict.fromkeys((kind.__name__ for kind in kinds), 0)
-    for each in gc.get_objects():
-        for kind in kinds:
-            if type(each) is kind and id(each) not in _old:
-                found[kind.__name__] += 1
-    return found
-
-
-_old: dict[int, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def _count_anew() -> Iterator[None]:
-    """What other tests have left is not counted; it is held, so that its number is not given to another."""
-    gc.collect()
-    _old.update({id(each): each for each in gc.get_objects() if type(each) in (State, Slot, Branch, Session, Owner)})
-    yield
-    _old.clear()
+    found = Counter(type(each) for each in gc.get_objects())
+    return {kind.__name__: found[kind] for kind in kinds}
 
 
 def tensors() -> int:

@@ -31,14 +31,11 @@ SESSIONS = 250  # of each kind
 
 
 @pytest.fixture
-def collected() -> Iterator[None]:
-    """Nothing of other tests is counted, and nothing is collected while this one runs."""
-    gc.collect()
-    gc.freeze()
+def uncollected(only_new_objects: None) -> Iterator[None]:
+    """Nothing is collected while the test runs."""
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 def alive(*kinds: type) -> Counter[str]:
@@ -53,7 +50,7 @@ def held() -> Counter[str]:
     return Counter(each.__name__ for each in ours if each is Tensor or each.__name__ in STATE)
 
 
-@pytest.mark.usefixtures("collected")
+@pytest.mark.usefixtures("uncollected")
 def test_a_call_leaves_no_rubbish() -> None:
     """When a call has returned, everything of it but what is kept is gone, without the garbage collector."""
     model = Toy(blocks=3).build()
@@ -133,21 +130,17 @@ def failing(model: ToyDiT, run: Any) -> None:
 KINDS: list[Callable[[ToyDiT, Any], None]] = [in_threads, in_threads_at_once, in_tasks, by_key, failing]
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("policy", ["tail", "first block", "taylor"])
 def test_sessions_leave_nothing(kind: Callable[[ToyDiT, Any], None], policy: str) -> None:
     """When hundreds of sessions are over, no tensor and no object of theirs is left, and the run goes on."""
     model = Toy(blocks=3).build()
-    gc.collect()
-    gc.freeze()
-    try:
-        with cachepolicy.apply(model, POLICIES[policy], steps=len(TIMESTEPS)) as run:
-            some_steps(model, 0)
-            run.reset()
-            gc.collect()
-            before = held()
-            kind(model, run)
-            gc.collect()
-            assert before == held()
-    finally:
-        gc.unfreeze()
+    with cachepolicy.apply(model, POLICIES[policy], steps=len(TIMESTEPS)) as run:
+        some_steps(model, 0)
+        run.reset()
+        gc.collect()
+        before = held()
+        kind(model, run)
+        gc.collect()
+        assert before == held()

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_first_block_cache
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from harness import Clock, Run, Watch, flat
 from torch import Tensor, nn
 
 import cachepolicy
 from tests.support import zoo
+from tests.support.caching import set_cache_context
 
 TIMESTEPS = (950.0, 880.0, 780.0, 720.0, 650.0, 520.0, 400.0, 300.0)
 
@@ -82,7 +82,7 @@ def run_diffusers(name: str, model: nn.Module, threshold: float, **options: Any)
     """The loop under diffusers' `apply_first_block_cache`, on a copy."""
     twin = copy.deepcopy(model)
     apply_first_block_cache(twin, FirstBlockCacheConfig(threshold=threshold))
-    _set_cache_context(twin, CacheContext("only"))
+    set_cache_context(twin, "only")
     return sample(name, twin, **options)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn  # noqa: E402
 import cachepolicy  # noqa: E402
 from cachepolicy.engine.introspection import describe  # noqa: E402
 from tests.support import zoo  # noqa: E402
+from tests.support.caching import set_cache_context  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
@@ -149,11 +150,10 @@ def _diffusers(name: str, inputs: Callable[[], dict[str, Any]]) -> float:
     """How far diffusers' hit on a repeated input is off, relative to the computed output."""
     from diffusers import FirstBlockCacheConfig
     from diffusers.hooks import apply_first_block_cache
-    from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
     model = zoo.build(name)
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=1e9))
-    _set_cache_context(model, CacheContext("only"))
+    set_cache_context(model, "only")
     with torch.no_grad():
         computed, hit = (_flat(zoo.output(model(**inputs()))) for _ in range(2))
     return float((hit - computed).abs().max() / computed.abs().max())

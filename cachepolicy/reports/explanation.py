@@ -177,7 +177,7 @@ def _when(rule: ir.Rule, environment: Environment) -> Iterator[Clause]:
 def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iterator[Clause]:
     rule = bound.rule
     yield from _when(rule, environment)
-    if rule.follow is not None and inputs.tick.branch != rule.follow:
+    if rule.follow is not None and inputs.tick.branch not in (rule.follow, ""):
         reason = unfollowed(bound, inputs)
         yield Clause(f"follow {rule.follow}", not reason, (("because", reason),) if reason else ())
         return

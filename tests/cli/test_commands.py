@@ -327,7 +327,6 @@ def test_a_path_is_not_taken_for_a_hub_id(run, tmp_path, path):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [
-        (("plan", "fbc"), "`--signal drift=0.05`"),
         (("diff", "fbc", "pab"), "`--signal drift=0.05`"),
         (("explain", "fbc", "model@3"), "`--signal drift=0.05`"),
         (("plan", "-"), "`--sigmas 1.0,0.75,...`"),

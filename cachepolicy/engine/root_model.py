@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import threading
 import time
 import warnings
@@ -229,6 +230,8 @@ class RootModel(Handle):
             return
         if self.module.get_submodule(site.name) is not module:
             return  # a replica
+        if _is_running(self.module):
+            return  # the call began before the policy was attached
         self.expects_calls = False
         warn(
             "W601",
@@ -860,6 +863,19 @@ def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:
     if decision.verdict != "reuse":
         return forward_pass.store if forward_pass.wanted(site).outputs else COMPUTE
     return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
+
+
+def _is_running(module: torch.nn.Module) -> bool:
+    """Return True inside a call of a module in this thread, also one that began without the policy."""
+    frame = sys._getframe()  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code in _CALLS and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_CALLS = {getattr(torch.nn.Module, name).__code__ for name in ("__call__", "_call_impl")}
 
 
 def _channels(module: torch.nn.Module) -> int | None:

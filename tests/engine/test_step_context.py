@@ -483,3 +483,22 @@ def test_a_site_that_the_model_leaves_out_neither_computes_nor_reuses(whole: boo
     assert (2 if whole else 8) == tally(trajectory).skipped
     checks.trace_agrees(trajectory)
     checks.well_formed(trajectory)
+
+
+def test_a_call_that_runs_while_the_policy_is_attached_gives_no_warning() -> None:
+    """Its blocks run inside a call of the model, which began bare and ends bare."""
+    dit = Toy(blocks=3).build()
+    runs = list[Any]()
+    handle = dit.embed.register_forward_hook(
+        lambda *_: runs or runs.append(cachepolicy.apply(dit, parse(POLICIES[0]), steps=2))
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bare = dit(LATENTS, torch.tensor(900.0), CONDITIONS["cond"])
+        handle.remove()
+        assert torch.equal(bare, dit(LATENTS, torch.tensor(900.0), CONDITIONS["cond"]))
+        dit(LATENTS, torch.tensor(500.0), CONDITIONS["cond"])
+    assert [(0, 900.0), (1, 500.0)] == [(step, t) for one in decisions(runs[0]) for step, t, _ in one]
+    with pytest.warns(UserWarning, match="W601"):
+        evaluate(dit, LATENTS, 300.0, CONDITIONS["cond"])
+    runs[0].remove()

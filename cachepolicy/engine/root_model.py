@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
-import sys
 import threading
 import time
 import warnings
@@ -867,7 +867,7 @@ def _code(decision: Decision, forward_pass: ForwardPass, site: int) -> str:
 
 def _is_running(module: torch.nn.Module) -> bool:
     """Return True inside a call of a module in this thread, also one that began without the policy."""
-    frame = sys._getframe()  # noqa: SLF001
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code in _CALLS and frame.f_locals.get("self") is module:
             return True

@@ -6,7 +6,8 @@ import contextlib
 import inspect
 import os
 import threading
-from collections.abc import Callable, Generator, Hashable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast
 import torch
 
 from cachepolicy.diffusers.configs import config_of
-from cachepolicy.diffusers.guidance import GUIDANCE_PROPERTY
+from cachepolicy.diffusers.guidance import GUIDANCE_PROPERTY, PIPELINES
 from cachepolicy.engine import compat
 from cachepolicy.engine.audit import Audits, AuditSummary
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
@@ -34,7 +35,7 @@ from cachepolicy.engine.root_model import DISABLED, RootContext, RootModel
 from cachepolicy.engine.scheduler_hook import SchedulerFollower, Weakly, follow, unfollow
 from cachepolicy.engine.session_config import BoundPolicy, SessionConfig
 from cachepolicy.engine.sessions import Entered, Sessions, State
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, render
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.bind import bind
@@ -168,9 +169,21 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     if attaches:
         run.attach()
         run.compare_model()
+        _warn_of_rules(target, plans.values())
     else:
         run.disable()
     return run
+
+
+def _warn_of_rules(target: Any, plans: Iterable[Plan]) -> None:
+    """Warn of rules that can never act: shadowed ones (W510), ones that never reuse (W513), unknown branches (W514).
+
+    A loop of one's own may name its branches as it likes, so W514 concerns the pipelines of diffusers only.
+    """
+    codes = {"W510", "W513"} | ({"W514"} if type(target).__module__.startswith(PIPELINES) else set[str]())
+    found = dict.fromkeys(warning for plan in plans for warning in plan.warnings if warning.code in codes)
+    if found:
+        warnings.warn(render(found), UserWarning, stacklevel=3)
 
 
 def remove(target: Any) -> None:

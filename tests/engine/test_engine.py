@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -1011,3 +1012,20 @@ def test_arguments_of_apply_that_are_swapped() -> None:
         with pytest.raises(cachepolicy.PolicyError) as raised:
             cachepolicy.apply(cast("Any", target), cast("Any", policy))
         assert [("E150", help)] == [(found.code, found.help) for found in raised.value.diagnostics]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("match attention every 1 -> reuse\nmatch feedforward every 2 -> reuse", "W513"),
+        ("match attention every 2 -> reuse\nmatch attention every 3 -> reuse", "W510"),
+        ('match attention when branch == "mine" every 2 -> reuse', None),
+        ("match attention every 2 -> reuse", None),
+    ],
+)
+def test_rules_that_never_act_are_warned_of_once_at_apply(text: str, code: str | None) -> None:
+    """As `plan` and `check` warn; a bare model may name its branches as it likes."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        cachepolicy.apply(Toy().build(), parse(text)).remove()
+    assert ([] if code is None else [code]) == [str(each.message)[8:12] for each in record]

@@ -414,6 +414,12 @@ class Guide:
                 return Problem(doubt, final=True)
         return None if self._kept else Problem(OVER_LIMIT if self.over_limit else "nothing is kept yet", final=False)
 
+    def rows(self, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module) -> int | None:
+        """Return the number of rows of a guidance batch, or None if the call is not known to be one."""
+        rows = _batch(arguments)
+        guided = source.guided is True and rows % 2 == 0
+        return rows if guided and self._doubt(arguments, source, model) is None else None
+
     def _doubt(self, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module) -> str | None:
         """Return why the batch may not have two halves, or None. Batches of equal size are examined once."""
         key = (_batch(arguments), source.samples)

@@ -9,7 +9,7 @@ from cachepolicy.engine.signals import Signals, signals_of
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, keeping
 from cachepolicy.planning.liveness import Liveness
-from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.plan import Plan, Site
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import Decision, Memory, Program, Tick, decide_all, follows, prepare
 
@@ -98,7 +98,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
     """Compute the execution plan of a plan."""
     actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
     approximation = next((action for action in actions if isinstance(action, ir.ApproximateUncond)), None)
-    inside = {site.index: _inside(plan, site.modules) for site in plan.sites}
+    inside = {site.index: _inside(plan, site) for site in plan.sites}
     keepings = [
         keeping(
             [bound.rule for bound in plan.rules if site.index in bound.sites],
@@ -139,8 +139,10 @@ def _never(when: ir.Expression | None) -> bool:
             return False
 
 
-def _inside(plan: Plan, modules: Sequence[str]) -> frozenset[ir.Probe]:
-    lead = modules[0]
+def _inside(plan: Plan, site: Site) -> frozenset[ir.Probe]:
+    """Return the probes that stand inside the first module of a site and that its rules read before they decide it."""
+    lead = site.modules[0]
     if not lead:
         return frozenset()
-    return frozenset(probe for probe, site in plan.probes.items() if site.modules[0].startswith(f"{lead}."))
+    read = plan.read_now.get(site.index, frozenset[ir.Probe]())
+    return frozenset(probe for probe in read if plan.probes[probe].modules[0].startswith(f"{lead}."))

@@ -297,14 +297,11 @@ class ForwardPass:
 
     def release(self) -> None:
         """Decide the sites that graphs wait for, once all signals are measured."""
-        if (
-            not self.parts
-            or self.measuring is None
-            or not all(self.measuring.has(probe) for probe in self.host.execution.plan.probes)
-        ):
+        if not self.parts or self.measuring is None:
             return
+        read_now = self.host.execution.plan.read_now
         for site, part in self.parts.items():
-            if self.decided(site) is not WAITING:
+            if self.decided(site) is not WAITING or not all(map(self.measuring.has, read_now.get(site, ()))):
                 continue
             self.decision(site, lacking(self, site, self._action(site)) if self._shared(site) else None)
             reason = problem(self, site)
@@ -345,7 +342,8 @@ class ForwardPass:
                 for site in group.sites:
                     trim(slots[site], reads)
         past = self.branch.remembered
-        if (past.previous or past.kept) and not self.liveness.measures(self.tick, now=False):
+        crosses = bool(self.host.execution.signals.crossed)
+        if past and not crosses and not self.liveness.measures(self.tick, now=False):
             self.branch.remembered = Remembered()
             changed = True
         return changed or self.remembers

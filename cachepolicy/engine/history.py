@@ -78,6 +78,9 @@ def _tensors(slots: Iterable[Slot], remembered: Remembered) -> Iterator[torch.Te
     for values in remembered.kept.values():
         for value in values:
             yield from _streamed(value)
+    for _, values in remembered.crossed:
+        for value in values.values():
+            yield from _streamed(value)
 
 
 def _streamed(value: object) -> Iterator[torch.Tensor]:

@@ -49,10 +49,11 @@ from cachepolicy.engine.profiling import now
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
+from cachepolicy.engine.streams import layout_of
 from cachepolicy.engine.tuned_for import TunedFor
 from cachepolicy.errors import PolicyError, counted, warn
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined
+from cachepolicy.language.evaluate import Undefined
 from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import Ahead
@@ -63,9 +64,7 @@ from cachepolicy.planning.schedule import (
     UNDEFINED_ARGUMENT,
     WAITING,
     Decision,
-    Memory,
     Tick,
-    clock_words,
     rebuilds_uncond,
     untold,
 )
@@ -295,8 +294,10 @@ class RootModel(Handle):
         self._derive(state.host.execution, args, kwargs)
         forward_pass = self._new_pass(session_config, state, reading)
         call = RootCall(session, state, reading, forward_pass, arguments, args, kwargs, before)
-        if forward_pass.host.execution.approximation is not None:
+        crosses = bool(forward_pass.host.execution.signals.crossed)
+        if forward_pass.host.execution.approximation is not None or crosses:
             call.source = self.context.guidance(session_config, here, sources)
+        self._describe(call)
         self._open(call)
         if state.audited:
             call.compares = call.answered or forward_pass.halved
@@ -362,14 +363,17 @@ class RootModel(Handle):
         facts |= dict.fromkeys(self.repeated, REPEATED)
         liveness = self._liveness(state, reading.ahead)
         measuring = None
-        if execution.signals.numbers and liveness.measures(tick, now=True):
-            environment = Environment(clock_words(tick, Memory(tick.step)), execution.program.tables)
+        # Another branch may read what this one measures.
+        measures = bool(execution.signals.crossed) or liveness.measures(tick, now=True)
+        if execution.signals.numbers and measures:
             worst = session_config.options.samples == "max"
             measuring = Measuring(
                 execution.signals,
                 branch.remembered,
-                environment,
-                tick.step,
+                tick,
+                execution.program.tables,
+                memory_of=lambda site: branch.memories[branch.partition.group_of[site]],
+                others=lambda name: state.branches[name].remembered if name in state.branches else None,
                 worst=worst,
                 agreement=state.agreement,
                 undefined=self.remeasured,
@@ -489,6 +493,22 @@ class RootModel(Handle):
         holders = holders_of(self.module, known=known)
         among = peers is not None and holders is not None and set(holders.ranks) <= set(peers.ranks)
         return peers, None if among else holders
+
+    def _describe(self, call: RootCall) -> None:
+        """Tell the signals of a call what its arguments show: the grids of its tokens, and the halves of its batch."""
+        measuring, arguments = call.forward_pass.measuring, call.arguments
+        if measuring is None:
+            return
+        latents = arguments.named.get(arguments.latents or "")
+        if call.forward_pass.host.execution.signals.reads_layout:
+            patch = getattr(getattr(self.module, "config", None), "patch_size", None)
+            measuring.layout = layout_of(arguments.named, latents, patch)
+        guide = call.state.guide
+        if call.forward_pass.host.execution.signals.crossed and not guide.named(call.forward_pass.tick.branch):
+            rows = guide.rows(arguments, call.source, self.module)
+            measuring.rows = rows
+            if rows is not None:
+                measuring.cond = int(call.source.layout("found", self.module) != "cond first")
 
     def _open(self, call: RootCall) -> None:
         """Handle the root model itself, where it is a site or has probes."""
@@ -738,7 +758,7 @@ class RootModel(Handle):
 
     def _limit(self, state: State, branch: Branch, account: Account) -> None:
         """Apply the memory limit to the state of signals and guidance. Rules that lose this state compute."""
-        if branch.remembered.previous or branch.remembered.kept:
+        if branch.remembered:
             branch.signals = branch.signals or Lease(account)
             if not branch.signals.admits(held((), branch.remembered)):
                 branch.remembered = Remembered()
@@ -775,7 +795,14 @@ class RootModel(Handle):
         """Release the history of a branch, and of earlier root models, after the last step."""
         state, tick = call.state, call.forward_pass.tick
         state.over = True
+        crossed = call.forward_pass.branch.remembered.crossed
         call.forward_pass.branch.forget()
+        if len(state.calls.present) < len(state.branches):
+            # The other branches have not run in this step.
+            call.forward_pass.branch.remembered.crossed = crossed
+        elif crossed:
+            for branch in state.branches.values():
+                branch.remembered = Remembered()
         if not self._uncond_to_come(call):
             state.guide = Guide()
         for other in call.session.states.values():

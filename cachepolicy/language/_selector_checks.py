@@ -26,6 +26,11 @@ def judge_selector(selector: ir.Selector, checker: Checker) -> None:
                 pass
 
 
+def is_itself(selector: ir.Selector, checker: Checker) -> bool:
+    """Returns whether a probe's selector is `self`, which a policy may also declare as a param."""
+    return selector == ir.PatternParam(name="self") and checker.scope.sort("self") is None
+
+
 def takes_model(selector: ir.Selector) -> bool:
     """Returns whether `selector` selects the root of the model."""
     match selector:
@@ -46,7 +51,7 @@ def _parts(selector: ir.Selector, *, alone: bool) -> Iterator[tuple[ir.Selector,
                 yield from _parts(part, alone=False)
         case ir.NoneOf():
             yield from _parts(selector.selector, alone=False)
-        case ir.Pattern() | ir.PatternParam() | ir.OfKind() | ir.OfClass() | ir.Blocks():
+        case ir.Pattern() | ir.PatternParam() | ir.Itself() | ir.OfKind() | ir.OfClass() | ir.Blocks():
             yield selector, alone
         case _:
             assert_never(selector)

@@ -173,6 +173,7 @@ _ENGLISH = {
     "LETTERS": "the letters `C` and `R`",
     "PROBE": "a probe",
     "COMPARE": "a comparison",
+    "_TOKENS": "`tokens:`",
     "MINUS": "`-`",
     "$END": "the end of the statement",
     "_END": "the end of the statement",

@@ -26,12 +26,12 @@ class Environment:
     Attributes:
         names: Values of clock words, signals and externals by name. `None` means that the value is not known.
         tables: Values of tables by name.
-        stateful: Current values of calls that are computed elsewhere: accumulators, `prev`, `kept` and norms.
+        stateful: Current values of calls that are computed elsewhere: accumulators, `prev`, `kept`, norms, `x over S`.
     """
 
     names: Mapping[str, Any] = field(default_factory=dict[str, Any])
     tables: Mapping[str, Sequence[int | float]] = field(default_factory=dict[str, Sequence[int | float]])
-    stateful: Mapping[ir.Call, float] = field(default_factory=dict[ir.Call, float])
+    stateful: Mapping[ir.Expression, float | bool] = field(default_factory=dict[ir.Expression, "float | bool"])
 
 
 EMPTY = Environment()
@@ -86,6 +86,10 @@ def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any
             return expression
         case ir.Membership():
             return _contained(expression, environment)
+        case ir.Over():
+            if expression not in environment.stateful:
+                raise Undefined(f"`{expression.function}(... over ...)` reads what a run measures")
+            return _finite(environment.stateful[expression], f"`{expression.function}(... over ...)`")
         case ir.Probe():
             raise Undefined(f"`{expression.stream}(...)` is a tensor, not a number")
         case _:
@@ -186,7 +190,7 @@ def _called(expression: ir.Call, environment: Environment) -> float:
     name = expression.function
     if environment.stateful and expression in environment.stateful:
         return _finite(environment.stateful[expression], f"`{name}(...)`")
-    if name in ACCUMULATORS or name in MEMORIES:
+    if name in ACCUMULATORS or name in MEMORIES or name == "cross":
         raise Undefined(f"`{name}(...)` has no value yet")
     arguments = [evaluate(argument, environment) for argument in expression.arguments]
     try:

@@ -50,6 +50,8 @@ def format_node(node: ir.Node) -> str:
             return _bound(node)
         case ir.Argument():
             return f"{node.label}: {expression(node.value)}"
+        case ir.Tokens():
+            return _tokens(node)
         case ir.Setting():
             return f"{node.name} = {_value(node.value)}"
         case _ if isinstance(node, _STATEMENTS):
@@ -64,7 +66,7 @@ def format_node(node: ir.Node) -> str:
 
 _STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect, ir.Tuned)
 _ACTIONS = (ir.Compute, ir.Skip, ir.Reuse, ir.Predict, ir.ApproximateUncond)
-_SELECTORS = (ir.Pattern, ir.PatternParam, ir.OfKind, ir.OfClass, ir.Blocks, ir.AllOf, ir.AnyOf, ir.NoneOf)
+_SELECTORS = (ir.Pattern, ir.PatternParam, ir.Itself, ir.OfKind, ir.OfClass, ir.Blocks, ir.AllOf, ir.AnyOf, ir.NoneOf)
 
 
 # --- lines -----------------------------------------------------------------------------------------------
@@ -305,6 +307,8 @@ def _selected(node: ir.Selector) -> tuple[str, int]:
             return quote(node.regex), _ATOM
         case ir.PatternParam():
             return node.name, _ATOM
+        case ir.Itself():
+            return "self", _ATOM
         case ir.OfKind():
             return node.of, _ATOM
         case ir.OfClass():
@@ -326,8 +330,7 @@ def _blocks(node: ir.Blocks) -> str:
     if node.index is not None:
         text += f"[{_expression(node.index, _SUM)}]"
     elif node.start is not None or node.stop is not None:
-        ends = (node.start, node.stop)
-        text += "[" + ":".join("" if end is None else _expression(end, _SUM) for end in ends) + "]"
+        text += f"[{_slice(node.start, node.stop)}]"
     return text if node.of is None else f"{text} of {quote(node.of)}"
 
 
@@ -374,11 +377,17 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
             opening, closing = "[" if node.low_closed else "(", "]" if node.high_closed else ")"
             return f"{opening}{_all([node.low, node.high])}{closing}", _ATOM
         case ir.Call():
+            if node.function == "cross" and node.arguments and isinstance(branch := node.arguments[0], ir.Text):
+                named = branch.value if _is_name(branch.value) else quote(branch.value)
+                return f"cross({', '.join([named, *map(expression, node.arguments[1:])])})", _ATOM
             labelled = [format_node(argument) for argument in node.labelled]
             return f"{node.function}({', '.join([*map(expression, node.arguments), *labelled])})", _ATOM
         case ir.Probe():
             named = "" if node.argument is None else f", {quote(node.argument)}"
-            return f"{node.stream}({selector(node.selector)}{named})", _ATOM
+            tokens = "" if node.tokens is None else f", {_tokens(node.tokens)}"
+            return f"{node.stream}({selector(node.selector)}{named}{tokens})", _ATOM
+        case ir.Over():
+            return f"{node.function}({expression(node.value)} over {selector(node.selector)})", _ATOM
         case ir.Negative():
             # `-5` is a number, `-(5)` its negation.
             positive = isinstance(node.operand, ir.Number) and _expressed(node.operand)[1] == _ATOM
@@ -404,6 +413,14 @@ def _expressed(node: ir.Expression) -> tuple[str, int]:
             return f"{then} if {condition} else {expression(node.otherwise)}", _LOWEST
         case _:
             assert_never(node)
+
+
+def _tokens(node: ir.Tokens) -> str:
+    return 'tokens: "latent"' if node.latent else f"tokens: {_slice(node.start, node.stop)}"
+
+
+def _slice(start: ir.Expression | None, stop: ir.Expression | None) -> str:
+    return ":".join("" if end is None else _expression(end, _SUM) for end in (start, stop))
 
 
 # --- words -----------------------------------------------------------------------------------------------

@@ -225,13 +225,37 @@ class Call(GrownNode):
     labelled: tuple[Argument, ...] = Field(default=(), description="the arguments with a label, as `decay: 0.9`")
 
 
-class Probe(Node):
+class Tokens(Node):
+    """`tokens: a:b` of a probe, or `tokens: "latent"`, the tokens of the picture without reference tokens."""
+
+    kind: Literal["tokens"] = "tokens"
+    start: Expression | None = None
+    stop: Expression | None = None
+    latent: bool = False
+
+
+class Probe(GrownNode):
     """`input(S)`, `output(S)`, `residual(S)`, `argument(S, "temb")`: a tensor measured at one site."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     kind: Literal["probe"] = "probe"
     stream: Literal["input", "output", "residual", "argument"]
     selector: Selector
     argument: str | None = None
+    tokens: Tokens | None = None
+
+
+class Over(Node):
+    """`mean(x over S)`, likewise `min`, `max` and `any`: of the values of x at the sites that S takes.
+
+    Inside x, `self` is the site.
+    """
+
+    kind: Literal["over"] = "over"
+    function: str
+    value: Expression
+    selector: Selector
 
 
 Expression = Annotated[
@@ -253,7 +277,8 @@ Expression = Annotated[
     | SetOf
     | Membership
     | Call
-    | Probe,
+    | Probe
+    | Over,
     Field(discriminator="kind"),
 ]
 
@@ -273,6 +298,12 @@ class PatternParam(Node):
 
     kind: Literal["pattern_param"] = "pattern_param"
     name: str
+
+
+class Itself(Node):
+    """`self` in a probe: the site that is decided. A policy before substitution has a `PatternParam` in its place."""
+
+    kind: Literal["itself"] = "itself"
 
 
 class OfKind(Node):
@@ -322,7 +353,7 @@ class NoneOf(Node):
 
 
 Selector = Annotated[
-    Pattern | PatternParam | OfKind | OfClass | Blocks | AllOf | AnyOf | NoneOf, Field(discriminator="kind")
+    Pattern | PatternParam | Itself | OfKind | OfClass | Blocks | AllOf | AnyOf | NoneOf, Field(discriminator="kind")
 ]
 
 
@@ -533,7 +564,7 @@ class Policy(Node):
 
 for _model in (
     Lookup, ListOf, Negative, Arithmetic, Comparison, Both, Either, Negation, Conditional, Interval, SetOf,
-    Membership, Call, Probe, Blocks, AllOf, AnyOf, NoneOf, Every, OnSteps, Mask, Bound, Argument, Predict,
+    Membership, Call, Tokens, Probe, Over, Blocks, AllOf, AnyOf, NoneOf, Every, OnSteps, Mask, Bound, Argument, Predict,
     ApproximateUncond, Param, Let, Signal, Rule, Setting, Use, Expect, Tuned, Policy,
 ):  # fmt: skip
     _model.model_rebuild()

@@ -128,17 +128,17 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
 def _with_named_norms(
     rules: Sequence[ir.Rule], signals: Sequence[ir.Signal]
 ) -> tuple[tuple[ir.Rule, ...], tuple[ir.Signal, ...]]:
-    """Makes a signal of every norm that stands in a `while`, so that signals alone have tensors.
+    """Makes a signal of everything in a `while` that only a run can measure, so that signals alone have tensors.
 
     The signal is called as the norm is written: `l1(head, kept(head))`.
     """
-    named = dict[ir.Expression, ir.Signal]()
+    named = dict[ir.Node, ir.Signal]()
 
     def name(node: ir.Node) -> ir.Node:
-        if not (isinstance(node, ir.Call) and node.function in NORMS):
+        if not is_measured(node):
             return node
         if node not in named:
-            named[node] = ir.Signal(name=format_node(node), value=node, span=node.span)
+            named[node] = ir.Signal(name=format_node(node), value=node, span=node.span)  # pyright: ignore[reportArgumentType] (a measured node is an expression)
         return ir.Name(name=named[node].name, span=node.span)
 
     written = tuple(
@@ -146,6 +146,13 @@ def _with_named_norms(
         for rule in rules
     )
     return written, (*signals, *named.values())
+
+
+def is_measured(node: ir.Node) -> bool:
+    """Returns whether a node is a number that only a run can measure: a norm, `x over S`, or `cross`."""
+    return isinstance(node, ir.Over) or (
+        isinstance(node, ir.Call) and (node.function in NORMS or node.function == "cross")
+    )
 
 
 S = TypeVar("S", bound=ir.Node)
@@ -271,6 +278,8 @@ class _Flat:
         A list matches any of its regexes. `off` and an empty list match nothing.
         """
         value = names.get(node.name)
+        if value is None and node.name == "self":
+            return ir.Itself(span=node.span)
         match value:
             case ir.Text():
                 return ir.Pattern(regex=value.value, span=node.span)

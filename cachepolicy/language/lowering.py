@@ -199,7 +199,33 @@ class Lowering:
         parts = [self.lower(child) for child in rest]
         plain = tuple(part for part in parts if not isinstance(part, ir.Argument))
         labelled = tuple(part for part in parts if isinstance(part, ir.Argument))
+        if name == "cross" and plain and isinstance(plain[0], ir.Name):
+            plain = (ir.Text(value=plain[0].name, span=plain[0].span), *plain[1:])
         return ir.Call(function=str(name), arguments=plain, labelled=labelled, span=self._span(tree))
+
+    def _probe(self, tree: Any) -> ir.Probe:
+        stream, selector, *rest = tree.children
+        argument = next((quoted(child) for child in rest if not is_tree(child)), None)
+        tokens = next((self._tokens(child) for child in rest if is_tree(child)), None)
+        return ir.Probe(
+            stream=str(stream),  # pyright: ignore[reportArgumentType]
+            selector=self.lower(selector),
+            argument=argument,
+            tokens=tokens,
+            span=self._span(tree),
+        )
+
+    def _tokens(self, tree: Any) -> ir.Tokens:
+        ends = dict[str, Any]()
+        for child in tree.children:
+            if is_tree(child):
+                ends[child.data.removeprefix("slice_")] = self.lower(child.children[0])
+            elif quoted(child) == "latent":
+                ends["latent"] = True
+            else:
+                message = f'the tokens of a probe are `a:b` or `"latent"`, not `{child}`'
+                self.findings.append(self.source.finding("E001", message, child.start_pos, child.end_pos))
+        return ir.Tokens(**ends, span=self._span(tree))
 
     def _compared(self, tree: Any) -> ir.Comparison:
         values = [self.lower(child) for child in tree.children]
@@ -265,7 +291,7 @@ _NODES: Mapping[str, tuple[Any, ...]] = {
     "conditional": (ir.Conditional, "then", "condition", "otherwise"),
     "member": (ir.Membership, "value", "container"),
     "lookup": (ir.Lookup, "table", "index"),
-    "probe": (ir.Probe, "stream", "selector", "argument"),
+    "over": (ir.Over, "function", "value", "selector"),
 }
 """Maps a rule of the grammar to the class of its node and the fields that its children set, `*` for the rest."""
 
@@ -289,6 +315,7 @@ _CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "no": Lowering._boolean,
     "negative": Lowering._negative,
     "call": Lowering._call,
+    "probe": Lowering._probe,
     "compared": Lowering._compared,
     "interval": Lowering._interval,
 }

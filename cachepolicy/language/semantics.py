@@ -9,7 +9,7 @@ from typing import assert_never
 from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language._lints import advise
-from cachepolicy.language._selector_checks import judge_selector, takes_model
+from cachepolicy.language._selector_checks import is_itself, judge_selector, takes_model
 from cachepolicy.language.params import typed
 from cachepolicy.language.scope import (
     ARGUMENT,
@@ -86,9 +86,7 @@ class _Judgement:
                 # Lets and tables are checked by `Checker.declare`.
                 pass
             case ir.Signal():
-                for node in walk(statement.value):
-                    if isinstance(node, ir.Probe):
-                        judge_selector(node.selector, self.checker)
+                self._selectors(statement.value)
             case ir.Rule():
                 self._rule(statement)
             case ir.Use():
@@ -99,6 +97,12 @@ class _Judgement:
                 self._tuned(statement)
             case _:
                 assert_never(statement)
+
+    def _selectors(self, expression: ir.Expression) -> None:
+        """Checks the selectors of the probes and of `over` in an expression."""
+        for node in walk(expression):
+            if isinstance(node, ir.Over) or (isinstance(node, ir.Probe) and not is_itself(node.selector, self.checker)):
+                judge_selector(node.selector, self.checker)
 
     # --- parameters
 
@@ -138,6 +142,7 @@ class _Judgement:
             self._schedule(rule.schedule)
         if rule.condition is not None:
             self.checker.expect(rule.condition, "boolean", WHILE)
+            self._selectors(rule.condition)
         for count in counts_of(rule):
             self.checker.count(count)
         scopes = [bound.scope for bound in rule.bounds]

@@ -59,6 +59,24 @@ def _transformed(value: object, rewrite: Callable[[ir.Node], Any]) -> object:
     return value
 
 
+def replace_outermost(node: ir.Node, replacement: Callable[[ir.Node], ir.Node | None]) -> Any:
+    """Replaces the outermost nodes for which `replacement` gives another node. What it gives is not searched."""
+    found = replacement(node)
+    if found is not None:
+        return found
+    changed = dict[str, object]()
+    for name in type(node).model_fields:
+        old: object = getattr(node, name)
+        if isinstance(old, ir.Node):
+            changed[name] = replace_outermost(old, replacement)
+        elif isinstance(old, tuple):
+            items = cast("tuple[object, ...]", old)
+            changed[name] = tuple(
+                replace_outermost(item, replacement) if isinstance(item, ir.Node) else item for item in items
+            )
+    return node.model_copy(update=changed) if changed else node
+
+
 def substitute(node: N, names: Mapping[str, ir.Expression]) -> N:
     """Replaces names in `node` by the expressions that `names` maps them to. `node` is not modified."""
     return transform(node, lambda part: names.get(part.name, part) if isinstance(part, ir.Name) else part)
@@ -71,6 +89,21 @@ def names_in(node: ir.Node) -> set[str]:
         for part in walk(node)
         if isinstance(part, ir.Name | ir.Lookup)
     }
+
+
+def is_stream(node: ir.Node) -> bool:
+    """Returns whether an expression without names of signals is a tensor."""
+    match node:
+        case ir.Probe():
+            return True
+        case ir.Call(function="prev" | "kept" | "wiener"):
+            return is_stream(node.arguments[0])
+        case ir.Call(function="cross"):
+            return is_stream(node.arguments[1])
+        case ir.Arithmetic():
+            return is_stream(node.left) or is_stream(node.right)
+        case _:
+            return False
 
 
 def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
@@ -138,10 +171,13 @@ def fold_constants(node: ir.Node) -> ir.Node:
             | ir.Negation()
         ):
             return _constant(node) if all(map(_is_constant, children(node))) else node
-        case ir.Call(function=function) if function not in ACCUMULATORS | MEMORIES:
+        case ir.Call(function=function) if function not in _NEVER_CONSTANT:
             return _constant(node) if all(map(_is_constant, node.arguments)) else node
         case _:
             return node
+
+
+_NEVER_CONSTANT = ACCUMULATORS | MEMORIES | {"cross", "wiener"}
 
 
 def _is_constant(node: ir.Node) -> bool:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from cachepolicy.errors import nearest, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.scope import CONSTANT, LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
-from cachepolicy.language.validate import WholeNumber
+from cachepolicy.language.validate import WholeNumber, positions_of
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
     FUNCTIONS,
     KEPT_LIMIT,
     MEMORIES,
+    OVERS,
     PROBES,
     Signature,
     Type,
@@ -86,7 +87,10 @@ class Checker:
 
     def expect(self, node: ir.Expression, wanted: Type, context: ExpressionPlace, subject: str | None = None) -> None:
         """Checks that `node` has the type `wanted`. `subject` names the value in the message."""
-        inferred = self.infer(node, context)
+        self._fits(node, self.infer(node, context), wanted, subject or context.called)
+
+    def _fits(self, node: ir.Expression, inferred: Type, wanted: Type, subject: str) -> None:
+        """Reports an expression whose type is not `wanted`."""
         if "any" in (inferred, wanted) or inferred == wanted:
             return
         help = None
@@ -96,7 +100,7 @@ class Checker:
             help = "norms compare tensors; for numbers write `abs(x - y)`"
         elif inferred == "number" and wanted == "boolean":
             help = "compare it with something: `x > 0`"
-        message = f"{subject or context.called} takes {_NAMED[wanted]}, not {_NAMED[inferred]}"
+        message = f"{subject} takes {_NAMED[wanted]}, not {_NAMED[inferred]}"
         self.report.add("E111", message, node, help=help)
 
     def count(self, count: WholeNumber) -> None:
@@ -140,9 +144,7 @@ class Checker:
                 self.expect(node.operand, "number", context, "`-`")
                 return "number"
             case ir.Arithmetic():
-                for side in (node.left, node.right):
-                    self.expect(side, "number", context, f"`{node.operator}`")
-                return "number"
+                return self._calculated(node, context)
             case ir.Comparison():
                 return self._compared(node, context)
             case ir.Both() | ir.Either():
@@ -167,6 +169,8 @@ class Checker:
                 return self._called(node, context)
             case ir.Probe():
                 return self._probed(node, context)
+            case ir.Over():
+                return self._taken_over(node, context)
             case _:
                 assert_never(node)
 
@@ -257,6 +261,38 @@ class Checker:
 
     # --- operators
 
+    def _calculated(self, node: ir.Arithmetic, context: ExpressionPlace) -> Type:
+        """Checks arithmetic of numbers, the sum and difference of tensors, and a number times a tensor."""
+        sides = (node.left, node.right)
+        inferred: list[Type] = [self.infer(side, context) for side in sides]
+        sign = f"`{node.operator}`"
+        if "tensor" not in inferred or node.operator in "/%":
+            for side, type_ in zip(sides, inferred, strict=True):
+                self._fits(side, type_, "number", sign)
+            return "number"
+        if node.operator == "*":
+            wanted: Type = "number"
+            other = node.left if inferred[1] == "tensor" else node.right
+            self._fits(other, inferred[0] if other is node.left else inferred[1], wanted, f"{sign} with a tensor")
+        else:
+            for side, type_ in zip(sides, inferred, strict=True):
+                self._fits(side, type_, "tensor", f"{sign} with a tensor")
+        return "tensor"
+
+    def _taken_over(self, node: ir.Over, context: ExpressionPlace) -> Type:
+        wanted = OVERS.get(node.function)
+        if wanted is None:
+            message = f"there is no `{node.function}(x over S)`"
+            help = suggestion(node.function, list(OVERS))
+            self.report.add("E105", message, node, help=help, word=node.function)
+            return "any"
+        if not context.memory:
+            message = f"`over` is valid in `signal` and `while` only, and {context.called} {context.refusal}"
+            self.report.add("E115", message, node, word="over")
+            return "any"
+        self.expect(node.value, wanted, replace(context, called="memory", accumulators=False), f"`{node.function}`")
+        return wanted
+
     def _compared(self, node: ir.Comparison, context: ExpressionPlace) -> Type:
         self._one_way(node)
         if "==" in node.operators or "!=" in node.operators:
@@ -346,7 +382,7 @@ class Checker:
         if signature is None:
             self._no_function(node)
             return "any"
-        if node.function in MEMORIES and not context.memory:
+        if node.function in (*MEMORIES, "cross") and not context.memory:
             message = f"`{node.function}` is valid in `signal` and `while` only, and {context.called} {context.refusal}"
             self.report.add("E115", message, node, word=node.function)
             return "any"
@@ -363,6 +399,8 @@ class Checker:
             return "any" if node.function in MEMORIES else signature.gives
         if node.function in MEMORIES:
             return self._remembered(node, context)
+        if node.function == "cross":
+            return self._crossed(node, context)
         self._labelled(node, signature, context)
         takes = signature.takes + signature.takes[-1:] * (len(node.arguments) - len(signature.takes))
         for argument, wanted in zip(node.arguments, takes, strict=False):
@@ -377,6 +415,7 @@ class Checker:
         name, sort = node.function, self.scope.sort(node.function)
         near = nearest(name, [*FUNCTIONS, *PROBES])
         help = f"did you mean `{near}`?" if near else None
+        help = f"write `{name}(x over S)`" if name in OVERS else help
         if sort is not None and sort != "unknown":
             message = f"`{name}` is a {sort}, not a function"
             help = f"write `{name}[step]`" if sort == "table" else help
@@ -407,6 +446,10 @@ class Checker:
             else:
                 self.expect(argument.value, label.type, CONSTANT if label.constant else context, f"`{argument.label}`")
             given.add(argument.label)
+        missing = [name for name, label in signature.labels.items() if label.required and name not in given]
+        if missing:
+            message = f"`{node.function}` needs `{missing[0]}`"
+            self.report.add("E108", message, node, help=f"write `{node.function}(..., {missing[0]}: ...)`")
 
     def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
         inner = ExpressionPlace("memory", context.knows, memory=True, probes=context.probes)
@@ -422,6 +465,17 @@ class Checker:
                 self.report.add("E124", message, back, help="`kept(x, 2)` is the compute before the last")
         return inferred
 
+    def _crossed(self, node: ir.Call, context: ExpressionPlace) -> Type:
+        branch, value = node.arguments
+        if not isinstance(branch, ir.Text):
+            help = "`cross(cond, x)` is x on the branch `cond`"
+            self.report.add("E111", "the first argument of `cross` is the name of a branch", branch, help=help)
+        inferred = self.infer(value, replace(context, called="memory", accumulators=False))
+        if inferred not in ("number", "tensor", "any"):
+            self.report.add("E111", f"`cross` takes a tensor or a number, not {_NAMED[inferred]}", value)
+            return "any"
+        return inferred
+
     def _probed(self, node: ir.Probe, context: ExpressionPlace) -> Type:
         if not context.probes:
             help = f"write `signal NAME = {node.stream}(...)` and read NAME after `while`"
@@ -432,4 +486,7 @@ class Checker:
         elif node.stream != "argument" and node.argument is not None:
             help = "`argument(S, NAME)` reads an argument by its name"
             self.report.add("E106", f"`{node.stream}` takes a selector alone", node, help=help)
+        if node.tokens is not None:
+            for end in positions_of(node.tokens):
+                self.count(end)
         return "tensor" if context.probes else "any"

@@ -97,6 +97,12 @@ def faults(node: ir.Node) -> Iterator[Fault]:
             yield "E021", "`offset` counts from the start"
         case ir.Blocks() if node.index is not None and (node.start is not None or node.stop is not None):
             yield "E021", "blocks have an index or a slice, not both"
+        case ir.Call(function="cross", arguments=(ir.Name(), *_)):
+            yield "E021", "the branch of `cross` is a text here, not a name"
+        case ir.Itself():
+            yield "E021", "`self` is written as the parameter `self` before the policy is resolved"
+        case ir.Tokens(latent=True) if node.start is not None or node.stop is not None:
+            yield "E021", "tokens are `a:b` or `latent`, not both"
         case ir.Setting(value=ir.Interval(low_closed=True, high_closed=True)):
             yield "E021", "in a setting, the closed interval is written as the list `[low, high]`"
         case _:
@@ -159,11 +165,12 @@ def counts_of(rule: ir.Rule) -> Iterator[WholeNumber]:
             pass
 
 
-def positions_of(blocks: ir.Blocks) -> Iterator[WholeNumber]:
-    """Yields the index, the start and the end of `blocks`, as far as they are given."""
-    for position in (blocks.index, blocks.start, blocks.stop):
+def positions_of(node: ir.Blocks | ir.Tokens) -> Iterator[WholeNumber]:
+    """Yields the index, the start and the end of blocks or tokens, as far as they are given."""
+    name = "the position of a block" if isinstance(node, ir.Blocks) else "the position of a token"
+    for position in (node.index if isinstance(node, ir.Blocks) else None, node.start, node.stop):
         if position is not None:
-            yield WholeNumber(position, "the position of a block", POSITION)
+            yield WholeNumber(position, name, POSITION)
 
 
 def is_mask(text: str) -> bool:
@@ -189,7 +196,7 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
     for count in counts:
         message = count.fault()
         if message is None and count.context is POSITION and not isinstance(count.value, ir.Number):
-            message = "the position of a block is a constant whole number"
+            message = f"{count.name} is a constant whole number"
         if message is not None:
             yield Diagnostic("E163", message, span=count.value.span)
     match rule.schedule:

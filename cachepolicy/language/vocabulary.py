@@ -131,6 +131,8 @@ FUNCTIONS: Mapping[str, Signature] = {
     "exp": Signature(("number",), 1),
     "log": Signature(("number",), 1),
     "clamp": Signature(("number", "number", "number"), 3),
+    "wiener": Signature(("tensor",), 1, gives="tensor", labels={"beta": Label("number")}),
+    "cross": Signature(("text", "any"), 2, gives="any"),
     "floor": Signature(("number",), 1),
     "poly": Signature(("list", "number"), 2),
     "sum": Signature(("number",), 1, labels={"decay": Label("number", required=False)}),
@@ -149,7 +151,9 @@ ACCUMULATORS = LASTING | {"sum", "product"}
 SUMS = frozenset({"sum", "product", "total"})
 """The accumulators in which a slow drift adds up."""
 MEMORIES = frozenset({"prev", "kept"})
-ADDED_WORDS = frozenset({"gap", "computes", "floor", "total", "ema", "latch", "at_step"})
+OVERS: Mapping[str, Type] = {"mean": "number", "min": "number", "max": "number", "any": "boolean"}
+"""What `NAME(x over S)` takes of x and gives."""
+ADDED_WORDS = frozenset({"self", "wiener", "cross", "gap", "computes", "floor", "total", "ema", "latch", "at_step"})
 """Clock words and functions that were added after policies existed. A policy may declare such a name as its own."""
 
 

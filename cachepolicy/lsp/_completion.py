@@ -92,6 +92,8 @@ def _words(ahead: Lookahead, context: ExpressionPlace) -> Iterator[Completion]:
         yield from _explained(("float",) if _last(ahead, 3) == "_EXTERNAL" else TYPES, "type")
     if "PROBE" in ahead.accepts and context.probes:
         yield from _explained(PROBES, "function")
+    if "_TOKENS" in ahead.accepts:
+        yield from _explained(("tokens",), "label")
     if "LETTERS" in ahead.accepts:
         yield from (Completion("C", "letter", "", "computes"), Completion("R", "letter", "", "reuses"))
 

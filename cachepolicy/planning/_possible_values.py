@@ -68,11 +68,14 @@ def _reads(expression: ir.Node) -> tuple[frozenset[str], bool]:
     nodes = list(walk(expression))
     names = frozenset(node.name for node in nodes if isinstance(node, ir.Name))
     stateful = any(
-        isinstance(node, ir.Probe) or (isinstance(node, ir.Call) and node.function in ACCUMULATORS | MEMORIES | NORMS)
+        isinstance(node, ir.Probe | ir.Over) or (isinstance(node, ir.Call) and node.function in _STATEFUL)
         for node in nodes
     )
     looks_up = any(isinstance(node, ir.Lookup) for node in nodes)
     return names | {"steps"} if looks_up else names, stateful
+
+
+_STATEFUL = ACCUMULATORS | MEMORIES | NORMS | {"cross"}
 
 
 def truth(clause: ir.Expression | None, view: View) -> Truth:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
@@ -13,8 +15,22 @@ from cachepolicy.planning.plan import ProbePlace
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A probe that a clause reads: at this step (`now`) or remembered. `me` is the site that `self` stands for."""
+
+    probe: ir.Probe
+    now: bool
+    me: str | None = None
+
+
 class ProbeLocator:
     """The probes that the rules of a policy read, and their places in one model.
+
+    Attributes:
+        places: The place of each probe. A probe of `self` is here once for each site, with its name.
+        own: The probe with its name, for a probe of `self` and the name of its site.
+        members: The names of the sites that each `over` takes.
 
     Args:
         signals: The signals of the policy.
@@ -23,15 +39,26 @@ class ProbeLocator:
 
     def __init__(self, signals: Sequence[ir.Signal], selection: Selection) -> None:
         self.places: dict[ir.Probe, ProbePlace] = {}
+        self.own: dict[tuple[ir.Probe, str], ir.Probe] = {}
+        self.members: dict[ir.Selector, tuple[str, ...]] = {}
         self._signals = {signal.name: signal for signal in signals}
         self._selection = selection
-        self._read: dict[ir.Expression | None, tuple[tuple[ir.Probe, bool], ...]] = {}
+        self._read: dict[ir.Expression | None, tuple[_Reading, ...]] = {}
         self._reasons: dict[tuple[ir.Probe, int], str | None] = {}
 
-    def locate(self, rule: ir.Rule) -> list[Diagnostic]:
+    def locate(self, rule: ir.Rule, sites: tuple[Modules, ...]) -> list[Diagnostic]:
         """Adds the places of a rule's probes. Returns a finding for each that takes not exactly one site (E207)."""
         findings = list[Diagnostic]()
-        for probe in dict.fromkeys(probe for probe, _ in self._probes(rule.condition)):
+        findings += self._find_members(rule.condition, set())
+        if findings:
+            return findings
+        for reading in dict.fromkeys(self._probes(rule.condition)):
+            if isinstance(reading.probe.selector, ir.Itself):
+                findings += self._locate_own(reading, sites)
+                continue
+            if reading.probe in self.places:
+                continue
+            probe = reading.probe
             try:
                 taken = self._selection.select(probe.selector)
             except PolicyError as error:
@@ -49,6 +76,42 @@ class ProbeLocator:
                 findings.append(Diagnostic("E207", message, span=probe.span, help=help))
         return findings
 
+    def _locate_own(self, reading: _Reading, sites: Sequence[Modules]) -> Iterator[Diagnostic]:
+        """Gives a probe of `self` its places: the site around it in `over`, otherwise every site of the rule."""
+        probe, places = reading.probe, sites if reading.me is None else [(reading.me,)]
+        for modules in places:
+            if len(modules) > 1:
+                span = f"a span of {len(modules)} blocks"
+                message = f"`{format_node(probe)}` is of one module or block, and the rule takes {span}"
+                help = "`each blocks` takes the blocks one by one"
+                yield Diagnostic("E207", message, span=probe.span, help=help)
+                return
+            name = next(iter(modules))
+            pattern = ir.OfKind(of="model") if not name else ir.Pattern(regex=f"^{re.escape(name)}$")
+            named = probe.model_copy(update={"selector": pattern})
+            self.own[probe, name] = named
+            self.places[named] = ProbePlace(modules)
+
+    def _find_members(self, node: ir.Node | None, seen: set[str]) -> Iterator[Diagnostic]:
+        """Finds the sites of every `over` below a clause and its signals."""
+        if isinstance(node, ir.Name) and node.name in self._signals and node.name not in seen:
+            seen.add(node.name)
+            yield from self._find_members(self._signals[node.name].value, seen)
+        if isinstance(node, ir.Over) and node.selector not in self.members:
+            taken = self._selection.select(node.selector)
+            if not taken or any(len(modules) > 1 for modules in taken):
+                count = "a span of blocks" if taken else f"nothing in `{self._selection.skeleton.name}`"
+                message = f"`over {format_node(node.selector)}` takes {count}, and it takes single modules"
+                help = (
+                    "`each blocks` takes the blocks one by one"
+                    if taken
+                    else why_nothing(node.selector, self._selection)
+                )
+                yield Diagnostic("E207", message, span=node.span, help=help)
+            self.members[node.selector] = tuple(modules[0] for modules in taken)
+        for child in children(node) if node is not None else ():
+            yield from self._find_members(child, seen)
+
     def unmeasurable(self, rule: ir.Rule, sites: tuple[Modules, ...]) -> Iterator[Diagnostic]:
         """Yields the probes that a rule reads at this step although they are known only after its sites ran (E208).
 
@@ -56,14 +119,30 @@ class ProbeLocator:
             rule: The rule.
             sites: Its sites; equal selectors share the tuple.
         """
-        for probe, now in self._probes(rule.condition):
-            if now and probe in self.places:
-                key = probe, id(sites)
+        help = "probe what runs before, or read `prev(...)` or `kept(...)` of it"
+        for reading in self._probes(rule.condition):
+            probe = reading.probe
+            if reading.now and isinstance(probe.selector, ir.Itself) and reading.me is None:
+                if probe.stream in {"output", "residual"}:
+                    message = f"`{format_node(probe)}` exists only after the site has run, which the rule may skip"
+                    yield Diagnostic("E208", message, span=probe.span or rule.span, help=help)
+                continue
+            named = self.own.get((probe, reading.me or ""), probe)
+            if reading.now and named in self.places:
+                key = named, id(sites)
                 if key not in self._reasons:
-                    self._reasons[key] = self._reason(probe, sites)
+                    self._reasons[key] = self._reason(named, sites)
                 if reason := self._reasons[key]:
-                    help = "probe what runs before, or read `prev(...)` or `kept(...)` of it"
                     yield Diagnostic("E208", reason, span=probe.span or rule.span, help=help)
+
+    def read_now(self, rule: ir.Rule, site: Modules) -> Iterator[ir.Probe]:
+        """Yields the probes whose values at this step a rule reads before it decides the site."""
+        for reading in self._probes(rule.condition):
+            if reading.now:
+                me = site[0] if reading.me is None else reading.me
+                probe = self.own.get((reading.probe, me), reading.probe)
+                if probe in self.places:
+                    yield probe
 
     def _reason(self, probe: ir.Probe, sites: Sequence[Modules]) -> str | None:
         for modules in sites:
@@ -72,26 +151,32 @@ class ProbeLocator:
                 return f"`{format_node(probe)}` {needs} `{modules[0] or 'model'}`, which the rule may skip"
         return None
 
-    def _probes(self, condition: ir.Expression | None) -> tuple[tuple[ir.Probe, bool], ...]:
+    def _probes(self, condition: ir.Expression | None) -> tuple[_Reading, ...]:
         """Returns every probe below a clause and its signals, and whether the value of this step is read."""
         if condition not in self._read:
-            seen = set[tuple[str, bool]]()
-            probes = () if condition is None else dict.fromkeys(self._visit(condition, seen, now=True))
+            seen = set[tuple[str, bool, str | None]]()
+            probes = () if condition is None else dict.fromkeys(self._visit(condition, seen, now=True, me=None))
             self._read[condition] = tuple(probes)
         return self._read[condition]
 
-    def _visit(self, node: ir.Node, seen: set[tuple[str, bool]], *, now: bool) -> Iterator[tuple[ir.Probe, bool]]:
+    def _visit(
+        self, node: ir.Node, seen: set[tuple[str, bool, str | None]], *, now: bool, me: str | None
+    ) -> Iterator[_Reading]:
         match node:
             case ir.Probe():
-                yield node, now
+                yield _Reading(node, now, me if isinstance(node.selector, ir.Itself) else None)
             case ir.Name() if node.name in self._signals:
-                if (node.name, now) not in seen:
-                    seen.add((node.name, now))
-                    yield from self._visit(self._signals[node.name].value, seen, now=now)
+                if (node.name, now, me) not in seen:
+                    seen.add((node.name, now, me))
+                    yield from self._visit(self._signals[node.name].value, seen, now=now, me=me)
+            case ir.Over():
+                for member in self.members.get(node.selector, ()):
+                    yield from self._visit(node.value, seen, now=now, me=member)
             case _:
-                now = now and not (isinstance(node, ir.Call) and node.function in {"prev", "kept"})
+                # On another branch the value is measured in another call.
+                elsewhere = isinstance(node, ir.Call) and node.function in {"prev", "kept", "cross"}
                 for child in children(node):
-                    yield from self._visit(child, seen, now=now)
+                    yield from self._visit(child, seen, now=now and not elsewhere, me=me)
 
 
 def _needs(probe: ir.Probe, path: Modules, site: Modules, skeleton: Skeleton) -> str | None:

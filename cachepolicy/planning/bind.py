@@ -47,7 +47,7 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
     probes = ProbeLocator(resolved.signals, selection)
     for number, rule in enumerate(resolved.rules):
         if taken[number]:
-            findings += [_at(resolved, number, finding) for finding in probes.locate(rule)]
+            findings += [_at(resolved, number, finding) for finding in probes.locate(rule, taken[number])]
     if not findings:
         for number, rule in enumerate(resolved.rules):
             findings += [_at(resolved, number, finding) for finding in probes.unmeasurable(rule, taken[number])]
@@ -55,7 +55,18 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
         raise PolicyError(dict.fromkeys(findings))
     sites = _sites(distinct, skeleton)
     rules = tuple(_bound_rules(resolved, taken, sites))
-    plan = Plan(resolved.policy, resolved, skeleton, sites, rules, needs(rules, resolved.signals), probes.places)
+    plan = Plan(
+        resolved.policy,
+        resolved,
+        skeleton,
+        sites,
+        rules,
+        needs(rules, resolved.signals),
+        probes.places,
+        probes.own,
+        probes.members,
+        _read_now(probes, rules, sites),
+    )
     return replace(plan, warnings=tuple(_warnings(plan)))
 
 
@@ -207,9 +218,23 @@ def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
         read.add("steps")
     if isinstance(rule.action, ir.Predict):
         read.add(axis(rule.action))
+    if any(isinstance(part, ir.Call) and part.function == "wiener" for node in nodes for part in walk(node)):
+        read.add("sigma")
     if rule.follow is not None:
         read.add("branch")
     return read
+
+
+def _read_now(
+    probes: ProbeLocator, rules: Sequence[BoundRule], sites: Sequence[Site]
+) -> dict[int, frozenset[ir.Probe]]:
+    """Returns the probes that have to be measured before a site is decided, for the sites that wait for any."""
+    read = dict[int, set[ir.Probe]]()
+    for bound in rules:
+        if bound.rule.condition is not None:
+            for site in bound.sites:
+                read.setdefault(site, set()).update(probes.read_now(bound.rule, sites[site].modules))
+    return {site: frozenset(found) for site, found in read.items() if found}
 
 
 def _warnings(plan: Plan) -> Iterator[Diagnostic]:

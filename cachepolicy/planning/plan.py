@@ -123,6 +123,9 @@ class Plan:
         rules: The rules with their sites.
         needs: Clock words that rules with sites read and that a run may not supply.
         probes: The modules that each probe measures.
+        own: For a probe of `self` and the name of a site, the probe of that site in `probes`.
+        members: The names of the modules that each `over` takes.
+        read_now: The probes that have to be measured before a site is decided, by site number.
         warnings: Findings that are doubtful and no errors.
     """
 
@@ -133,6 +136,13 @@ class Plan:
     rules: tuple[BoundRule, ...]
     needs: frozenset[str] = frozenset()
     probes: Mapping[ir.Probe, ProbePlace] = field(default_factory=dict[ir.Probe, ProbePlace], repr=False)
+    own: Mapping[tuple[ir.Probe, str], ir.Probe] = field(
+        default_factory=dict[tuple[ir.Probe, str], ir.Probe], repr=False
+    )
+    members: Mapping[ir.Selector, tuple[str, ...]] = field(
+        default_factory=dict[ir.Selector, tuple[str, ...]], repr=False
+    )
+    read_now: Mapping[int, frozenset[ir.Probe]] = field(default_factory=dict[int, frozenset[ir.Probe]], repr=False)
     warnings: tuple[Diagnostic, ...] = ()
 
     @cached_property

@@ -349,10 +349,12 @@ def environment_of(bound: BoundRule, inputs: Inputs) -> Environment:
     return Environment(names, inputs.tables, _remembered(bound.memories, inputs, names))
 
 
-def _remembered(calls: Sequence[ir.Call], inputs: Inputs, names: Mapping[str, Any]) -> dict[ir.Call, float]:
+def _remembered(
+    calls: Sequence[ir.Call], inputs: Inputs, names: Mapping[str, Any]
+) -> dict[ir.Expression, float | bool]:
     """Returns the values of the `prev` and `kept` calls. Calls without a value are left out."""
     memory, step = inputs.memory, inputs.tick.step
-    values = dict[ir.Call, float]()
+    values = dict[ir.Expression, float | bool]()
     for call in calls:
         expression = call.arguments[0]
         if call.function == "prev":

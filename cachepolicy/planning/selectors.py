@@ -100,6 +100,8 @@ class Selection:
                     help = "`each blocks` takes the blocks one by one"
                     raise _error("E204", "a span of blocks stands alone in a selector", selector, help)
                 return frozenset(_blocks(selector, self))
+            case ir.Itself():
+                raise _error("E207", "`self` stands in a probe only", selector)
             case ir.PatternParam():
                 raise _error("E164", f"the parameter `{selector.name}` has no value here", selector)
             case _:

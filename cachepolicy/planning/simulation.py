@@ -10,10 +10,9 @@ from typing import Any
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
-from cachepolicy.language.linker import load, resolve
+from cachepolicy.language.linker import is_measured, load, resolve
 from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, substitute, walk
-from cachepolicy.language.vocabulary import NORMS
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
@@ -315,18 +314,14 @@ def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
 def _require_numbers(
     condition: ir.Expression, substituted: ir.Expression, signals: Mapping[str, ir.Expression]
 ) -> None:
-    if not any(isinstance(node, ir.Probe) or _is_norm(node) for node in walk(substituted)):
+    if not any(isinstance(node, ir.Probe) or is_measured(node) for node in walk(substituted)):
         return
     read = sorted(name for name in names_in(condition) if name in signals)
     first = read[0] if read else next(iter(signals))
-    declared = not _is_norm(signals[first]) or first.isidentifier()
+    declared = not is_measured(signals[first]) or first.isidentifier()
     expected = f"or `with {first} = [...]` in an `expect`" if declared else f"or declare it: `signal NAME = {first}`"
     raise PolicyError.of(
         "E257",
         f"a rule reads the signal `{first}`, which only a run can measure",
         help=f"give its numbers: `signals={{'{first}': [...]}}`, {expected}",
     )
-
-
-def _is_norm(node: ir.Node) -> bool:
-    return isinstance(node, ir.Call) and node.function in NORMS

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from cachepolicy.diffusers.guidance import COND_BRANCHES
 from cachepolicy.engine.execution_plan import ExecutionPlan, lay_out
 from cachepolicy.language import ir
+from cachepolicy.language.traversal import is_stream, walk
 from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.liveness import Liveness
@@ -99,16 +100,28 @@ def _result_size(modules: Sequence[str], work: Work) -> int:
 def _probed(execution_plan: ExecutionPlan, branch: _Branch, tick: Tick, liveness: Liveness, work: Work) -> int:
     """Return the bytes of the probed tensors that `prev` (of the last step) and `kept` (of computed steps) remember."""
     signals = execution_plan.signals
-    if not liveness.measures(tick, now=False):
+    if not signals.crossed and not liveness.measures(tick, now=False):
         return 0
-    held = 0
-    for expression in dict.fromkeys([*signals.kept, *signals.previous]):
-        if isinstance(expression, ir.Probe):
-            probe = execution_plan.plan.probes[expression]
-            sites = [site for site in execution_plan.plan.sites if site.index in branch.results]
-            depth = signals.kept.get(expression, 0)
-            steps = {step for site in sites for step in branch.results[site.index][:depth]}
-            steps |= {tick.step} if expression in signals.previous else set()
-            # A probe reads the hidden states, the largest of several outputs.
-            held += len(steps) * max(work.outputs.get(probe.modules[-1], ()), default=0)
+    plan, held = execution_plan.plan, 0
+    for expression in dict.fromkeys(signals.lasting):
+        probe = next((node for node in walk(expression) if isinstance(node, ir.Probe)), None)
+        if probe is None or not is_stream(expression):
+            continue
+        depth = signals.kept.get(expression, 0)
+        last = {tick.step} if expression in signals.previous else set[int]()
+        # Other branches read the last two steps.
+        last |= {tick.step, tick.step - 1} if expression in signals.crossed and tick.branch else set[int]()
+        if isinstance(probe.selector, ir.Itself):
+            for site in plan.sites:
+                named = plan.own.get((probe, site.modules[0]))
+                if named is not None:
+                    held += len({*branch.results.get(site.index, ())[:depth]} | last) * _stream_size(plan, named, work)
+        else:
+            results = [branch.results[site.index] for site in plan.sites if site.index in branch.results]
+            held += len({step for steps in results for step in steps[:depth]} | last) * _stream_size(plan, probe, work)
     return held
+
+
+def _stream_size(plan: Plan, probe: ir.Probe, work: Work) -> int:
+    """Return the bytes of a probed tensor: the hidden states, the largest of several outputs."""
+    return max(work.outputs.get(plan.probes[probe].modules[-1], ()), default=0)

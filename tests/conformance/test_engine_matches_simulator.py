@@ -230,6 +230,11 @@ def reusing(draw: st.DrawFn, follow: str | None, *, approximate: bool) -> cachep
         st.sampled_from(["input(model)", 'residual("^blocks.0.norm$")', "output(blocks[0])", "residual(blocks[0])"])
     )
     lines = [line.replace("input(model)", probe) for line in draw(strategies.signals())]
+    lines += [
+        "signal s = prev(residual(self)) + input(self)",
+        "signal i = input(self)",
+        "signal mine = relative_l1(input(self), kept(input(self)))",
+    ]
     if approximate:
         schedule = draw(st.sampled_from(["every 2", "every 3", "every 4 since compute", "while drift < 3", ""]))
         lines.append(f"match model {schedule} -> {strategies.APPROXIMATION}")
@@ -245,6 +250,13 @@ def reusing(draw: st.DrawFn, follow: str | None, *, approximate: bool) -> cachep
             draw(st.sampled_from(["", "while drift < 3", "while sum(change) < 4", "while rate >= 0", "while age < 3"])),
             draw(st.sampled_from(["", "at most 2 in a row", "at most 3 in all"])),
         ]
+        if not selector.startswith("blocks"):
+            own = [
+                "while mine < 3",
+                "while mean(prev(mine) over attention) < 3",
+                "while any(kept(mine) < 3 over block)",
+            ]
+            clauses[2] = draw(st.sampled_from([clauses[2], clauses[2], *own, "while l1(s, 2 * i) < 3"]))
         action = draw(st.sampled_from([each for each in ACTIONS if each != "compute"]))
         followed = f"follow {follow}" if follow is not None and draw(st.booleans()) else ""
         lines.append(" ".join(["match optional", selector, *filter(None, clauses), f"-> {action}", followed]))

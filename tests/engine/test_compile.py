@@ -295,6 +295,24 @@ def test_a_whole_graph_breaks_where_a_signal_decides(text: str) -> None:
     del counted
 
 
+BY_ITSELF = """signal mine = relative_l1(input(self), kept(input(self)))
+match each blocks while mine < 0.3 -> reuse residual"""
+OVER = """signal r = l1(prev(residual(self)))
+match attention while mean(r over feedforward) < 3 -> predict linear(weight: 1 / gap)"""
+
+
+@pytest.mark.parametrize("text", [BY_ITSELF, OVER])
+@pytest.mark.parametrize("way", ["model.compile()", "block.compile()"])
+def test_signals_of_the_sites_themselves_decide_between_compiled_blocks(text: str, way: str) -> None:
+    """Each site is decided as soon as what it reads is measured, and the results are those without a compiler."""
+    expected = eager(text)
+    with counting():
+        model = TOY.build()
+        with cachepolicy.apply(model, parse(text)) as attached:
+            assert same(expected, run(WAYS[way](model, backend="eager")))
+            assert any("R" in row for row in attached.trace.rows().values())
+
+
 def counted_breaks() -> int:
     return sum(dynamo.utils.counters["graph_break"].values())
 

@@ -378,6 +378,8 @@ external strength: float
         ("match attention when t in |", {"window", "names"}, {"interval", "t"}),
         ("match attention while |", {"head", "l1", "kept", "sum", "latch", "gap", "t"}, {"output", "strength"}),
         ("match attention while sum(t, |", {"decay", "late"}, {"weight"}),
+        ("signal x = input(model, |", {"tokens"}, {"head", "t"}),
+        ("signal x = wiener(head, |", {"beta"}, {"decay"}),
         ("match attention while sum(|", {"head", "t"}, {"decay"}),
         ("match attention every |", {"interval", "off", "steps"}, {"head"}),
         ("match attention every 2 |", {"from end", "since compute", "offset", "->"}, {"when"}),

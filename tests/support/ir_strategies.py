@@ -33,6 +33,14 @@ leaves = st.one_of(
 )
 
 
+_positions = st.builds(ir.Number, value=st.integers(-9, 99)) | st.builds(ir.Name, name=names)
+tokens = (
+    st.none()
+    | st.just(ir.Tokens(latent=True))
+    | st.builds(ir.Tokens, start=st.none() | _positions, stop=st.none() | _positions)
+)
+
+
 def tuples(items: st.SearchStrategy, least: int = 1, most: int = 3) -> st.SearchStrategy:
     return st.lists(items, min_size=least, max_size=most).map(tuple)
 
@@ -52,6 +60,13 @@ def _chained(operators: st.SearchStrategy[list[str]], operands: st.SearchStrateg
     )
 
 
+functions = st.sampled_from(sorted(FUNCTIONS.keys() - {"cross"}))
+
+
+def labelled(inner: st.SearchStrategy) -> st.SearchStrategy:
+    return tuples(st.builds(ir.Argument, label=names, value=inner), 0, 2)
+
+
 def _comparisons(operands: st.SearchStrategy) -> st.SearchStrategy[ir.Comparison]:
     operators = st.lists(st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), min_size=1, max_size=3)
     return _chained(operators, operands)
@@ -68,10 +83,17 @@ def _compounds(inner: st.SearchStrategy) -> st.SearchStrategy:
         st.builds(ir.Negation, operand=inner),
         st.builds(ir.Conditional, then=inner, condition=inner, otherwise=inner),
         st.builds(ir.Membership, value=inner, container=containers),
-        st.builds(ir.Call, function=names | st.sampled_from(sorted(FUNCTIONS)), arguments=tuples(inner, 0)),
+        st.builds(ir.Call, function=names | functions, arguments=tuples(inner, 0)),
+        st.builds(ir.Call, function=names | functions, arguments=tuples(inner), labelled=labelled(inner)),
+        st.builds(
+            ir.Call, function=st.just("cross"), arguments=st.tuples(st.builds(ir.Text, value=names | texts), inner)
+        ),
+        st.builds(ir.Over, function=names | functions, value=inner, selector=selectors),
         st.builds(ir.Lookup, table=names, index=inner),
         st.builds(ir.ListOf, items=tuples(inner, 0)),
-        st.builds(ir.Probe, stream=st.sampled_from(PROBES), selector=selectors, argument=st.none() | texts),
+        st.builds(
+            ir.Probe, stream=st.sampled_from(PROBES), selector=selectors, argument=st.none() | texts, tokens=tokens
+        ),
     )
 
 
@@ -83,7 +105,6 @@ def _joined(inner: st.SearchStrategy) -> st.SearchStrategy:
     )
 
 
-_positions = st.builds(ir.Number, value=st.integers(-9, 99)) | st.builds(ir.Name, name=names)
 blocks = st.one_of(
     st.builds(ir.Blocks, each=st.booleans(), index=_positions, of=st.none() | texts),
     st.builds(

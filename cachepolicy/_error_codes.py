@@ -135,6 +135,7 @@ CODES: dict[str, str] = {
     "E405": "a run directory of other settings",
     "E406": "an argument that cannot be recognised again",
     "E407": "a model that cannot be calibrated for a method",
+    "E408": "a policy without a threshold to tune",
     # W5xx: doubtful, but a policy.
     "W501": "a `sum` over a distance from the last compute",
     "W502": "a distance from the step before, without a `sum`",

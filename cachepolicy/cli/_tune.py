@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cachepolicy.cli import output
 from cachepolicy.cli._progress import progress_bar
 from cachepolicy.errors import PolicyError, counted
+from cachepolicy.language.ir import Policy
+from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.calibration import Calibration, calibrate
 from cachepolicy.tuning.calls import Calls
+from cachepolicy.tuning.threshold import ThresholdTuning, tune_threshold
 from cachepolicy.tuning.tuner import SchedulePoint, Tuning, tune
 
 INTERRUPTED = 130
@@ -33,21 +37,79 @@ def show_tuning(
     Raises:
         PolicyError: The calls cannot be tuned, or the policy cannot be written (E152).
     """
-    _require_folder(out)
-    pipe.set_progress_bar_config(disable=True)
     training, held_out = calls.split()
-    try:
-        with progress_bar("recording", "run") as progress:
-            result = tune(pipe, training, held_out=held_out, run_dir=run_dir, progress=progress, **target)
-    except KeyboardInterrupt:
-        kept = f"`{run_dir}` has what was sampled; run the command again to go on"
-        output.say(f"interrupted: {kept if run_dir else 'nothing was kept; `--run-dir DIR` keeps it'}", error=True)
-        raise SystemExit(INTERRUPTED) from None
-    _save(result, out)
+
+    def search(progress: Progress) -> Tuning:
+        return tune(pipe, training, held_out=held_out, run_dir=run_dir, progress=progress, **target)
+
+    result = _found(pipe, search, out, run_dir)
     if as_json:
         output.say_json({**_to_json(result), "output": str(out)})
     else:
         output.say("\n".join(_lines(result, len(held_out), str(out))))
+
+
+def show_threshold(
+    pipe: Any,
+    calls: Calls,
+    policy: Policy,
+    further: Mapping[str, Any],
+    *,
+    out: Path,
+    run_dir: str | None,
+    as_json: bool,
+) -> None:
+    """Tune the threshold of a policy, write it and print what was found. Progress goes to standard error.
+
+    Args:
+        pipe: The pipeline.
+        calls: Its calls.
+        policy: The policy.
+        further: Further arguments of `tune_threshold`: the target and the param.
+        out: Where the policy is written.
+        run_dir: The folder that keeps what was sampled.
+        as_json: Print JSON.
+
+    Raises:
+        PolicyError: The policy or the calls cannot be tuned, or the policy cannot be written (E152).
+    """
+    training, held_out = calls.split()
+
+    def search(progress: Progress) -> ThresholdTuning:
+        sampled = {"held_out": held_out, "run_dir": run_dir, "progress": progress}
+        return tune_threshold(pipe, training, policy, **sampled, **further)
+
+    result = _found(pipe, search, out, run_dir)
+    if as_json:
+        points = {"chosen": asdict(result.chosen), "measured": [asdict(point) for point in result.measured]}
+        output.say_json({"policy": result.text, "param": result.param, **points, "output": str(out)})
+        return
+    chosen = result.chosen
+    output.say(f"{out}: `{result.param}` {chosen.value:g} computes {chosen.cost:.0%} of the calls of its sites")
+    output.say(f"PSNR {chosen.psnr:.1f} dB, 10th percentile {chosen.psnr_p10:.1f} dB, on {_others(len(held_out))}")
+    output.say(f"a call is {chosen.speedup:.2f}x as fast")
+
+
+R = TypeVar("R", Tuning, ThresholdTuning, Calibration)
+
+
+def _found(pipe: Any, search: Callable[[Progress], R], out: Path, run_dir: str | None) -> R:
+    """Run a search with a progress bar, and save its result. Ctrl-C ends the command (exit code 130)."""
+    if not out.parent.is_dir():
+        raise PolicyError.of("E152", f"`{out}` cannot be written: there is no folder `{out.parent}`")
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with progress_bar("recording", "run") as progress:
+            result = search(progress)
+    except KeyboardInterrupt:
+        kept = f"`{run_dir}` has what was sampled; run the command again to go on"
+        output.say(f"interrupted: {kept if run_dir else 'nothing was kept; `--run-dir DIR` keeps it'}", error=True)
+        raise SystemExit(INTERRUPTED) from None
+    try:
+        result.save(str(out))
+    except OSError as error:
+        raise output.unwritable(out, error) from error
+    return result
 
 
 def show_calibration(pipe: Any, calls: Calls, method: Any, cost: float, *, out: Path, as_json: bool) -> None:
@@ -56,11 +118,11 @@ def show_calibration(pipe: Any, calls: Calls, method: Any, cost: float, *, out: 
     Raises:
         PolicyError: The model cannot be calibrated, or the policy cannot be written (E152).
     """
-    _require_folder(out)
-    pipe.set_progress_bar_config(disable=True)
-    with progress_bar("recording", "run") as progress:
-        found = calibrate(pipe, calls.split()[0], method, cost=cost, progress=progress)
-    _save(found, out)
+
+    def search(progress: Progress) -> Calibration:
+        return calibrate(pipe, calls.split()[0], method, cost=cost, progress=progress)
+
+    found = _found(pipe, search, out, None)
     if as_json:
         values = {"method": found.method, "threshold": found.threshold, "cost": found.cost}
         output.say_json({"policy": found.text, **values, "output": str(out)})
@@ -69,26 +131,16 @@ def show_calibration(pipe: Any, calls: Calls, method: Any, cost: float, *, out: 
         output.say(f"by the recording, {found.cost:.0%} of the steps are computed; `cachepolicy run` measures it")
 
 
-def _require_folder(out: Path) -> None:
-    """Raise before anything is sampled if the file to write has no folder (E152)."""
-    if not out.parent.is_dir():
-        raise PolicyError.of("E152", f"`{out}` cannot be written: there is no folder `{out.parent}`")
-
-
-def _save(result: Tuning | Calibration, out: Path) -> None:
-    try:
-        result.save(str(out))
-    except OSError as error:
-        raise output.unwritable(out, error) from error
+def _others(held_out: int) -> str:
+    return f"{counted(held_out, 'call')} that {'was' if held_out == 1 else 'were'} not recorded"
 
 
 def _lines(result: Tuning, held_out: int, out: str) -> list[str]:
     chosen, calls = result.chosen, len(result.frontier[-1].steps)
     measured = f"PSNR {chosen.psnr:.1f} dB, 10th percentile {chosen.psnr_p10:.1f} dB" if chosen.psnr else "not measured"
-    others = f"{counted(held_out, 'call')} that {'was' if held_out == 1 else 'were'}"
     lines = [
         f"{out}: {len(chosen.steps)} of {counted(calls, 'call')} computed, cost {chosen.cost:.3g}",
-        f"{measured}, on {others} not recorded; forecast {chosen.forecast:.1f} dB",
+        f"{measured}, on {_others(held_out)}; forecast {chosen.forecast:.1f} dB",
         f"a call is {chosen.speedup:.2f}x as fast; the denoiser takes {result.model_share:.0%} of an uncached one",
         f"sampled as many calls of the model as {result.evaluations:.1f} uncached runs",
     ]

@@ -464,6 +464,9 @@ def _open_pipeline(
 @click.option("--speedup", type=click.FloatRange(1), help="Target: how many times as fast a whole call gets.")
 @click.option("--psnr", type=float, help="Target: the mean PSNR in dB against the uncached pictures.")
 @click.option("--psnr-p10", type=float, help="Target: the 10th percentile of the same.")
+@click.option("--policy", metavar="FILE", help="Set the threshold of this policy, instead of planning a list of steps.")
+@click.option("--param", help="The param that is the threshold (default: the only one that a `while` reads).")
+@options.set_param
 @options.sampled_calls(24)
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
 @click.option("--held-out", type=click.IntRange(1), default=8, show_default=True, help="Further calls to measure on.")
@@ -482,18 +485,27 @@ def tune_command(
 
     The pipeline is sampled without a policy, with different seeds and the prompts in turn, and the policy is planned
     on these recordings. Then it is measured on further calls. With --run-dir, an interrupted command goes on when it
-    is run again.
+    is run again. With --policy, the threshold of that policy is found instead.
     """
+    policy = None if values["policy"] is None else _load_policy(values["policy"])
+    if policy is None and (values["param"] is not None or values["settings"]):
+        raise click.UsageError("--param and --set need --policy")
+    if policy is not None:
+        resolve(policy, dict(values["settings"]))
     targets = {name: values[name] for name in ("cost", "speedup", "psnr", "psnr_p10") if values[name] is not None}
     if len(targets) != 1:
         raise click.UsageError("give one of --cost, --speedup, --psnr and --psnr-p10")
     pipe, arguments, lines = _open_for_calls(folder, prompts, steps, values)
-    from cachepolicy.cli._tune import show_tuning
+    from cachepolicy.cli._tune import show_threshold, show_tuning
     from cachepolicy.tuning.calls import Calls
 
     calls = Calls(arguments, lines, values["samples"], values["held_out"], values["seed"])
-    target = {**targets, "order": values["order"], "gap": values["gap"]}
-    show_tuning(pipe, calls, target, out=Path(out), run_dir=run_dir, as_json=as_json)
+    shown: dict[str, Any] = {"out": Path(out), "run_dir": run_dir, "as_json": as_json}
+    if policy is not None:
+        further = {**targets, "param": values["param"], "settings": dict(values["settings"])}
+        show_threshold(pipe, calls, policy, further, **shown)
+        return
+    show_tuning(pipe, calls, {**targets, "order": values["order"], "gap": values["gap"]}, **shown)
 
 
 @main.command("compare")

@@ -22,7 +22,7 @@ FINE, FINDINGS, UNUSABLE = 0, 1, 2
 
 _COMMAND_CODES = frozenset(
     """E150 E151 E152 E153 E160 E161 E162 E210 E211 E212 E213 E250 E252 E253 E254 E255 E256 E257 E258 E260
-    E402 E403 E405 E406""".split()  # noqa: SIM905
+    E402 E403 E405 E406 E407 E408""".split()  # noqa: SIM905
 )
 """Codes of mistakes in the command line, not in a policy, if the diagnostic has no source location."""
 

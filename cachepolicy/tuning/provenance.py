@@ -70,24 +70,45 @@ def tuned_statement(
         seen: The circumstances of the run.
         found: Further values, such as the forecast and the measured quality.
     """
+    scheduler = record.solver.scheduler
+    timesteps, sigmas = numbers_of(scheduler.timesteps, getattr(scheduler, "sigmas", None), len(record.models))
+    return statement(type(scheduler).__name__, timesteps, sigmas, models, seen, found)
+
+
+def statement(
+    scheduler: str,
+    timesteps: Sequence[float],
+    sigmas: Sequence[float] | None,
+    models: Sequence[nn.Module],
+    seen: Circumstances,
+    found: Mapping[str, str | float],
+) -> ir.Tuned:
+    """Return the statement for a schedule.
+
+    Args:
+        scheduler: The class of the scheduler.
+        timesteps: The timesteps of the trajectory.
+        sigmas: Its sigmas, of which one more may follow; None if the scheduler has none.
+        models: The denoisers.
+        seen: The circumstances of a run.
+        found: Further values, such as the forecast and the measured quality.
+    """
     from cachepolicy import __version__
 
-    steps, scheduler = len(record.models), record.solver.scheduler
-    timesteps, sigmas = numbers_of(scheduler.timesteps, getattr(scheduler, "sigmas", None), steps)
     inner = [unwrapped(model) for model in models]
     values: dict[str, Any] = {
         "denoiser": _joined([type(model).__name__ for model in inner]),
         "config": _joined([config_hash(model) for model in inner]),
         "adapters": sorted({name for model in inner for name in active_adapters(model)}),
-        "scheduler": type(scheduler).__name__,
-        **({"timesteps": timesteps} if sigmas is None else {"sigmas": sigmas}),
+        "scheduler": scheduler,
+        **({"timesteps": timesteps} if sigmas is None else {"sigmas": sigmas[: len(timesteps)]}),
         "guidance": seen.guidance,
         "latents": seen.latents,
         **found,
         "version": __version__,
     }
     settings = [ir.Setting(name=name, value=_node(value)) for name, value in values.items() if value is not None]
-    return ir.Tuned(steps=steps, settings=tuple(settings))
+    return ir.Tuned(steps=len(timesteps), settings=tuple(settings))
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -191,3 +191,18 @@ def test_calibration_of_a_saved_pipeline(tune: Callable[..., Result], tmp_path: 
         assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code
     told = json.loads(tune(*options, "--json", command="calibrate").stdout)
     assert told["policy"] == path.read_text("utf-8")
+
+
+def test_the_threshold_of_a_policy_is_tuned(tune: Callable[..., Result], tmp_path: Path) -> None:
+    """The file is the policy with another default; a policy without a threshold is refused."""
+    path = tmp_path / "mine.cp"
+    options = ["--samples", 1, "--held-out", 1, "--out", path]
+    result = tune("--policy", "fbc", "--cost", 0.7, *options)
+    assert 0 == result.exit_code, result.output
+    assert "`threshold`" in result.stdout
+    assert "policy first_block_cache" in path.read_text("utf-8")
+    for command in (["check"], ["test"], ["fmt", "--check"]):
+        assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code
+    refused = tune("--policy", "fora", "--cost", 0.7, *options)
+    assert (2, True) == (refused.exit_code, "E408" in refused.stderr)
+    assert 2 == tune("--param", "threshold", "--cost", 0.7).exit_code

@@ -28,6 +28,8 @@ ANSWERED = "answered"
 COMPUTED = "computed"
 RAN = "ran"
 """The last three replace the code of a site in the frame once the site has been called. `RAN` has stored nothing."""
+UNCALLED = frozenset({COMPUTE, STORE, STORE_CLONE, REUSE, ANSWER, PENDING})
+"""The codes of sites that were not called, or whose calls leave no mark in the frame."""
 
 
 class Slot:

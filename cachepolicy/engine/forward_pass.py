@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress, count
 from numbers import Real
 from typing import Any, Protocol
 
@@ -16,15 +17,13 @@ import torch
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.actions import (
     ANSWER,
-    ANSWERED,
     COMPUTE,
-    COMPUTED,
     NOT_FINITE,
     PENDING,
-    RAN,
     STORE,
     STORE_CLONE,
     TOO_LARGE,
+    UNCALLED,
     Place,
     Slot,
     hidden_states,
@@ -482,10 +481,10 @@ class ForwardPass:
             handles: The sites by module name.
         """
         names, keepings = self.host.execution.names, self.host.execution.keepings
+        # Almost always all sites were called, so the codes are looked up without a Python loop over the sites.
         return [
             site
-            for site, code in enumerate(codes)
-            if code is not COMPUTED and code is not ANSWERED and code is not RAN
+            for site in compress(count(), map(UNCALLED.__contains__, codes))
             if names[site] != ("",)
             and site not in self._modes
             and (keepings[site].streams or handles[names[site][0]] not in self._called)
@@ -684,6 +683,8 @@ class ForwardPass:
         Returns:
             The output, and the number of the answered span or None.
         """
+        if not waiting:
+            return original(module, *args, **kwargs), None
         frame = LOCAL.frame
         self._waiting |= dict.fromkeys(waiting, names)
         try:

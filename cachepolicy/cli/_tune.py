@@ -144,6 +144,9 @@ def _lines(result: Tuning, held_out: int, out: str) -> list[str]:
         f"a call is {chosen.speedup:.2f}x as fast; the denoiser takes {result.model_share:.0%} of an uncached one",
         f"sampled as many calls of the model as {result.evaluations:.1f} uncached runs",
     ]
+    if result.base.steps is not None:
+        lines.append(f"set the scheduler and the steps: {result.base}")
+    lines += [f"note: {note}" for note in result.notes]
     if not result.linear:
         lines.append("note: the scheduler is not linear, so its weights hold near the recorded trajectories only")
     return lines

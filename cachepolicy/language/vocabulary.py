@@ -161,7 +161,12 @@ _FEEDBACK = Label("boolean", required=False, constant=True)
 _ALONG = Label("text", required=False, constant=True, choices=("step", "t", "sigma"))
 PREDICTORS: Mapping[str, Mapping[str, Label]] = {
     "linear": {"weight": Label("number"), "feedback": _FEEDBACK},
-    "taylor": {"order": Label("number", constant=True), "along": _ALONG, "feedback": _FEEDBACK},
+    "taylor": {
+        "order": Label("number", constant=True),
+        "scale": Label("number", required=False),
+        "along": _ALONG,
+        "feedback": _FEEDBACK,
+    },
     "hermite": {
         "order": Label("number", constant=True),
         "scale": Label("number"),

@@ -109,10 +109,10 @@ def _linear(_steps: Sequence[float], _step: float, arguments: PredictorArguments
 
 
 def _taylor(steps: Sequence[float], step: float, arguments: PredictorArguments) -> Weights:
-    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of difference_i * k^i / i!."""
-    divisors = _divisors(steps, arguments["order"])
+    """TaylorSeer's series of recursive differences (arXiv:2503.06923): sum of scale * difference_i * k^i / i!."""
+    divisors, scale = _divisors(steps, arguments["order"]), arguments.get("scale", 1)
     k = step - steps[0]
-    return Weights(divisors, tuple(k**order / math.factorial(order) for order in range(1, len(divisors) + 1)))
+    return Weights(divisors, tuple(scale * (k**order / math.factorial(order)) for order in range(1, len(divisors) + 1)))
 
 
 def _hermite(steps: Sequence[float], step: float, arguments: PredictorArguments) -> Weights:

@@ -306,7 +306,8 @@ def _variant(value: Any) -> Variant:
     if isinstance(value, str | os.PathLike | Policy):
         return Variant(policy=value)
     if isinstance(getattr(value, "policy", None), Policy):
-        return Variant(policy=value.policy)
+        base = getattr(value, "base", None)
+        return Variant(value.policy, {}, getattr(base, "steps", None), getattr(base, "scheduler", None))
     raise TypeError(f"a `{type(value).__name__}` is no variant")
 
 

@@ -33,10 +33,12 @@ class Recorded:
     Args:
         gram: Mean inner products of the outputs of calls s and r, `(N, N)`, over all recorded samples.
         weights: Effect of an error in the output of each call on the result, `(N,)`.
+        scale: Standard deviation of the sample after each call, `(N,)`; empty where it is not known.
     """
 
     gram: Matrix
     weights: Sequence[float]
+    scale: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class PlanningProblem:
         return len(self.outputs[0].weights)
 
 
-def plan_steps(problem: PlanningProblem) -> Mapping[int, PlannedSteps]:
+def plan_steps(problem: PlanningProblem, most: int | None = None) -> Mapping[int, PlannedSteps]:
     """Find the best schedule for each number of computed calls.
 
     The state of the program is the latest `order + 1` computed calls, since nothing else enters a prediction. The cost
@@ -72,6 +74,7 @@ def plan_steps(problem: PlanningProblem) -> Mapping[int, PlannedSteps]:
 
     Args:
         problem: What is planned.
+        most: The most computed calls, None for all.
 
     Returns:
         The best schedule by its number of computed calls. Numbers that no schedule reaches within the gap limit are
@@ -81,7 +84,7 @@ def plan_steps(problem: PlanningProblem) -> Mapping[int, PlannedSteps]:
     errors = _GapErrors(problem)
     best = dict[int, PlannedSteps]()
     layer: dict[History, tuple[float, _Path]] = {(0,): (0.0, (0, None))}
-    for computed in range(1, calls + 1):
+    for computed in range(1, (calls if most is None else min(most, calls)) + 1):
         following = dict[History, tuple[float, _Path]]()
         for history, (error, path) in layer.items():
             newest = history[0]

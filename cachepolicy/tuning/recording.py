@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachepolicy.engine.actions import hidden_states
 from cachepolicy.errors import PolicyError
 from cachepolicy.tuning.solver import SolverTrace
 
@@ -36,6 +37,7 @@ class OutputRecord:
         solver: What a few elements went through.
         models: Index of the denoiser that ran before each call of the scheduler, `(N,)`.
         timesteps: The timestep of each call, `(N,)`.
+        rows: Rows of the batches that the denoisers ran before each call, both halves of guidance counted, `(N,)`.
     """
 
     gram: torch.Tensor
@@ -44,6 +46,7 @@ class OutputRecord:
     solver: SolverTrace
     models: tuple[int, ...]
     timesteps: tuple[float, ...]
+    rows: tuple[float, ...]
 
     @property
     def starts(self) -> frozenset[int]:
@@ -73,7 +76,7 @@ def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[n
         for cls in dict.fromkeys(stepping_class(scheduler) for scheduler in schedulers):
             stack.enter_context(recorder.patched(cls))
         for index, model in enumerate(models):
-            stack.callback(model.register_forward_pre_hook(recorder.seen(index)).remove)
+            stack.callback(model.register_forward_pre_hook(recorder.seen(index), with_kwargs=True).remove)
         stack.callback(recorder.close)
         run()
         records = [stream.finished() for stream in recorder.streams.values()]
@@ -99,6 +102,7 @@ class _Recorder:
         self.streams = dict[int, _Stream]()
         self._thread = thread
         self._model = 0
+        self._rows = 0
 
     @contextlib.contextmanager
     def patched(self, cls: type) -> Generator[None]:
@@ -111,7 +115,8 @@ class _Recorder:
                 return original(scheduler, *args, **kwargs)
             stream = self.streams.setdefault(id(scheduler), _Stream())
             bound = signature.bind(scheduler, *args, **kwargs)
-            stream.before(scheduler, bound.arguments, self._model)
+            stream.before(scheduler, bound.arguments, self._model, self._rows)
+            self._rows = 0
             result = original(scheduler, *args, **kwargs)
             stream.after(result)
             return result
@@ -125,8 +130,10 @@ class _Recorder:
     def seen(self, index: int) -> Callable[..., None]:
         """Return a hook that notes which denoiser ran last."""
 
-        def hook(*_: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            latents = hidden_states(args, kwargs)
             self._model = index
+            self._rows += 1 if latents is None or not latents.ndim else len(latents)
 
         return hook
 
@@ -193,11 +200,12 @@ class _Stream:
     arguments: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     scale: list[float] = field(default_factory=list[float])
     models: list[int] = field(default_factory=list[int])
+    rows: list[float] = field(default_factory=list[float])
     picked: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     start: torch.Tensor | None = None
     _index: torch.Tensor | None = None
 
-    def before(self, scheduler: Any, arguments: dict[str, Any], model: int) -> None:
+    def before(self, scheduler: Any, arguments: dict[str, Any], model: int, rows: int) -> None:
         inputs = {name: value for name, value in arguments.items() if name not in ("self", "return_dict")}
         output, timestep, sample = (inputs.pop(name) for name in ("model_output", "timestep", "sample"))
         if self._index is None or self.start is None:
@@ -211,6 +219,7 @@ class _Stream:
         self.timesteps.append(timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep)
         self.arguments.append({name: value for name, value in inputs.items() if isinstance(value, bool | int | float)})
         self.models.append(model)
+        self.rows.append(float(rows))
 
     def after(self, result: Any) -> None:
         sample = result[0] if isinstance(result, tuple) else result.prev_sample
@@ -231,4 +240,6 @@ class _Stream:
             solver=SolverTrace(self.scheduler, self.timesteps, self.arguments, self.start, torch.stack(self.picked)),
             models=tuple(self.models),
             timesteps=tuple(float(timestep) for timestep in self.timesteps),
+            # A scheduler whose outputs come from a call of another one, such as that of the sound, has no rows.
+            rows=tuple(self.rows) if any(self.rows) else (1.0,) * len(self.rows),
         )

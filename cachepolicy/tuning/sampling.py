@@ -95,6 +95,25 @@ class Sampler:
         finally:
             setattr(self.target, name, original)
 
+    @contextlib.contextmanager
+    def on(self, scheduler: Any, steps: int | None, call: ModelCall) -> Generator[ModelCall]:
+        """Give a call another scheduler and number of steps inside the `with` block.
+
+        Args:
+            scheduler: The scheduler to step instead, None for the one that is there.
+            steps: The number of steps, None for that of the call.
+            call: The call.
+
+        Yields:
+            The arguments of the call.
+        """
+        arguments = dict(call) if steps is None else {**call, STEPS: steps}
+        if scheduler is None:
+            yield arguments
+            return
+        with self.stepping(scheduler) as more:
+            yield {**arguments, **more}
+
     def __call__(self, call: ModelCall) -> Sample:
         """Sample one call. Generators among its arguments are restored afterwards, so that the call can be repeated."""
         with _restored(call):

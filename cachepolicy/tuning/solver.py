@@ -102,6 +102,11 @@ def solver_weights(trace: SolverTrace) -> SolverWeights:
     return SolverWeights(tuple(effect.tolist()), tuple(propagation.tolist()), tuple(direct.tolist()), float(deviation))
 
 
+def sample_scale(trace: SolverTrace) -> tuple[float, ...]:
+    """Return the standard deviation of the sample after each step of a trajectory, `(N,)`."""
+    return tuple(_run(trace, None)[:, :, 0].std(1).tolist())
+
+
 def _rms(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().mean().sqrt()) or 1.0
 

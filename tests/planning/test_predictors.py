@@ -42,6 +42,15 @@ def test_taylor_of_order_one_is_exact_on_a_line(first: int, between: int, ahead:
     )
 
 
+def test_the_scale_multiplies_all_but_the_newest_value() -> None:
+    """Scale 0 is reuse, and scale 1 is the prediction without a scale."""
+    assert (1.0, 0.0) == coefficients("taylor", [4, 2], 6, {"order": 1, "scale": 0})
+    assert coefficients("taylor", [4, 2], 6, {"order": 1}) == coefficients(
+        "taylor", [4, 2], 6, {"order": 1, "scale": 1}
+    )
+    assert (1.5, -0.5) == coefficients("taylor", [4, 2], 6, {"order": 1, "scale": 0.5})
+
+
 def test_a_short_history_lowers_the_order() -> None:
     """One computed value is answered as it is, whatever the order."""
     assert (1.0,) == coefficients("taylor", [4], 6, {"order": 2})

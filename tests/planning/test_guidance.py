@@ -135,7 +135,7 @@ def test_a_distilled_pipeline_is_read_from_its_index(tmp_path):
 
 
 def test_pipelines_are_imported_on_the_usual_device(tmp_path, monkeypatch):
-    """The model is built on the meta device, but the modules that are imported then hold tensors of their own."""
+    """Only the model is built on the meta device: modules of pipelines hold tensors with data."""
     import torch
 
     from cachepolicy.tools import meta_model

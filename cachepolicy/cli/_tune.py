@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from cachepolicy.language.ir import Policy
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.calibration import Calibration, calibrate
 from cachepolicy.tuning.calls import Calls
+from cachepolicy.tuning.levels import LevelTuning, tune_levels
 from cachepolicy.tuning.threshold import ThresholdTuning, tune_threshold
 from cachepolicy.tuning.tuner import SchedulePoint, Tuning, tune
 
@@ -90,7 +91,47 @@ def show_threshold(
     output.say(f"a call is {chosen.speedup:.2f}x as fast")
 
 
-R = TypeVar("R", Tuning, ThresholdTuning, Calibration)
+def show_levels(
+    pipe: Any,
+    calls: Calls,
+    levels: Sequence[float],
+    further: Mapping[str, Any],
+    *,
+    out: Path,
+    run_dir: str | None,
+    as_json: bool,
+) -> None:
+    """Tune several numbers of steps and levels, write one policy and print what was found.
+
+    Args:
+        pipe: The pipeline.
+        calls: Its calls.
+        levels: The values of the target.
+        further: Further arguments of `tune_levels`: the target, the numbers of steps, order and gap.
+        out: Where the policy is written.
+        run_dir: The folder that keeps what was sampled.
+        as_json: Print JSON.
+
+    Raises:
+        PolicyError: A level cannot be tuned, or the policy cannot be written (E152).
+    """
+    training, held_out = calls.split()
+
+    def search(progress: Progress) -> LevelTuning:
+        return tune_levels(pipe, training, levels, held_out=held_out, run_dir=run_dir, progress=progress, **further)
+
+    result = _found(pipe, search, out, run_dir)
+    if as_json:
+        found = [{"steps": steps, "level": level, **_to_json(one)} for (steps, level), one in result.results.items()]
+        output.say_json({"policy": result.text, "results": found, "output": str(out)})
+        return
+    for (steps, level), one in result.results.items():
+        where = f"level {level:g}" if steps is None else f"{counted(steps, 'step')}, level {level:g}"
+        output.say("\n  ".join(_lines(one, len(held_out), where)))
+    output.say(str(out))
+
+
+R = TypeVar("R", Tuning, ThresholdTuning, LevelTuning, Calibration)
 
 
 def _found(pipe: Any, search: Callable[[Progress], R], out: Path, run_dir: str | None) -> R:

@@ -468,7 +468,13 @@ def _open_pipeline(
 @click.option("--param", help="The param that is the threshold (default: the only one that a `while` reads).")
 @options.set_param
 @options.sampled_calls(24)
-@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampling steps (default: the pipeline's own).")
+@click.option(
+    "--steps",
+    type=options.steps_type,
+    default=(),
+    help="Sampling steps, or several: 20,28,50 (default: the pipeline's own).",
+)
+@click.option("--levels", type=options.numbers_type, help="Speed-ups for the values of a `level` param: 1.5,2,3.")
 @click.option("--held-out", type=click.IntRange(1), default=8, show_default=True, help="Further calls to measure on.")
 @click.option("--order", type=click.IntRange(0, 3), default=1, show_default=True, help="Order of the extrapolation.")
 @click.option(
@@ -479,13 +485,21 @@ def _open_pipeline(
 @options.json_form
 @output.guarded
 def tune_command(
-    *, folder: str, prompts: str | None, steps: int | None, out: str, run_dir: str | None, as_json: bool, **values: Any
+    *,
+    folder: str,
+    prompts: str | None,
+    steps: Sequence[int],
+    out: str,
+    run_dir: str | None,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Find the policy that meets a target with the least error, for a pipeline from a diffusers folder.
 
     The pipeline is sampled without a policy, with different seeds and the prompts in turn, and the policy is planned
     on these recordings. Then it is measured on further calls. With --run-dir, an interrupted command goes on when it
-    is run again. With --policy, the threshold of that policy is found instead.
+    is run again. With --policy, the threshold of that policy is found instead. Several --steps, or --levels in place of
+    a target, give one policy with a `level` param.
     """
     policy = None if values["policy"] is None else _load_policy(values["policy"])
     if policy is None and (values["param"] is not None or values["settings"]):
@@ -493,10 +507,13 @@ def tune_command(
     if policy is not None:
         resolve(policy, dict(values["settings"]))
     targets = {name: values[name] for name in ("cost", "speedup", "psnr", "psnr_p10") if values[name] is not None}
-    if len(targets) != 1:
-        raise click.UsageError("give one of --cost, --speedup, --psnr and --psnr-p10")
-    pipe, arguments, lines = _open_for_calls(folder, prompts, steps, values)
-    from cachepolicy.cli._tune import show_threshold, show_tuning
+    levels: Sequence[float] = values["levels"] or ()
+    if len(targets) + bool(levels) != 1:
+        raise click.UsageError("give one of --cost, --speedup, --psnr, --psnr-p10 and --levels")
+    if values["policy"] is not None and (levels or len(steps) > 1):
+        raise click.UsageError("--policy takes one target and one number of steps")
+    pipe, arguments, lines = _open_for_calls(folder, prompts, steps[0] if steps else None, values)
+    from cachepolicy.cli._tune import show_levels, show_threshold, show_tuning
     from cachepolicy.tuning.calls import Calls
 
     calls = Calls(arguments, lines, values["samples"], values["held_out"], values["seed"])
@@ -505,7 +522,12 @@ def tune_command(
         further = {**targets, "param": values["param"], "settings": dict(values["settings"])}
         show_threshold(pipe, calls, policy, further, **shown)
         return
-    show_tuning(pipe, calls, {**targets, "order": values["order"], "gap": values["gap"]}, **shown)
+    further = {"order": values["order"], "gap": values["gap"]}
+    if levels or len(steps) > 1:
+        goal = next(iter(targets), "speedup")
+        show_levels(pipe, calls, levels or [*targets.values()], {**further, "goal": goal, "steps": steps}, **shown)
+        return
+    show_tuning(pipe, calls, {**targets, **further}, **shown)
 
 
 @main.command("compare")

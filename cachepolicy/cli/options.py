@@ -69,11 +69,29 @@ class _Numbers(click.ParamType[Any]):
             self.fail(f"`{value}` is not a list of numbers separated by commas", param, ctx)
 
 
+class _StepCounts(click.ParamType[Any]):
+    """Numbers of sampling steps, separated by commas."""
+
+    name = "N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Returns the numbers; other text is a usage error."""
+        try:
+            counts = tuple(int(number) for number in str(value).split(","))
+        except ValueError:
+            counts = ()
+        if not counts or not all(1 <= count <= 10_000 for count in counts):
+            self.fail(f"`{value}` is not a number of steps, or several separated by commas (1 to 10000)", param, ctx)
+        return counts
+
+
 json_form = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 model = click.option(
     "--model", metavar="PATH", help="A diffusers config.json or folder (no weights are read), or a skeleton file."
 )
 param_type = _Assignment()
+numbers_type = _Numbers()
+steps_type = _StepCounts()
 set_param = click.option("--set", "settings", type=param_type, multiple=True, help="Set a parameter of the policy.")
 call_argument = click.option(
     "--argument", "more", type=_JsonAssignment(), multiple=True, help="Another argument of the pipeline; repeatable."

@@ -27,6 +27,9 @@ def shadowed(rules: Sequence[BoundRule]) -> Iterator[tuple[int, tuple[int, ...]]
     earlier = [_Earlier() for _ in groups.rules]
     for bound in rules:
         clause = _Clause.of(bound.rule.when)
+        if ir.Boolean(value=False) in clause.others:
+            # The params turn this rule off, as another level of quality does.
+            continue
         by = [earlier[group].visit(clause, bound.index) for group in groups.taken_by[bound.index]]
         if by and None not in by:
             yield bound.index, tuple(sorted({rule for rule in by if rule is not None}))

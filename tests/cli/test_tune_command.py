@@ -77,7 +77,7 @@ def tune(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
             pipe.save_pretrained(root / name)
             save_file(embeds, root / f"{name}.safetensors")
             known[name] = [str(root / name), "--embeds", str(root / f"{name}.safetensors"), *further]
-        arguments = [command, *known[name], "--steps", STEPS, *options]
+        arguments = [command, *known[name], *([] if "--steps" in options else ["--steps", STEPS]), *options]
         return CliRunner().invoke(main, [str(each) for each in arguments])
 
     return run
@@ -155,7 +155,10 @@ def test_an_interrupted_command_goes_on(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "give one of --cost, --speedup, --psnr and --psnr-p10"),
+        ([], "give one of --cost, --speedup, --psnr, --psnr-p10 and --levels"),
+        (["--cost", 0.5, "--levels", "1,2"], "give one of --cost"),
+        (["--cost", 0.5, "--steps", "8,few"], "is not a number of steps"),
+        (["--policy", "fbc", "--levels", "1,2"], "--policy takes one target"),
         (["--cost", 0.5, "--psnr", 40], "give one of --cost"),
         (["--cost", 0.5, "--prompts", "nowhere.txt"], "the prompts in `nowhere.txt` cannot be read"),
         (["--cost", 0.5, "--out", "nowhere/a.cp"], "there is no folder `nowhere`"),
@@ -207,3 +210,15 @@ def test_the_threshold_of_a_policy_is_tuned(tune: Callable[..., Result], tmp_pat
     refused = tune("--policy", "fora", "--cost", 0.7, *options)
     assert (2, True) == (refused.exit_code, "E408" in refused.stderr)
     assert 2 == tune("--param", "threshold", "--cost", 0.7).exit_code
+
+
+def test_several_numbers_of_steps_give_one_policy(tune: Callable[..., Result], tmp_path: Path) -> None:
+    """The file has a rule for each number of steps, and the JSON form has what was found for each."""
+    path = tmp_path / "mine.cp"
+    result = tune("--steps", "4,6", "--cost", 0.5, "--samples", 1, "--held-out", 1, "--out", path, "--json")
+    assert 0 == result.exit_code, result.output
+    told = json.loads(result.stdout)
+    assert [(4, 0.5), (6, 0.5)] == [(each["steps"], each["level"]) for each in told["results"]]
+    assert "when steps == 6 and level == 0.5" in path.read_text("utf-8")
+    for command in (["check"], ["test"], ["fmt", "--check"]):
+        assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code

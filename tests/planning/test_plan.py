@@ -406,6 +406,8 @@ def test_needs(rule: str, needs: set[str]) -> None:
         ("attention when 100 <= t", "attention when t == 100", True),
         ("attention when t in (100, 800)", "attention when step in (200, 300)", False),
         ("attention when t > 100 and step > 3", "attention when step > 4 and t > 100", True),
+        ("attention when step > 1", "attention when step > 1 and 1 == 2", False),
+        ("attention when step > 1 and 1 == 2", "attention when step > 1", False),
         ("each blocks", "blocks", False),
     ],
 )

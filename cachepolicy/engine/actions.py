@@ -6,30 +6,51 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
+from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.block_chain import Chain
 from cachepolicy.engine.history_packing import Packed, compact, is_whole, leaves, map_leaves, map_once, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.language import ir
+from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import Keeping, reach
 from cachepolicy.planning.predictors import PredictorArguments, Weights, amplification, extrapolate, weights
 
-COMPUTE = "compute"
-STORE = "store"
-STORE_CLONE = "store a clone"
-REUSE = "reuse"
-ANSWER = "answer"
-PENDING = "pending"
-ANSWERED = "answered"
-COMPUTED = "computed"
-RAN = "ran"
-"""The last three replace the code of a site in the frame once the site has been called. `RAN` has stored nothing."""
+
+class Op(Enum):
+    """What a site does in one root call."""
+
+    COMPUTE = 0
+    """Run, and store nothing."""
+    STORE = 1
+    """Run, and store the result."""
+    STORE_CLONE = 2
+    """Run, and store a copy of the result."""
+    REUSE = 3
+    """Return the stored result."""
+    ANSWER = 4
+    """Return an answer that is more than the stored result."""
+    PENDING = 5
+    """Wait for signals."""
+    ANSWERED = 6
+    """Answered in this call. A second call is a repeat."""
+    COMPUTED = 7
+    """Run in this call, with a stored result. A second call is a repeat."""
+    RAN = 8
+    """Run in this call, and stored nothing."""
+
+    __hash__ = object.__hash__  # members are singletons, and the hash of `Enum` is a Python function
+
+
+# Names of the module are compared by identity on the hot path: attributes of the class take longer to look up.
+COMPUTE, STORE, STORE_CLONE, REUSE, ANSWER, PENDING, ANSWERED, COMPUTED, RAN = Op
 UNCALLED = frozenset({COMPUTE, STORE, STORE_CLONE, REUSE, ANSWER, PENDING})
-"""The codes of sites that were not called, or whose calls leave no mark in the frame."""
+"""The operations of sites that were not called, or whose calls leave no mark."""
 
 
 class Slot:
@@ -41,13 +62,14 @@ class Slot:
         version: `_version` of the output when stored, if it is a single tensor that may be returned without a copy.
         versions: The `_version` counters of all tensors of any other output.
         clones: Whether an answer was modified in place. The site then stores and returns copies.
+        rows: The rows of the batch that the newest output has.
         whole: Whether the stored tensors were most of their storages.
         storing: How results are stored, and the memory limit.
     """
 
     __slots__ = (
-        "__weakref__", "chain", "clones", "device", "dtype", "full", "older", "output", "packing", "shape",
-        "step", "storing", "version", "versions", "whole",
+        "__weakref__", "chain", "clones", "device", "dtype", "older", "output", "packing", "rows", "shape", "step",
+        "storing", "version", "versions", "whole",
     )  # fmt: skip
 
     def __init__(self, storing: Storing = ANYHOW) -> None:
@@ -65,7 +87,7 @@ class Slot:
         self.versions: tuple[int, ...] | None = None
         self.clones = False
         self.step = -1
-        self.full = True
+        self.rows = WHOLE
         self.whole = False
 
     def clear(self) -> None:
@@ -83,14 +105,14 @@ def _drop(slot: weakref.ref[Slot]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An earlier output, its step, and whether it holds both halves of a guidance batch.
+    """An earlier output, its step, and the rows of the batch that it has.
 
     `versions` are the `_version` counters of its tensors when stored, or None for a copy.
     """
 
     output: Any
     step: int
-    full: bool
+    rows: BatchView
     versions: tuple[int, ...] | None = None
 
 
@@ -124,13 +146,6 @@ def predict(
     return combine(history, weights(predictor, steps, step, arguments))
 
 
-TOO_LARGE = "the weights of its predictor are too large"
-"""The reason of a site that computes because its prediction could overflow for any history."""
-
-NOT_FINITE = "its answer would not be finite"
-"""The reason of a site that computes because its answer has an infinite number or NaN."""
-
-
 def is_too_large(numbers: Weights, history: Any) -> bool:
     """Return True if a prediction from a history would overflow for all but small values.
 
@@ -158,7 +173,7 @@ def is_finite(value: Any) -> bool:
     """
     # A loop and a sum, because this runs for every prediction. A sum is finite only if all its terms are, and takes a
     # tenth of the time of `isfinite`; it may also overflow by itself.
-    for tensor in leaves(value):
+    for tensor in value if type(value) is list else leaves(value):
         if type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_floating_point():
             total = tensor.sum(dtype=torch.float32) if tensor.element_size() == 2 else tensor.sum()
             if not math.isfinite(total.item()) and not tensor.isfinite().all():
@@ -190,34 +205,31 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
     return None
 
 
-def fits(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> bool:
+def fits(slot: Slot, states: torch.Tensor | None, rows: BatchView = WHOLE) -> bool:
     """Return True if the stored output was computed from matching hidden states.
 
     Args:
         slot: The history of the site.
         states: The hidden states of the call, or None.
-        halved: Whether the call runs only the conditional half of a guidance batch. A stored full batch then fits too.
+        rows: The rows of the batch that the call runs. A stored whole batch also fits a half of it.
     """
     if states is None:
         return slot.shape is None
     if slot.shape is None or states.dtype is not slot.dtype or states.device != slot.device:
         return False
-    shape = slot.shape
-    if halved and slot.full and len(shape) > 0:
-        shape = (shape[0] // 2, *shape[1:])
-    return tuple(states.shape) == tuple(shape)
+    return states.shape == rows.shape(slot.shape, slot.rows)
 
 
-def unfit(slot: Slot, states: torch.Tensor | None, *, halved: bool = False) -> str | None:
+def unfit(slot: Slot, states: torch.Tensor | None, rows: BatchView = WHOLE) -> str | None:
     """Return why the stored output cannot answer this call, or None. Arguments as for `fits`."""
     if slot.output is None:
         return slot.storing.lacking
-    if not fits(slot, states, halved=halved):
-        return "the history does not fit this call"
+    if not fits(slot, states, rows):
+        return Fact.MISFIT
     if not slot.clones and overwritten(slot):
         # Downstream code modifies outputs of this site in place, so the site uses copies from now on.
         spoil(slot)
-        return "the history was overwritten in place"
+        return Fact.OVERWRITTEN
     return None
 
 
@@ -236,7 +248,7 @@ def spoil(slot: Slot) -> None:
 
 
 def keep(
-    slot: Slot, keeping: Keeping, code: str, states: torch.Tensor | None, output: Any, *, step: int, full: bool = True
+    slot: Slot, keeping: Keeping, code: Op, states: torch.Tensor | None, output: Any, step: int, rows: BatchView
 ) -> None:
     """Store a computed output with the shape, dtype and device of its hidden states.
 
@@ -247,34 +259,33 @@ def keep(
         states: The hidden states of the call, or None.
         output: The computed output.
         step: The step of the call.
-        full: False if only the conditional half of a guidance batch was computed.
+        rows: The rows of the batch that were computed.
     """
     if states is None:
         slot.shape = slot.dtype = slot.device = None
     else:
         slot.shape, slot.dtype, slot.device = states.shape, states.dtype, states.device
-    push(slot, keeping, code, output, step=step, full=full)
+    push(slot, keeping, code, output, step, rows)
 
 
-def push(slot: Slot, keeping: Keeping, code: str, output: Any, *, step: int, full: bool) -> None:
+def push(slot: Slot, keeping: Keeping, code: Op, output: Any, step: int, rows: BatchView) -> None:
     """Store `output` as the newest entry of the history. Arguments as for `keep`."""
     if keeping.outputs > 1 and not slot.clones and slot.output is not None and overwritten(slot):
         spoil(slot)
     if keeping.outputs > 1 and slot.output is not None:
         counted = slot.versions if slot.version is None else (slot.version,)
-        slot.older = [Kept(slot.output, slot.step, slot.full, counted), *slot.older][: keeping.outputs - 1]
-    slot.step, slot.full = step, full
+        slot.older = [Kept(slot.output, slot.step, slot.rows, counted), *slot.older][: keeping.outputs - 1]
+    slot.step, slot.rows = step, rows
     if slot.storing is not ANYHOW:
         # Release the replaced output first, so that its memory can be used.
         slot.output, slot.version, slot.versions = None, None, None
-        copied = slot.clones or code == STORE_CLONE
-        if not slot.storing.admits(output, copied=copied):
+        if not slot.storing.admits(output, copied=slot.clones or code is STORE_CLONE):
             slot.clear()
             return
     if slot.packing is not None:
         slot.output, slot.version, slot.versions = packed(slot.packing, output), None, None
         return
-    clone = slot.clones or code == STORE_CLONE
+    clone = slot.clones or code is STORE_CLONE
     slot.output = kept = cloned(output) if clone else map_tensors(_detached, output)
     if not clone and not torch.compiler.is_compiling():
         slot.whole = is_whole(leaves(kept))
@@ -289,18 +300,15 @@ def push(slot: Slot, keeping: Keeping, code: str, output: Any, *, step: int, ful
             slot.versions = versions(kept)
 
 
-def reused(slot: Slot, *, halved: bool, half: int, inference: bool) -> Any:
+def reused(slot: Slot, rows: BatchView, *, inference: bool) -> Any:
     """Return the newest stored output, as a copy if the caller must not share it.
 
     Args:
         slot: The history of the site.
-        halved: Whether the call runs only the conditional half of a guidance batch.
-        half: The index of the conditional half, 0 or 1.
+        rows: The rows of the batch that the call runs.
         inference: Whether the call runs in inference mode.
     """
-    output = slot.output if slot.packing is None else opened(slot.output)
-    if halved and slot.full:
-        output = map_tensors(_half(half), output)
+    output = rows.cut(slot.output if slot.packing is None else opened(slot.output), slot.rows)
     if slot.packing is not None:
         return output
     if slot.clones or inference or (slot.version is None and slot.versions is None and _of_inference(output)):
@@ -313,7 +321,7 @@ Place = Callable[[int], float]
 
 
 def predicted(
-    slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, place: Place, *, halved: bool, half: int
+    slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, place: Place, rows: BatchView = WHOLE
 ) -> Any:
     """Return the output with each tensor predicted from the history.
 
@@ -323,14 +331,11 @@ def predicted(
         arguments: The arguments of the predictor at this step.
         step: The step of the call.
         place: The places of the steps on the axis of the predictor.
-        halved: Whether the call runs only the conditional half of a guidance batch.
-        half: The index of the conditional half, 0 or 1.
+        rows: The rows of the batch that the call runs.
     """
-    # Entries of half a batch cannot serve a full batch.
-    kept = [entry for entry in slot_history(slot, reach(action)) if halved or entry.full]
-    columns = [
-        leaves(map_tensors(_half(half), entry.output) if halved and entry.full else entry.output) for entry in kept
-    ]
+    # Entries of half a batch cannot serve a whole batch.
+    kept = [entry for entry in slot_history(slot, reach(action)) if entry.rows.serves(rows)]
+    columns = [leaves(rows.cut(entry.output, entry.rows)) for entry in kept]
     places = [place(entry.step) for entry in kept]
     answers = [
         predict(action.predictor, column, places, place(step), arguments) for column in zip(*columns, strict=True)
@@ -340,20 +345,15 @@ def predicted(
 
 def slot_history(slot: Slot, many: int) -> list[Kept]:
     """Return up to `many` stored outputs, newest first and unpacked."""
-    history = [Kept(slot.output, slot.step, slot.full), *slot.older][:many]
+    history = [Kept(slot.output, slot.step, slot.rows), *slot.older][:many]
     return (
-        history if slot.packing is None else [Kept(opened(entry.output), entry.step, entry.full) for entry in history]
+        history if slot.packing is None else [Kept(opened(entry.output), entry.step, entry.rows) for entry in history]
     )
 
 
 def _of_inference(output: Any) -> bool:
     """Return True if the output has inference tensors, which must be copied for use outside inference mode."""
     return not torch.compiler.is_compiling() and any(tensor.is_inference() for tensor in leaves(output))
-
-
-def _half(half: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that selects the conditional half of a batch: the first (0) or the second (1)."""
-    return lambda tensor: tensor.chunk(2, dim=0)[half]
 
 
 def rebuilt_containers(value: Any) -> Any:

@@ -11,13 +11,17 @@ import random
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.engine.hooks import LOCAL
 from cachepolicy.errors import counted
+
+if TYPE_CHECKING:
+    from cachepolicy.engine.forward_pass import ForwardPass
+    from cachepolicy.engine.span_run import SpanRun
 
 
 class Audit:
@@ -32,7 +36,7 @@ class Audit:
 
     def __init__(self) -> None:
         self.expected: dict[tuple[int, int], list[Any]] = {}
-        self.left: int | None = None
+        self.left: SpanRun | None = None
         self._norms: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def compare(self, site: int, answer: Any, computed: Any) -> None:
@@ -176,6 +180,23 @@ class Audits:
                 mean = known.mean + (error - known.mean) / count if finite else math.inf
                 worst, at = (error, step) if error > known.worst else (known.worst, known.step)
                 self._errors[name] = SiteErrors(count, mean, worst, at)
+
+    def compared(self, call: ForwardPass, audit: Audit, output: Any) -> dict[int, float]:
+        """Return the error of each answer of an audited call by site number, and add them to those of the run.
+
+        Args:
+            call: The forward pass.
+            audit: Its comparisons.
+            output: The output that the policy would have given.
+        """
+        root, itself = call.owner, call.context.execution.itself
+        if call.compares and itself is not None:
+            audit.compare(itself, output, call.computed)
+        errors = audit.errors()
+        prefix = f"{root.name}: " if len(root.run.plans) > 1 else ""
+        sites = root.execution.plan.sites
+        self.add(call.context.tick.step, {f"{prefix}{sites[site].name}": error for site, error in errors.items()})
+        return errors
 
     @property
     def summary(self) -> AuditSummary:

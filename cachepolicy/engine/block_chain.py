@@ -9,12 +9,13 @@ as usual and is not counted twice.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.history_packing import Packed, Packing, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.errors import PolicyError
@@ -67,13 +68,13 @@ class ChainForm:
 class ChainEntry:
     """Stored result of a segment: residuals and outputs by place of the leading block's output.
 
-    `full` is False if only the conditional half of a guidance batch was computed.
+    `rows` are the rows of the batch that were computed.
     """
 
     residuals: tuple[torch.Tensor | Packed | None, ...]
     outputs: tuple[torch.Tensor | Packed | None, ...]
     step: int
-    full: bool = True
+    rows: BatchView = WHOLE
 
     @property
     def tensors(self) -> tuple[Any, ...]:
@@ -92,13 +93,13 @@ class ChainEntry:
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """Settings of one span compute: the number of stored results, residuals or outputs, and the step."""
+    """Settings of one span compute: the number of stored results, residuals or outputs, the step, and the rows."""
 
     depth: int
     residuals: bool
     outputs: bool
     step: int
-    full: bool
+    rows: BatchView = WHOLE
 
 
 @dataclass(slots=True)
@@ -195,6 +196,25 @@ class Continuations:
         )
 
 
+Passage = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""Maps the arguments of a block to its output, for a block that passes its inputs through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """How the blocks of a span answer: by their links, or by passages that their hooks apply.
+
+    Attributes:
+        of: The links of all blocks, from which this was made.
+        links: The links of the blocks without a passage.
+        passages: The passages, by the handle of the block.
+    """
+
+    of: dict[int, Link]
+    links: dict[int, Link]
+    passages: dict[Any, Passage]
+
+
 class Chain:
     """History of one span on one branch: the links of its blocks, and entries per segment, newest first.
 
@@ -205,9 +225,12 @@ class Chain:
         clones: Whether blocks modify their inputs in place.
         signature: Shapes, dtypes and devices of the first block's inputs. None after a compute in a graph.
         autocast: The autocast dtypes, with which graphs detect changed dtypes instead.
+        answers: How the blocks answer, made from `links`, or None.
     """
 
-    __slots__ = ("autocast", "clones", "endings", "history", "leads", "links", "signature", "splits", "storing")
+    __slots__ = (
+        "answers", "autocast", "clones", "endings", "history", "leads", "links", "signature", "splits", "storing",
+    )  # fmt: skip
 
     def __init__(self, storing: Storing = ANYHOW) -> None:
         self.storing = storing
@@ -219,6 +242,7 @@ class Chain:
         self.clones = False
         self.splits: set[int] = set()
         self.leads: set[int] = set()
+        self.answers: Answers | None = None
 
     def put(self, newest: Sequence[ChainEntry], older: Sequence[list[ChainEntry]], depth: int) -> None:
         """Store the newest entry of each segment and trim to `depth`. Clear the chain if memory is lacking."""
@@ -430,7 +454,7 @@ class Recorder:
             residuals.append((output - base).detach() if wanted and output is not None and base is not None else None)
             # Clone, because the model may modify block outputs in place.
             outputs.append(output.detach().clone() if output is not None and self._keeps.outputs else None)
-        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.full))
+        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), self._keeps.step, self._keeps.rows))
         self._lead = self._last = self._previous = None
 
     def finish(self) -> str | None:
@@ -481,9 +505,10 @@ def parts(output: Any) -> tuple[list[Any], tuple[str, ...] | None]:
 
 def signature(names: Names) -> tuple[Any, ...]:
     """Return the names, shapes, dtypes and devices of the tensors that a block receives."""
-    return tuple(
+    # A list, because a generator takes twice the time, and this runs once a decision.
+    return tuple([
         (key, value.shape, value.dtype, value.device) for key, value in names.items() if isinstance(value, torch.Tensor)
-    )
+    ])  # fmt: skip
 
 
 def rebuilt(shape: OutputStructure, tensors: Sequence[Any]) -> Any:
@@ -504,6 +529,27 @@ def handed_on(shape: OutputStructure, names: Names) -> Any:
     if shape.kind is tuple and None not in shape.inputs:
         return tuple([names[key] for key in shape.inputs])  # pyright: ignore[reportArgumentType]
     return rebuilt(shape, passed(shape, names))
+
+
+def passage(shape: OutputStructure, parameters: Sequence[str]) -> Passage:
+    """Return a function that passes the inputs of a block through.
+
+    Args:
+        shape: The structure of the block's output.
+        parameters: The parameter names of its forward.
+    """
+    match shape:
+        case OutputStructure(inputs=(str(name),), kind=kind) if issubclass(kind, torch.Tensor):
+            return lambda args, kwargs: kwargs[name] if name in kwargs else bind_names(parameters, args, kwargs)[name]
+        case OutputStructure(inputs=(str(one), str(two))) if shape.kind is tuple:
+
+            def pair(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                names = bind_names(parameters, args, kwargs) if args else kwargs
+                return names[one], names[two]
+
+            return pair
+        case _:
+            return lambda args, kwargs: handed_on(shape, bind_names(parameters, args, kwargs))
 
 
 def passed(shape: OutputStructure, names: Names) -> list[Any]:

@@ -22,7 +22,8 @@ from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.engine.guidance_batch import GuidanceSource, rows_of
 from cachepolicy.errors import PolicyError
-from cachepolicy.planning.schedule import OVER_LIMIT, Tick
+from cachepolicy.planning.facts import Fact
+from cachepolicy.planning.schedule import Tick
 
 
 @dataclass(slots=True)
@@ -393,7 +394,7 @@ class Guide:
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
                 missing = "the conditional call has not run in this step"
-                return Problem(OVER_LIMIT if self.over_limit and self._step == tick.step else missing, final=True)
+                return Problem(Fact.OVER_LIMIT if self.over_limit and self._step == tick.step else missing, final=True)
             if tick.branch in UNCOND_BRANCHES and self._overwritten():
                 # Other code modifies the predictions in place, so copies are stored from now on.
                 self._clones, self._cond = True, None
@@ -412,7 +413,7 @@ class Guide:
             if doubt is not None:
                 self._kept = []
                 return Problem(doubt, final=True)
-        return None if self._kept else Problem(OVER_LIMIT if self.over_limit else "nothing is kept yet", final=False)
+        return None if self._kept else Problem(Fact.OVER_LIMIT if self.over_limit else Fact.NO_HISTORY, final=False)
 
     def rows(self, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module) -> int | None:
         """Return the number of rows of a guidance batch, or None if the call is not known to be one."""

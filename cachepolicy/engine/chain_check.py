@@ -94,7 +94,7 @@ class Tracker:
             else:
                 residuals.append((output - base).detach())
             outputs.append(output.detach().clone() if output is not None and keeps.outputs else None)
-        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), keeps.step, keeps.full))
+        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), keeps.step, keeps.rows))
 
     def finish(self) -> None:
         """Store the entries of the completed span, or reset the chain if a check failed."""

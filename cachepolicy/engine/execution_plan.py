@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cachepolicy.engine.actions import Op
 from cachepolicy.engine.signals import Signals, signals_of
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping, keeping
@@ -37,10 +38,10 @@ class ExecutionPlan:
     inside: Mapping[int, frozenset[ir.Probe]]
     approximation: ir.ApproximateUncond | None
     itself: int | None
-    codes: dict[tuple[bool, tuple[str, ...]], list[str]] = field(
-        default_factory=dict[tuple[bool, tuple[str, ...]], list[str]], repr=False, compare=False
+    codes: dict[tuple[bool, tuple[Op, ...]], list[Op]] = field(
+        default_factory=dict[tuple[bool, tuple[Op, ...]], list[Op]], repr=False, compare=False
     )
-    """Cached codes of frames, by decisions."""
+    """Cached operations of all sites, by those of their groups."""
     livenesses: dict[tuple[Ahead, bool], Liveness] = field(
         default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
     )

@@ -10,7 +10,7 @@ import torch
 
 from cachepolicy.engine.history_packing import Packed, Packing, is_whole, leaves
 from cachepolicy.engine.memory_budget import Account, Lease
-from cachepolicy.planning.schedule import OVER_LIMIT
+from cachepolicy.planning.facts import Fact
 
 Saving = Callable[[Sequence[int]], float]
 """Maps the shape of a site's output to the work that its answers save over a trajectory."""
@@ -45,9 +45,9 @@ class Storing:
         return Storing(self.packing, self.account, self.saving, self.depth, Lease(self.account, drop))
 
     @property
-    def lacking(self) -> str:
+    def lacking(self) -> Fact:
         """Why the site has no history."""
-        return OVER_LIMIT if self.share is not None and self.share.refused else "nothing is kept yet"
+        return Fact.OVER_LIMIT if self.share is not None and self.share.refused else Fact.NO_HISTORY
 
     def admits(self, newest: Any, *, copied: bool) -> bool:
         """Return whether a result, and `depth` of its size, may be stored.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch._dynamo
@@ -21,7 +21,6 @@ from cachepolicy.engine.actions import (
     REUSE,
     STORE,
     STORE_CLONE,
-    Slot,
     counters,
     hidden_states,
     keep,
@@ -34,66 +33,20 @@ from cachepolicy.engine.introspection import unwrapped
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping
 
-
-class Frame:
-    """Decisions of one forward pass: a code and a slot per site number. Sites read nothing else.
-
-    Attributes:
-        codes: The codes. A called site replaces its own by `ANSWERED`, `COMPUTED` or `RAN`, so that a second call is
-            noticed, and also that there was none.
-        unfit: Sites whose history did not fit and which computed instead, with the reasons.
-        forward_pass: Handles sites whose action is more than a store or a reuse.
-        profile: Times of the modules, where the run is profiled.
-        spans_calls: Whether the frame belongs to a `run.step` context, so that a call of the root model is part of it.
-        stage: State that compiled graphs read. Blocks that are compiled alone read theirs in `blocks`.
-    """
-
-    __slots__ = (
-        "blocks",
-        "codes",
-        "forward_pass",
-        "half",
-        "halved",
-        "inference",
-        "owner",
-        "profile",
-        "shares",
-        "slots",
-        "spans_calls",
-        "stage",
-        "step",
-        "store",
-        "unfit",
-    )
-
-    def __init__(
-        self, owner: object, codes: list[str], slots: Sequence[Slot], forward_pass: SignalPass, step: int
-    ) -> None:
-        self.owner = owner
-        self.codes = codes
-        self.slots = slots
-        self.store = forward_pass.store
-        self.forward_pass = forward_pass
-        self.step = step
-        self.halved = forward_pass.halved
-        self.half = forward_pass.half
-        self.inference = forward_pass.inference
-        self.shares = not forward_pass.halved and not forward_pass.inference
-        self.spans_calls = False
-        self.unfit: list[tuple[int, str]] = []
-        self.profile: list[Any] = []
-        self.stage: Stage | None = None
-        self.blocks: Sequence[Stage] = ()
+if TYPE_CHECKING:
+    from cachepolicy.engine.forward_pass import ForwardPass
+    from cachepolicy.engine.root_model import RootModel
+    from cachepolicy.engine.span_run import SpanRun
 
 
 class _Local(threading.local):
-    frame: Frame | None = None
+    frame: ForwardPass | None = None
     stage: Stage | None = None
     root: object = None
 
 
 LOCAL = _Local()
-"""The frame of this thread's current root call, the stage of its current compiled block, and the innermost root model.
+"""The forward pass of this thread's root call, the stage of its current compiled block, and the innermost root model.
 
 A `threading.local` is used because Dynamo can trace it. Dynamo cannot trace a ContextVar.
 """
@@ -120,7 +73,7 @@ class SiteHandle(Handle):
         "plain", "special", "starts", "within",
     )  # fmt: skip
 
-    def __init__(self, owner: SiteOwner, name: str, parameters: Sequence[str]) -> None:
+    def __init__(self, owner: RootModel, name: str, parameters: Sequence[str]) -> None:
         self.owner = owner
         self.name = name
         self.parameters = tuple(parameters)
@@ -148,60 +101,12 @@ def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(unwrapped(module).forward).parameters)
 
 
-class SiteOwner(Protocol):
-    """The interface of a root model for site calls outside a root call."""
-
-    keeps_graphs: bool
-    expects_calls: bool
-
-    def runs_alone(self, site: SiteHandle, module: Any) -> None:
-        """Warn once that a site runs outside any call of its root model."""
-        ...
-
-    def refuse_recompute(self, name: str) -> None:
-        """Raise if the call repeats a site that the root model has answered."""
-        ...
-
-
 class Leave(Exception):
     """Raised to leave the first block of a span that was decided to reuse while the block ran."""
 
-    def __init__(self, span: int) -> None:
+    def __init__(self, span: SpanRun) -> None:
         super().__init__(span)
         self.span = span
-
-
-class SignalPass(Protocol):
-    """The interface of `ForwardPass` for the sites of a frame."""
-
-    halved: bool
-    half: int
-    inference: bool
-    store: str
-
-    def special(
-        self, original: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a call that the codes of the frame do not settle."""
-        ...
-
-    def repeats(self, site: int, *, answered: bool) -> None:
-        """Mark a site that one forward pass calls a second time."""
-        ...
-
-    def gate(self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Handle a probed or waiting module that is about to run in a graph."""
-        ...
-
-    def look_after(
-        self, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """Handle a probed module that has run in a graph."""
-        ...
-
-    def release(self) -> None:
-        """Decide the sites that graphs wait for, once all signals are measured."""
-        ...
 
 
 _CALL = torch.nn.Module.__call__
@@ -210,7 +115,7 @@ _CALL = torch.nn.Module.__call__
 def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a hit are written out)
     """Build the `__call__` of a site: answer from the slot, or compute and store, as the frame decides."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 (the paths of a hit are written out)
         frame = LOCAL.frame
         try:
             site: SiteHandle | None = self.__dict__[ATTRIBUTE]
@@ -220,10 +125,8 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
             return original(self, *args, **kwargs)
         if frame is None or frame.owner is not site.owner:
             if not torch.compiler.is_compiling():
-                if site.owner.keeps_graphs:
-                    site.owner.refuse_recompute(site.name)
-                if site.owner.expects_calls:
-                    site.owner.runs_alone(site, self)
+                if site.owner.keeps_graphs or site.owner.expects_calls:
+                    site.owner.runs_outside(site, self)
                 if original is _CALL:
                     # torch.fx patches `Module.__call__` while it traces, so it is looked up at call time.
                     return torch.nn.Module.__call__(self, *args, **kwargs)
@@ -231,9 +134,12 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
         if tracing():
             return _traced(__call__, original, self, site, frame, args, kwargs)
         if site.special:
+            # Fast path for the inner blocks of a span that has answered. Hooks of diffusers may split the inputs.
+            if site in frame.passages and REGISTRY not in self.__dict__:
+                return frame.passages.pop(site)(args, kwargs)
             if site.block >= 0:
                 return _block(original, self, site, frame, args, kwargs)
-            return frame.forward_pass.special(original, self, site, args, kwargs)
+            return frame.special(original, self, site, args, kwargs)
         index = site.index
         codes = frame.codes
         code = codes[index]
@@ -246,7 +152,7 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
             # states match and whose `_version` shows no in-place write.
             if (
                 type(states) is torch.Tensor
-                and (version is not None or (versions is not None and frame.shares))
+                and (version is not None or (versions is not None and not frame.inference))
                 and states.shape == slot.shape
                 and states.dtype is slot.dtype
                 and states.device == slot.device
@@ -254,17 +160,18 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
             ):
                 codes[index] = ANSWERED
                 return kept
-            reason = unfit(slot, hidden_states(args, kwargs), halved=frame.halved)
+            rows = frame.context.rows
+            reason = unfit(slot, hidden_states(args, kwargs), rows)
             if reason is None:
                 codes[index] = ANSWERED
-                return reused(slot, halved=frame.halved, half=frame.half, inference=frame.inference)
+                return reused(slot, rows, inference=frame.inference)
             frame.unfit.append((index, reason))
             code = frame.store
         elif code is not STORE and code is not COMPUTE and code is not RAN and code is not STORE_CLONE:
             if code is not ANSWERED and code is not COMPUTED:
-                return frame.forward_pass.special(original, self, site, args, kwargs)
+                return frame.special(original, self, site, args, kwargs)
             # A slot has the result of one call. The second call of a forward pass computes, and so do later passes.
-            frame.forward_pass.repeats(index, answered=code is ANSWERED)
+            frame.repeats(index, answered=code is ANSWERED)
             return original(self, *args, **kwargs)
         if code is COMPUTE or code is RAN:
             codes[index] = RAN
@@ -286,29 +193,35 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
                 slot.device = states.device
                 return output
         states = hidden_states(args, kwargs)
-        keep(slot, site.keeping, code, states, output, step=frame.step, full=not frame.halved)
+        keep(slot, site.keeping, code, states, output, frame.step, frame.context.rows)
         return output
 
     return __call__
 
 
 def _block(
-    original: Any, module: Any, site: SiteHandle, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Any, module: Any, site: SiteHandle, frame: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run a block that is compiled alone. Its graph reads its own stage, without a block number to guard on."""
     outer = LOCAL.stage
     LOCAL.stage = frame.blocks[site.block] if frame.blocks else None
     try:
         if site.index < 0 and not site.watched:
-            frame.forward_pass.release()
+            frame.release()
             return original(module, *args, **kwargs)
-        return frame.forward_pass.special(original, module, site, args, kwargs)
+        return frame.special(original, module, site, args, kwargs)
     finally:
         LOCAL.stage = outer
 
 
 def _traced(
-    call: Any, original: Any, module: Any, site: SiteHandle, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: Any,
+    original: Any,
+    module: Any,
+    site: SiteHandle,
+    frame: ForwardPass,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run a site inside a graph. Pending decisions and unprepared sites break the graph."""
     alone = LOCAL.stage
@@ -321,60 +234,17 @@ def _traced(
         return _outside(call, module, site, args, kwargs)
     probed = bool(site.inputs or site.outputs or site.starts)
     if probed or waits(stage, number, members):
-        _gate(frame.forward_pass, site, module, args, kwargs)
+        _gate(frame, site, module, args, kwargs)
         if waits(stage, number, members):
             return _outside(call, module, site, args, kwargs)
     output = call_in_graph(original, module, stage, number, members, site.parameters, args, kwargs)
     if site.outputs:
-        _look_after(frame.forward_pass, site, module, args, kwargs, output)
+        _look_after(frame, site, module, args, kwargs, output)
     return output
 
 
 AGAIN = object()
 """What `end` returns instead of an output if the forward pass has to run again."""
-
-
-class RootPass(Protocol):
-    """State of one root call. The root model runs with `args` and `kwargs`."""
-
-    frame: Frame
-    compares: bool
-    computed: Any
-    answered: bool
-    output: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    learns: bool
-
-
-class RootHandle(Protocol):
-    """The interface of a root model for its override: `begin` (None: run bare), then `end` or `fail`."""
-
-    module: torch.nn.Module
-
-    def surprised(self) -> None:
-        """Record that a site ran in a graph that was not prepared for it."""
-        ...
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool) -> RootPass | None:
-        """Return the call, or None. `compiler` tells whether the root model is compiled as a whole."""
-        ...
-
-    def end(self, forward_pass: Any, output: Any, /) -> Any:
-        """Commit the call and return its output, or `AGAIN`."""
-        ...
-
-    def refuse_again(self, reason: str) -> NoReturn:
-        """Raise, because the forward pass cannot run again."""
-        ...
-
-    def again(self, forward_pass: Any, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> RootPass:
-        """Return a new forward pass of the same call, in which every site computes."""
-        ...
-
-    def fail(self, forward_pass: Any, error: BaseException, /) -> None:
-        """Undo the call."""
-        ...
 
 
 def _smallest_graph(empty: torch.Tensor) -> torch.Tensor:
@@ -421,7 +291,7 @@ _outside_graphs = _with_reason(
 
 @_outside_graphs
 def _gate(
-    forward_pass: SignalPass, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward_pass: ForwardPass, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Let probes read the inputs between two graphs, and decide what can be decided."""
     forward_pass.gate(site, module, args, kwargs)
@@ -429,7 +299,7 @@ def _gate(
 
 @_outside_graphs
 def _look_after(
-    forward_pass: SignalPass, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    forward_pass: ForwardPass, site: SiteHandle, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Let probes read the outputs between two graphs."""
     forward_pass.look_after(site, module, args, kwargs, output)
@@ -438,15 +308,15 @@ def _look_after(
 @_outside_graphs
 def _outside(call: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a site call outside the graph, which breaks the graph."""
-    cast("RootHandle", site.owner).surprised()
+    site.owner.graphs.surprised = True
     return call(module, *args, **kwargs)
 
 
-def _begin_bare(handle: RootHandle, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> RootPass | None:
+def _begin_bare(handle: RootModel, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> ForwardPass | None:
     return handle.begin(args, kwargs, compiler=compiler)
 
 
-def _end_bare(handle: RootHandle, forward_pass: RootPass, output: Any) -> Any:
+def _end_bare(handle: RootModel, forward_pass: ForwardPass, output: Any) -> Any:
     return handle.end(forward_pass, output)
 
 
@@ -455,11 +325,11 @@ _begin, _end = _eager(_begin_bare), _eager(_end_bare)
 
 @_eager
 def _again(
-    call: Any, module: Any, handle: RootHandle, forward_pass: RootPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: Any, module: Any, handle: RootModel, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run the forward pass again, outside any graph, and return its output."""
     forward_pass = handle.again(forward_pass, args, kwargs)
-    LOCAL.frame, LOCAL.stage = forward_pass.frame, None
+    LOCAL.frame, LOCAL.stage = forward_pass, None
     with UNCOMPILED:
         return handle.end(forward_pass, call(module, *forward_pass.args, **forward_pass.kwargs))
 
@@ -472,12 +342,12 @@ def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @_eager
-def _audited(call: Any, module: Any, forward_pass: RootPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _audited(call: Any, module: Any, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the bare model outside any graph, and return the output that the policy would have given."""
     with UNCOMPILED if forward_pass.learns else contextlib.nullcontext():
         LOCAL.frame = None
         forward_pass.computed = call(module, *args, **kwargs)
-        LOCAL.frame = forward_pass.frame
+        LOCAL.frame = forward_pass
         if forward_pass.answered:
             return forward_pass.output
         # The second run must not change the random numbers that the caller draws afterwards.
@@ -487,31 +357,13 @@ def _audited(call: Any, module: Any, forward_pass: RootPass, args: tuple[Any, ..
 
 
 @_eager
-def _fail(handle: RootHandle, forward_pass: RootPass, error: BaseException) -> None:
+def _fail(handle: RootModel, forward_pass: ForwardPass, error: BaseException) -> None:
     handle.fail(forward_pass, error)
 
 
 def runs(handle: object) -> bool:
     """Return True inside a forward pass of this root model."""
     return LOCAL.frame is not None and LOCAL.frame.owner is handle
-
-
-@contextlib.contextmanager
-def published(handle: RootHandle, forward_pass: RootPass) -> Generator[None]:
-    """Return a context manager for one forward pass: the sites that run inside read its frame."""
-    outer = LOCAL.frame, LOCAL.stage
-    forward_pass.frame.spans_calls = True
-    LOCAL.frame, LOCAL.stage = forward_pass.frame, None
-    try:
-        with UNCOMPILED if forward_pass.learns else contextlib.nullcontext():
-            yield
-        if handle.end(forward_pass, None) is AGAIN:
-            handle.refuse_again("it is a `run.step` of the caller")
-    except BaseException as error:
-        handle.fail(forward_pass, error)
-        raise
-    finally:
-        LOCAL.frame, LOCAL.stage = outer
 
 
 def root_override(original: Method) -> Method:
@@ -547,7 +399,7 @@ def _decided(original: Method) -> Method:
     # Dynamo skips this frame and traces its callees, so the decision is never part of a graph.
     @_eager_itself
     def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle: RootHandle | None = self.__dict__.get(ATTRIBUTE)
+        handle: RootModel | None = self.__dict__.get(ATTRIBUTE)
         if handle is None or handle.module is not self:
             # `nn.DataParallel` replicas copy `__dict__`, so they carry the handle of the original; they run bare.
             return original(self, *args, **kwargs)
@@ -567,7 +419,7 @@ def _decided(original: Method) -> Method:
                 return original(self, *args, **kwargs)
             finally:
                 LOCAL.root = outer[2]
-        LOCAL.frame, LOCAL.stage = forward_pass.frame, None
+        LOCAL.frame, LOCAL.stage = forward_pass, None
         try:
             if forward_pass.compares:
                 output = _audited(original, self, forward_pass, args, kwargs)

@@ -18,7 +18,7 @@ from typing import Any
 
 from cachepolicy.errors import counted
 from cachepolicy.planning.cost_model import format_bytes
-from cachepolicy.planning.schedule import OVER_LIMIT
+from cachepolicy.planning.facts import Fact
 
 _numbers = itertools.count()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b", re.IGNORECASE)
@@ -206,7 +206,7 @@ class MemoryUsage:
         if self.refused:
             first, *others = self.refused
             more = f" and {len(others)} more" if others else ""
-            lines.append(f"{OVER_LIMIT}: {first}{more}")
+            lines.append(f"{Fact.OVER_LIMIT}: {first}{more}")
         if self.continued:
             times = counted(self.continued, "time")
             lines.append(f"max_sessions={self.max_sessions}: {times} a session went on without its histories")

@@ -85,9 +85,7 @@ def _observed(model: nn.Module, call: Call, spans: Mapping[int, Sequence[str]]) 
     forms = dict[int, ChainForm]()
     for _ in range(_MOST_TRIES):
         recorders = {
-            span: Recorder(
-                chains[span], continuations, spans[span], Keeps(1, residuals=False, outputs=False, step=0, full=True)
-            )
+            span: Recorder(chains[span], continuations, spans[span], Keeps(1, residuals=False, outputs=False, step=0))
             for span in spans
             if span not in forms
         }

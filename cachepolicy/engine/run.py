@@ -20,18 +20,18 @@ from cachepolicy.diffusers.guidance import GUIDANCE_PROPERTY, PIPELINES
 from cachepolicy.engine import compat
 from cachepolicy.engine.audit import Audits, AuditSummary
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
-from cachepolicy.engine.clock import CONTEXT, Context, Sources, step_context
+from cachepolicy.engine.clock import CONTEXT, Context, step_context
+from cachepolicy.engine.compile.graph_ops import UNCOMPILED
 from cachepolicy.engine.distributed.groups import member_ranks
-from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
-from cachepolicy.engine.hook_placement import Placement
-from cachepolicy.engine.hooks import SiteHandle, published, root_entry_override, root_override
+from cachepolicy.engine.hooks import AGAIN, LOCAL, root_entry_override, root_override
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline, unwrapped
 from cachepolicy.engine.memory_budget import Budget, MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, is_disabled, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
-from cachepolicy.engine.root_model import DISABLED, RootContext, RootModel
+from cachepolicy.engine.refusals import refuse_again, refuse_step
+from cachepolicy.engine.root_model import DISABLED, RootModel
 from cachepolicy.engine.scheduler_hook import SchedulerFollower, Weakly, follow, unfollow
 from cachepolicy.engine.session_config import BoundPolicy, SessionConfig
 from cachepolicy.engine.sessions import Entered, Sessions, State
@@ -40,9 +40,9 @@ from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.cost_model import Work
+from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.schedule import OVER_LIMIT
 from cachepolicy.reports.html.page import page
 from cachepolicy.tracing.trace import Trace
 
@@ -256,7 +256,6 @@ class Run:
         self._handle = PipelineHandle(self)
         self._disabled = False
         self._attached: dict[str, RootModel] = {}
-        self._placements: dict[int, Placement] = {}
         self._swapped: list[torch.nn.Module] = []
         self._schedulers: Weakly[Any] = Weakly()
         self._pipelines: Weakly[Any] = Weakly()
@@ -284,11 +283,11 @@ class Run:
         states = [(name, state) for session in self._sessions.alive() for name, state in list(session.states.items())]
         holding = [(self._attached[name], state) for name, state in states if name in self._attached]
         refused = {
-            root.plan.sites[site].name: None
+            root.execution.plan.sites[site].name: None
             for root, state in holding
             for branch in list(state.branches.values())
             for site, slot in enumerate(branch.slots)
-            if slot.storing.lacking is OVER_LIMIT or (state.guide.over_limit and site == root.execution.itself)
+            if slot.storing.lacking is Fact.OVER_LIMIT or (state.guide.over_limit and site == root.execution.itself)
         }
         calls = [call for trajectory in self.trace or () for call in list(trajectory.calls)]
         return MemoryUsage(
@@ -354,9 +353,9 @@ class Run:
                 if is_pipeline(self.target):
                     self._take_up(self.target)
                 if self._terms.options.scheduler is not None:
-                    self._follow(self._terms.options.scheduler)
+                    self.follower_of(self._terms.options.scheduler)
             except BaseException:
-                self._detach()
+                self.detach()
                 raise
 
     def compare_model(self) -> None:
@@ -370,37 +369,12 @@ class Run:
         self._disabled = True
 
     def _attach_root(self, name: str, module: torch.nn.Module) -> None:
-        context = RootContext(
-            self._sources,
-            _guidance,
-            self._detach,
-            self._settle,
-            self._intercept,
-            self._sessions,
-            self._terms,
-            self.trace,
-            self._storing,
-            self._budget,
-            self._audits,
-        )
-        root = RootModel(self, name, module, context)
+        root = RootModel(self, name, module, self._terms, self._sessions, self._storing, self._budget, self._audits)
         self._attached[name] = root
-        placement = Placement(module, root.handles, profiled=self._terms.options.trace == "profile")
-        placement.place()
-        self._placements[root.identity] = placement
+        root.placement.place()
         methods = {"__call__": root_override, "_call_impl": root_entry_override}
         methods |= {name: override for name, override in _ROOT_METHODS.items() if hasattr(type(module), name)}
         self._swap(module, methods, root)
-
-    def _settle(self, root: RootModel) -> None:
-        """Check the model for conflicting hooks again at the start of a trajectory."""
-        compat.refuse(root.module, self.target)
-        placement = self._placements.get(root.identity)
-        if placement is not None:  # missing when another thread's call has detached the run (E310, E311)
-            placement.settle()
-
-    def _intercept(self, root: RootModel, name: str, site: SiteHandle) -> None:
-        self._placements[root.identity].add(name, site)
 
     def _swap(self, module: torch.nn.Module, methods: dict[str, Any], handle: object) -> None:
         swap(module, methods, handle)
@@ -410,24 +384,12 @@ class Run:
         swap(pipeline, {"__call__": pipeline_override}, self._handle)
         self._pipelines.add(pipeline)
 
-    def _follow(self, scheduler: Any) -> SchedulerFollower | None:
+    def follower_of(self, scheduler: Any) -> SchedulerFollower | None:
         """Return the follower of a scheduler. The first call installs the follower."""
         follower = follow(scheduler, self)
         if follower is not None:
             self._schedulers.add(scheduler)
         return follower
-
-    def _sources(self, session_config: SessionConfig, here: Entered | None) -> Sources:
-        """Return what the clock of a root call reads."""
-        if session_config.options.timestep is not None:
-            return session_config.bare
-        scheduler = session_config.options.scheduler
-        if scheduler is None and here is not None and here.pipeline is not None and here.of(self._sessions):
-            scheduler = getattr(here.pipeline, "scheduler", None)
-        follower = self._follow(scheduler) if scheduler is not None else None
-        if scheduler is not None and follower is not None and scheduler.timesteps is not None:
-            return replace(session_config.bare, scheduler=scheduler, follower=follower)
-        return session_config.bare
 
     def _finished(self, name: str, state: State) -> None:
         if name in self._attached:
@@ -508,7 +470,7 @@ class Run:
             if unwrapped(getattr(pipeline, name, module if not mine else None)) is not module:
                 raise _replaced(name)
         scheduler = getattr(pipeline, "scheduler", None)
-        return PipelineCall(self._sessions, pipeline, self._follow(scheduler) if scheduler is not None else None)
+        return PipelineCall(self._sessions, pipeline, self.follower_of(scheduler) if scheduler is not None else None)
 
     # --- using -------------------------------------------------------------------------------------------
 
@@ -610,14 +572,25 @@ class Run:
         if root is None:
             yield
             return
-        root.refuse_step()
+        refuse_step(root)
         with _set(CONTEXT, context):
-            forward_pass = root.begin((), {})
-        if forward_pass is None:
+            call = root.begin((), {})
+        if call is None:
             yield
             return
-        with published(root, forward_pass):
-            yield
+        outer = LOCAL.frame, LOCAL.stage
+        call.spans_calls = True
+        LOCAL.frame, LOCAL.stage = call, None
+        try:
+            with UNCOMPILED if call.learns else contextlib.nullcontext():
+                yield
+            if root.end(call, None) is AGAIN:
+                refuse_again(root, "it is a `run.step` of the caller")
+        except BaseException as error:
+            root.fail(call, error)
+            raise
+        finally:
+            LOCAL.frame, LOCAL.stage = outer
 
     def reset(self, key: Hashable | None = None) -> None:
         """End the session `key`, or all sessions. The next call starts a trajectory without history."""
@@ -648,9 +621,10 @@ class Run:
                     help="remove it when the call has returned",
                 )
             self._sessions.clear()
-            self._detach()
+            self.detach()
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Remove all hooks, also while a forward pass is running."""
         with _HOOKS:
             for scheduler in self._schedulers:
                 unfollow(scheduler, self)
@@ -658,9 +632,9 @@ class Run:
                 restore(pipeline)
             for module in reversed(self._swapped):
                 restore(module)
-            for placement in self._placements.values():
-                placement.lift()
-            for collection in (self._schedulers, self._pipelines, self._swapped, self._placements, self._attached):
+            for root in self._attached.values():
+                root.placement.lift()
+            for collection in (self._schedulers, self._pipelines, self._swapped, self._attached):
                 collection.clear()
 
     def __reduce__(self) -> Any:
@@ -686,13 +660,6 @@ def _set(variable: ContextVar[Any], value: Any) -> Generator[None]:
         variable.reset(token)
 
 
-def _guidance(session_config: SessionConfig, here: Entered | None, sources: Sources) -> GuidanceSource:
-    """Return what is known of guidance from the caller, the running pipeline and its scheduler."""
-    samples = sources.follower.rows if sources.follower is not None else None
-    pipeline = here.pipeline if here is not None else None
-    return GuidanceSource(session_config.options.guidance, pipeline, samples)
-
-
 # --- the root's other methods ----------------------------------------------------------------------------
 
 
@@ -714,7 +681,7 @@ def _reset_override(original: Method) -> Method:
     def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         root = self.__dict__.get(ATTRIBUTE)
         if isinstance(root, RootModel):
-            root.drop_current()
+            root.sessions.end_current()
         return original(self, *args, **kwargs)
 
     return _reset_stateful_cache

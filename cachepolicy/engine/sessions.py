@@ -21,9 +21,10 @@ from cachepolicy.engine.cfg_branches import Calls
 from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.clock import Clock
 from cachepolicy.engine.distributed.consensus import Agreement
-from cachepolicy.engine.forward_pass import Branch, Host
+from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.engine.session_config import SessionConfig
+from cachepolicy.engine.step_context import Branch
 from cachepolicy.errors import PolicyError, warn
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.schedule import Decision, Tick
@@ -35,13 +36,13 @@ class State:
     """State of one root model in a session: its calls, its branches and its trace.
 
     Attributes:
-        host: The root model under the settings of the session.
+        execution: The plan under the settings of the session.
         doubted: Branches as they were before a call of this step that may belong to another branch.
         over: Whether the last step has run.
         audited: Whether the answers of the trajectory are compared with computed outputs.
     """
 
-    host: Host
+    execution: ExecutionPlan
     calls: Calls = field(default_factory=Calls)
     branches: dict[str, Branch] = field(default_factory=dict[str, Branch])
     doubted: dict[str, Branch] = field(default_factory=dict[str, Branch])
@@ -140,8 +141,6 @@ class Session:
     def exchange(self, session_config: SessionConfig) -> None:
         """Continue under settings that differ only in functions."""
         self.session_config = session_config
-        for state in self.states.values():
-            state.host.externals = session_config.options.externals
 
     def end(self) -> list[tuple[str, State]]:
         """Release the state and return it by root model. The next call starts a trajectory."""

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -27,16 +26,24 @@ from cachepolicy.planning.schedule import Memory, Tick, clock_words
 
 
 class Stream:
-    """A probed tensor with its `_version`. The mean magnitude is computed on demand."""
+    """A probed tensor with its `_version`. The mean magnitude is computed on demand.
+
+    Args:
+        tensor: The tensor.
+        shared: Whether other code may have it, and write into it.
+    """
 
     __slots__ = ("_magnitude", "_sum", "_tensor", "_version")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        # Inference tensors have no `_version`, so in-place writes cannot be detected. Small views are copied as well,
-        # because they would keep a large storage alive.
-        copies = tensor.is_inference() or not is_whole([tensor])
-        self._tensor = tensor.detach().clone() if copies else tensor.detach()
-        self._version = None if copies else tensor._version
+    def __init__(self, tensor: torch.Tensor, *, shared: bool = True) -> None:
+        if shared:
+            # Inference tensors have no `_version`, so in-place writes cannot be detected. Small views are copied as
+            # well, because they would keep a large storage alive.
+            shared = not tensor.is_inference() and is_whole([tensor])
+            self._tensor = tensor.detach() if shared else tensor.detach().clone()
+        else:
+            self._tensor = tensor.detach() if tensor.requires_grad else tensor
+        self._version = tensor._version if shared else None
         self._magnitude: torch.Tensor | None = None
         self._sum: Sum | None = None
 
@@ -254,13 +261,14 @@ class Measuring:
         self._seen: dict[ir.Probe, Stream | None] = {}
         self.past = past
 
-    def see(self, probe: ir.Probe, tensor: torch.Tensor) -> None:
-        """Record the tensor of a probe."""
+    def see(self, probe: ir.Probe, tensor: torch.Tensor, *, shared: bool = True) -> None:
+        """Record the tensor of a probe. Arguments as for `Stream`."""
         try:
             if probe.tokens is not None:
                 self._whole("a part of the tokens")
                 tensor = of_tokens(probe.tokens, tensor, self.layout)
-            self._seen[probe] = Stream(tensor)
+                shared = True  # a view of the tensor
+            self._seen[probe] = Stream(tensor, shared=shared)
         except Undefined:
             self._seen[probe] = None
 
@@ -589,20 +597,3 @@ def _worst(function: str, streams: list[Stream]) -> torch.Tensor:
     samples = [[Stream(sample) for sample in stream.tensor] for stream in streams]
     norms = torch.stack([_norm(function, list(sample)) for sample in zip(*samples, strict=True)])
     return norms.min() if function == "cosine" else norms.max()
-
-
-def probed(probe: ir.Probe, names: Mapping[str, Any], first: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the tensor that an `input` or `argument` probe reads.
-
-    Args:
-        probe: The probe.
-        names: The arguments of the module call by name.
-        first: The main tensor of the call, or None.
-
-    Returns:
-        The tensor, or None if the call does not have it.
-    """
-    if probe.stream == "argument":
-        value = names.get(probe.argument or "")
-        return value if isinstance(value, torch.Tensor) else None
-    return first

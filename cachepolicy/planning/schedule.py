@@ -13,11 +13,9 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
 from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING
+from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.plan import BoundRule, Plan
-
-OVER_LIMIT = "over the memory limit"
-"""The fact of a site that computes because its history exceeds the memory limit."""
 
 DUE = "its schedule says so"
 """The reason of a decision at a step at which the schedule of its rule computes."""
@@ -28,20 +26,11 @@ WHILE_IS_FALSE = "its `while` is false"
 UNDEFINED_ARGUMENT = "an argument of its action has no value"
 """The reason of a site that computes because its action reads a number that is missing or not finite."""
 
-UNKNOWN_FORM = "its inputs and outputs are not known yet"
-"""The fact of a `skip` before its site has computed in the run, where no forward on the meta device shows its form."""
-
 HALF_KEPT = "the history holds half of the guidance batch"
 """The reason of a site that computes in a call of a whole guidance batch, because it last ran on half of one."""
 
 NOT_CALLED = "the model did not call it"
 """The fact of a site that a forward pass has not called. It neither computes nor reuses, as a hidden site."""
-
-REPEATED = "one forward calls it more than once"
-"""The fact of a site that computes because one forward pass calls it several times and it keeps one result."""
-
-RERUN = "the forward ran again, because a site that had answered was called once more"
-"""The fact of the other sites of a forward pass that was repeated with every site computing."""
 
 Accumulated = Mapping[tuple[int, ir.Call], float | bool]
 """Values of accumulators by rule number and call."""
@@ -228,7 +217,7 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
 def _answered(bound: BoundRule, inputs: Inputs, environment: Environment, verdict: Any) -> Decision:
     if not isinstance(bound.rule.action, ir.Skip):
         if inputs.memory.computes == 0:
-            return verdict("compute", "nothing is kept yet")
+            return verdict("compute", Fact.NO_HISTORY)
         if inputs.memory.half and not inputs.tick.halved:
             return verdict("compute", HALF_KEPT)
     if undefined_argument(bound, environment) is not None:

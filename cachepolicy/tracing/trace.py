@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import cast
 
 from cachepolicy.errors import PolicyError, counted
+from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.grid import alike, notebook_html
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.schedule import OVER_LIMIT, Decision, Partition, Tick, prepare
+from cachepolicy.planning.schedule import Decision, Partition, Tick, prepare
 from cachepolicy.planning.simulation import replay
 from cachepolicy.planning.tally import tally
 from cachepolicy.tracing import schema
@@ -239,9 +240,9 @@ class Trace:
                 lines.append(f"branch {branch or 'first'}")
             for row, names in alike(newest.rows(branch)).items():
                 lines.append(f"  {row}  {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-        over = dict.fromkeys(site for (site, _, _), fact in newest.facts.items() if fact == OVER_LIMIT)
+        over = dict.fromkeys(site for (site, _, _), fact in newest.facts.items() if fact == Fact.OVER_LIMIT)
         if over:
-            lines.append(f"{OVER_LIMIT}: {counted(len(over), 'site')}, which computed instead ({', '.join(over)})")
+            lines.append(f"{Fact.OVER_LIMIT}: {counted(len(over), 'site')}, which computed instead ({', '.join(over)})")
         return "\n".join(lines)
 
 

@@ -650,7 +650,7 @@ def test_later_computes_keep_what_the_first_would(
         model = toy.build()
         with cachepolicy.apply(model, cachepolicy.parse(text)):
             tracked = list(models.sample(model, timesteps, x, y))
-        monkeypatch.setattr("cachepolicy.engine.forward_pass.is_trackable", lambda *_: False)
+        monkeypatch.setattr("cachepolicy.engine.span_run.is_trackable", lambda *_: False)
         model = toy.build()
         with cachepolicy.apply(model, cachepolicy.parse(text)):
             recorded = list(models.sample(model, timesteps, x, y))

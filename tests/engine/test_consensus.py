@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy.engine import root_model  # noqa: E402
 from cachepolicy.engine.distributed import groups  # noqa: E402
+from cachepolicy.engine.distributed import meeting as meetings  # noqa: E402
 from cachepolicy.engine.distributed.consensus import LENGTH, MOST_NORMS, Agreement  # noqa: E402
 from cachepolicy.engine.distributed.norms import share  # noqa: E402
 from cachepolicy.errors import PolicyError  # noqa: E402
@@ -262,7 +262,7 @@ TIMESTEPS = (950.0, 900.0, 850.0, 600.0, 550.0, 500.0, 450.0, 100.0)
 @pytest.fixture
 def meeting(monkeypatch):
     """`apply(..., process_group=thread)` decides with the other threads."""
-    monkeypatch.setattr(root_model, "peers_of", lambda given, _, known=False: given or None)
+    monkeypatch.setattr(meetings, "peers_of", lambda given, _, known=False: given or None)
     monkeypatch.setattr("cachepolicy.engine.run.member_ranks", lambda given: given.ranks)
 
 
@@ -400,10 +400,10 @@ def test_what_one_cannot_reuse_nobody_reuses(meeting, form: str, lost: str):
 @pytest.mark.filterwarnings("ignore:the policy reused nothing")
 def test_parameters_in_pieces_are_used_by_all_or_none(meeting, monkeypatch, name: str):
     """Each thread measures samples of its own; a site is reused where both would, and where they part it says so."""
-    monkeypatch.setattr(root_model, "peers_of", lambda given, _, known=False: None)
+    monkeypatch.setattr(meetings, "peers_of", lambda given, _, known=False: None)
 
     monkeypatch.setattr(
-        root_model, "holders_of", lambda model, known=False: next(each for each in met if each.model is model)
+        meetings, "holders_of", lambda model, known=False: next(each for each in met if each.model is model)
     )
     met = list[Any]()
 

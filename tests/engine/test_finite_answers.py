@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.engine.actions import NOT_FINITE, TOO_LARGE
+from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.predictors import Weights, amplification, extrapolate
 from cachepolicy.testing.checks import engine_agrees
 from cachepolicy.testing.models import Toy, inputs, sample
@@ -45,7 +45,7 @@ def test_weights_that_overflow_compute(form: str, of: str, predictor: str) -> No
         found = outputs(run.target, toy)
         facts = set(run.trace.last.facts.values())
     assert found.isfinite().all()
-    assert facts & {TOO_LARGE, NOT_FINITE}
+    assert facts & {Fact.TOO_LARGE, Fact.NOT_FINITE}
     engine_agrees(toy.build(), policy, lambda model: outputs(model, toy))
 
 
@@ -63,7 +63,7 @@ def test_an_external_is_still_called_once_for_each_answer() -> None:
     with cachepolicy.apply(model, cachepolicy.parse(text), weight=supply) as run:
         found = outputs(model, toy)
     assert torch.equal(bare, found)
-    assert {TOO_LARGE} == set(run.trace.last.facts.values())
+    assert {Fact.TOO_LARGE} == set(run.trace.last.facts.values())
     assert 2 * 6 == len(calls)
 
 
@@ -107,7 +107,7 @@ def test_values_at_the_end_of_the_range(dtype: torch.dtype, action: str) -> None
     top, text = torch.finfo(dtype).max, f'match "^blocks.0$" on {{0, 1}} -> {action}'
     found, trajectory = chain_run([0.1 * top, 0.9 * top, 0.5 * top, 0.25 * top], [0, 0, 0.75 * top, 0], dtype, text)
     assert all(output.isfinite().all() for output in found)
-    assert NOT_FINITE == trajectory.facts[trajectory.plan.sites[0].name, 2, ""]
+    assert Fact.NOT_FINITE == trajectory.facts[trajectory.plan.sites[0].name, 2, ""]
     assert "CCC" == next(iter(trajectory.rows().values()))[:3]
     if action == "reuse residual":
         assert "CCCR" == next(iter(trajectory.rows().values()))
@@ -126,10 +126,10 @@ match blocks when step > 0 while drift <= 1e9 -> reuse residual
     with cachepolicy.apply(model, cachepolicy.parse(text), steps=4) as run:
         for t in (900.0, 600.0, 300.0):
             model(x, torch.tensor(t), y)
-        monkeypatch.setattr("cachepolicy.engine.forward_pass.is_finite", lambda sums: not isinstance(sums[0], Tensor))
+        monkeypatch.setattr("cachepolicy.engine.span_run.is_finite", lambda sums: not isinstance(sums[0], Tensor))
         assert torch.equal(bare, model(x, torch.tensor(100.0), y))
     assert "CRRC" == run.trace.rows()["blocks[0:2]"]
-    assert {NOT_FINITE} == set(run.trace.last.facts.values())
+    assert {Fact.NOT_FINITE} == set(run.trace.last.facts.values())
 
 
 @given(

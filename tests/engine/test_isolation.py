@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.engine.actions import Slot
-from cachepolicy.engine.forward_pass import Branch
 from cachepolicy.engine.sessions import Owner, Session, State
+from cachepolicy.engine.step_context import Branch
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, inputs, sample

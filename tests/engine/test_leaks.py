@@ -18,8 +18,8 @@ from torch import Tensor
 
 import cachepolicy
 from cachepolicy.engine.forward_pass import ForwardPass
-from cachepolicy.engine.hooks import Frame
-from cachepolicy.engine.root_model import RootCall
+from cachepolicy.engine.ledger import Ledger
+from cachepolicy.engine.span_run import SpanRun
 from cachepolicy.testing.models import Toy, ToyDiT, inputs, sample
 from tests.support.soak import POLICIES, TIMESTEPS
 
@@ -58,7 +58,7 @@ def test_a_call_leaves_no_rubbish() -> None:
     for name, policy in POLICIES.items():
         with torch.no_grad(), cachepolicy.apply(model, policy, steps=len(TIMESTEPS)):
             for _ in sample(model, TIMESTEPS, x, y):
-                assert Counter() == alive(ForwardPass, Frame, RootCall), name
+                assert Counter() == alive(ForwardPass, Ledger, SpanRun), name
 
 
 # --- a thousand sessions ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import cachepolicy
 from cachepolicy.engine.introspection import describe
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.schedule import OVER_LIMIT
+from cachepolicy.planning.facts import Fact
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Probes
 from tests.support import zoo
@@ -120,7 +120,7 @@ def test_a_limit_that_does_not_admit_the_kept_difference_is_the_reason_of_the_co
     checks.trace_agrees(trajectory)
     assert "C" * 10 == trajectory.rows("uncond")["model"]
     assert {("model", step, "uncond") for step in (7, 8, 9)} == {key for key in trajectory.facts if key[0] == "model"}
-    assert {OVER_LIMIT} == set(trajectory.facts.values())
+    assert {Fact.OVER_LIMIT} == set(trajectory.facts.values())
 
 
 def _total(probes: list[Probes]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.schedule import REPEATED, RERUN
+from cachepolicy.planning.facts import Fact
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Attention, Toy, ToyDiT, inputs, redraw
 from cachepolicy.tracing.trace import Trajectory
@@ -263,7 +263,7 @@ def test_a_late_second_pass_is_told_as_a_fact() -> None:
         run(attached.target)
         trajectory = last(attached)
     assert {"blocks[0:2]": "CRRCRCC"} == trajectory.rows()
-    assert {("blocks[0:2]", step, ""): REPEATED for step in (5, 6)} == trajectory.facts
+    assert {("blocks[0:2]", step, ""): Fact.REPEATED for step in (5, 6)} == trajectory.facts
     checks.trace_agrees(trajectory)
 
 
@@ -293,7 +293,7 @@ def test_a_forward_that_runs_again_computes_every_site() -> None:
         assert torch.equal(bare(x, torch.tensor(450.0), y), model(x, torch.tensor(450.0), y))
         trajectory = last(attached)
     assert {"blocks.0.attn": "CRCRCC", "blocks.1.attn": "CRCRCC", "other": "CRRCRC"} == trajectory.rows()
-    assert RERUN == trajectory.facts["other", 5, ""]
+    assert Fact.RERUN == trajectory.facts["other", 5, ""]
     checks.trace_agrees(trajectory)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.language.parser import parse
-from cachepolicy.planning.schedule import UNKNOWN_FORM
+from cachepolicy.planning.facts import Fact
 from cachepolicy.testing import checks
 from cachepolicy.testing.models import Block, Probes, Returns, Toy, ToyDiT, inputs, redraw, sample
 
@@ -82,7 +82,7 @@ def test_where_the_forward_needs_values_only_the_first_call_of_a_run_computes(se
     assert {"CRR"} == set(first.rows(one).values())
     assert {"RRR"} == set(first.rows(other).values())
     assert {"RRR"} == {row for branch in (one, other) for row in second.rows(branch).values()}
-    assert {UNKNOWN_FORM} == set(first.facts.values())
+    assert {Fact.UNKNOWN_FORM} == set(first.facts.values())
     assert {} == second.facts
     checks.trace_agrees(first)
     checks.trace_agrees(second)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo
@@ -13,19 +14,15 @@ from cachepolicy.engine.actions import ANSWER, REUSE
 from cachepolicy.engine.block_chain import ChainForm
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.engine.compile.graph_io import autocast, commit, problem, staged
-from cachepolicy.engine.compile.graph_ops import Part, Stage
+from cachepolicy.engine.compile.graph_ops import Stage
 from cachepolicy.engine.execution_plan import ExecutionPlan
-from cachepolicy.engine.forward_pass import ForwardPass
-from cachepolicy.engine.hooks import Frame, SiteHandle, SiteOwner, parameters_of
+from cachepolicy.engine.hooks import SiteHandle, parameters_of
+from cachepolicy.engine.meta_forward import forms_of
+from cachepolicy.planning.facts import Fact
 
-
-class GraphHost(SiteOwner, Protocol):
-    """The interface of a root model for `Graphs`."""
-
-    execution: ExecutionPlan
-    module: torch.nn.Module
-    handles: dict[str, SiteHandle]
-    context: Any
+if TYPE_CHECKING:
+    from cachepolicy.engine.forward_pass import ForwardPass
+    from cachepolicy.engine.root_model import RootModel
 
 
 class Graphs:
@@ -34,7 +31,7 @@ class Graphs:
     Calls outside graphs show the structure. `surprised` is set if a site ran in an unexpected graph.
     """
 
-    def __init__(self, host: GraphHost) -> None:
+    def __init__(self, host: RootModel) -> None:
         self.host = host
         self.forms: dict[int, ChainForm] = {}
         self.surprised = False
@@ -44,6 +41,9 @@ class Graphs:
         self._signatures: set[Any] = set()
         self._warned = False
         self._around = list(self._candidates())
+        self._deriving = threading.Lock()
+        self.derives = True
+        """Whether the structure of skipped spans has not been derived yet."""
 
     def _candidates(self) -> Iterator[str]:
         """Yield the modules that contain sites, outermost first. Their graphs would contain these sites."""
@@ -79,7 +79,7 @@ class Graphs:
         if handle is None:
             handle = self.host.handles[name] = SiteHandle(self.host, name, parameters_of(module))
             handle.block, handle.special = len(self._blocks), True
-            self.host.context.intercept(self.host, name, handle)
+            self.host.placement.add(name, handle)
         handle.block, handle.special = len(self._blocks), True
         self._blocks.append(numbers)
 
@@ -93,38 +93,47 @@ class Graphs:
         """Return True if the call has to run outside graphs to learn the structure of its spans."""
         return self._shows and self._learnt.get(_kind(arguments), 0) >= 0
 
-    def learnt(self, forward_pass: ForwardPass, arguments: CallArguments) -> None:
+    def learnt(self, call: ForwardPass) -> None:
         """Record the structure of the spans after a call outside graphs."""
         known = True
         for site, keeping in enumerate(self.host.execution.keepings):
             if keeping.streams and site not in self.forms:
-                chain = forward_pass.branch.slots[site].chain
+                chain = call.slots[site].chain
                 if chain is not None:
                     chain.autocast = autocast()
                 form = None if chain is None else chain.form(len(self.host.execution.names[site]))
                 known &= form is not None
                 if form is not None:
                     self.forms[site] = form
-        kind = _kind(arguments)
+        kind = _kind(call.arguments)
         tries = self._learnt.get(kind, 0) + 1
         self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
 
-    def parts(self, forward_pass: ForwardPass, arguments: CallArguments, *, whole: bool) -> Mapping[int, Part]:
-        """Build what the graphs read. A site whose history cannot answer computes."""
-        sites = (
-            range(len(forward_pass.branch.slots))
-            if whole or self.surprised
-            else [n for block in self._blocks for n in block]
-        )
-        while problems := {site: reason for site in sites if (reason := problem(forward_pass, site)) is not None}:
+    def derive(self, execution: ExecutionPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Derive once what the spans with a `skip` return, so that they need no compute to show it."""
+        with self._deriving:
+            if self.derives:
+                for span, form in forms_of(self.host.module, (args, kwargs), execution.skipped).items():
+                    endings = {position: end for position, end in enumerate(form.endings) if end is not None}
+                    self.host.continuations.keep_links(span, dict(enumerate(form.links)), endings)
+                    self.forms.setdefault(span, form)
+                self.derives = False
+
+    def prepare(self, call: ForwardPass, *, whole: bool) -> None:
+        """Build what the graphs read, and attach it to the call. A site whose history cannot answer computes."""
+        everything = whole or self.surprised
+        sites = range(len(call.slots)) if everything else [number for block in self._blocks for number in block]
+        while problems := {site: reason for site in sites if (reason := problem(call, site)) is not None}:
             for site, reason in problems.items():
-                forward_pass.refuse(site, reason)
-            forward_pass.decide_again()
-        forward_pass.parts = parts = {site: staged(forward_pass, site) for site in sites}
+                call.ledger.refuse(site, reason)
+            call.ledger.plan()
+        call.parts = parts = {site: staged(call, site) for site in sites}
         decided = tuple((part.code, part.answer, len(part.history)) for part in parts.values())
-        modes = torch.is_grad_enabled(), forward_pass.inference, autocast()
-        self._count((decided, forward_pass.halved, modes, arguments.signature()))
-        return parts
+        modes = torch.is_grad_enabled(), call.inference, autocast()
+        self._count((decided, call.halved, modes, call.arguments.signature()))
+        if everything:
+            call.stage = Stage([parts[site] for site in range(len(parts))])
+        call.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
 
     def _count(self, signature: Any) -> None:
         """Raise torch's recompile limit as needed.
@@ -146,26 +155,20 @@ class Graphs:
                 stacklevel=2,
             )
 
-    def place(self, frame: Frame, parts: Mapping[int, Part], *, whole: bool) -> None:
-        """Attach the parts to the frame, where the graphs read them."""
-        if whole or self.surprised:
-            frame.stage = Stage([parts[site] for site in range(len(parts))])
-        frame.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
-
-    def look_for_repeats(self, forward_pass: ForwardPass, parts: Mapping[int, Part]) -> None:
+    def look_for_repeats(self, call: ForwardPass) -> None:
         """Mark the sites that graphs have called more than once."""
-        for site, part in parts.items():
+        for site, part in call.parts.items():
             if part.repeats:
-                forward_pass.repeats(site, answered=part.code is REUSE or part.code is ANSWER)
+                call.repeats(site, answered=part.code is REUSE or part.code is ANSWER)
 
-    def end(self, forward_pass: ForwardPass, parts: Mapping[int, Part]) -> None:
+    def end(self, call: ForwardPass) -> None:
         """Commit what the graphs left."""
-        for site, part in parts.items():
+        for site, part in call.parts.items():
             if part.repeats:
                 continue
             if part.unfit:
-                forward_pass.refuse(site, "the history does not fit this call")
-            commit(forward_pass, site, part)
+                call.ledger.refuse(site, Fact.MISFIT)
+            commit(call, site, part)
 
 
 _MOST_TRIES = 3  # calls after which an unlearned span breaks the graph instead

@@ -96,7 +96,10 @@ def _holders(parameter: Any) -> Ranks:
 
 def is_initialized() -> bool:
     """Return True if this process belongs to a process group of torch."""
-    return distributed.is_available() and distributed.is_initialized()
+    return _AVAILABLE and distributed.is_initialized()
+
+
+_AVAILABLE = distributed.is_available()
 
 
 def _mesh_of(model: torch.nn.Module) -> Any:

@@ -1,0 +1,78 @@
+"""The memory of one root model's branches: empty histories, and the memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cachepolicy.engine.actions import Slot
+from cachepolicy.engine.history import held, storage_bytes
+from cachepolicy.engine.history_storage import Saving, Storing
+from cachepolicy.engine.introspection import modules_by_path
+from cachepolicy.engine.memory_budget import Account, Lease
+from cachepolicy.engine.signals import Remembered
+from cachepolicy.engine.step_context import Branch
+from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
+from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.schedule import Tick
+
+if TYPE_CHECKING:
+    from cachepolicy.engine.root_model import RootModel
+    from cachepolicy.engine.sessions import State
+
+_MOST_CLOCKS = 32  # number of clock forecasts whose planned reuses are cached
+
+
+class BranchStorage:
+    """Creates and limits the histories of one root model."""
+
+    def __init__(self, root: RootModel) -> None:
+        self._root = root
+        self._reuses: dict[Ahead, Reuses] = {}
+
+    @cached_property
+    def weights(self) -> Sequence[Weight]:
+        """The compute weight of each site."""
+        counts = {
+            path: sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            for path, module in modules_by_path(self._root.module).items()
+        }
+        return site_weights(self._root.execution.plan, counts)
+
+    def slots(self, state: State, tick: Tick, ahead: Ahead) -> list[Slot]:
+        """Return an empty history for each site of a branch."""
+        storing = self._root.storing
+        if state.account is None:
+            return [Slot(storing) for _ in state.execution.plan.sites]
+        program = state.execution.program
+        counted = self._reuses.get(ahead)
+        if counted is None or counted.program is not program:
+            if len(self._reuses) >= _MOST_CLOCKS:
+                self._reuses.clear()
+            counted = self._reuses[ahead] = Reuses(program, ahead)
+
+        def saving(site: int) -> Saving:
+            weight = self.weights[site]
+            group = program.alike.group_of[site]
+            return lambda shape: operations(weight, shape) * counted.of(group, tick)
+
+        return [
+            Slot(Storing(storing.packing, state.account, saving(site), keeping.depth))
+            for site, keeping in enumerate(state.execution.keepings)
+        ]
+
+    def limit(self, state: State, branch: Branch, account: Account) -> None:
+        """Apply the memory limit to the state of signals and guidance. Rules that lose this state compute."""
+        if branch.remembered:
+            branch.signals = branch.signals or Lease(account)
+            if not branch.signals.admits(held((), branch.remembered)):
+                branch.remembered = Remembered()
+        else:
+            branch.signals = None
+        kept = state.guide.held if state.execution.approximation is not None else []
+        if kept:
+            state.rebuilding = state.rebuilding or Lease(account)
+            state.guide.limit(admitted=state.rebuilding.admits(storage_bytes(kept)))
+        else:
+            state.rebuilding = None

@@ -1,0 +1,107 @@
+"""Rebuilding of the unconditional half around a forward pass: before it runs, after it has run, and between steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
+from cachepolicy.engine.batch_view import HALVES, WHOLE
+from cachepolicy.engine.cfg_cache import Problem
+from cachepolicy.engine.signals import Measuring
+from cachepolicy.engine.streams import layout_of
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Undefined
+from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT
+
+if TYPE_CHECKING:
+    from cachepolicy.engine.forward_pass import ForwardPass
+
+_FACTORS = frozenset({"low", "high"})
+"""Arguments that only a rebuilt step reads. A computed step does not evaluate them."""
+
+
+def describe(call: ForwardPass, measuring: Measuring) -> None:
+    """Tell the signals of a call what its arguments show: the grids of its tokens, and the halves of its batch."""
+    arguments, signals, model = call.arguments, call.context.execution.signals, call.owner.module
+    if signals.reads_layout:
+        patch = getattr(getattr(model, "config", None), "patch_size", None)
+        measuring.layout = layout_of(arguments.named, arguments.named.get(arguments.latents or ""), patch)
+    guide = call.state.guide
+    if signals.crossed and not guide.named(call.context.tick.branch):
+        measuring.rows = guide.rows(arguments, call.source, model)
+        if measuring.rows is not None:
+            measuring.cond = int(call.source.layout("found", model) != "cond first")
+
+
+def before(call: ForwardPass, site: int, action: ir.ApproximateUncond) -> None:
+    """Answer the unconditional call of its own, or let a guidance batch run its conditional half only.
+
+    Args:
+        call: The forward pass.
+        site: The site number of the root model.
+        action: The action that rebuilds the unconditional half.
+    """
+    context, ledger, state = call.context, call.ledger, call.state
+    settings = context.arguments(action, site, without=_FACTORS)
+    guide, tick, model = state.guide, context.tick, call.owner.module
+    settings.setdefault("layout", "found")
+    if not guide.named(tick.branch) and call.source.require():
+        settings["layout"] = call.source.layout(settings["layout"], model)
+    call.guidance = settings
+    problem = guide.problem(tick, call.arguments, call.source, model, calls=len(state.calls.present))
+    factors = dict[str, Any]()
+    if problem is None and ledger.resolve(site).verdict == "reuse":
+        try:
+            factors = context.arguments(action, site)
+        except Undefined:
+            problem = Problem(UNDEFINED_ARGUMENT, final=False)
+    if problem is not None:
+        call.guidance = None if problem.final else settings
+        if ledger.resolve(site).verdict == "reuse":
+            # The sites inside keep their own histories, so they may still reuse.
+            ledger.facts[site] = problem.reason
+            ledger.plan()
+        return
+    if ledger.resolve(site).verdict != "reuse":
+        return
+    if site in ledger.signals:
+        # The other sites were decided before the signals of this one were measured.
+        ledger.plan()
+    settings |= {name: factors[name] for name in _FACTORS}
+    if guide.named(tick.branch):
+        call.answered, call.output = True, guide.answered(settings)
+    else:
+        ledger.halve(HALVES[int(settings["layout"] != "cond first")])
+        call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
+
+
+def after(call: ForwardPass, output: Any) -> Any:
+    """Complete the output of a halved call, or store what later steps rebuild from. Return the output."""
+    if call.guidance is None or call.answered or not _is_read(call):
+        return output
+    halved = call.context.rows is not WHOLE
+    channels = call.owner.channels
+    return call.state.guide.ended(call.context.tick, call.arguments, call.guidance, output, channels, halved=halved)
+
+
+def release(call: ForwardPass) -> None:
+    """Release what no later step rebuilds from."""
+    tick = call.context.tick
+    kept = not call.context.liveness.approximates(tick, now=to_come(call))
+    call.state.guide.release(kept=kept, cond=tick.branch in UNCOND_BRANCHES)
+
+
+def to_come(call: ForwardPass) -> bool:
+    """Return whether an unconditional call of its own may follow in this step."""
+    named = call.context.tick.branch in COND_BRANCHES or UNCOND_BRANCHES & call.state.branches.keys()
+    return bool(named) and UNCOND_BRANCHES.isdisjoint(call.state.calls.present)
+
+
+def _is_read(call: ForwardPass) -> bool:
+    """Return whether this or a later step rebuilds an unconditional half from this prediction."""
+    context = call.context
+    if context.rows is not WHOLE:
+        return True
+    if context.tick.branch in COND_BRANCHES:
+        return to_come(call) and context.liveness.approximates(context.tick, now=True)
+    return context.liveness.approximates(context.tick, now=False)

@@ -1,0 +1,186 @@
+"""What one root call is decided and answered from: clock, branch, rows of the batch, and what later steps read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot, is_too_large
+from cachepolicy.engine.batch_view import WHOLE, BatchView
+from cachepolicy.engine.execution_plan import ExecutionPlan
+from cachepolicy.engine.memory_budget import Lease
+from cachepolicy.engine.signals import Remembered
+from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.traversal import names_in
+from cachepolicy.planning.facts import Fact
+from cachepolicy.planning.history_spec import axis, reach
+from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.possible_decisions import NOTHING, Reads
+from cachepolicy.planning.predictors import Weights, weights
+from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT, Memory, Partition, Tick, clock_words
+
+if TYPE_CHECKING:
+    from cachepolicy.engine.audit import Audit
+    from cachepolicy.engine.root_model import RootModel
+
+
+@dataclass(slots=True)
+class Branch:
+    """State of one guidance branch: memories of the decisions, slots of the sites, and past signals."""
+
+    partition: Partition
+    memories: list[Memory]
+    slots: list[Slot]
+    remembered: Remembered = field(default_factory=Remembered)
+    reads: dict[int, Reads] = field(default_factory=dict[int, Reads])
+    """Reads of each group at the last check, by the first site of the group."""
+    held: int = 0
+    """Bytes that the branch holds."""
+    signals: Lease | None = None
+    """The lease for remembered signals, if there is a memory limit."""
+    ticks: dict[int, Tick] = field(default_factory=dict[int, Tick])
+    """The times of the calls so far, by step."""
+
+    def forget(self) -> None:
+        """Release the history. The memories of the decisions stay."""
+        self.slots = [Slot(slot.storing) for slot in self.slots]
+        self.remembered = Remembered()
+        self.reads.clear()
+        self.held = 0
+
+
+class StepContext:
+    """What one root call is decided and answered from.
+
+    Attributes:
+        root: The root model.
+        execution: The plan under the settings of the session.
+        branch: The state of the guidance branch.
+        tick: The time of the call.
+        liveness: What later steps may read.
+        rows: The rows of the batch that the call runs.
+        inference: Whether the call runs in inference mode.
+        store: How a computed result is stored.
+        audit: Compares the answers with computed outputs, or None where the trajectory is not audited.
+    """
+
+    __slots__ = (
+        "_arguments", "_externals", "audit", "branch", "execution", "inference", "liveness", "root", "rows", "store",
+        "tick",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        root: RootModel,
+        execution: ExecutionPlan,
+        branch: Branch,
+        tick: Tick,
+        liveness: Liveness,
+        externals: Mapping[str, Any],
+        audit: Audit | None,
+    ) -> None:
+        self.root = root
+        self.execution = execution
+        self.branch = branch
+        self.tick = branch.ticks[tick.step] = tick
+        self.audit = audit
+        self.liveness = liveness
+        self.rows: BatchView = WHOLE
+        self.inference = torch.is_inference_mode_enabled()
+        # Inference tensors have no `_version` counter, so in-place writes cannot be detected. Clones are stored.
+        self.store: Op = STORE_CLONE if self.inference else STORE
+        self._externals = externals
+        self._arguments: dict[tuple[int, frozenset[str]], dict[str, Any]] | None = None
+
+    def wanted(self, site: int) -> Reads:
+        """Return what later steps may read of a result that the site computes now."""
+        if site in self.root.repeated:
+            return NOTHING
+        return self.liveness.wanted(self.execution.program.alike.group_of[site], self.tick, self.tick.step)
+
+    def excess(self, site: int, action: ir.Action | None) -> str | None:
+        """Return the reason if the weights of a predictor are too large for the dtype of its history, or None."""
+        if not isinstance(action, ir.Predict):
+            return None
+        slot = self.branch.slots[site]
+        if slot.chain is not None:
+            newest: Any = [entry.tensors for entry in slot.chain.history[0][:1]]
+            history = [(entry.step, entry.rows) for entry in slot.chain.history[0]]
+        else:
+            newest = slot.output
+            history = [(slot.step, slot.rows), *[(kept.step, kept.rows) for kept in slot.older]]
+        steps = [step for step, rows in history[: reach(action)] if rows.serves(self.rows)]
+        try:
+            self.arguments(action, site)
+        except Undefined:
+            return UNDEFINED_ARGUMENT
+        if len(steps) < 2:
+            return None  # the answer is the newest value itself
+        numbers = self.weights(action, site, steps)
+        return Fact.TOO_LARGE if is_too_large(numbers, newest) else None
+
+    def weights(self, action: ir.Predict, site: int, steps: Sequence[int]) -> Weights:
+        """Return the coefficients of the prediction at this step from results of other steps.
+
+        Args:
+            action: The action.
+            site: The number of the site that is answered.
+            steps: The steps of the results, newest first.
+        """
+        place = self.places(action)
+        places = [place(step) for step in steps]
+        return weights(action.predictor, places, place(self.tick.step), self.arguments(action, site))
+
+    def places(self, action: ir.Predict) -> Place:
+        """Return the function that gives the place of a step on the axis of a predictor."""
+        word, ticks = axis(action), self.branch.ticks
+        return int if word == "step" else lambda step: getattr(ticks[step], word)
+
+    def arguments(
+        self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
+        """Evaluate the arguments of the action at this step, with externals that are called once for the site.
+
+        Args:
+            action: The action.
+            site: The number of the site that is answered.
+            without: Labels of arguments that are left out.
+
+        Raises:
+            Undefined: An argument has no value at this step.
+        """
+        if self._arguments is None:
+            self._arguments = {}
+        known = self._arguments.get((site, without))
+        if known is not None:
+            return known
+        wanted = [argument for argument in action.arguments if argument.label not in without]
+        memory = self.branch.memories[self.branch.partition.group_of[site]]
+        names = clock_words(self.tick if self.rows is WHOLE else replace(self.tick, uncond_skipped=True), memory)
+        if self._externals:
+            read = set[str]().union(*(names_in(argument.value) for argument in wanted))
+            names |= {name: self._asked(name, site) for name in self._externals if name in read}
+        environment = Environment(names, self.execution.program.tables)
+        values = {argument.label: evaluate(argument.value, environment) for argument in wanted}
+        self._arguments[site, without] = values
+        return values
+
+    def _asked(self, external: str, site: int) -> Any:
+        """Call an external. A callback in diffusers' style receives the module of the site."""
+        supply = self._externals[external]
+        if not getattr(supply, "takes_module", False):
+            value = supply()
+        else:
+            value = supply(self.root.module.get_submodule(self.execution.names[site][0]))
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            return value.reshape(())
+        if isinstance(value, Real) and value is not True and value is not False:
+            return value
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"`{value!r}`"
+        raise PolicyError.of("E307", f"the function for `{external}` returned {shown}", help="it must return a number")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from cachepolicy.engine.clock import Sources
-from cachepolicy.errors import counted, warn
+from cachepolicy.errors import warn
 from cachepolicy.language.evaluate import Undefined, constant
 from cachepolicy.language.linker import Resolved
 
@@ -115,7 +115,7 @@ class TunedFor:
         if begin:
             self._warn(
                 "W615",
-                f"the trajectory begins at step {begin} of {counted(steps, 'step')}, where the list of steps is cut",
+                f"the trajectory begins at step {begin} of {steps}, where the list of steps is cut",
                 help="a list for the part that is run may be better: tune with the same `strength`",
             )
         follower = sources.follower

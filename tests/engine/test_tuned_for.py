@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cachepolicy
-from cachepolicy.engine.tuned_for import config_hash
+from cachepolicy.engine.tuned_for import active_adapters, config_hash
 from tests.support import zoo
 from tests.support.tiny_pipelines import UNCHECKED, Tiny, normal, texts, vae_of
 
@@ -128,3 +128,16 @@ tuned over {STEPS} steps with level = 2, guidance = 7.5
 tuned over {STEPS} steps with level = 3, guidance = 1
 """
     assert [] == rows(tiny, text, guidance_scale=7.5)[1]
+
+
+def test_active_adapters_are_known() -> None:
+    """Names of adapters that act: not of disabled ones."""
+    peft = pytest.importorskip("peft")
+    model = zoo.build("flux")
+    assert [] == active_adapters(model)
+    config = config_hash(model)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    assert ["style"] == active_adapters(model)
+    assert config == config_hash(model)
+    model.disable_adapters()
+    assert [] == active_adapters(model)

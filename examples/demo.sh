@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draw emoji with the small model of this repository, without and with a policy, and compare time, work and pictures.
-# Options go to `cachepolicy demo`: `bash examples/demo.sh --policy pab --set spatial_every=3 --seed 7`.
+# Draw emoji with the small model of this repository: uncached, with the policy that was tuned for it, with fewer steps and
+# with other solvers. Options go to `cachepolicy demo`: `bash examples/demo.sh --policy pab --set spatial_every=3`.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

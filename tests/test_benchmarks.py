@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from benchmarks import compile as compiling
-from benchmarks import emoji, fbc, overhead, pab, processes, tracing
+from benchmarks import emoji, fbc, headline, overhead, pab, processes, tracing
 from benchmarks._measure import Spread, spread, table
 
 
@@ -65,6 +65,14 @@ def test_emoji_tabulates_every_way(capsys, tmp_path):
     assert all(f"\n| {way} | " in printed for way in emoji.WAYS)
     assert "| uncached again | 1.000 |" in printed
     assert sheet.stat().st_size > 0
+
+
+@pytest.mark.deep
+def test_the_headline_writes_what_the_readme_shows(capsys, tmp_path):
+    """The table has the policy and its baselines, and the picture, chart and numbers are written."""
+    headline.main(["--samples", "1", "--results", str(tmp_path)])
+    assert "| tuned |" in capsys.readouterr().out
+    assert {"dit.json", "dit.svg", "dit.png"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_fewer_steps_are_read_between_their_rows():

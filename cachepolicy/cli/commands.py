@@ -366,29 +366,31 @@ def show_command(*, name: str | None, as_json: bool, schema: bool) -> None:
 
 
 @main.command("demo")
-@click.option("--policy", default="pab.cp", show_default=True, metavar="FILE", help="The policy to measure.")
+@click.option("--policy", metavar="FILE", help="The policy to measure (default: the one tuned for the model).")
 @options.set_param
 @click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="Sampling steps.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of the noise.")
-@click.option(
-    "--pairs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Interleaved pairs of timings."
-)
-@click.option("--pictures", type=click.IntRange(1, 36), default=12, show_default=True, help="Pictures per batch.")
+@click.option("--pictures", type=click.IntRange(1, 36), default=12, show_default=True, help="Number of pictures.")
 @click.option("--output", type=click.Path(dir_okay=False), default="demo.png", show_default=True, help="PNG to write.")
 @options.json_form
 @output.guarded
 def demo_command(
-    *, policy: str, settings: Sequence[tuple[str, ir.Expression]], output: str, as_json: bool, **sampling: int
+    *,
+    policy: str | None,
+    settings: Sequence[tuple[str, ir.Expression]],
+    output: str,
+    as_json: bool,
+    **sampling: int,
 ) -> None:
-    """Draw emoji with a small model, uncached and with a policy, and compare time, FLOPs and pictures.
+    """Draw emoji with a small model, uncached, with a policy, with fewer steps and with other solvers.
 
-    A second row has the same model with fewer steps, at about the cost of the policy, for comparison.
+    The pictures with their differences are written to a PNG file, and all numbers to an HTML page beside it.
     """
-    from cachepolicy.cli._demo import show_demo
-    from cachepolicy.tools.demo import Sampling
+    from cachepolicy.cli._demo import Sampling, show_demo, tuned_policy
 
-    name = "<stdin>" if policy == STDIN else policy
-    show_demo(_load_policy(policy), name, dict(settings), Sampling(**sampling), Path(output), as_json=as_json)
+    file = str(tuned_policy()) if policy is None else policy
+    name = "<stdin>" if policy == STDIN else Path(file).stem
+    show_demo(_load_policy(file), name, dict(settings), Sampling(**sampling), Path(output), as_json=as_json)
 
 
 @main.command("run")

@@ -129,12 +129,14 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def decibels(value: float) -> str:
-    """Return a ratio as text: `48.5`, or `equal` where nothing differs."""
-    return "equal" if value == math.inf else f"{value:.1f}"
+    """Return a ratio as text: `48.5`, or `inf` where nothing differs."""
+    return f"{value:.1f}"
 
 
 def _decibels(distance: Distance | None) -> list[str]:
-    return ["", ""] if distance is None else [decibels(distance.mean), decibels(distance.p10)]
+    if distance is None:
+        return ["", ""]
+    return ["equal" if value == math.inf else decibels(value) for value in (distance.mean, distance.p10)]
 
 
 def text_table(rows: Sequence[Row]) -> str:

@@ -25,6 +25,7 @@ from cachepolicy.reports.comparison import (
     Reference,
     Row,
     csv_table,
+    decibels,
     pareto_front,
     text_table,
 )
@@ -149,7 +150,10 @@ class Comparison:
         for name in self.pictures if names is None else names:
             pictures = self.pictures[name]
             same = name == reference or pictures.shape != base.shape
-            strips.append(Strip(name, pictures, None if same else difference(base, pictures)))
+            row = self[name]
+            heading = f"{name}: cost {row.cost:.2f}"
+            heading += f", {decibels(row.uncached.mean)} dB to uncached" if row.uncached else ""
+            strips.append(Strip(heading, pictures, None if same else difference(base, pictures)))
         return strips
 
     def report(

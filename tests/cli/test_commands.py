@@ -466,30 +466,28 @@ def test_the_version(run):
 
 # --- demo ------------------------------------------------------------------------------------------------
 
-DEMO = ("demo", "--steps", "3", "--pictures", "2", "--pairs", "1")
+DEMO = ("demo", "--steps", "3", "--pictures", "2")
 
 
 def test_the_demo_end_to_end(run, tmp_path):
-    """Pictures, ratios, shares, PSNR and the row of fewer steps, with the progress on standard error."""
+    """Pictures, a page and a table with the baselines, with the progress on standard error."""
     pytest.importorskip("diffusers")
     text = 'param n: int = 2\nmatch "attn1$" every n -> reuse\n'
     result = run(*DEMO, "--policy", "own.cp", "--set", "n=3", "--output", "out.png", own=text)
     assert 0 == result.exit_code
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert "own.cp, 3 steps" in result.stdout
-    assert "no policy, " in result.stdout
-    assert " dB" in result.stdout
-    assert "66.7 %" in result.stdout
-    assert "step" in result.stderr
+    assert "own on the emoji model" in (tmp_path / "out.html").read_text()
+    for words in ("UniPC, ", "converged", "Against the uncached run, own is", "x as fast"):
+        assert words in result.stdout
+    assert "run" in result.stderr
 
 
 def test_the_demo_as_json(run, tmp_path):
-    """All numbers are there as data."""
+    """All numbers are there as data, and the policy that ships for the model is the default."""
     pytest.importorskip("diffusers")
-    result = run(*DEMO, "--policy", "-", "--json", stdin='match "attn1$" every 2 -> reuse\n')
-    numbers = json.loads(result.stdout)
-    assert pytest.approx(2 / 3) == numbers["policy"]["calls"]
-    assert {"wall", "cpu", "flops", "psnr"} <= set(numbers["fewer_steps"])
+    result = run("demo", "--steps", "2", "--pictures", "1", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    assert ["uncached", "tuned"] == [row["name"] for row in rows[:2]]
     assert (tmp_path / "demo.png").exists()
 
 
@@ -500,7 +498,7 @@ def test_the_demo_as_json(run, tmp_path):
         (("--policy", "-"), 1, "takes nothing"),
         (("--output", "no/such/folder.png"), 2, "no folder"),
         (("--set", "x=1"), 2, "no parameter `x`"),
-        (("--pairs", "0"), 2, "--pairs"),
+        (("--pictures", "0"), 2, "--pictures"),
     ],
 )
 def test_the_demo_refuses_clearly(run, options, code, said):
@@ -515,11 +513,7 @@ def test_the_demo_refuses_clearly(run, options, code, said):
 def test_without_diffusers_the_extra_is_named(run, tmp_path, monkeypatch, command):
     """The command to install what is missing is told, with exit code 2."""
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
-    for name in [
-        each
-        for each in sys.modules
-        if each in {"cachepolicy.cli._demo", "cachepolicy.tools.demo", "cachepolicy.tools.emoji"}
-    ]:
+    for name in [each for each in sys.modules if each in {"cachepolicy.cli._demo", "cachepolicy.tools.emoji"}]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     result = run(*command)

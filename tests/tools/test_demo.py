@@ -1,29 +1,20 @@
 # ruff: noqa: E402 - the imports below need diffusers, and the tests are skipped without it
-"""The emoji pipeline is a real one, and the demo measures what it says."""
+"""The emoji pipeline is a real one."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import warnings
 
 import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from PIL import Image
-
 import cachepolicy
-from cachepolicy.cli._demo import demo_table
 from cachepolicy.reports import text as report_text
-from cachepolicy.tools.demo import Sampling, measure, save
 from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline
-from cachepolicy.tools.flops import count, counting
+from cachepolicy.tools.flops import counting
 from cachepolicy.tools.quality import psnr
-
-SMALL = Sampling(steps=5, pictures=2, pairs=1)
-REUSE_ALL_BUT_FIRST = 'match "attn1$" on {0} -> reuse'
 
 
 @pytest.fixture(scope="module")
@@ -125,85 +116,6 @@ def test_psnr_of_equal_pictures_is_infinite():
     other[1] += 0.02
     mean, worst = psnr(one, other)
     assert (pytest.approx(30, abs=1e-4), pytest.approx(20, abs=1e-4)) == (mean, worst)
-
-
-@pytest.mark.filterwarnings("ignore:the policy reused nothing")
-def test_a_policy_that_computes_all_is_bitwise_the_bare_model():
-    """Nothing skipped, infinite PSNR, and as many steps in the other row."""
-    demo = measure(cachepolicy.parse('match "attn1$" -> compute'), sampling=SMALL)
-    assert (1.0, 1.0, math.inf) == (demo.policy.flops, demo.policy.calls, demo.policy.psnr)
-    assert 5 == demo.fewer_steps.steps
-    assert torch.equal(demo.uncached, demo.cached)
-    assert demo.to_json()["policy"]["psnr"] is None
-    assert "bitwise equal" in demo_table(demo, "all.cp")
-
-
-def test_the_shares_are_those_of_what_ran():
-    """Calls and FLOPs skipped agree with the schedule and with the FLOPs of one module."""
-    demo = measure(cachepolicy.parse(REUSE_ALL_BUT_FIRST), sampling=SMALL)
-    pipe = load_pipeline()
-    one = count(
-        pipe.transformer,
-        hidden_states=torch.zeros(2, 3, 32, 32),
-        timestep=torch.zeros(2),
-        class_labels=torch.zeros(2, dtype=torch.long),
-    )
-    attention = sum(one.modules[f"transformer_blocks.{block}.attn1"] for block in range(8))
-    assert pytest.approx(1 / 5) == demo.policy.calls
-    assert pytest.approx(1 - 4 / 5 * attention / one.total) == demo.policy.flops
-    assert pytest.approx(demo.fewer_steps.steps / 5) == demo.fewer_steps.flops
-    assert 5 < demo.policy.psnr < math.inf
-    assert demo.policy.worst_psnr <= demo.policy.psnr
-
-
-def test_the_picture_shows_both_grids(tmp_path):
-    """The file holds the uncached grid on the left and the policy's on the right."""
-    demo = measure(cachepolicy.parse(REUSE_ALL_BUT_FIRST), sampling=SMALL)
-    save(demo, tmp_path / "out.png", ("uncached", "cached"))
-    with Image.open(tmp_path / "out.png") as sheet:
-        left, right = (sheet.crop((x, 30, x + 198, 125)).tobytes() for x in (0, sheet.width - 399))
-        assert left != right
-    same = dataclasses.replace(demo, cached=demo.uncached)
-    save(same, tmp_path / "same.png", ("uncached", "cached"))
-    with Image.open(tmp_path / "same.png") as sheet:
-        left, right = (sheet.crop((x, 30, x + 198, 125)).tobytes() for x in (0, sheet.width - 399))
-        assert left == right
-
-
-def test_progress_ends_at_its_total():
-    """The bar's last step is the last of all."""
-    heard = []
-    measure("pab", {"spatial_every": 3}, SMALL, progress=lambda done, total, _: heard.append((done, total)))
-    assert list(range(1, len(heard) + 1)) == [done for done, _ in heard]
-    assert heard[-1][0] == heard[-1][1]
-
-
-@pytest.mark.filterwarnings("ignore:the policy reused nothing")
-def test_a_slower_policy_is_called_slower():
-    """A ratio below 1 is shown as it is."""
-    demo = measure(cachepolicy.parse('match "attn1$" -> compute'), sampling=SMALL)
-    row = dataclasses.replace(demo.policy, wall=dataclasses.replace(demo.policy.wall, median=0.8, least=0.7, most=0.9))
-    text = demo_table(dataclasses.replace(demo, policy=row), "all.cp")
-    assert "0.80x (0.70..0.90)" in text
-    assert "SLOWER" in text
-
-
-def test_half_a_guidance_batch_is_half_the_flops():
-    """A step that rebuilds the unconditional half counts the conditional half alone."""
-    policy = 'match model every 2 -> approximate uncond spectral(low: 1, high: 1, layout: "uncond first")'
-    demo = measure(cachepolicy.parse(policy), sampling=dataclasses.replace(SMALL, steps=6))
-    assert pytest.approx(3 / 4) == demo.policy.flops
-    assert 10 < demo.policy.psnr < math.inf
-
-
-@pytest.mark.parametrize("name", list(cachepolicy._resources.shipped_policies()))
-def test_every_shipped_policy_runs_on_the_demo(name):
-    """Whatever ships can be tried, with its default settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        demo = measure(name, sampling=dataclasses.replace(SMALL, steps=8))
-    assert 0 < demo.policy.flops <= 1
-    assert 15 < demo.policy.psnr
 
 
 def test_a_trace_is_drawn_as_the_schedule_is(pipe):

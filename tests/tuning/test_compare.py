@@ -16,7 +16,9 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
 import cachepolicy
+from cachepolicy._resources import shipped_policies
 from cachepolicy.tools.emoji import load_pipeline
+from cachepolicy.tools.flops import count
 from cachepolicy.tools.quality import each_psnr
 from cachepolicy.tuning.compare import Comparison, Variant, compare
 from cachepolicy.tuning.schedulers import SOLVERS, adapted, with_solver
@@ -103,11 +105,20 @@ def test_a_sheet_has_a_row_for_each_way(compared):
 def test_what_a_signal_decides_is_counted_in_every_call(pipe):
     """The cost of a policy that measures is the mean over the calls; its baseline has the steps of the first."""
     calls = [{**call, "num_inference_steps": 4} for call in CALLS]
-    compared = compare(pipe, calls, {"fbc": Variant("fbc", {"threshold": 0.9})}, converged=None)
+    heard = []
+    compared = compare(
+        pipe,
+        calls,
+        {"fbc": Variant("fbc", {"threshold": 0.9})},
+        converged=None,
+        progress=lambda done, total, _: heard.append((done, total)),
+    )
     rows = {row.kind: row for row in compared.rows}
     assert 0 < rows["policy"].cost < 1
     assert None is rows["policy"].converged
     assert not [row for row in compared.rows if " on the steps of " in row.name]
+    assert [*range(1, len(heard) + 1)] == [done for done, _ in heard]
+    assert heard[-1][0] == heard[-1][1]
 
 
 def test_without_baselines_only_the_variants_are_sampled(pipe):
@@ -119,6 +130,40 @@ def test_without_baselines_only_the_variants_are_sampled(pipe):
     assert (math.inf, math.inf) == (compared["all"].uncached.mean, compared["all"].uncached.p10)
     assert {"mean": None, "p10": None, "each": [None]} == compared.to_dict()["rows"][1]["psnr_uncached"]
     assert ["2 steps", "all"] == [row.name for row in compared.front()]
+
+
+def shares(pipe, policy, steps, pictures=2):
+    """The row of a policy alone."""
+    calls = [{"class_labels": [*range(pictures)], "num_inference_steps": steps}]
+    return compare(pipe, calls, {"policy": policy}, converged=None, baselines=False)["policy"]
+
+
+def test_the_cost_is_that_of_what_ran(pipe):
+    """It agrees with the FLOPs of the modules that the policy answers."""
+    one = count(
+        pipe.transformer,
+        hidden_states=torch.zeros(4, 3, 32, 32),
+        timestep=torch.zeros(4),
+        class_labels=torch.zeros(4, dtype=torch.long),
+    )
+    attention = sum(one.modules[f"transformer_blocks.{block}.attn1"] for block in range(8))
+    row = shares(pipe, cachepolicy.parse('match "attn1$" on {0} -> reuse'), 5)
+    assert pytest.approx(1 - 4 / 5 * attention / one.total) == row.cost
+
+
+def test_half_a_guidance_batch_is_half_the_cost(pipe):
+    """A step that rebuilds the unconditional half counts the conditional half alone."""
+    policy = 'match model every 2 -> approximate uncond spectral(low: 1, high: 1, layout: "uncond first")'
+    assert pytest.approx(3 / 4) == shares(pipe, cachepolicy.parse(policy), 6).cost
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(shipped_policies()))
+def test_every_shipped_policy_runs_on_the_emoji_model(pipe, name):
+    """Whatever ships can be tried, with its default settings."""
+    row = shares(pipe, name, 8, pictures=1)
+    assert 0 < row.cost <= 1
+    assert 15 < row.uncached.mean
 
 
 def test_a_function_that_samples_says_what_it_cannot_do(pipe):

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.headline [--model dit] [--tune] [--samples 64]
 
-The samples have seeds that were not tuned on. `--tune` first tunes the model and writes `tuned.cp` beside its weights. The
-numbers, a chart and the pictures are written to `docs/headline`.
+The samples have seeds that were not tuned on. `--tune` first tunes the model and writes `tuned.cp` beside its weights.
+The numbers, a chart and the pictures are written to `docs/headline`.
 """
 
 from __future__ import annotations

@@ -386,7 +386,8 @@ def demo_command(
 
     The pictures with their differences are written to a PNG file, and all numbers to an HTML page beside it.
     """
-    from cachepolicy.cli._demo import Sampling, show_demo, tuned_policy
+    from cachepolicy.cli._demo import show_demo
+    from cachepolicy.tuning.demo import Sampling, tuned_policy
 
     file = str(tuned_policy()) if policy is None else policy
     name = "<stdin>" if policy == STDIN else Path(file).stem

@@ -513,7 +513,11 @@ def test_the_demo_refuses_clearly(run, options, code, said):
 def test_without_diffusers_the_extra_is_named(run, tmp_path, monkeypatch, command):
     """The command to install what is missing is told, with exit code 2."""
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
-    for name in [each for each in sys.modules if each in {"cachepolicy.cli._demo", "cachepolicy.tools.emoji"}]:
+    for name in [
+        each
+        for each in sys.modules
+        if each in {"cachepolicy.cli._demo", "cachepolicy.tuning.demo", "cachepolicy.tools.emoji"}
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     result = run(*command)

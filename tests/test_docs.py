@@ -90,6 +90,25 @@ def test_a_page_can_be_played(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
             assert without_hash(fence.text) == without_hash(printed)
 
 
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for fence in fences(page)
+    if fence.language == "sh"
+    for line in fence.text.replace("\\\n", " ").splitlines()
+    if line.startswith("cachepolicy ")
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=str)
+def test_a_command_in_the_documents_has_these_options(page: str, line: str) -> None:
+    """The command exists and takes the arguments and options that the documents give it."""
+    outer = main.make_context("cachepolicy", ["list"])
+    name, command, rest = main.resolve_command(outer, shlex.split(line, comments=True)[1:])
+    assert command is not None
+    command.make_context(name, rest, parent=outer)
+
+
 def without_hash(text: str) -> str:
     """The text without hashes of policies, which a document need not follow."""
     return re.sub(r"\b[0-9a-f]{12}\b", "...", text)

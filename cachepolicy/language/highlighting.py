@@ -6,7 +6,8 @@ end of a line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,3 +144,29 @@ STATES: Mapping[LexerState, tuple[Colouring, ...]] = {
 
 Text that no rule matches is an error.
 """
+
+
+def coloured(text: str) -> Iterator[tuple[str, Role]]:
+    """Yields the text of a policy in pieces with their roles. The pieces make up the text."""
+    states: list[LexerState] = ["policy"]
+    place = 0
+    while place < len(text):
+        if len(states) > 1 and _NEXT.match(text, place):
+            states = ["policy"]
+        own = STATES[states[-1]] if len(states) > 1 else ()
+        found = ((rule, re.compile(rule.expression, re.MULTILINE).match(text, place)) for rule in (*own, *_ANYWHERE))
+        rule, match = next(((rule, match) for rule, match in found if match and match.end() > place), (None, None))
+        if rule is None or match is None:
+            yield text[place], "name"
+            place += 1
+            continue
+        pieces = match.groups() if len(rule.roles) > 1 else (match[0],)
+        yield from zip(pieces, rule.roles, strict=True)
+        place = match.end()
+        if rule.closes:
+            states.pop()
+        elif rule.opens is not None:
+            states.append(rule.opens)
+
+
+_NEXT = re.compile(NEXT_STATEMENT, re.MULTILINE)

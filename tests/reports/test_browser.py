@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
 
 from cachepolicy.reports.html.page import page
+from cachepolicy.reports.run_record import Picture, RunRecord
 from tests.support import report_data as reports
 from tests.support.browser import Shown, launched
 
@@ -119,6 +121,33 @@ def test_a_cell_says_which_rule_decided_and_why(browser, drifting):
         assert "step 3" in shown.told()
         shown.page.locator("h1").hover()
         assert "step 2" in shown.told()
+
+
+def test_a_reuse_is_explained_when_the_page_opens(browser, drifting):
+    """Its cell is marked until another one is chosen."""
+    with Shown(browser, drifting) as shown:
+        chosen = shown.page.locator("td[data-chosen]")
+        assert "R" == chosen.inner_text()
+        assert "reuses" in shown.told()
+        shown.page.locator("td").first.click()
+        assert 0 == chosen.count()
+
+
+def test_samples_scroll_in_their_own_box(browser, tmp_path):
+    """On a phone the page itself does not scroll sideways, and all pictures are drawn."""
+    dot = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
+    pictures = [Picture(f"picture {number}", "image/gif", dot) for number in range(5)]
+    rows = [("seed 0, uncached", *["1.00"] * 5)]
+    heads = ("sample", "seconds of the call", "of these in the model", "PSNR, dB", "SSIM", "LPIPS")
+    record = RunRecord("Samples", [("Prompt", "a " * 200)], heads, rows, pictures=[("Seed 0", pictures)])
+    path = tmp_path / "run.html"
+    path.write_text(page([reports.drifting().last], record=record), encoding="utf-8")
+    with Shown(browser, path, width=360) as shown:
+        assert [] == shown.console
+        assert 360 == shown.page.evaluate("document.documentElement.scrollWidth")
+        box = shown.page.locator(".pictures")
+        assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+        assert [1] * 5 == shown.page.locator(".pictures img").evaluate_all("all => all.map((one) => one.naturalWidth)")
 
 
 def test_sites_alike_open_and_close(browser, flux):

@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cachepolicy
+from cachepolicy.language.highlighting import coloured
 from cachepolicy.planning.cost_model import Work, forecast, format_bytes
 from cachepolicy.planning.module_tree import sites_skeleton
 from cachepolicy.planning.schedule import Tick
 from cachepolicy.planning.simulation import replay, simulate
 from cachepolicy.planning.tally import tally
 from cachepolicy.reports.html.page import page
+from cachepolicy.reports.run_record import Picture, RunRecord
 from cachepolicy.reports.stats import curves, gains, points
 from cachepolicy.reports.text import draw
 from cachepolicy.testing import strategies
@@ -331,3 +333,31 @@ def test_notebooks_show_a_table():
         assert "site calls" in text
     assert "branch cond" in reports.flux(4)._repr_html_()
     assert "nothing has run yet" in Trace()._repr_html_()
+
+
+def test_samples_stand_above_what_the_policy_did():
+    """Facts, the table and the pictures of each seed are shown as text and data; labels tell seeds apart."""
+    record = RunRecord(
+        f"Samples {reports.HOSTILE}",
+        [("Prompt", reports.HOSTILE), ("Seeds", "1, 2")],
+        ("sample", "seconds of the call"),
+        [("seed 1, uncached", "2.00")],
+        "Each sample was made once.",
+        [("Seed 1", [Picture("uncached", "image/png", b"png")])],
+    )
+    first, second = reports.drifting().last, reports.as_trace(simulate("fora", steps=8)).last
+    text = page([first, second], uncached=[3 * first.seconds, 2 * second.seconds], labels=["seed 1"], record=record)
+    assert ["3.00×", "2.00×"] == re.findall(r"<dt>Speed-up of the model, measured</dt><dd><b>([^<]*)</b>", text)
+    assert 'src="data:image/png;base64,cG5n"' in text
+    assert '<th scope="row">seed 1, uncached</th><td>2.00</td>' in text
+    assert "on builtin, seed 1</h1>" in text
+    assert "<img src=x" not in text
+
+
+def test_a_policy_is_coloured_without_changing_its_text():
+    """The pieces make up the text, each with its role."""
+    text = 'cachepolicy 1\n# why\nparam n: int = 2 in [1, inf)\nmatch "a" every n at most 3 in a row -> reuse\n'
+    pieces = list(coloured(text))
+    assert text == "".join(piece for piece, _ in pieces)
+    assert {("match", "statement"), ("reuse", "action"), ('"a"', "string"), ("# why", "comment")} <= set(pieces)
+    assert '<span class="act">reuse</span>' in page([simulate("fora", steps=4)])

@@ -55,7 +55,15 @@ def test_pictures_trace_and_metrics_against_the_uncached_run(folder: Path, tmp_p
         "trace.json",
         "report.html",
     } <= names
-    assert "against the uncached run" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    report = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "against the uncached run" in report
+    assert "seeds 1, 2, decided alike" in report
+    assert "FLOPs skipped" in report
+    assert "about as many FLOPs in the model as with the policy" in result.stdout
+    fewer = {path.name for path in (tmp_path / "out").glob("seed-*-steps.png")}
+    assert 2 == len(fewer)
+    assert all(f"seed {seed}, {name}" in report for seed in (1, 2) for name in ("uncached", "with the policy"))
+    assert 2 * 5 == report.count("<img src=")
     assert "PSNR" in result.stdout
     assert "SSIM" in result.stdout
     assert "x as fast" in result.stdout

@@ -12,12 +12,14 @@ from cachepolicy._resources import render_template, template
 from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format, format_node
+from cachepolicy.language.highlighting import coloured
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.cost_model import Work, format_bytes, format_flops
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.tally import percent
 from cachepolicy.reports.html._cells import CellReasons, decision_grid
 from cachepolicy.reports.html._charts import Chart, Mark, bar_chart, curve_chart, number
+from cachepolicy.reports.run_record import Picture, RunRecord
 from cachepolicy.reports.stats import Curve, Gains, Point, curves, gains, series
 from cachepolicy.reports.text import Outcome, signals_text
 from cachepolicy.tracing.schema import settings_of
@@ -29,13 +31,22 @@ _MOST_CURVES = 6
 Rows = list[tuple[str, ...]]
 
 
-def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: float | None = None) -> str:
+def page(
+    outcomes: Sequence[Outcome],
+    *,
+    work: Work | None = None,
+    uncached: float | Sequence[float | None] | None = None,
+    labels: Sequence[str] = (),
+    record: RunRecord | None = None,
+) -> str:
     """Renders trajectories or schedules as one HTML page.
 
     Args:
         outcomes: What ran, or what would run. A pipeline with two denoisers has one outcome for each.
         work: The FLOPs of one call of the model.
-        uncached: Seconds in the calls of all denoisers without the policy.
+        uncached: Seconds in the calls of all denoisers without the policy, or those of each outcome.
+        labels: What stands behind the title of each outcome, such as its seed.
+        record: The samples of the run, which stand above.
 
     Returns:
         The text of the page.
@@ -43,9 +54,14 @@ def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: flo
     reasons = CellReasons()
     # The seconds of all denoisers are known together, so each of them has the same speed-up.
     total = sum(map(_seconds, outcomes))
+    shares = (
+        [_part_of(uncached, _seconds(outcome), total) for outcome in outcomes]
+        if uncached is None or isinstance(uncached, float | int)
+        else uncached
+    )
     parts = [
-        _part(outcome, reasons, gains(outcome, work=work, uncached=_part_of(uncached, _seconds(outcome), total)))
-        for outcome in outcomes
+        _part(outcome, reasons, gains(outcome, work=work, uncached=seconds), label)
+        for outcome, seconds, label in zip(outcomes, shares, [*labels, *[""] * len(outcomes)], strict=False)
     ]
     script = template("report.js")
     rules = [[format_node(bound.rule) for bound in outcome.plan.rules] for outcome in outcomes]
@@ -53,11 +69,18 @@ def page(outcomes: Sequence[Outcome], *, work: Work | None = None, uncached: flo
         "report.html",
         title=parts[0]["title"] if parts else "nothing has run yet",
         parts=parts,
+        record=record,
+        pictures=[] if record is None else [_pictures(heading, files) for heading, files in record.pictures],
         style=template("report.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data={**reasons.to_json(), "rules": rules},
     )
+
+
+def _pictures(heading: str, files: Sequence[Picture]) -> dict[str, Any]:
+    images = [(f"data:{file.kind};base64,{base64.b64encode(file.content).decode()}", file.caption) for file in files]
+    return {"heading": heading, "images": images}
 
 
 def _seconds(outcome: Outcome) -> float:
@@ -68,7 +91,7 @@ def _part_of(uncached: float | None, seconds: float, total: float) -> float | No
     return uncached if uncached is None or not total else uncached * seconds / total
 
 
-def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, Any]:
+def _part(outcome: Outcome, reasons: CellReasons, gained: Gains, label: str) -> dict[str, Any]:
     """Returns what the template shows of one outcome."""
     plan = outcome.plan
     policy = plan.policy
@@ -76,7 +99,7 @@ def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, An
     branches = outcome.branches if plan.sites else ()
     settings = [f"{name} = {value}" for name, value in settings_of(plan.resolved).items()]
     return {
-        "title": f"{policy.title or policy.name or 'a policy'} on {plan.skeleton.name}",
+        "title": f"{policy.title or policy.name or 'a policy'} on {plan.skeleton.name}{f', {label}' if label else ''}",
         "recorded": recorded,
         "open_signals": signals_text(outcome),
         "source": policy.source,
@@ -85,9 +108,9 @@ def _part(outcome: Outcome, reasons: CellReasons, gained: Gains) -> dict[str, An
         "grids": [decision_grid(outcome, branch, reasons) for branch in branches],
         "signals": [(branch, charts) for branch in branches if (charts := _signal_charts(outcome, branch))],
         "settings": ", ".join(settings),
-        "own_rules": list(_own_rules(plan, gained)),
+        "own_rules": [(_coloured(text), share) for text, share in _own_rules(plan, gained)],
         "used_rules": [
-            (format_node(plan.rules[rule].rule), _share(plan, rule, gained))
+            (_coloured(format_node(plan.rules[rule].rule)), _share(plan, rule, gained))
             for rule, source in enumerate(plan.resolved.sources)
             if source.policy is not policy
         ],
@@ -268,6 +291,24 @@ def _profile(trajectory: Trajectory) -> dict[str, Any] | None:
 
 def _mean(seconds: Sequence[float]) -> str:
     return f"{number(1e3 * sum(seconds) / len(seconds))} ({counted(len(seconds), 'call')})" if seconds else "never"
+
+
+def _coloured(text: str) -> list[tuple[str, str]]:
+    """Returns the text of a policy in pieces, each with the class of its colour, "" for none."""
+    pieces = list[tuple[str, str]]()
+    for piece, role in coloured(text):
+        kind = _COLOURS.get(role, "")
+        before = pieces.pop()[0] if pieces and pieces[-1][1] == kind else ""
+        pieces.append((before + piece, kind))
+    return pieces
+
+
+_COLOURS = {
+    "comment": "note", "string": "text", "number": "number", "statement": "word", "clause": "word", "action": "act",
+    "connective": "word", "kind": "name", "probe": "name", "clock": "name", "function": "name", "type": "name",
+    "constant": "number",
+}  # fmt: skip
+"""The class of each role of a piece of text."""
 
 
 # --- the policy's text -----------------------------------------------------------------------------------

@@ -82,6 +82,10 @@ function setUpGrid(part, table) {
   let current = table.querySelector("td");
   if (!current) return;
   current.tabIndex = 0;
+  const chosen = table.querySelector("td.R") ?? table.querySelector("td.S");
+  const choose = () => { if (chosen) { chosen.dataset.chosen = ""; show(part, chosen); } };
+  if (!table.closest("[hidden]") && !part.querySelector("[data-chosen]")) choose();
+  table.addEventListener("focusin", () => { if (chosen) delete chosen.dataset.chosen; });
   for (const body of table.tBodies) if (body.querySelector("button")) body.classList.add("closed");
   table.addEventListener("focusin", ({target}) => {
     if (!target.matches("td")) return;
@@ -121,8 +125,8 @@ function setUp(part) {
     }
   };
   part.addEventListener("change", ({target}) => target.name?.startsWith("mode") ? letter() : choose());
-  for (const table of part.querySelectorAll(".grid table")) setUpGrid(part, table);
   choose();
+  for (const table of part.querySelectorAll(".grid table")) setUpGrid(part, table);
 }
 
 for (const part of document.querySelectorAll("[data-part]")) setUp(part);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import io
 import math
 import platform
 import statistics
@@ -13,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cachepolicy.cli import output
 from cachepolicy.engine.class_swap import plain
@@ -28,7 +25,7 @@ from cachepolicy.reports.html.page import page
 from cachepolicy.reports.run_record import Picture, RunRecord
 from cachepolicy.reports.stats import speed_up
 from cachepolicy.tools.flops import counting
-from cachepolicy.tools.pictures import GAIN, difference, to_pil
+from cachepolicy.tools.pictures import GAIN, difference, thumbnail
 from cachepolicy.tools.quality import Quality, compare_pictures
 from cachepolicy.tools.sampling import Sample, sample_pipeline, save_pictures
 from cachepolicy.tracing.trace import Trajectory
@@ -289,7 +286,7 @@ def _row(name: str, sample: Sample, quality: Quality | None) -> tuple[str, ...]:
 def _facts(pipe: Any, task: Task) -> list[tuple[str, str]]:
     """Returns how the samples were made."""
     shown = {name: value for name, value in task.arguments.items() if isinstance(value, str | int | float | bool)}
-    tensors = [name for name, value in task.arguments.items() if isinstance(value, torch.Tensor)]
+    tensors = [name for name, value in task.arguments.items() if hasattr(value, "shape")]
     facts = [(name.replace("_", " ").capitalize(), str(value)) for name, value in shown.items()]
     facts += [("Tensors given", ", ".join(tensors))] if tensors else []
     facts += [("Seeds", ", ".join(map(str, task.seeds)))]
@@ -323,30 +320,16 @@ def _pictures(outcome: _SeedOutcome) -> list[Picture]:
         for index in sorted({round(place * (number - 1) / max(1, _SHOWN - 1)) for place in range(_SHOWN)}):
             part = f"{name}, {'frame' if sample.frames else 'picture'} {index}" if number > 1 else name
             picture = sample.pictures[index : index + 1]
-            files.append(encoded(part, picture))
+            files.append(_file(part, picture))
             if bare is not None and sample is not bare:
                 off = difference(bare.pictures[index : index + 1], picture)
-                files.append(encoded(f"its difference from the uncached one, {GAIN} times enlarged", off))
+                files.append(_file(f"its difference from the uncached one, {GAIN} times enlarged", off))
     return files
 
 
-def encoded(caption: str, picture: torch.Tensor) -> Picture:
-    """Returns a picture for a report: as PNG, or if it is larger than 256 pixels as JPEG of at most 512 pixels.
-
-    Args:
-        caption: The caption.
-        picture: The picture, `(1, C, H, W)` in [-1, 1].
-    """
-    image, file = to_pil(picture)[0], io.BytesIO()
-    if max(image.size) <= _SMALL:
-        image.save(file, format="png", optimize=True)
-        return Picture(caption, "image/png", file.getvalue())
-    image.thumbnail((2 * _SMALL, 2 * _SMALL))
-    image.save(file, format="jpeg", quality=92)
-    return Picture(caption, "image/jpeg", file.getvalue())
-
-
-_SMALL = 256
+def _file(caption: str, picture: Any) -> Picture:
+    kind, content = thumbnail(picture)
+    return Picture(caption, kind, content)
 
 
 def _quality(quality: Quality | None) -> str:

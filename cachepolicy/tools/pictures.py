@@ -87,3 +87,24 @@ def png(image: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format="png", optimize=True)
     return file.getvalue()
+
+
+_SMALL = 256
+
+
+def thumbnail(picture: torch.Tensor) -> tuple[str, bytes]:
+    """Encode a picture for a report: as PNG, or if it is larger than 256 pixels as JPEG of at most 512 pixels.
+
+    Args:
+        picture: The picture, `(1, C, H, W)` in [-1, 1].
+
+    Returns:
+        The media type, and the bytes of the file.
+    """
+    image = to_pil(picture)[0]
+    if max(image.size) <= _SMALL:
+        return "image/png", png(image)
+    image.thumbnail((2 * _SMALL, 2 * _SMALL))
+    file = io.BytesIO()
+    image.save(file, format="jpeg", quality=92)
+    return "image/jpeg", file.getvalue()

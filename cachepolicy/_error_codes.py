@@ -67,6 +67,8 @@ CODES: dict[str, str] = {
     "E164": "a regex from a parameter that RE2 refuses",
     "E165": "too large after substitution of its names",
     # E20x to E24x: a policy on a model.
+    "E166": "a parameter without a value",
+    "E167": "a preset that does not exist, or several that fit",
     "E200": "a rule that selects nothing in the model",
     "E201": "a block that the model does not have",
     "E202": "an empty slice of blocks",

@@ -79,7 +79,7 @@ def _bind_policy(name: str, sampled: options.SampledModel) -> Plan:
         policy = load(name) if text is None else parse(text, source="<stdin>")
     except PolicyError as error:
         raise PolicyError([*error.diagnostics, *_binding_errors(name, text, sampled, error.diagnostics)]) from error
-    return bind(resolve(policy, sampled.settings), sampled.skeleton)
+    return bind(resolve(policy, sampled.settings, model=sampled.skeleton.facts), sampled.skeleton)
 
 
 def _binding_errors(
@@ -94,7 +94,7 @@ def _binding_errors(
             policy = policy.model_copy(update={"source_name": str(Path(name).absolute())})
         else:
             policy, _ = recover(text, source="<stdin>")
-        bind(resolve(policy, sampled.settings), sampled.skeleton)
+        bind(resolve(policy, sampled.settings, model=sampled.skeleton.facts), sampled.skeleton)
     except OSError:
         return []
     except PolicyError as error:

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -36,6 +39,7 @@ from cachepolicy.diffusers.module_names import (
 )
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
+from cachepolicy.language.presets import ModelFacts
 from cachepolicy.planning.module_tree import Module, Skeleton, ancestors
 
 
@@ -141,7 +145,35 @@ def describe(model: nn.Module) -> Skeleton:
         else entry
         for entry in modules
     )
-    return Skeleton(type(model).__name__, marked, tuple(lists))
+    skeleton = Skeleton(type(model).__name__, marked, tuple(lists))
+    return replace(skeleton, facts=_facts(model, list(skeleton.block_order)))
+
+
+_ENTRIES = 2000  # number of entries of a configuration that are read
+
+
+def _facts(model: nn.Module, blocks: Sequence[str]) -> ModelFacts:
+    """Return what presets ask of a model."""
+    config = getattr(model, "config", None)
+    entries: Any = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    scalars = [(name, value) for name, value in entries.items() if isinstance(name, str) and _is_entry(value)]
+    return ModelFacts(type(model).__name__, _stream_width(model, blocks), len(blocks), tuple(scalars[:_ENTRIES]))
+
+
+def _is_entry(value: Any) -> bool:
+    """Return whether a value of a configuration is one that presets can read."""
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, int | float | bool | str) and finite and len(str(value)) <= 1000
+
+
+def _stream_width(model: nn.Module, blocks: Sequence[str]) -> int | None:
+    """Return the channels of the block stream: the most frequent input size of the linear layers of a block."""
+    for name in blocks:
+        linears = [layer for layer in model.get_submodule(name).modules() if isinstance(layer, nn.Linear)]
+        sizes = Counter(layer.in_features for layer in linears)
+        if sizes:
+            return sizes.most_common(1)[0][0]
+    return None
 
 
 def is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:

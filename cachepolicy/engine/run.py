@@ -143,19 +143,20 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     )
     chosen = replace(chosen, externals=externals)
     packing = packing_of(chosen.history_dtype, chosen.history_device)
-    resolved = resolve(loaded, params)
-    missing = [name for name in resolved.externals if name not in externals]
+    roots = denoisers(target)
+    skeletons = {name: describe(module) for name, module in roots.items()}
+    resolved = {name: resolve(loaded, params, model=skeleton.facts) for name, skeleton in skeletons.items()}
+    missing = [name for one in resolved.values() for name in one.externals if name not in externals]
     if missing:
         raise PolicyError.of(
             "E307", f"the policy asks for `{missing[0]}`", help=f"pass `{missing[0]}=` a function that returns it"
         )
     if chosen.process_group is not None and chosen.process_group is not False:
         member_ranks(chosen.process_group)
-    roots = denoisers(target)
     attaches = not is_disabled()
     if attaches:
         _require_free(target, roots)
-    plans = {name: bind(resolved, describe(module)) for name, module in roots.items()}
+    plans = {name: bind(resolved[name], skeleton) for name, skeleton in skeletons.items()}
     if not any(bound.sites for bound in plans.values()):
         names = ", ".join(f"`{type(module).__name__}`" for module in roots.values())
         raise PolicyError.of(

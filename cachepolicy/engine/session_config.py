@@ -107,14 +107,16 @@ class BoundPolicy:
 
     def _change(self, params: Mapping[str, Any]) -> Mapping[str, ExecutionPlan] | str:
         """Return the execution plans under these params, or the part of the hooks that they would change."""
-        resolved = resolve(self.policy, self._params | dict(params))
-        if all(
-            resolved.digest == execution.plan.resolved.digest for execution in self.session_config.executions.values()
-        ):
-            return self.session_config.executions
+        current = self.session_config.executions
+        resolved = {
+            name: resolve(self.policy, self._params | dict(params), model=execution.plan.skeleton.facts)
+            for name, execution in current.items()
+        }
+        if all(resolved[name].digest == execution.plan.resolved.digest for name, execution in current.items()):
+            return current
         executions = dict[str, ExecutionPlan]()
-        for name, execution in self.session_config.executions.items():
-            executions[name] = lay_out(bind(resolved, execution.plan.skeleton))
+        for name, execution in current.items():
+            executions[name] = lay_out(bind(resolved[name], execution.plan.skeleton))
             change = _change(execution, executions[name])
             if change:
                 return change

@@ -91,6 +91,8 @@ def _judge_param(node: ir.PatternParam, checker: Checker) -> None:
 
 
 def _judge_default(param: ir.Param, report: Report) -> None:
+    if param.default is None:
+        return
     items = param.default.items if isinstance(param.default, ir.ListOf) else (param.default,)
     for item in items:
         if isinstance(item, ir.Text):

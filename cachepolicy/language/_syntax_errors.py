@@ -29,7 +29,8 @@ USAGE = {
     "table": "`table NAME = [1.0, 0.98, ...]`",
     "signal": "`signal NAME = EXPRESSION`",
     "external": "`external NAME: float`",
-    "use": "`use POLICY with NAME = VALUE, ...`",
+    "use": "`use POLICY with NAME = VALUE, ... when G at most N in a row`",
+    "preset": '`preset NAME for class "regex" when G with NAME = VALUE, ... source "..."`',
     "expect": "`expect SELECTOR over N steps with NAME = VALUE: C C R R`",
 }
 RULE = "`match SELECTOR when G every N while C at most N in a row -> ACTION follow BRANCH`"

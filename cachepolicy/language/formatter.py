@@ -64,7 +64,7 @@ def format_node(node: ir.Node) -> str:
             return expression(node)  # pyright: ignore[reportArgumentType]
 
 
-_STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect, ir.Tuned)
+_STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect, ir.Tuned, ir.Preset)
 _ACTIONS = (ir.Compute, ir.Skip, ir.Reuse, ir.Predict, ir.ApproximateUncond)
 _SELECTORS = (ir.Pattern, ir.PatternParam, ir.Itself, ir.OfKind, ir.OfClass, ir.Blocks, ir.AllOf, ir.AnyOf, ir.NoneOf)
 
@@ -126,6 +126,7 @@ _GROUPS = {
     "use": "rule",
     "expect": "expect",
     "tuned": "tuned",
+    "preset": "preset",
 }
 
 
@@ -191,7 +192,8 @@ _LABEL = re.compile(r"""\s?[A-Za-z_][A-Za-z0-9_]*: |"(?:[^"]|"")*"|'(?:[^']|'')*
 def _pieces(statement: ir.Statement) -> Iterator[str]:
     match statement:
         case ir.Param():
-            yield f"param {statement.name}: {statement.type}{'?' * statement.optional} = {_value(statement.default)}"
+            default = "" if statement.default is None else f" = {_value(statement.default)}"
+            yield f"param {statement.name}: {statement.type}{'?' * statement.optional}{default}"
             if statement.domain is not None:
                 yield f"in {expression(statement.domain)}"
             yield from _quoted_all(statement.doc)
@@ -213,6 +215,17 @@ def _pieces(statement: ir.Statement) -> Iterator[str]:
         case ir.Use():
             yield f"use {statement.policy if _is_name(statement.policy) else quote(statement.policy)}"
             yield from _settings(statement.settings)
+            if statement.when is not None:
+                yield f"when {expression(statement.when)}"
+            if statement.bound is not None:
+                yield _bound(statement.bound)
+        case ir.Preset():
+            yield f"preset {statement.name} for class {quote(statement.for_class)}"
+            if statement.when is not None:
+                yield f"when {expression(statement.when)}"
+            yield from _settings(statement.settings)
+            if statement.origin is not None:
+                yield f"source {quote(statement.origin)}"
         case ir.Expect():
             yield f"expect {selector(statement.selector)} over {statement.steps} steps" + ":" * (not statement.settings)
             yield from _settings(statement.settings, end=":")

@@ -92,7 +92,10 @@ _DECLARATIONS = (
     Colouring(rf"\b(param|let|table|signal|external)({_GAP})({_NAME})", ("statement", "space", "declared")),
     Colouring(rf"\b(policy|use)({_GAP})({_NAME})", ("statement", "space", "policy")),
 )
-_LATER = (Colouring(rf"^(?:{_either(LATER_WORDS)})(?=[ \t]+over\b)", ("statement",)),)
+_LATER = (
+    Colouring(r"^tuned(?=[ \t]+over\b)", ("statement",)),
+    Colouring(rf"^(preset)({_GAP})({_NAME})({_GAP})(for)\b", ("statement", "space", "declared", "space", "clause")),
+)
 _METHODS = (
     Colouring(rf"\b(predict)({_GAP})({_NAME})", ("action", "space", "method")),
     Colouring(rf"\b(approximate)({_GAP})(uncond)({_GAP})({_NAME})", ("action", "space", "clause", "space", "method")),

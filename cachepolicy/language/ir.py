@@ -437,13 +437,13 @@ Action = Annotated[Compute | Skip | Reuse | Predict | ApproximateUncond, Field(d
 
 
 class Param(Node):
-    """`param NAME: TYPE = DEFAULT [in DOMAIN] ["doc"]`: a parameter."""
+    """`param NAME: TYPE [= DEFAULT] [in DOMAIN] ["doc"]`: a parameter."""
 
     kind: Literal["param"] = "param"
     name: str
     type: ParamType
     optional: bool = False
-    default: Expression
+    default: Expression | None = None
     domain: Annotated[Interval | SetOf, Field(discriminator="kind")] | None = None
     doc: str | None = None
 
@@ -500,12 +500,27 @@ class Setting(Node):
     value: Expression
 
 
-class Use(Node):
-    """`use POLICY [with A = V, ...]`: inserts the rules of another policy."""
+class Preset(Node):
+    """`preset NAME for class "regex" [when G] with A = V, ... [source "..."]`: defaults for models that fit."""
+
+    kind: Literal["preset"] = "preset"
+    name: str
+    for_class: str
+    when: Expression | None = None
+    settings: tuple[Setting, ...] = ()
+    origin: str | None = Field(default=None, description="where the values are from")
+
+
+class Use(GrownNode):
+    """`use POLICY [with A = V, ...] [when G] [at most N in a row]`: inserts the rules of another policy."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"when", "bound"})
 
     kind: Literal["use"] = "use"
     policy: str
     settings: tuple[Setting, ...] = ()
+    when: Expression | None = None
+    bound: Bound | None = None
 
 
 class Expect(Node):
@@ -527,7 +542,7 @@ class Tuned(Node):
 
 
 Statement = Annotated[
-    Param | Let | Table | Signal | External | Rule | Use | Expect | Tuned, Field(discriminator="kind")
+    Param | Let | Table | Signal | External | Rule | Use | Expect | Tuned | Preset, Field(discriminator="kind")
 ]
 
 
@@ -565,6 +580,6 @@ class Policy(Node):
 for _model in (
     Lookup, ListOf, Negative, Arithmetic, Comparison, Both, Either, Negation, Conditional, Interval, SetOf,
     Membership, Call, Tokens, Probe, Over, Blocks, AllOf, AnyOf, NoneOf, Every, OnSteps, Mask, Bound, Argument, Predict,
-    ApproximateUncond, Param, Let, Signal, Rule, Setting, Use, Expect, Tuned, Policy,
+    ApproximateUncond, Param, Let, Signal, Rule, Setting, Preset, Use, Expect, Tuned, Policy,
 ):  # fmt: skip
     _model.model_rebuild()

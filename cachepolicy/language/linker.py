@@ -15,9 +15,11 @@ from cachepolicy.language.evaluate import Value, constant
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.loader import Origin, chain, load, load_used, located, origin
 from cachepolicy.language.params import settled
+from cachepolicy.language.presets import ModelFacts, choose, missing
+from cachepolicy.language.scope import BOUND
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform, walk
-from cachepolicy.language.validate import resolved_faults
+from cachepolicy.language.validate import WholeNumber, resolved_faults
 from cachepolicy.language.vocabulary import NORMS
 
 __all__ = ["Resolved", "RuleSource", "load", "resolve"]
@@ -57,6 +59,7 @@ class Resolved:
         expects: The expectations of the policy itself.
         settings: The Python value of each parameter.
         digest: The sha256 of what the rules mean, in hexadecimal.
+        preset: The name of the preset that applies; None if none does.
         used: The used policies, by the key of the user's origin and the name in its `use` statement.
     """
 
@@ -70,6 +73,7 @@ class Resolved:
     tuned: tuple[ir.Tuned, ...]
     settings: Mapping[str, Value]
     digest: str
+    preset: str | None = None
     used: Used = field(default_factory=dict[tuple[str, str], ir.Policy], repr=False, compare=False)
 
 
@@ -78,30 +82,38 @@ Loader = Callable[[str, ir.Policy], ir.Policy]
 """Loads the policy that `use NAME` refers to, given the name and the policy that contains the statement."""
 
 
-def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, loader: Loader = load_used) -> Resolved:
+def resolve(
+    policy: ir.Policy,
+    settings: Mapping[str, object] | None = None,
+    *,
+    loader: Loader = load_used,
+    model: ModelFacts | None = None,
+) -> Resolved:
     """Sets the parameters of a policy, inlines the policies that it uses and substitutes parameters and lets.
 
     Args:
         policy: The policy. It is not modified.
         settings: Values of parameters by name: Python values (`None` for `off`, a tuple `(low, high)` for an open
-            range) or expressions.
+            range) or expressions. `preset` chooses a preset by its name, unless a parameter has this name.
         loader: Loads the policy that a `use` statement refers to.
+        model: The model that presets are asked about. Without one, the first preset sets parameters without a default.
 
     Returns:
         The resolved policy.
 
     Raises:
         PolicyError: A setting does not fit (E160 to E162), a clause does not fit its constants (E163, E164), the policy
-            grows too large (E165), or a used policy cannot be loaded (E150 to E155), uses itself (E156) or uses too
-            many others (E157).
+            grows too large (E165), a parameter has no value (E166), no or several presets fit (E167), or a used policy
+            cannot be loaded (E150 to E155), uses itself (E156) or uses too many others (E157).
     """
     if policy.source_name is None:
         # Built by hand or read from JSON: a text was held to the rules when it was parsed.
         errors = [finding for finding in check_names(policy) if finding.severity == "error"]
         if errors:
             raise PolicyError(errors)
-    flat = _Flat(loader)
-    names = flat.add(policy, settings or {}, (origin(policy),))
+    settings = dict(settings or {})
+    flat = _Flat(loader, model, _chosen(policy, settings))
+    names = flat.add(policy, settings, (origin(policy),))
     if flat.findings:
         raise PolicyError(flat.findings)
     flat.signals = {name: flat.signals[name] for name in _ordered(flat.signals, policy)}
@@ -121,8 +133,25 @@ def resolve(policy: ir.Policy, settings: Mapping[str, object] | None = None, *, 
         tuned=tuned,
         settings={param.name: constant(names[param.name]) for param in _of(policy, ir.Param)},
         digest=meaning,
+        preset=flat.preset,
         used=flat.files,
     )
+
+
+def _chosen(policy: ir.Policy, settings: dict[str, object]) -> str | None:
+    """Returns the preset that the settings choose, and removes it from them."""
+    if not _of(policy, ir.Preset) or any(param.name == "preset" for param in _of(policy, ir.Param)):
+        return None
+    value = settings.pop("preset", None)
+    match value:
+        case ir.Text():
+            return value.value
+        case ir.Name():
+            return value.name
+        case None | str():
+            return value
+        case _:
+            raise PolicyError.of("E161", f"`preset` takes the name of a preset, not `{value}`")
 
 
 def _with_named_norms(
@@ -167,6 +196,9 @@ class _Flat:
     """Accumulates the linked rules, signals, tables and diagnostics of a policy and of the policies that it uses."""
 
     loader: Loader
+    model: ModelFacts | None = None
+    chosen: str | None = None
+    preset: str | None = None
     rules: list[ir.Rule] = field(default_factory=list[ir.Rule])
     sources: list[RuleSource] = field(default_factory=list[RuleSource])
     signals: dict[str, ir.Signal] = field(default_factory=dict[str, ir.Signal])
@@ -189,7 +221,10 @@ class _Flat:
         """Inlines one policy, or the policy that `use` refers to. Returns the substitution for its names."""
         spans = {setting.name: setting.span for setting in use.settings} if use else {}
         prefix = (policy.name or use.policy) if use else ""
-        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), settings, spans)
+        names: dict[str, ir.Expression] = settled(_of(policy, ir.Param), self._preset(policy, settings, use), spans)
+        unset = [param for param in _of(policy, ir.Param) if param.name not in names]
+        if unset:
+            raise PolicyError([located(missing(unset, _of(policy, ir.Preset), self.model), policy, unset[0].span)])
         renamed = self._declare(policy, prefix, names)
         names |= {old: ir.Name(name=new) for old, new in renamed.items() if old not in names}
         sizes = dict[str, tuple[int, int]]()
@@ -207,13 +242,27 @@ class _Flat:
                     value = self._write(policy, statement.value, names, renamed)
                     self.signals[new] = statement.model_copy(update={"name": new, "value": value})
                 case ir.Use():
-                    self._use(policy, statement, names, path)
+                    self._use(policy, statement, names, renamed, path)
                 case ir.Expect() if not prefix:
                     selector = self._write(policy, statement.selector, names, renamed)
                     self.expects.append(statement.model_copy(update={"selector": selector}))
                 case _:
                     pass
         return names
+
+    def _preset(self, policy: ir.Policy, settings: Mapping[str, object], use: ir.Use | None) -> Mapping[str, object]:
+        """Returns the settings with the values of the preset that applies."""
+        presets = _of(policy, ir.Preset)
+        if not presets:
+            return settings
+        chosen = self.chosen if use is None else None
+        name, values = choose(presets, self.model, chosen, settings)
+        if self.model is None and chosen is None:
+            unset = {param.name for param in _of(policy, ir.Param) if param.default is None}
+            name, values = None, {key: value for key, value in values.items() if key in unset}
+        if use is None:
+            self.preset = name
+        return {**values, **settings}
 
     def _declare(self, policy: ir.Policy, prefix: str, settings: Mapping[str, ir.Expression]) -> dict[str, str]:
         """Chooses unique names for signals, tables and externals. Returns the map from old to new names.
@@ -319,7 +368,15 @@ class _Flat:
         if len(self.rules) > RULE_LIMIT:
             raise PolicyError.of("E157", f"more than {RULE_LIMIT} rules, with those that are used")
 
-    def _use(self, policy: ir.Policy, use: ir.Use, names: Mapping[str, ir.Expression], path: Sequence[Origin]) -> None:
+    def _use(
+        self,
+        policy: ir.Policy,
+        use: ir.Use,
+        names: Mapping[str, ir.Expression],
+        renamed: Mapping[str, str],
+        path: Sequence[Origin],
+    ) -> None:
+        first = len(self.rules)
         try:
             used = self._load(use.policy, policy, path)
             settings = {setting.name: self._write(policy, setting.value, names, {}) for setting in use.settings}
@@ -329,6 +386,13 @@ class _Flat:
             if any(finding.code == "E157" for finding in findings):
                 raise PolicyError(findings) from error
             self.findings += findings
+        when = None if use.when is None else self._write(policy, use.when, names, renamed)
+        count = None if use.bound is None else self._write(policy, use.bound.count, names, renamed)
+        if count is not None:
+            fault = WholeNumber(count, "`at most`", BOUND, 0, off=True).fault()
+            self.findings += [] if fault is None else [located(Diagnostic("E163", fault), policy, use.span)]
+        for number in range(first, len(self.rules)):
+            self.rules[number] = _narrowed(self.rules[number], when, count)
 
     def _load(self, name: str, user: ir.Policy, path: Sequence[Origin]) -> ir.Policy:
         self.uses += 1
@@ -359,6 +423,23 @@ class _Flat:
             sizes[name] = self._size(policy, signal.value, sizes)
         for rule in self.rules:
             self._size(policy, rule, sizes)
+
+
+def _narrowed(rule: ir.Rule, when: ir.Expression | None, count: ir.Expression | None) -> ir.Rule:
+    """Returns a used rule that owns its sites only where `when` holds, and reuses at most `count` times in a row."""
+    if when is not None:
+        both = when if rule.when is None else ir.Both(operands=(when, rule.when))
+        rule = rule.model_copy(update={"when": fold_constants(both)})
+    if count is None or isinstance(count, ir.Off) or isinstance(rule.action, ir.Compute):
+        return rule
+    bounds = [bound for bound in rule.bounds if bound.scope != "row"]
+    for bound in rule.bounds:
+        if bound.scope == "row":
+            least = fold_constants(ir.Call(function="min", arguments=(count, bound.count)))
+            bounds.append(bound.model_copy(update={"count": least}))
+    if len(bounds) == len(rule.bounds) and all(bound.scope != "row" for bound in bounds):
+        bounds.append(ir.Bound(count=count, scope="row"))
+    return rule.model_copy(update={"bounds": tuple(bounds)})
 
 
 _TOO_LARGE = Diagnostic(

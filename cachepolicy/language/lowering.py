@@ -85,8 +85,8 @@ class Lowering:
     def _param(self, tree: Any) -> ir.Param:
         name, type_, *rest = tree.children
         parts = {child.data if is_tree(child) else "OFFABLE": child for child in rest}
-        default = self.lower(next(child for child in rest if is_tree(child)))
         domain, doc = parts.get("domain"), parts.get("doc")
+        default = self.lower(parts["default"].children[0]) if "default" in parts else None
         if type_ == "range" and isinstance(default, ir.ListOf) and len(default.items) == 2:
             low, high = default.items
             default = ir.Interval(low=low, high=high, low_closed=True, high_closed=True, span=default.span)
@@ -110,6 +110,32 @@ class Lowering:
             message = f"an external is a `float`, not `{type_}`"
             self.findings.append(self.source.finding("E001", message, type_.start_pos, type_.end_pos))
         return ir.External(name=str(name), span=self._span(tree))
+
+    def _use(self, tree: Any) -> ir.Use:
+        policy, *rest = tree.children
+        clauses: dict[str, Any] = {"settings": ()}
+        for child in rest:
+            match child.data:
+                case "when":
+                    clauses["when"] = self.lower(child.children[0])
+                case "use_bound":
+                    clauses["bound"] = self._bound(child)
+                case _:
+                    clauses["settings"] += (self.lower(child),)
+        return ir.Use(policy=self.lower(policy), **clauses, span=self._span(tree))
+
+    def _preset(self, tree: Any) -> ir.Preset:
+        name, regex, *rest = tree.children
+        clauses: dict[str, Any] = {"settings": ()}
+        for child in rest:
+            match child.data:
+                case "when":
+                    clauses["when"] = self.lower(child.children[0])
+                case "preset_source":
+                    clauses["origin"] = quoted(child.children[0])
+                case _:
+                    clauses["settings"] += (self.lower(child),)
+        return ir.Preset(name=str(name), for_class=quoted(regex), **clauses, span=self._span(tree))
 
     def _expect(self, tree: Any) -> ir.Expect:
         selector, steps, *settings, row = tree.children
@@ -263,7 +289,6 @@ _NODES: Mapping[str, tuple[Any, ...]] = {
     "let": (ir.Let, "name", "value"),
     "table": (ir.Table, "name", "*values"),
     "signal": (ir.Signal, "name", "value"),
-    "use": (ir.Use, "policy", "*settings"),
     "setting": (ir.Setting, "name", "value"),
     "every": (ir.Every, "interval"),
     "every_offset": (ir.Every, "interval", "offset"),
@@ -303,6 +328,8 @@ _CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "external": Lowering._external,
     "rule": Lowering._rule,
     "expect": Lowering._expect,
+    "use": Lowering._use,
+    "preset": Lowering._preset,
     "tuned": Lowering._tuned,
     "every_from_end": Lowering._anchored,
     "every_since_compute": Lowering._anchored,

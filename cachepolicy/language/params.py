@@ -29,7 +29,7 @@ def settled(
         spans: The span of each setting that stands in a text.
 
     Returns:
-        The constant of each parameter.
+        The constant of each parameter that has a setting or a default.
 
     Raises:
         PolicyError: A parameter does not exist (E160), a value has another type (E161) or is outside the domain (E162).
@@ -39,6 +39,8 @@ def settled(
     findings = [replace(_unknown(name, list(known)), span=spans.get(name)) for name in settings if name not in known]
     values = dict[str, ir.Expression]()
     for name, param in known.items():
+        if name not in settings and param.default is None:
+            continue
         try:
             values[name] = typed(param, settings.get(name, param.default))
         except PolicyError as error:

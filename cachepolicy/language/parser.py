@@ -347,7 +347,7 @@ class _Reading:
             self.findings.append(finding)
         clean = self.source.clean
         declared = re.compile(r"\S+\s+([A-Za-z_][A-Za-z0-9_]*)").match(clean, chunk.start, chunk.end)
-        if chunk.word not in ("match", "use", "expect", "tuned", *HEADER_WORDS) and declared:
+        if chunk.word not in ("match", "use", "expect", "tuned", "preset", *HEADER_WORDS) and declared:
             self.broken.add(declared[1])
         if chunk.word == "match" and stop is not None:
             self._keep_selector(chunk, stop)

@@ -13,6 +13,7 @@ from cachepolicy.language._selector_checks import is_itself, judge_selector, tak
 from cachepolicy.language.params import typed
 from cachepolicy.language.scope import (
     ARGUMENT,
+    BOUND,
     CONSTANT,
     EXPECTED,
     LITERAL,
@@ -28,8 +29,15 @@ from cachepolicy.language.scope import (
 )
 from cachepolicy.language.traversal import walk
 from cachepolicy.language.typecheck import Checker
-from cachepolicy.language.validate import counts_of, is_mask, judge_shapes, within_bounds
-from cachepolicy.language.vocabulary import APPROXIMATIONS, EXPECTATION_LIMIT, ORDER_LIMIT, PREDICTORS, Label
+from cachepolicy.language.validate import WholeNumber, counts_of, is_mask, judge_shapes, regex_fault, within_bounds
+from cachepolicy.language.vocabulary import (
+    APPROXIMATIONS,
+    EXPECTATION_LIMIT,
+    ORDER_LIMIT,
+    PREDICTORS,
+    PURE_FUNCTIONS,
+    Label,
+)
 
 
 def check_names(policy: ir.Policy) -> tuple[Diagnostic, ...]:
@@ -77,6 +85,7 @@ class _Judgement:
     report: Report
     checker: Checker
     masks: set[str] = field(default_factory=set[str])
+    presets: set[str] = field(default_factory=set[str])
 
     def statement(self, statement: ir.Statement) -> None:
         match statement:
@@ -91,6 +100,12 @@ class _Judgement:
                 self._rule(statement)
             case ir.Use():
                 self._settings(statement.settings, SETTING)
+                if statement.when is not None:
+                    self.checker.expect(statement.when, "boolean", WHEN)
+                if statement.bound is not None:
+                    self.checker.count(WholeNumber(statement.bound.count, "`at most`", BOUND, 0, off=True))
+            case ir.Preset():
+                self._preset(statement)
             case ir.Expect():
                 self._expect(statement)
             case ir.Tuned():
@@ -108,11 +123,11 @@ class _Judgement:
 
     def _param(self, param: ir.Param) -> None:
         before = len(self.report.findings)
-        if not isinstance(param.default, ir.Off):
+        if param.default is not None and not isinstance(param.default, ir.Off):
             self._constant(param.default, LITERAL)
         if param.domain is not None:
             self._domain(param, param.domain)
-        if len(self.report.findings) > before:
+        if len(self.report.findings) > before or param.default is None:
             return
         try:
             typed(param, param.default)
@@ -261,6 +276,33 @@ class _Judgement:
             passed_on = isinstance(setting.value, ir.Name) and self.scope.param(setting.value.name)
             if not isinstance(setting.value, ir.Off) and not (passed_on and context is SETTING):
                 self._constant(setting.value, context)
+
+    def _preset(self, preset: ir.Preset) -> None:
+        if preset.name in self.presets:
+            self.report.add("E102", f"the preset `{preset.name}` is declared twice", preset, word=preset.name)
+        self.presets.add(preset.name)
+        fault = regex_fault(preset.for_class)
+        if fault is not None:
+            self.report.adopt(fault, preset)
+        # The names in the condition are entries of the model's configuration, which are not known here.
+        for node in walk(preset.when) if preset.when is not None else ():
+            pure = not isinstance(node, ir.Call) or node.function in PURE_FUNCTIONS
+            if not pure or isinstance(node, ir.Probe | ir.Over | ir.Lookup):
+                message = "the condition of a preset reads `width`, `depth` and the model's configuration only"
+                self.report.add("E113", message, node)
+        self._settings(preset.settings, LITERAL)
+        for setting in preset.settings:
+            param = self.scope.param(setting.name)
+            if param is None and self.scope.sort(setting.name) != "unknown":
+                help = self.scope.near(setting.name, frozenset({"parameter"}))
+                message = f"the policy has no parameter `{setting.name}`"
+                self.report.add("E101", message, setting, help=help, word=setting.name)
+            elif param is not None:
+                try:
+                    typed(param, setting.value)
+                except PolicyError as error:
+                    for finding in error.diagnostics:
+                        self.report.adopt(finding, setting.value)
 
     def _expect(self, expect: ir.Expect) -> None:
         judge_selector(expect.selector, self.checker)

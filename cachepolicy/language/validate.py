@@ -62,6 +62,7 @@ def judge_shapes(policy: ir.Policy, report: Report) -> None:
 def faults(node: ir.Node) -> Iterator[Fault]:
     """Yields the structural faults of one node, without its children."""
     yield from _words(node)
+    yield from _statement(node)
     match node:
         case ir.Policy(edition=edition) if edition != ir.EDITION:
             yield "E010", f"edition {edition} of the language is not known here"
@@ -108,6 +109,16 @@ def faults(node: ir.Node) -> Iterator[Fault]:
         case _:
             pass
     yield from _places(node)
+
+
+def _statement(node: ir.Node) -> Iterator[Fault]:
+    match node:
+        case ir.Use(bound=ir.Bound(scope="all")):
+            yield "E021", "`use` takes `at most N in a row`"
+        case ir.Preset(settings=()):
+            yield "E021", "a preset sets at least one parameter"
+        case _:
+            pass
 
 
 def _number(value: float) -> Iterator[Fault]:
@@ -242,7 +253,7 @@ def regex_fault(regex: str) -> Diagnostic | None:
 _NAMES = frozenset(
     {"name", "table", "predictor", "method", "label", "follow", "function"}
 )  # fmt: skip
-_TEXTS = frozenset({"title", "source", "doc", "regex", "of", "policy", "argument"})
+_TEXTS = frozenset({"for_class", "origin", "title", "source", "doc", "regex", "of", "policy", "argument"})
 
 
 def _words(node: ir.Node) -> Iterator[Fault]:

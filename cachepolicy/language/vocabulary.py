@@ -30,8 +30,20 @@ EXPECTATION_LIMIT = 10_000
 KINDS: tuple[str, ...] = get_args(Kind)
 TYPES: tuple[ParamType, ...] = get_args(ParamType)
 HEADER_WORDS = ("cachepolicy", "policy", "source")
-STATEMENT_WORDS = (*HEADER_WORDS, "param", "let", "table", "signal", "external", "match", "use", "expect", "tuned")
-LATER_WORDS = frozenset({"tuned"})
+STATEMENT_WORDS = (
+    *HEADER_WORDS,
+    "param",
+    "let",
+    "table",
+    "signal",
+    "external",
+    "match",
+    "use",
+    "expect",
+    "tuned",
+    "preset",
+)
+LATER_WORDS = frozenset({"tuned", "preset", "for"})
 """Words that were added after policies existed. They are words where no name can stand, and names elsewhere."""
 CLAUSE_WORDS = ("when", "every", "offset", "from", "since", "on", "mask", "while", "at", "follow", "with", "over")
 ACTION_WORDS = ("compute", "skip", "reuse", "predict", "approximate")
@@ -144,6 +156,8 @@ FUNCTIONS: Mapping[str, Signature] = {
     "prev": Signature(("any",), 1, gives="any"),
     "kept": Signature(("any", "number"), 1, gives="any"),
 }
+PURE_FUNCTIONS = frozenset({"abs", "min", "max", "sqrt", "exp", "log", "clamp", "floor", "poly"})
+"""The functions of numbers alone."""
 NORMS = frozenset({"l1", "l2", "relative_l1", "cosine"})
 LASTING = frozenset({"total", "ema", "latch", "at_step"})
 """The accumulators that a compute does not reset."""

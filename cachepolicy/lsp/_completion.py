@@ -145,6 +145,8 @@ def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterato
             used = document.used(chunk)
             statements = used.statements if used else ()
             candidates = {param.name: _completion(param) for param in statements if isinstance(param, ir.Param)}
+        case "preset" if "with" in read:
+            candidates = {completion.text: completion for completion in _declared(document, {"param"})}
         case "expect" if "with" in read:
             settable = (*_declared(document, {"param", "signal", "external"}), *_explained(("t", "sigma"), "clock"))
             candidates = {completion.text: completion for completion in settable}
@@ -204,6 +206,7 @@ _STATEMENTS = {
     "use": scope.SETTING,
     "expect": scope.EXPECTED,
     "tuned": scope.LITERAL,
+    "preset": scope.LITERAL,
 }
 _CLAUSES = {
     "_WHEN": scope.WHEN,

@@ -150,7 +150,7 @@ def run_expectations(policy: str | os.PathLike[str] | ir.Policy, skeleton: Skele
     runner = _Runner(load(policy), builtin() if skeleton is None else skeleton)
     expects = [statement for statement in runner.policy.statements if isinstance(statement, ir.Expect)]
     if not expects:
-        resolve(runner.policy)
+        resolve(runner.policy, model=runner.skeleton.facts)
     outcomes = tuple(runner.run(number, expect) for number, expect in enumerate(expects))
     return Expectations(outcomes, tuple(_uncovered(runner.policy, runner.reached)))
 
@@ -204,7 +204,7 @@ class _Runner:
         key = tuple(params.items())
         if key not in self._bound:
             try:
-                resolved = resolve(self.policy, params)
+                resolved = resolve(self.policy, params, model=self.skeleton.facts)
                 selection = Selection(self.skeleton, [expect.selector for expect in resolved.expects])
                 self._bound[key] = resolved, bind(resolved, self.skeleton), selection
             except PolicyError as error:

@@ -15,6 +15,7 @@ from cachepolicy._strict_json import InvalidDocumentError, validate_json
 from cachepolicy.diffusers.module_names import ATTENTION, CROSS_ATTENTION, FEEDFORWARD, SELF_ATTENTION
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.ir import Kind
+from cachepolicy.language.presets import ModelFacts
 
 MODULE_TREE_LIMIT = 64 * 2**20
 """Largest size of a file in bytes. The largest model of diffusers takes about 1 MiB."""
@@ -59,6 +60,7 @@ class Skeleton:
         modules: The modules in `named_modules` order, the root first.
         block_lists: Names of the ModuleLists directly under the root whose elements pass on the hidden states, in the
             order they run.
+        facts: What presets ask of the model; None if only its modules are known.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -66,6 +68,7 @@ class Skeleton:
     name: ShortText
     modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=200_000)]
     block_lists: Annotated[tuple[ShortText, ...], Field(max_length=1000)] = ()
+    facts: ModelFacts | None = None
 
     @cached_property
     def position(self) -> Mapping[str, int]:

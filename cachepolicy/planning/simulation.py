@@ -185,7 +185,7 @@ def plan(
     """
     if skeleton is None:
         skeleton = sites_skeleton(sites) if sites is not None else builtin()
-    return bind(resolve(load(policy), settings), skeleton)
+    return bind(resolve(load(policy), settings, model=skeleton.facts), skeleton)
 
 
 def replay(

@@ -59,7 +59,8 @@ def _prospect(
 ) -> Prospect:
     params = {statement.name for statement in policy.statements if isinstance(statement, ir.Param)}
     try:
-        plan = bind(resolve(policy, {"distilled": True} if distilled and "distilled" in params else {}), skeleton)
+        settings = {"distilled": True} if distilled and "distilled" in params else {}
+        plan = bind(resolve(policy, settings, model=skeleton.facts), skeleton)
         plan = without_uncond(plan) if distilled else plan
         signals = _numbers(plan)
         schedule = simulate(plan, signals=dict.fromkeys(signals, 0.0), **clock)

@@ -60,7 +60,9 @@ def summary(outcome: Outcome) -> str:
         shares = f"{percent(low.skipped, low.total)} to {percent(high.skipped, high.total)}"
         calls = f"{low.skipped:g} to {high.skipped:g} of {counted(high.total, 'site call')}"
         skipped = f"{calls} skipped ({shares}), as {signals_text(outcome)} decides"
-    return f"{size}: {skipped}; policy {outcome.plan.resolved.digest[:12]}"
+    resolved = outcome.plan.resolved
+    preset = f", preset `{resolved.preset}`" if resolved.preset is not None else ""
+    return f"{size}: {skipped}; policy {resolved.digest[:12]}{preset}"
 
 
 def most_cost(outcome: Outcome) -> Schedule | None:

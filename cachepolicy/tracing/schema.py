@@ -229,7 +229,8 @@ def _resolved(form: PlanForm) -> Resolved:
             raise PolicyError.of("E150", f"`use {name}`, which was not saved")
         return policies[index]
 
-    return resolve(policies[0], {name: parse_value(text) for name, text in form.settings.items()}, loader=loader)
+    settings = {name: parse_value(text) for name, text in form.settings.items()}
+    return resolve(policies[0], settings, loader=loader, model=form.skeleton.facts)
 
 
 def _source(index: int) -> str:

@@ -127,7 +127,9 @@ class Trajectory:
         size = f"{counted(steps, 'step')}, {counted(len(self.plan.sites), 'site')}"
         worst = self.worst
         audit = "" if not self.audited else ", audited" if worst is None else f", audited: {worst[2]:.2%} off at most"
-        return f"{size}: {tally(self)}, {self.seconds:.2f} s in the model{audit}"
+        named = self.plan.resolved.preset
+        preset = f", preset `{named}`" if named is not None else ""
+        return f"{size}: {tally(self)}, {self.seconds:.2f} s in the model{preset}{audit}"
 
     @property
     def worst(self) -> tuple[str, int, float] | None:

@@ -23,7 +23,14 @@ INTERRUPTED = 130
 
 
 def show_tuning(
-    pipe: Any, calls: Calls, target: Mapping[str, Any], *, out: Path, run_dir: str | None, as_json: bool
+    pipe: Any,
+    calls: Calls,
+    target: Mapping[str, Any],
+    *,
+    out: Path,
+    run_dir: str | None,
+    as_json: bool,
+    report: Path | None = None,
 ) -> None:
     """Tune, write the policy and print what was found. Progress goes to standard error.
 
@@ -34,9 +41,10 @@ def show_tuning(
         out: Where the policy is written.
         run_dir: The folder that keeps what was sampled.
         as_json: Print JSON.
+        report: Where the report is written, None for none.
 
     Raises:
-        PolicyError: The calls cannot be tuned, or the policy cannot be written (E152).
+        PolicyError: The calls cannot be tuned, or a file cannot be written (E152).
     """
     training, held_out = calls.split()
 
@@ -44,6 +52,12 @@ def show_tuning(
         return tune(pipe, training, held_out=held_out, run_dir=run_dir, progress=progress, **target)
 
     result = _found(pipe, search, out, run_dir)
+    if report is not None:
+        try:
+            with progress_bar("comparing", "run") as progress:
+                result.report(report, progress=progress)
+        except OSError as error:
+            raise output.unwritable(report, error) from error
     if as_json:
         output.say_json({**_to_json(result), "output": str(out)})
     else:

@@ -485,6 +485,7 @@ def _open_pipeline(
 )
 @click.option("--run-dir", type=click.Path(file_okay=False), help="Folder that keeps what was sampled.")
 @click.option("--out", type=click.Path(dir_okay=False), default="tuned.cp", show_default=True, help="File to write.")
+@click.option("--report", type=click.Path(dir_okay=False), help="Compare the policy with fewer steps, as an HTML page.")
 @options.json_form
 @output.guarded
 def tune_command(
@@ -515,6 +516,8 @@ def tune_command(
         raise click.UsageError("give one of --cost, --speedup, --psnr, --psnr-p10 and --levels")
     if values["policy"] is not None and (levels or len(steps) > 1):
         raise click.UsageError("--policy takes one target and one number of steps")
+    if values["report"] is not None and (policy is not None or levels or len(steps) > 1):
+        raise click.UsageError("--report is that of a list of steps for one target")
     pipe, arguments, lines = _open_for_calls(folder, prompts, steps[0] if steps else None, values)
     from cachepolicy.cli._tune import show_levels, show_threshold, show_tuning
     from cachepolicy.tuning.calls import Calls
@@ -530,7 +533,8 @@ def tune_command(
         goal = next(iter(targets), "speedup")
         show_levels(pipe, calls, levels or [*targets.values()], {**further, "goal": goal, "steps": steps}, **shown)
         return
-    show_tuning(pipe, calls, {**targets, **further}, **shown)
+    report = None if values["report"] is None else Path(values["report"])
+    show_tuning(pipe, calls, {**targets, **further}, **shown, report=report)
 
 
 @main.command("compare")

@@ -417,6 +417,7 @@ class _Bench:
     def baselines(self, entry: _Entry) -> list[_Entry]:
         """Return what a policy has to beat at its cost."""
         own, steps = entry.variant.solver, entry.variant.steps or self._steps
+        own = next((name for name, cls in SOLVERS.items() if type(own).__name__ == cls), own)
         fewer = max(1, round(entry.cost[0] * (self._steps or 1)))
         short = counted(fewer, "step")
         found = [_Entry(short, "baseline", Variant(steps=fewer), entry.name)] if fewer != self._steps else []

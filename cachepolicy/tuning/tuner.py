@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -20,9 +21,12 @@ from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.ir import Policy, Tuned
 from cachepolicy.language.parser import parse
+from cachepolicy.reports.comparison import decibels
+from cachepolicy.reports.html.comparison import Summary
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
 from cachepolicy.tuning.bases import Base, Evidence, candidate_bases, own_base, prepared, why_fixed
+from cachepolicy.tuning.compare import Comparison, compare
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
 from cachepolicy.tuning.recording import OutputRecord, record
@@ -124,6 +128,7 @@ class Tuning:
         evaluations: Sampling runs' worth of model calls that were spent, recordings included.
         linear: True if the scheduler is linear, so that the weights of its steps hold for every trajectory.
         notes: What a user should know, such as why the scheduler was kept.
+        compared: Compares variants on the held-out calls, as `cachepolicy.compare` does.
     """
 
     policy: Policy
@@ -136,6 +141,7 @@ class Tuning:
     evaluations: float
     linear: bool
     notes: Sequence[str] = ()
+    compared: Callable[..., Comparison] | None = field(default=None, repr=False, compare=False)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -155,6 +161,52 @@ class Tuning:
         if self.base.scheduler is not None:
             target.scheduler = self.base.scheduler
         return apply(target, self.policy, **options)
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Comparison:
+        """Sample the held-out calls beside what costs as much, and write all evidence as one HTML file.
+
+        The pipeline has to be as it was when it was tuned, without a policy.
+
+        Args:
+            path: Where to write.
+            options: Further arguments of `cachepolicy.compare`, such as `metrics` and `progress`.
+
+        Returns:
+            The comparison of the policy with fewer steps and other solvers.
+
+        Raises:
+            OSError: The file cannot be written.
+            PolicyError: A call fails (E213).
+        """
+        assert self.compared is not None
+        comparison = self.compared({"tuned": self}, **options)
+        comparison.report(path, title="A tuned policy", summary=self._summary())
+        return comparison
+
+    def _summary(self) -> Summary:
+        """Return what stands above the comparison in the report."""
+        chosen = self.chosen
+        calls = next(part.steps for part in self.policy.statements if isinstance(part, Tuned))
+        against = "the uncached run" if self.reference == "own" else "the converged run"
+        figures = [
+            ("Cost", f"{chosen.cost:.3g}", f"of the denoiser's FLOPs; {len(chosen.steps)} of {calls} calls computed"),
+            ("Calls", str(calls), f"of the model, stepped by {self.base.solver}"),
+            ("Forecast", f"{decibels(chosen.forecast)} dB", "by the recording"),
+            ("Evaluations", f"{self.evaluations:.1f}", "spent on tuning, in uncached runs"),
+        ]
+        if chosen.psnr is not None and chosen.psnr_p10 is not None:
+            note = f"mean, to {against}; 10th percentile {decibels(chosen.psnr_p10)}; on held-out calls"
+            figures.insert(1, ("PSNR", f"{decibels(chosen.psnr)} dB", note))
+        if chosen.speedup is not None:
+            note = f"of a whole call; the denoiser takes {self.model_share:.0%} of an uncached one"
+            figures.insert(2, ("Speed-up", f"{chosen.speedup:.2f}×", note))
+        return Summary(
+            figures,
+            frontier=[(point.cost, point.forecast) for point in self.frontier],
+            measured=[] if chosen.psnr is None else [(chosen.cost, chosen.psnr)],
+            reference=against,
+            schedule="".join("C" if call in chosen.steps else "R" for call in range(calls)),
+        )
 
     def save(self, path: str) -> None:
         """Write the policy file.
@@ -284,6 +336,7 @@ def tune(  # noqa: PLR0913 (one target of five, and how to sample)
         evaluations=bench.evaluations,
         linear=all(weights.linear for weights in search.evidence.weights),
         notes=[*notes, *_few(frontier)],
+        compared=functools.partial(compare, target, testing, sample=sample, scheduler=scheduler),
     )
 
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -234,3 +235,35 @@ def test_schedulers_without_a_relative_are_left_alone():
     assert [True, True] == [with_solver(DDIMScheduler(), solver) is not None for solver in SOLVERS]
     assert [None, None] == [with_solver(FlowMatchLCMScheduler(), solver) for solver in SOLVERS]
     assert adapted(DDIMScheduler(), (0, 1)) is None
+
+
+def test_a_tuning_reports_its_evidence(pipe, tmp_path):
+    """The page has the figures, the schedule and the baselines, measured on the held-out calls."""
+    calls = [
+        {"class_labels": [label], "num_inference_steps": 6, "generator": torch.Generator().manual_seed(label)}
+        for label in range(3)
+    ]
+    result = cachepolicy.tune(pipe, calls, cost=0.5, keep_scheduler=True)
+    compared = result.report(tmp_path / "tune.html", converged=None)
+    page = (tmp_path / "tune.html").read_text("utf-8")
+    assert 1 == compared.samples
+    assert pytest.approx(result.chosen.psnr, abs=1e-3) == compared["tuned"].uncached.mean
+    assert pytest.approx(result.chosen.cost) == compared["tuned"].cost
+    for words in ("The schedule", "The frontier", "of 6 calls computed", "UniPC, 3 steps", "match model on {0, "):
+        assert words in page
+
+
+def test_a_tuning_is_compared_on_its_own_solver(pipe):
+    """A result with a scheduler and steps of its own is sampled with them; its cost is a share of the user's run."""
+    planned = cachepolicy.parse("match model on {0, 2} -> predict taylor(order: 1)")
+    solver = with_solver(pipe.scheduler, "UniPC")
+    tuned = SimpleNamespace(policy=planned, base=SimpleNamespace(scheduler=solver, steps=4))
+    calls = [{**CALLS[0], "num_inference_steps": 2}]
+    compared = compare(pipe, calls, {"tuned": tuned}, converged=None)
+    assert ("UniPCMultistepScheduler", 4, 1.0) == (
+        compared["tuned"].solver,
+        compared["tuned"].steps,
+        compared["tuned"].cost,
+    )
+    names = [row.name for row in compared.rows[2:]]
+    assert ["UniPC, 2 steps", "DPM++ 2M, 2 steps", *(f"{name} on the steps of tuned" for name in SOLVERS)] == names

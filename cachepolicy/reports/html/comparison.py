@@ -30,12 +30,14 @@ class Summary:
         figures: The name, the value and a note of each figure.
         frontier: The cost and the forecast in dB of each planned schedule.
         measured: The cost and the PSNR in dB of the schedules that were sampled.
+        reference: The run to which both are measured, for people.
         schedule: A letter for each call of the chosen schedule, `C` or `R`.
     """
 
     figures: Sequence[tuple[str, str, str]] = ()
     frontier: Sequence[tuple[float, float]] = ()
     measured: Sequence[tuple[float, float]] = ()
+    reference: str = "the uncached run"
     schedule: str = ""
 
 
@@ -130,7 +132,7 @@ def _frontier(summary: Summary) -> Scatter:
     measured = [
         Dot(cost, value, "policy", "", f"measured: cost {cost:.3f}, {value:.1f} dB") for cost, value in summary.measured
     ]
-    label = "PSNR to the uncached run in dB, by cost: forecast of each schedule, and measured"
+    label = f"PSNR to {summary.reference} in dB, by cost: forecast of each schedule, and measured"
     return Scatter(label, [*planned, *measured], [("front", planned)])
 
 

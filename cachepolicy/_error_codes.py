@@ -82,6 +82,7 @@ CODES: dict[str, str] = {
     "E210": "a file that is not the skeleton of a model",
     "E211": "a name that is not the name of a site",
     "E212": "FLOPs that cannot be counted",
+    "E214": "another number of masks than of sites",
     "E213": "a pipeline that cannot be run",
     "E220": "an expectation that does not hold",
     "E221": "expectations that take too much work",

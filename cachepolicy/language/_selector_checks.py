@@ -51,6 +51,12 @@ def _parts(selector: ir.Selector, *, alone: bool) -> Iterator[tuple[ir.Selector,
                 yield from _parts(part, alone=False)
         case ir.NoneOf():
             yield from _parts(selector.selector, alone=False)
+        case ir.Within():
+            yield from _parts(selector.selector, alone=False)
+            # The blocks of a span are looked into one by one.
+            whole = isinstance(selector.inside, ir.Blocks)
+            inside = selector.inside.model_copy(update={"each": True}) if whole else selector.inside
+            yield from _parts(inside, alone=False)
         case ir.Pattern() | ir.PatternParam() | ir.Itself() | ir.OfKind() | ir.OfClass() | ir.Blocks():
             yield selector, alone
         case _:
@@ -61,6 +67,9 @@ def _judge_blocks(blocks: ir.Blocks, checker: Checker, *, alone: bool) -> None:
     if not alone and not blocks.each:
         help = "a span is one site; `each blocks[...]` takes the blocks one by one and combines with others"
         checker.report.add("E119", "a span of blocks stands alone in its selector", blocks, help=help)
+    if blocks.stride is not None and not blocks.each:
+        help = "`each blocks[a:b:c]` takes the blocks one by one"
+        checker.report.add("E119", "a span is of consecutive blocks, so that it has no stride", blocks, help=help)
     if blocks.of is not None:
         _judge_regex(blocks.of, blocks, checker.report)
     for position in positions_of(blocks):

@@ -66,7 +66,18 @@ def format_node(node: ir.Node) -> str:
 
 _STATEMENTS = (ir.Param, ir.Let, ir.Table, ir.Signal, ir.External, ir.Rule, ir.Use, ir.Expect, ir.Tuned, ir.Preset)
 _ACTIONS = (ir.Compute, ir.Skip, ir.Reuse, ir.Predict, ir.ApproximateUncond)
-_SELECTORS = (ir.Pattern, ir.PatternParam, ir.Itself, ir.OfKind, ir.OfClass, ir.Blocks, ir.AllOf, ir.AnyOf, ir.NoneOf)
+_SELECTORS = (
+    ir.Pattern,
+    ir.PatternParam,
+    ir.Itself,
+    ir.OfKind,
+    ir.OfClass,
+    ir.Blocks,
+    ir.AllOf,
+    ir.AnyOf,
+    ir.NoneOf,
+    ir.Within,
+)
 
 
 # --- lines -----------------------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ def _schedule(schedule: ir.ScheduleClause) -> str:
         case ir.OnSteps():
             return f"on {expression(schedule.steps)}"
         case ir.Mask():
-            return f"mask {expression(schedule.mask)}"
+            return f"mask {expression(schedule.mask)}{' by site' * schedule.by_site}"
         case _:
             assert_never(schedule)
 
@@ -334,6 +345,8 @@ def _selected(node: ir.Selector) -> tuple[str, int]:
             return " and ".join(_selector(part, _NOT) for part in node.selectors), _AND
         case ir.NoneOf():
             return f"not {_selector(node.selector, _NOT)}", _NOT
+        case ir.Within():
+            return f"{_selector(node.selector, _COMPARE)} within {_selector(node.inside, _ATOM)}", _COMPARE
         case _:
             assert_never(node)
 
@@ -342,8 +355,9 @@ def _blocks(node: ir.Blocks) -> str:
     text = "each blocks" if node.each else "blocks"
     if node.index is not None:
         text += f"[{_expression(node.index, _SUM)}]"
-    elif node.start is not None or node.stop is not None:
-        text += f"[{_slice(node.start, node.stop)}]"
+    elif node.start is not None or node.stop is not None or node.stride is not None:
+        stride = "" if node.stride is None else f":{_expression(node.stride, _SUM)}"
+        text += f"[{_slice(node.start, node.stop)}{stride}]"
     return text if node.of is None else f"{text} of {quote(node.of)}"
 
 

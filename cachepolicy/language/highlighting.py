@@ -93,6 +93,7 @@ _DECLARATIONS = (
     Colouring(rf"\b(policy|use)({_GAP})({_NAME})", ("statement", "space", "policy")),
 )
 _LATER = (
+    Colouring(r"\bwithin(?=[ \t]+[^ \t=:])", ("clause",)),
     Colouring(r"^tuned(?=[ \t]+over\b)", ("statement",)),
     Colouring(rf"^(preset)({_GAP})({_NAME})({_GAP})(for)\b", ("statement", "space", "declared", "space", "clause")),
 )

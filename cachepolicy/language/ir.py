@@ -320,14 +320,17 @@ class OfClass(Node):
     regex: str
 
 
-class Blocks(Node):
+class Blocks(GrownNode):
     """`blocks`, `blocks[a:b]`, `blocks[i]`, with `each` one site per block, with `of "regex"` other lists."""
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"stride"})
 
     kind: Literal["blocks"] = "blocks"
     each: bool = False
     index: Expression | None = None
     start: Expression | None = None
     stop: Expression | None = None
+    stride: Expression | None = None
     of: str | None = None
 
 
@@ -352,8 +355,17 @@ class NoneOf(Node):
     selector: Selector
 
 
+class Within(Node):
+    """`S within T`: the modules of S that are strictly inside a module that T takes."""
+
+    kind: Literal["within"] = "within"
+    selector: Selector
+    inside: Selector
+
+
 Selector = Annotated[
-    Pattern | PatternParam | Itself | OfKind | OfClass | Blocks | AllOf | AnyOf | NoneOf, Field(discriminator="kind")
+    Pattern | PatternParam | Itself | OfKind | OfClass | Blocks | AllOf | AnyOf | NoneOf | Within,
+    Field(discriminator="kind"),
 ]
 
 
@@ -376,11 +388,17 @@ class OnSteps(Node):
     steps: Annotated[SetOf | Name | ListOf | Off, Field(discriminator="kind")]
 
 
-class Mask(Node):
-    """`mask "1101"` or a `string` parameter: 1 computes, 0 reuses. Steps after its end compute."""
+class Mask(GrownNode):
+    """`mask "1101"` or a `string` parameter: 1 computes, 0 reuses. Steps after its end compute.
+
+    `mask NAME by site`: a `list` parameter with a mask for each site.
+    """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"by_site"})
 
     kind: Literal["mask"] = "mask"
-    mask: Annotated[Text | Name | Off, Field(discriminator="kind")]
+    mask: Annotated[Text | Name | Off | ListOf, Field(discriminator="kind")]
+    by_site: bool = False
 
 
 ScheduleClause = Annotated[Every | OnSteps | Mask, Field(discriminator="kind")]
@@ -579,7 +597,7 @@ class Policy(Node):
 
 for _model in (
     Lookup, ListOf, Negative, Arithmetic, Comparison, Both, Either, Negation, Conditional, Interval, SetOf,
-    Membership, Call, Tokens, Probe, Over, Blocks, AllOf, AnyOf, NoneOf, Every, OnSteps, Mask, Bound, Argument, Predict,
-    ApproximateUncond, Param, Let, Signal, Rule, Setting, Preset, Use, Expect, Tuned, Policy,
+    Membership, Call, Tokens, Probe, Over, Blocks, AllOf, AnyOf, NoneOf, Within, Every, OnSteps, Mask, Bound, Argument,
+    Predict, ApproximateUncond, Param, Let, Signal, Rule, Setting, Preset, Use, Expect, Tuned, Policy,
 ):  # fmt: skip
     _model.model_rebuild()

@@ -19,7 +19,7 @@ from cachepolicy.language.presets import ModelFacts, choose, missing
 from cachepolicy.language.scope import BOUND
 from cachepolicy.language.semantics import check_names
 from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform, walk
-from cachepolicy.language.validate import WholeNumber, resolved_faults
+from cachepolicy.language.validate import WholeNumber, bare_mask, resolved_faults
 from cachepolicy.language.vocabulary import NORMS
 
 __all__ = ["Resolved", "RuleSource", "load", "resolve"]
@@ -316,6 +316,15 @@ class _Flat:
                     return node.model_copy(update={"table": renamed.get(node.table, node.table)})
                 case ir.PatternParam():
                     return self._pattern(policy, node, names)
+                case ir.Mask(mask=ir.Text() as mask):
+                    bare = mask.model_copy(update={"value": bare_mask(mask.value)})
+                    return node if bare == mask else node.model_copy(update={"mask": bare})
+                case ir.Mask(mask=ir.ListOf(items=rows)):
+                    bare = tuple(
+                        row.model_copy(update={"value": bare_mask(row.value)}) if isinstance(row, ir.Text) else row
+                        for row in rows
+                    )
+                    return node.model_copy(update={"mask": ir.ListOf(items=bare, span=node.mask.span)})
                 case _:
                     return fold_constants(node)
 

@@ -175,6 +175,9 @@ class Lowering:
         anchor = "end" if tree.data == "every_from_end" else "compute"
         return ir.Every(interval=self.lower(tree.children[0]), anchor=anchor, span=self._span(tree))
 
+    def _mask_by_site(self, tree: Any) -> ir.Mask:
+        return ir.Mask(mask=self.lower(tree.children[0]), by_site=True, span=self._span(tree))
+
     def _bound(self, tree: Any) -> ir.Bound:
         count, scope = tree.children
         return ir.Bound(
@@ -283,7 +286,7 @@ class Lowering:
         return self.source.span(tree.meta.start_pos, tree.meta.end_pos)
 
 
-_SCHEDULES = frozenset({"every", "every_offset", "every_from_end", "every_since_compute", "on", "mask"})
+_SCHEDULES = frozenset({"every", "every_offset", "every_from_end", "every_since_compute", "on", "mask", "mask_by_site"})
 
 _NODES: Mapping[str, tuple[Any, ...]] = {
     "let": (ir.Let, "name", "value"),
@@ -294,6 +297,7 @@ _NODES: Mapping[str, tuple[Any, ...]] = {
     "every_offset": (ir.Every, "interval", "offset"),
     "on": (ir.OnSteps, "steps"),
     "mask": (ir.Mask, "mask"),
+    "within": (ir.Within, "selector", "inside"),
     "compute": (ir.Compute,),
     "skip": (ir.Skip,),
     "argument": (ir.Argument, "label", "value"),
@@ -333,6 +337,7 @@ _CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "tuned": Lowering._tuned,
     "every_from_end": Lowering._anchored,
     "every_since_compute": Lowering._anchored,
+    "mask_by_site": Lowering._mask_by_site,
     "reuse": Lowering._reuse,
     "predict": Lowering._method,
     "approximate_uncond": Lowering._method,

@@ -82,8 +82,10 @@ TABLES = (
         'class "regex"': "modules whose class name contains a match",
         "each blocks, each blocks[a:b]": "blocks, one site each",
         "blocks, blocks[a:b], blocks[i]": "consecutive blocks as **one** site, a span",
+        "each blocks[a:b:c]": "every c-th of these blocks",
         'blocks of "regex"': "blocks of the lists whose name contains a match",
-        "S and S, S or S, not S, ( S )": "sets of modules; `not` binds before `and`, `and` before `or`",
+        "S within T": "modules that S takes, inside a module that T takes",
+        "S and S, S or S, not S, ( S )": "sets of modules; `within` binds before `not`, then `and`, then `or`",
     }),
     ReferenceTable("clock word", "is", "when", {
         "t": "the scheduler's timestep in training units, 1000 to 0, whatever scale the model's argument has",
@@ -125,6 +127,7 @@ TABLES = (
         "every N since compute": "age ≥ N",
         "on {0, 1, 2, 7}, on NAME": "step is one of these; NAME is a `list` param",
         'mask "1101", mask NAME': "the step's letter is 1; NAME is a `string` param",
+        "mask NAME by site": "the step's letter in the site's own mask is 1; NAME is a `list` param",
     }),
     ReferenceTable("measure", "is", "while", {
         "input(S)": "the tensor that goes into the site",

@@ -29,7 +29,15 @@ from cachepolicy.language.scope import (
 )
 from cachepolicy.language.traversal import walk
 from cachepolicy.language.typecheck import Checker
-from cachepolicy.language.validate import WholeNumber, counts_of, is_mask, judge_shapes, regex_fault, within_bounds
+from cachepolicy.language.validate import (
+    WholeNumber,
+    bare_mask,
+    counts_of,
+    is_mask,
+    judge_shapes,
+    regex_fault,
+    within_bounds,
+)
 from cachepolicy.language.vocabulary import (
     APPROXIMATIONS,
     EXPECTATION_LIMIT,
@@ -174,6 +182,8 @@ class _Judgement:
                 self._param_of(name, "list", "`on`")
             case ir.Mask(mask=ir.Text() as mask):
                 self._mask(mask)
+            case ir.Mask(mask=ir.Name() as name, by_site=True):
+                self._param_of(name, "list", "`mask ... by site`")
             case ir.Mask(mask=ir.Name() as name):
                 self._param_of(name, "string", "`mask`")
                 param = self.scope.param(name.name)
@@ -194,7 +204,7 @@ class _Judgement:
             self.report.add("E110", f"{clause} takes a `{wanted}` parameter, and `{name.name}` is a {actual}", name)
 
     def _mask(self, mask: ir.Text) -> None:
-        if not mask.value or not is_mask(mask.value):
+        if not bare_mask(mask.value) or not is_mask(mask.value):
             help = "one letter per step: 1 computes, 0 reuses"
             self.report.add("E118", "a mask has no letters but 0 and 1", mask, help=help)
 

@@ -92,11 +92,11 @@ def faults(node: ir.Node) -> Iterator[Fault]:
             yield "E021", "a set has at least one item"
         case ir.Membership(container=ir.ListOf() | ir.Off()) | ir.OnSteps(steps=ir.ListOf() | ir.Off()):
             yield "E021", "a list or `off` is valid here only as a parameter's value"
-        case ir.Mask(mask=ir.Off()):
-            yield "E021", "`off` is valid here only as a parameter's value"
         case ir.Every(offset=offset, anchor=anchor) if offset is not None and anchor != "start":
             yield "E021", "`offset` counts from the start"
-        case ir.Blocks() if node.index is not None and (node.start is not None or node.stop is not None):
+        case ir.Blocks() if node.index is not None and (
+            node.start is not None or node.stop is not None or node.stride is not None
+        ):
             yield "E021", "blocks have an index or a slice, not both"
         case ir.Call(function="cross", arguments=(ir.Name(), *_)):
             yield "E021", "the branch of `cross` is a text here, not a name"
@@ -115,6 +115,12 @@ def _statement(node: ir.Node) -> Iterator[Fault]:
     match node:
         case ir.Use(bound=ir.Bound(scope="all")):
             yield "E021", "`use` takes `at most N in a row`"
+        case ir.Mask(mask=ir.ListOf()):
+            yield "E021", "a list is valid here only as a parameter's value"
+        case ir.Mask(mask=ir.Text(), by_site=True):
+            yield "E021", "`by site` takes a list parameter"
+        case ir.Mask(mask=ir.Off()):
+            yield "E021", "`off` is valid here only as a parameter's value"
         case ir.Preset(settings=()):
             yield "E021", "a preset sets at least one parameter"
         case _:
@@ -182,11 +188,21 @@ def positions_of(node: ir.Blocks | ir.Tokens) -> Iterator[WholeNumber]:
     for position in (node.index if isinstance(node, ir.Blocks) else None, node.start, node.stop):
         if position is not None:
             yield WholeNumber(position, name, POSITION)
+    if isinstance(node, ir.Blocks) and node.stride is not None:
+        yield WholeNumber(node.stride, "the stride of blocks", POSITION, 1)
 
 
 def is_mask(text: str) -> bool:
-    """Returns whether `text` consists of the letters of a mask."""
-    return set(text) <= {"0", "1"}
+    """Returns whether `text` consists of the letters of a mask. Commas and blanks between them are ignored."""
+    return set(bare_mask(text)) <= {"0", "1"}
+
+
+def bare_mask(text: str) -> str:
+    """Returns the letters of a mask without commas and blanks."""
+    return text.translate(_BETWEEN)
+
+
+_BETWEEN = str.maketrans("", "", ", \t")
 
 
 def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
@@ -215,6 +231,11 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
             message = f"`on` takes steps, and `{name.name}` is no list parameter"
         case ir.Mask(mask=ir.Text() as mask) if not is_mask(mask.value):
             message = f"a mask has no letters but 0 and 1, unlike `{mask.value[:60]}`"
+        case ir.Mask(mask=ir.ListOf(items=rows), by_site=True):
+            letters = [row.value for row in rows if isinstance(row, ir.Text) and is_mask(row.value)]
+            if len(letters) == len(rows) and len({len(row) for row in letters}) <= 1:
+                return
+            message = "`mask ... by site` takes a list of masks of one length"
         case ir.Mask(mask=ir.Name() as name):
             message = f"`mask` takes a string, and `{name.name}` is no string parameter"
         case _:

@@ -43,7 +43,7 @@ STATEMENT_WORDS = (
     "tuned",
     "preset",
 )
-LATER_WORDS = frozenset({"tuned", "preset", "for"})
+LATER_WORDS = frozenset({"tuned", "preset", "for", "within", "by", "site"})
 """Words that were added after policies existed. They are words where no name can stand, and names elsewhere."""
 CLAUSE_WORDS = ("when", "every", "offset", "from", "since", "on", "mask", "while", "at", "follow", "with", "over")
 ACTION_WORDS = ("compute", "skip", "reuse", "predict", "approximate")
@@ -57,7 +57,7 @@ RESERVED = (
 )
 PHRASES = (
     "from end", "since compute", "at most", "in a row", "in all", "over N steps", "reuse residual", "of residual",
-    "approximate uncond",
+    "approximate uncond", "by site",
 )  # fmt: skip
 """Fixed phrases. Their words are keywords only within the phrase."""
 KEYWORDS: Mapping[str, tuple[str, ...]] = {

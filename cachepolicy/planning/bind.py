@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from cachepolicy.errors import Diagnostic, PolicyError
+from cachepolicy.errors import Diagnostic, PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
-from cachepolicy.language.linker import Resolved
+from cachepolicy.language.linker import Resolved, RuleSource
 from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning._probes import ProbeLocator
@@ -39,6 +40,9 @@ def bind(resolved: Resolved, skeleton: Skeleton) -> Plan:
     """
     findings = list[Diagnostic]()
     selection = Selection(skeleton, [*resolved.rules, *resolved.signals])
+    if any(isinstance(rule.schedule, ir.Mask) and rule.schedule.by_site for rule in resolved.rules):
+        resolved = _by_site(resolved, selection, findings)
+        selection = Selection(skeleton, [*resolved.rules, *resolved.signals])
     taken = [_taken(resolved, number, selection, findings) for number in range(len(resolved.rules))]
     distinct = dict.fromkeys(modules for sites in {id(sites): sites for sites in taken}.values() for modules in sites)
     findings += _overlaps(resolved, distinct, taken, skeleton)
@@ -82,6 +86,29 @@ def _taken(resolved: Resolved, number: int, selection: Selection, findings: list
         finding = Diagnostic("E200", message, span=rule.selector.span, help=why_nothing(rule.selector, selection))
         findings.append(_at(resolved, number, finding))
     return taken
+
+
+def _by_site(resolved: Resolved, selection: Selection, findings: list[Diagnostic]) -> Resolved:
+    """Returns the policy with a rule for each site in place of a rule with a mask for each site."""
+    rules, sources = list[ir.Rule](), list[RuleSource]()
+    for number, rule in enumerate(resolved.rules):
+        schedule = rule.schedule
+        if not (isinstance(schedule, ir.Mask) and schedule.by_site and isinstance(schedule.mask, ir.ListOf)):
+            rules.append(rule)
+            sources.append(resolved.sources[number])
+            continue
+        taken, masks = _taken(resolved, number, selection, findings), schedule.mask.items
+        if taken and len(taken) != len(masks):
+            message = f"{counted(len(masks), 'mask')} for {counted(len(taken), 'site')}"
+            help = "a mask for each site, in the order in which `plan` prints the sites"
+            findings.append(_at(resolved, number, Diagnostic("E214", message, span=schedule.span, help=help)))
+        for modules, mask in zip(taken, masks, strict=False):
+            one = schedule.model_copy(update={"mask": mask, "by_site": False})
+            name = ir.Pattern(regex=f"^{re.escape(modules[0])}$", span=rule.selector.span)
+            selector = name if len(modules) == 1 and modules[0] else rule.selector
+            rules.append(rule.model_copy(update={"schedule": one, "selector": selector}))
+            sources.append(resolved.sources[number])
+    return replace(resolved, rules=tuple(rules), sources=tuple(sources))
 
 
 def _bound_rules(

@@ -95,6 +95,11 @@ class Selection:
                 return frozenset[str]().union(*map(self.members, selector.selectors))
             case ir.NoneOf():
                 return self.names - self.members(selector.selector)
+            case ir.Within():
+                inside = selector.inside
+                outer = frozenset(_blocks(inside, self)) if isinstance(inside, ir.Blocks) else self.members(inside)
+                taken = self.members(selector.selector)
+                return frozenset(name for name in taken if name and not outer.isdisjoint(ancestors(name)))
             case ir.Blocks():
                 if not selector.each:
                     help = "`each blocks` takes the blocks one by one"
@@ -132,7 +137,7 @@ def _blocks(node: ir.Blocks, selection: Selection) -> Modules:
         if not -len(every) <= index < len(every):
             raise _error("E201", f"there is no block {index}: the model has {len(every)}", node)
         return (every[index],)
-    taken = every[_bound(node.start) : _bound(node.stop)]
+    taken = every[_bound(node.start) : _bound(node.stop) : _bound(node.stride)]
     if not taken:
         raise _error("E202", f"the slice of blocks is empty: the model has {len(every)}", node)
     return taken
@@ -199,6 +204,9 @@ def _wanted(selector: ir.Selector) -> Iterator[ir.Selector]:
                 yield from _wanted(part)
         case ir.NoneOf():
             pass
+        case ir.Within():
+            yield from _wanted(selector.selector)
+            yield from _wanted(selector.inside)
         case _:
             yield selector
 

@@ -18,7 +18,7 @@ TextStrategy = st.SearchStrategy[str]
 SELECTORS = (
     "attention", "self_attention", "cross_attention", "feedforward", "block", "model", "each blocks[0:1]",
     '"attn"', r'"\.0\.(attn|ff)"', '"ff$"', '"blocks.*(attn|ff)"', '"^stages.0$"', "attention or feedforward",
-    'attention and not "0"', 'block and "1$"', '"to_q$"',
+    'attention and not "0"', 'block and "1$"', '"to_q$"', "feedforward within each blocks[::2]", '"q" within attention',
 )  # fmt: skip
 """Selectors that match in most of the toys of `testing.models`, and only modules that return what they are given."""
 

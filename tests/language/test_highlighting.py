@@ -122,6 +122,7 @@ def test_every_keyword_of_the_grammar_is_a_keyword() -> None:
         "param x: " + " = 1\nparam x: ".join(TYPES),
         *(each.replace("N", "8") for each in PHRASES),
         "tuned over 8 steps",
+        "match a within b",
         'preset a for class "b" with c = 1',
     ]
     # `in a row` and `in all` are phrases behind `at most`.

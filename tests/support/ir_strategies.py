@@ -102,13 +102,19 @@ def _joined(inner: st.SearchStrategy) -> st.SearchStrategy:
         st.builds(ir.AllOf, selectors=tuples(inner, 2)),
         st.builds(ir.AnyOf, selectors=tuples(inner, 2)),
         st.builds(ir.NoneOf, selector=inner),
+        st.builds(ir.Within, selector=inner, inside=inner),
     )
 
 
 blocks = st.one_of(
     st.builds(ir.Blocks, each=st.booleans(), index=_positions, of=st.none() | texts),
     st.builds(
-        ir.Blocks, each=st.booleans(), start=st.none() | _positions, stop=st.none() | _positions, of=st.none() | texts
+        ir.Blocks,
+        each=st.booleans(),
+        start=st.none() | _positions,
+        stop=st.none() | _positions,
+        stride=st.none() | _positions,
+        of=st.none() | texts,
     ),
 )
 selectors = st.recursive(
@@ -129,6 +135,7 @@ schedules = st.one_of(
     st.builds(ir.Every, interval=expressions, anchor=st.sampled_from(["end", "compute"])),
     st.builds(ir.OnSteps, steps=st.builds(ir.SetOf, items=tuples(expressions)) | st.builds(ir.Name, name=names)),
     st.builds(ir.Mask, mask=st.builds(ir.Text, value=texts) | st.builds(ir.Name, name=names)),
+    st.builds(ir.Mask, mask=st.builds(ir.Name, name=names), by_site=st.just(True)),
 )
 bounds = st.builds(ir.Bound, count=expressions, scope=st.sampled_from(["row", "all"]))
 _arguments = tuples(st.builds(ir.Argument, label=names, value=expressions), 0)

@@ -215,6 +215,10 @@ def _to_json(result: Tuning) -> dict[str, Any]:
         "model_share": result.model_share,
         "evaluations": result.evaluations,
         "linear": result.linear,
+        "scheduler": result.base.solver,
+        "arguments": result.arguments,
+        "reference": result.reference,
+        "notes": list(result.notes),
     }
 
 

@@ -483,6 +483,7 @@ def _open_pipeline(
 @click.option(
     "--gap", type=click.IntRange(1), default=9, show_default=True, help="Most steps from one computed call to the next."
 )
+@click.option("--keep-scheduler", is_flag=True, help="Keep the scheduler and the number of steps of the pipeline.")
 @click.option("--run-dir", type=click.Path(file_okay=False), help="Folder that keeps what was sampled.")
 @click.option("--out", type=click.Path(dir_okay=False), default="tuned.cp", show_default=True, help="File to write.")
 @click.option("--report", type=click.Path(dir_okay=False), help="Compare the policy with fewer steps, as an HTML page.")
@@ -533,6 +534,7 @@ def tune_command(
         goal = next(iter(targets), "speedup")
         show_levels(pipe, calls, levels or [*targets.values()], {**further, "goal": goal, "steps": steps}, **shown)
         return
+    further["keep_scheduler"] = values["keep_scheduler"]
     report = None if values["report"] is None else Path(values["report"])
     show_tuning(pipe, calls, {**targets, **further}, **shown, report=report)
 

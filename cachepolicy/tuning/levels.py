@@ -102,6 +102,8 @@ def tune_levels(
                         held_out=others,
                         run_dir=folder,
                         progress=_labelled(progress, where),
+                        # One policy cannot ask for another scheduler at each level.
+                        keep_scheduler=True,
                         **{goal: level},
                         **further,
                     )

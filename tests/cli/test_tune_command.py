@@ -159,6 +159,7 @@ def test_an_interrupted_command_goes_on(
         (["--cost", 0.5, "--levels", "1,2"], "give one of --cost"),
         (["--cost", 0.5, "--steps", "8,few"], "is not a number of steps"),
         (["--policy", "fbc", "--levels", "1,2"], "--policy takes one target"),
+        (["--levels", "1,2", "--report", "a.html"], "--report is that of a list"),
         (["--cost", 0.5, "--psnr", 40], "give one of --cost"),
         (["--cost", 0.5, "--prompts", "nowhere.txt"], "the prompts in `nowhere.txt` cannot be read"),
         (["--cost", 0.5, "--out", "nowhere/a.cp"], "there is no folder `nowhere`"),
@@ -222,3 +223,11 @@ def test_several_numbers_of_steps_give_one_policy(tune: Callable[..., Result], t
     assert "when steps == 6 and level == 0.5" in path.read_text("utf-8")
     for command in (["check"], ["test"], ["fmt", "--check"]):
         assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code
+
+
+def test_the_scheduler_is_kept_where_that_is_said(tune: Callable[..., Result], tmp_path: Path) -> None:
+    """Without the option the result may ask for another one, and says how to set it."""
+    options = ["--cost", 0.5, "--samples", 1, "--held-out", 1, "--out", tmp_path / "a.cp", "--json"]
+    kept = json.loads(tune(*options, "--keep-scheduler").stdout)
+    assert ("FlowMatchEulerDiscreteScheduler", {}, "own") == (kept["scheduler"], kept["arguments"], kept["reference"])
+    assert "converged" == json.loads(tune(*options).stdout)["reference"]

@@ -1,4 +1,4 @@
-"""Scales of the timestep argument: how each denoiser class of diffusers is called.
+"""Scales of timesteps: how each denoiser class of diffusers is called, and in what its schedulers count.
 
 The values were read from the pipelines of diffusers 0.42.1, which scale the scheduler's timestep before they call their
 denoiser (`timestep / 1000`, `1 - timestep / 1000`, ...).
@@ -6,6 +6,8 @@ denoiser (`timestep / 1000`, `1 - timestep / 1000`, ...).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -52,7 +54,7 @@ SCALES: dict[str, Scale | None] = {
     f"{_TRANSFORMERS}transformer_flux3.Flux3Transformer2DModel": _FRACTION,
     f"{_TRANSFORMERS}transformer_ideogram4.Ideogram4Transformer2DModel": _REVERSED_FRACTION,
     f"{_TRANSFORMERS}transformer_krea2.Krea2Transformer2DModel": _FRACTION,
-    f"{_TRANSFORMERS}transformer_longcat_audio_dit.LongCatAudioDiTTransformer": _FRACTION,
+    f"{_TRANSFORMERS}transformer_longcat_audio_dit.LongCatAudioDiTTransformer": _REVERSED_FRACTION,
     f"{_TRANSFORMERS}transformer_longcat_image.LongCatImageTransformer2DModel": _FRACTION,
     f"{_TRANSFORMERS}transformer_lumina2.Lumina2Transformer2DModel": _REVERSED_FRACTION,
     f"{_TRANSFORMERS}transformer_minimax_h3.MiniMaxH3Transformer3DModel": Scale(1000.0, reverse=True, lowest=True),
@@ -89,3 +91,58 @@ def scale_of(kind: type) -> Scale | None:
     """Return the scale of a model class, or None if its argument cannot be converted."""
     listed = listed_class(kind)
     return RAW_SCALE if listed is None else SCALES[listed]
+
+
+# --- schedulers ------------------------------------------------------------------------------------------
+
+_ANGLES = frozenset({"SCMScheduler"})
+_ENDS_AT_LAST = frozenset({"SCMScheduler", "DDPMWuerstchenScheduler"})
+_LEAVES_LAST = frozenset({"LTXI2VLongMultiPromptPipeline"})
+
+
+def training_units(kind: type, timesteps: Sequence[float], *, inverted: bool = False) -> list[float] | None:
+    """Return the timesteps of a scheduler in training units, or None if they cannot be converted.
+
+    Args:
+        kind: The class of the scheduler.
+        timesteps: All timesteps of a trajectory, in the scheduler's own unit.
+        inverted: Whether the timesteps count the picture instead of the noise, as under `invert_sigmas` of diffusers.
+    """
+    if not timesteps:
+        return []
+    lowest, highest = min(timesteps), max(timesteps)
+    if _is_one_of(kind, _ANGLES):
+        # An angle a stands for the time sin(a) / (sin(a) + cos(a)) with which the model is called.
+        return [1000.0 * math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in timesteps]
+    if lowest < -_TINY or highest > 1000.0 + _SLACK:
+        return None
+    fractions = len(timesteps) > 1 and highest <= 1.0 + _TINY
+    numbers = [1000.0 * timestep for timestep in timesteps] if fractions else list(timesteps)
+    rises = fractions and timesteps[-1] > timesteps[0]
+    return [1000.0 - number for number in numbers] if inverted or rises else numbers
+
+
+def unused_timesteps(
+    scheduler: type, pipeline: type | None, timesteps: Sequence[float], sigmas: Sequence[float] | None
+) -> int:
+    """Return how many of the last timesteps no model is called with.
+
+    Some schedulers list the clean sample, where the last step ends, as a timestep, and loops leave it out.
+
+    Args:
+        scheduler: The class of the scheduler.
+        pipeline: The class of the pipeline, or None.
+        timesteps: All timesteps of a trajectory.
+        sigmas: The sigmas of the scheduler, or None.
+    """
+    if len(timesteps) < 2:
+        return 0
+    clean = sigmas is not None and len(sigmas) == len(timesteps) and sigmas[-1] == 0
+    return int(clean or _is_one_of(scheduler, _ENDS_AT_LAST) or _is_one_of(pipeline, _LEAVES_LAST))
+
+
+def _is_one_of(kind: type | None, names: frozenset[str]) -> bool:
+    return kind is not None and any(cls.__name__ in names for cls in kind.__mro__)
+
+
+_TINY, _SLACK = 1e-3, 1.0

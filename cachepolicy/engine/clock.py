@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NAMES
-from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of
+from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of, unused_timesteps
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
+from cachepolicy.engine.class_swap import plain
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError, warn
@@ -240,6 +241,7 @@ class Clock:
         trajectories: The number of trajectories that have begun.
         ahead: What is known of the remaining steps.
         numbers: The timesteps list that `ahead` was made from.
+        unused: How many of the last timesteps no model is called with.
     """
 
     step: int = -1
@@ -255,6 +257,7 @@ class Clock:
     trajectories: int = 0
     ahead: Ahead = field(default_factory=Ahead)
     numbers: object = None
+    unused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +271,7 @@ class Sources:
         steps: The number of steps of a trajectory, or None if unknown.
         reads_t: Whether the policy uses the timestep, so that its unit matters.
         lengths: Lengths of schedules within which a trajectory keeps the step numbers of the schedule.
+        pipeline: The class of the pipeline that runs, or None.
     """
 
     scheduler: Any = None
@@ -276,6 +280,7 @@ class Sources:
     steps: int | None = None
     reads_t: bool = True
     lengths: frozenset[int] = frozenset()
+    pipeline: type | None = None
 
 
 @dataclass(slots=True)
@@ -409,7 +414,12 @@ def _by_scheduler(
     """
     scheduler, follower = sources.scheduler, sources.follower
     assert follower is not None
-    timesteps, sigmas = follower.numbers(scheduler)
+    own, sigmas = follower.numbers(scheduler)
+    timesteps = follower.training(scheduler)
+    if timesteps is None:
+        if sources.reads_t:
+            _refuse_unit(scheduler, own)
+        timesteps = own
     raw = arguments.time
     if isinstance(raw, RowTimesteps) and raw.on_cpu:
         _ = raw.value
@@ -430,12 +440,25 @@ def _by_scheduler(
     # The steps of the schedule before the trajectory are counted where the policy was tuned on the whole schedule.
     skipped = clock.begin if not clock.before and len(timesteps) in sources.lengths else 0
     if starts or clock.numbers is not timesteps:
-        clock.ahead, clock.numbers = _rest(clock, timesteps, sigmas, skipped), timesteps
+        clock.unused = unused_timesteps(plain(type(scheduler)), sources.pipeline, timesteps, sigmas)
+        called = timesteps[: len(timesteps) - clock.unused]
+        clock.ahead, clock.numbers = _rest(clock, called, sigmas, skipped), timesteps
     index = min(clock.begin + step - clock.before, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
-    steps = len(timesteps) - clock.begin + clock.before + skipped
+    steps = len(timesteps) - clock.unused - clock.begin + clock.before + skipped
     return starts, moved, Tick(step + skipped, timesteps[index], steps, sigma)
+
+
+def _refuse_unit(scheduler: Any, timesteps: Sequence[float]) -> NoReturn:
+    """Reject timesteps of a scheduler that cannot be converted to training units, for a policy that reads `t` (E321)."""
+    raise PolicyError.of(
+        "E321",
+        f"the timesteps of `{plain(type(scheduler)).__name__}` go from {timesteps[0]:g} to {timesteps[-1]:g}, which is"
+        " no known unit",
+        help="pass `timestep=` (a function that returns the current timestep, 1000 to 0) to `apply`, or let the policy"
+        " read `step` or `sigma`",
+    )
 
 
 def _followed(

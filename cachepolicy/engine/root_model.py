@@ -241,12 +241,14 @@ class RootModel(Handle):
         if options.timestep is not None:
             return session_config.bare
         scheduler = options.scheduler
-        if scheduler is None and here is not None and here.pipeline is not None and here.of(self.sessions):
-            scheduler = getattr(here.pipeline, "scheduler", None)
+        pipeline = here.pipeline if here is not None and here.of(self.sessions) else None
+        if scheduler is None and pipeline is not None:
+            scheduler = getattr(pipeline, "scheduler", None)
         follower = self.run.follower_of(scheduler) if scheduler is not None else None
         if follower is None or getattr(scheduler, "timesteps", None) is None:
             return session_config.bare
-        return replace(session_config.bare, scheduler=scheduler, follower=follower)
+        kind = None if pipeline is None else type(pipeline)
+        return replace(session_config.bare, scheduler=scheduler, follower=follower, pipeline=kind)
 
     def _start(self, session: Session, state: State, reading: Reading) -> None:
         """Start a trajectory: release the state of the last one on all root models of the session."""

@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
+from cachepolicy.diffusers.timestep_scaling import training_units
+from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
 
 
 class SchedulerFollower(Handle):
@@ -25,12 +26,15 @@ class SchedulerFollower(Handle):
         users: The runs that use it.
     """
 
-    __slots__ = ("_after", "_at", "_first", "_numbers", "_source", "begin", "generation", "rows", "step", "users")
+    __slots__ = (
+        "_after", "_at", "_first", "_numbers", "_source", "_training", "begin", "generation", "rows", "step", "users",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._source: Any = None
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
+        self._training: list[float] | None = []
         self.restart()
 
     def __deepcopy__(self, memo: object) -> SchedulerFollower:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -63,8 +67,17 @@ class SchedulerFollower(Handle):
         if scheduler.timesteps is not self._source:
             self._source = scheduler.timesteps
             sigmas = getattr(scheduler, "sigmas", None)
-            self._numbers = (_floats(scheduler.timesteps), None if sigmas is None else _floats(sigmas))
+            timesteps = _floats(scheduler.timesteps)
+            self._numbers = (timesteps, None if sigmas is None else _floats(sigmas))
+            inverted = bool(getattr(getattr(scheduler, "config", None), "invert_sigmas", False))
+            training = training_units(plain(type(scheduler)), timesteps, inverted=inverted)
+            self._training = timesteps if training == timesteps else training
         return self._numbers
+
+    def training(self, scheduler: Any) -> list[float] | None:
+        """Return the timesteps in training units, or None if they cannot be converted."""
+        self.numbers(scheduler)
+        return self._training
 
     def first(self, scheduler: Any) -> int | None:
         """Return the index of the first timestep of the trajectory, or None if the scheduler does not tell it."""

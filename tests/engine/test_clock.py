@@ -519,12 +519,12 @@ def test_the_clock_follows_a_scheduler(name: str, branches: int) -> None:
         scheduler = scheduler_of(name, 5)
     except (TypeError, AttributeError, ImportError, ValueError) as error:
         pytest.skip(f"cannot be built bare: {error}")
-    with torch.no_grad(), cachepolicy.apply(root, parse(READS_T), scheduler=scheduler) as run:
+    with torch.no_grad(), cachepolicy.apply(root, parse(BLIND), scheduler=scheduler) as run:
         for _ in range(2):
             scheduler.set_timesteps(5)
             denoise(root, scheduler, ys, shown=lambda t: float("nan"))
-    timesteps = [float(t) for t in scheduler.timesteps]
-    expected = [(step, t) for step, t in enumerate(timesteps) for _ in range(branches)]
+    timesteps = [float(t) * (1000.0 if name == "IPNDMScheduler" else 1.0) for t in scheduler.timesteps]
+    expected = [(step, pytest.approx(t)) for step, t in enumerate(timesteps) for _ in range(branches)]
     assert [expected] * 2 == plain(run)
     assert {len(timesteps)} == {call.tick.steps for each in run.trace for call in each.calls}
 

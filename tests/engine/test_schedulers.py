@@ -19,9 +19,20 @@ from torch import Tensor
 
 import cachepolicy
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
+from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
+from tests.support import zoo
 from tests.support.linear_root import Root, scheduler_of
-from tests.support.tiny_pipelines import STEPS, Tiny, cosmos_text_to_world, cosmos_video_to_world, flux, normal, unet_sd
+from tests.support.tiny_pipelines import (
+    NO_ENCODERS,
+    STEPS,
+    Tiny,
+    cosmos_text_to_world,
+    cosmos_video_to_world,
+    flux,
+    normal,
+    unet_sd,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing", "ignore::FutureWarning")
 
@@ -32,6 +43,103 @@ PAIR = 'match "lin" when t < 2000 every 2 -> reuse'
 def clock_of(run: Any) -> list[list[tuple[int, float | None]]]:
     """Step and timestep of each call on the first branch, by trajectory."""
     return [[(call.tick.step, call.tick.t) for call in each.calls if call.tick.branch == ""] for each in run.trace]
+
+
+# --- the unit and the number of the timesteps ------------------------------------------------------------
+
+
+def looped(scheduler: Any, policy: str, *, last: int | None = None) -> Any:
+    """The run of a loop over the scheduler's timesteps, up to `last`."""
+    root, x = Root(), normal(1, 2)
+    with torch.no_grad(), cachepolicy.apply(root, parse(policy), scheduler=scheduler) as run:
+        for t in scheduler.timesteps[:last]:
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            # Wuerstchen's has no index of its own, and wants a timestep for each sample.
+            shown = t if hasattr(scheduler, "step_index") else t.expand(1)
+            x = scheduler.step(root(scaled, t), shown, x, return_dict=False)[0]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("DDPMWuerstchenScheduler", {}, {"num_inference_steps": 4}),
+        ("IPNDMScheduler", {}, {"num_inference_steps": 4}),
+        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1}, {"sigmas": [1.0, 0.7, 0.4, 0.1]}),
+    ],
+)
+def test_fractions_of_a_scheduler_are_in_training_units(name: str, settings: Any, told: Any) -> None:
+    """A scheduler may count from 1 to 0; `t` is 1000 to 0 all the same, and the steps are found."""
+    scheduler = getattr(diffusers.schedulers, name)(**settings)
+    scheduler.set_timesteps(**told)
+    expected = [(step, pytest.approx(1000.0 * float(t))) for step, t in enumerate(scheduler.timesteps[:-1])]
+    assert [expected] == clock_of(looped(scheduler, PAIR, last=-1))
+    assert 1000.0 == pytest.approx(expected[0][1].expected)
+
+
+@pytest.mark.parametrize("training", [1, 1000])
+def test_an_inverted_schedule_counts_the_picture(training: int) -> None:
+    """Under `invert_sigmas`, as Mochi has it, the timesteps rise from noise; `t` falls from 1000."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=training, invert_sigmas=True)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert [[(0, 1000.0), (1, 750.0), (2, 500.0), (3, 250.0)]] == [
+        [(step, pytest.approx(t, abs=1e-3)) for step, t in each] for each in clock_of(looped(scheduler, PAIR))
+    ]
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler"])
+def test_timesteps_of_a_scheduler_in_no_unit_are_refused(name: str) -> None:
+    """Logarithms of noise levels cannot be converted: a policy that reads `t` is refused, another one runs."""
+    with pytest.raises(PolicyError, match="E321") as caught:
+        looped(scheduler_of(name, 4), PAIR)
+    assert "`sigma`" in (caught.value.diagnostics[0].help or "")
+    run = looped(scheduler_of(name, 4), 'match "lin" every 2 -> reuse')
+    assert [0, 1, 2, 3] == [step for step, _ in clock_of(run)[0]]
+
+
+def _with_end(name: str) -> Any:
+    scheduler = getattr(diffusers.schedulers, name)()
+    told: dict[str, Any] = {
+        "SCMScheduler": {"num_inference_steps": 4, "intermediate_timesteps": None},
+        "DDPMWuerstchenScheduler": {"num_inference_steps": 4},
+        "LTXEulerAncestralRFScheduler": {"sigmas": [1.0, 0.75, 0.5, 0.25, 0.0]},
+    }[name]
+    scheduler.set_timesteps(**told)
+    return scheduler
+
+
+@pytest.mark.parametrize("name", ["SCMScheduler", "DDPMWuerstchenScheduler", "LTXEulerAncestralRFScheduler"])
+def test_the_end_of_the_last_step_is_no_step(name: str) -> None:
+    """Schedulers that list the clean sample have one step less than timesteps, and the last step is the last."""
+    run = looped(_with_end(name), 'match "lin" when step >= steps - 2 -> reuse', last=-1)
+    calls = run.trace.last.calls
+    assert [4] * 4 == [call.tick.steps for call in calls]
+    assert ["compute", "compute", "reuse", "reuse"] == [call.decisions[0].verdict for call in calls]
+    ts = [call.tick.t for call in calls]
+    assert sorted(ts, reverse=True) == ts
+    assert ts[0] == pytest.approx(1000.0, abs=1.0)
+    assert ts[-1] == pytest.approx(250.0, abs=50.0)
+
+
+class LongVideo(diffusers.LTXI2VLongMultiPromptPipeline):
+    """The pipeline without a text encoder."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return normal(1, 5, 16), torch.ones(1, 5), normal(1, 5, 16, seed=2), torch.ones(1, 5)
+
+
+@pytest.mark.parametrize("sigmas", [None, [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]], ids=["its own", "told"])
+def test_a_long_video_leaves_out_the_last_timestep(sigmas: list[float] | None) -> None:
+    """LTX's loop over windows calls the model at all timesteps but the last, whatever that one is."""
+    scheduler = diffusers.schedulers.LTXEulerAncestralRFScheduler()
+    pipe = LongVideo(transformer=zoo.build("ltx"), scheduler=scheduler, **NO_ENCODERS)
+    told = {"prompt": "", "height": 32, "width": 32, "num_frames": 49, "temporal_tile_size": 32, "temporal_overlap": 8}
+    tiny = Tiny(pipe, told)
+    with cachepolicy.apply(tiny.pipe, parse("match blocks when step >= steps - 1 -> reuse residual")) as run:
+        tiny(sigmas=sigmas)
+        windows = [["".join("RC"[call.decisions[0].computes] for call in each.calls)] for each in run.trace]
+        assert [["CCCCR"]] * 2 == windows
+        assert {STEPS - 1} == {call.tick.steps for each in run.trace for call in each.calls}
 
 
 # --- stepped more than once for a timestep ---------------------------------------------------------------

@@ -21,7 +21,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NAMES
 from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of, unused_timesteps
 from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
-from cachepolicy.engine.class_swap import plain
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError, warn
@@ -418,7 +417,7 @@ def _by_scheduler(
     timesteps = follower.training(scheduler)
     if timesteps is None:
         if sources.reads_t:
-            _refuse_unit(scheduler, own)
+            _refuse_unit(follower, own)
         timesteps = own
     raw = arguments.time
     if isinstance(raw, RowTimesteps) and raw.on_cpu:
@@ -440,7 +439,7 @@ def _by_scheduler(
     # The steps of the schedule before the trajectory are counted where the policy was tuned on the whole schedule.
     skipped = clock.begin if not clock.before and len(timesteps) in sources.lengths else 0
     if starts or clock.numbers is not timesteps:
-        clock.unused = unused_timesteps(plain(type(scheduler)), sources.pipeline, timesteps, sigmas)
+        clock.unused = unused_timesteps(follower.kind, sources.pipeline, timesteps, sigmas)
         called = timesteps[: len(timesteps) - clock.unused]
         clock.ahead, clock.numbers = _rest(clock, called, sigmas, skipped), timesteps
     index = min(clock.begin + step - clock.before, len(timesteps) - 1)
@@ -450,11 +449,11 @@ def _by_scheduler(
     return starts, moved, Tick(step + skipped, timesteps[index], steps, sigma)
 
 
-def _refuse_unit(scheduler: Any, timesteps: Sequence[float]) -> NoReturn:
-    """Reject timesteps of a scheduler that cannot be converted to training units, for a policy that reads `t` (E321)."""
+def _refuse_unit(follower: SchedulerFollower, timesteps: Sequence[float]) -> NoReturn:
+    """Reject a scheduler in no known unit, for a policy that reads `t` (E321)."""
     raise PolicyError.of(
         "E321",
-        f"the timesteps of `{plain(type(scheduler)).__name__}` go from {timesteps[0]:g} to {timesteps[-1]:g}, which is"
+        f"the timesteps of `{follower.kind.__name__}` go from {timesteps[0]:g} to {timesteps[-1]:g}, which is"
         " no known unit",
         help="pass `timestep=` (a function that returns the current timestep, 1000 to 0) to `apply`, or let the policy"
         " read `step` or `sigma`",

@@ -145,7 +145,13 @@ def describe(model: nn.Module) -> Skeleton:
         else entry
         for entry in modules
     )
-    skeleton = Skeleton(type(model).__name__, marked, tuple(lists))
+    paths = {name for name, _ in named}
+    sharing = tuple(
+        name
+        for name, module in named
+        if isinstance(module, nn.ModuleList) and not {f"{name}.{index}" for index in range(len(module))} <= paths
+    )
+    skeleton = Skeleton(type(model).__name__, marked, tuple(lists), sharing=sharing)
     return replace(skeleton, facts=_facts(model, list(skeleton.block_order)))
 
 

@@ -12,13 +12,14 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from cachepolicy.diffusers.timestep_scaling import training_units
-from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, plain, restore, swap
+from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method, is_swapped, restore, swap
 
 
 class SchedulerFollower(Handle):
     """Follows the present timestep of one scheduler. Several runs can use it.
 
     Attributes:
+        kind: The class of the scheduler.
         step: How often `step` was called since the last restart.
         begin: The index of the first timestep of the trajectory, or None before the first call of a model.
         generation: The number of the last restart. No two followers have the same.
@@ -27,10 +28,12 @@ class SchedulerFollower(Handle):
     """
 
     __slots__ = (
-        "_after", "_at", "_first", "_numbers", "_source", "_training", "begin", "generation", "rows", "step", "users",
+        "_after", "_at", "_first", "_numbers", "_source", "_training", "begin", "generation", "kind", "rows", "step",
+        "users",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type = object) -> None:
+        self.kind = kind
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._source: Any = None
         self._numbers: tuple[list[float], list[float] | None] = ([], None)
@@ -70,7 +73,7 @@ class SchedulerFollower(Handle):
             timesteps = _floats(scheduler.timesteps)
             self._numbers = (timesteps, None if sigmas is None else _floats(sigmas))
             inverted = bool(getattr(getattr(scheduler, "config", None), "invert_sigmas", False))
-            training = training_units(plain(type(scheduler)), timesteps, inverted=inverted)
+            training = training_units(self.kind, timesteps, inverted=inverted)
             self._training = timesteps if training == timesteps else training
         return self._numbers
 
@@ -184,7 +187,7 @@ def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
         if follower is None:
             if not hasattr(scheduler, "timesteps") or not hasattr(scheduler, "step") or is_swapped(scheduler):
                 return None
-            follower = SchedulerFollower()
+            follower = SchedulerFollower(cast("Any", type(scheduler)))
             methods = {name: override for name, override in _METHODS.items() if hasattr(scheduler, name)}
             swap(scheduler, methods, follower)
         if isinstance(follower, SchedulerFollower):

@@ -61,6 +61,8 @@ class Skeleton:
         block_lists: Names of the ModuleLists directly under the root whose elements pass on the hidden states, in the
             order they run.
         facts: What presets ask of the model; None if only its modules are known.
+        sharing: Names of the ModuleLists that hold a module which is also at another place. It has one name, so the
+            elements of these lists have no positions.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -69,6 +71,7 @@ class Skeleton:
     modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=200_000)]
     block_lists: Annotated[tuple[ShortText, ...], Field(max_length=1000)] = ()
     facts: ModelFacts | None = None
+    sharing: Annotated[tuple[ShortText, ...], Field(max_length=1000)] = ()
 
     @cached_property
     def position(self) -> Mapping[str, int]:

@@ -126,7 +126,13 @@ def _error(code: str, message: str, node: ir.Node, help: str | None = None) -> P
 
 def _blocks(node: ir.Blocks, selection: Selection) -> Modules:
     skeleton = selection.skeleton
-    every = tuple(block for name in _lists(node, selection) for block in skeleton.elements[name])
+    lists = _lists(node, selection)
+    every = tuple(block for name in lists for block in skeleton.elements[name])
+    shared = next((name for name in lists if name in skeleton.sharing), None)
+    if shared is not None and not (node.index is node.start is node.stop is node.stride is None):
+        help = "select the modules by name, or all `blocks`"
+        message = f"`{shared}` holds a module that is also at another place, so its elements have no positions"
+        raise _error("E206", message, node, help)
     for block in every:
         if not skeleton[block].selectable:
             raise _error("E206", f"`{block}` is no block that can be called", node)

@@ -245,3 +245,55 @@ def test_a_policy_without_t_takes_any_unit() -> None:
         for t in (0.9, 0.6, 0.3, 0.1):
             run.target(x, t, y)
         assert {"CRCR"} == set(run.trace.rows().values())
+
+
+class Adding(nn.Module):
+    """A block with a child, so that a list of them is a block list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.lin(hidden_states)
+
+
+class Sharing(nn.Module):
+    """A model whose list holds blocks by the letters of a text, and whose `first` may be one of them."""
+
+    def __init__(self, letters: str, *, alias: bool = False) -> None:
+        super().__init__()
+        blocks = {letter: Adding() for letter in letters}
+        if alias:
+            self.first = blocks[letters[0]]
+        self.blocks = nn.ModuleList(blocks[letter] for letter in letters)
+
+    def forward(self, hidden_states: Tensor, timestep: Any) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    "selector", ["blocks[1:]", "blocks[0]", "blocks[-1]", "blocks[::2]", 'blocks[:2] of "^blocks$"']
+)
+@pytest.mark.parametrize(("letters", "alias"), [("ABA", False), ("AAB", False), ("ABCAD", False), ("ABC", True)])
+def test_positions_in_a_list_that_shares_a_module_are_refused(letters: str, alias: bool, selector: str) -> None:
+    """A module at two places has one name, so an index or a slice would take other elements than it says."""
+    model = Sharing(letters, alias=alias)
+    with pytest.raises(PolicyError, match="E206"):
+        cachepolicy.apply(model, parse(f"match {selector} every 2 -> reuse"))
+
+
+@pytest.mark.parametrize("selector", ["blocks", "each blocks"])
+def test_all_blocks_of_a_list_that_shares_a_module_are_the_model(selector: str) -> None:
+    """Without a position, what one forward calls twice computes, and says so."""
+    torch.manual_seed(0)
+    model, plain = Sharing("ABA"), Sharing("ABA")
+    plain.load_state_dict(model.state_dict())
+    inputs = torch.randn(3, 1, 2, 4)
+    with torch.no_grad(), pytest.warns(UserWarning, match="W604"):
+        with cachepolicy.apply(model, parse(f"match {selector} every 2 -> reuse")) as run:
+            outputs = [model(x, 900.0 - step) for step, x in enumerate(inputs)]
+        assert torch.equal(torch.stack(outputs), torch.stack([plain(x, 0.0) for x in inputs]))
+        assert all(decision.computes for call in run.trace.last.calls for decision in call.decisions)

@@ -247,7 +247,7 @@ class RootModel(Handle):
         follower = self.run.follower_of(scheduler) if scheduler is not None else None
         if follower is None or getattr(scheduler, "timesteps", None) is None:
             return session_config.bare
-        kind = None if pipeline is None else type(pipeline)
+        kind: Any = None if pipeline is None else type(pipeline)
         return replace(session_config.bare, scheduler=scheduler, follower=follower, pipeline=kind)
 
     def _start(self, session: Session, state: State, reading: Reading) -> None:

@@ -275,7 +275,7 @@ class Sharing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "selector", ["blocks[1:]", "blocks[0]", "blocks[-1]", "blocks[::2]", 'blocks[:2] of "^blocks$"']
+    "selector", ["blocks[1:]", "blocks[0]", "blocks[-1]", "each blocks[::2]", 'blocks[:2] of "^blocks$"']
 )
 @pytest.mark.parametrize(("letters", "alias"), [("ABA", False), ("AAB", False), ("ABCAD", False), ("ABC", True)])
 def test_positions_in_a_list_that_shares_a_module_are_refused(letters: str, alias: bool, selector: str) -> None:

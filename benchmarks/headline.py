@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,20 @@ def compared(model: Model, samples: int) -> Comparison:
     return cachepolicy.compare(pipe, calls, {"tuned": str(model.folder / "tuned.cp")}, progress=_said)
 
 
+def table(data: Mapping[str, Any]) -> str:
+    """The table of the README, from the numbers of a comparison. The page `docs/headline.md` has all rows."""
+    lines = ["| | FLOPs | PSNR to uncached: mean | worst tenth | to converged: mean | worst tenth |"]
+    lines.append("| --- | --: | --: | --: | --: | --: |")
+    for row in data["rows"]:
+        if row["kind"] != "converged" and " on the steps of " not in row["name"]:
+            names = {"uncached": f"{STEPS} steps, uncached", "tuned": "**tuned policy**"}
+            distances = [row[f"psnr_{reference}"] or {} for reference in ("uncached", "converged")]
+            values = [distance.get(part) for distance in distances for part in ("mean", "p10")]
+            cells = ["" if value is None else f"{value:.1f}" for value in values]
+            lines.append(f"| {names.get(row['name'], row['name'])} | {row['cost']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _said(done: int, total: int, phase: str) -> None:
     print(f"\r{done}/{total} {phase:40}", end="\n" if done == total else "", flush=True)
 
@@ -104,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     baselines = [row.name for row in comparison.rows if row.kind == "baseline"]
     sheet = comparison.sheet(["uncached", "tuned", *baselines[:2]], scale=3)
     sheet.quantize(255).save(given.results / f"{given.model}.png", optimize=True)
-    print(markdown_table(comparison.rows))
+    (given.results / f"{given.model}.md").write_text(markdown_table(comparison.rows) + "\n", "utf-8")
+    print(markdown_table(comparison.rows), table(comparison.to_dict()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_the_headline_writes_what_the_readme_shows(capsys, tmp_path):
     """The table has the policy and its baselines, and the picture, chart and numbers are written."""
     headline.main(["--samples", "1", "--results", str(tmp_path)])
     assert "| tuned |" in capsys.readouterr().out
-    assert {"dit.json", "dit.svg", "dit.png"} == {path.name for path in tmp_path.iterdir()}
+    assert {"dit.json", "dit.md", "dit.svg", "dit.png"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_fewer_steps_are_read_between_their_rows():

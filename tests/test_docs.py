@@ -162,10 +162,49 @@ def test_links_lead_somewhere() -> None:
 def test_the_plan_in_the_readme_is_what_plan_draws() -> None:
     """The grid that the README shows is the grid of its own policy."""
     readme = ROOT / "README.md"
-    rule = next(fence for fence in fences(readme) if fence.language == "cachepolicy")
-    shown = next(fence for fence in fences(readme) if "C computes" in fence.text)
+    rule = next(fence for fence in fences(readme) if fence.text.startswith('match "^transformer_blocks'))
+    shown = next(fence for fence in fences(readme) if "transformer_blocks.0-7.attn1  C" in fence.text)
     drawn = draw(simulate(parse(rule.text), steps=20), width=120)
     assert without_hash(drawn).strip() == without_hash(shown.text).strip()
+
+
+def test_the_large_plan_in_the_readme_is_what_plan_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of a model of the size of FLUX.1-dev is that of the policy above it."""
+    pytest.importorskip("diffusers")
+    readme = list(fences(ROOT / "README.md"))
+    (policy,) = [fence for fence in readme if fence.file == "mine.cp"]
+    shown = next(fence for fence in readme if "TFLOP" in fence.text)
+    (tmp_path / "mine.cp").write_text(policy.text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    command = ["plan", str(ROOT / "examples" / "flux-dev.json"), "mine.cp", "--steps", "50"]
+    assert without_hash(shown.text).strip() == without_hash(CliRunner().invoke(main, command).stdout).strip()
+
+
+def test_the_figures_in_the_readme_are_those_of_the_run() -> None:
+    """Its table is that of the saved numbers, and the numbers of models are those of the coverage."""
+    pytest.importorskip("diffusers")
+    from benchmarks import headline
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    run = json.loads((headline.RESULTS / "dit.json").read_text(encoding="utf-8"))
+    assert headline.table(run) in readme
+    rows = [
+        value
+        for row in run["rows"]
+        if row["name"] in {"tuned", "UniPC on the steps of tuned"}
+        for value in (row["psnr_converged"]["mean"], row["psnr_converged"]["p10"])
+    ]
+    ours, theirs = ("{:.1f} dB against {:.1f}, worst tenth {:.1f} against {:.1f}", [rows[2], rows[0], rows[3], rows[1]])
+    assert ours.format(*theirs) in " ".join(readme.split())
+    covered = json.loads((ROOT / "tests" / "data" / "coverage.json").read_text(encoding="utf-8")).values()
+    runs = [sum(model["fbc"][side] in {"equal", "runs", "told"} for model in covered) for side in ("ours", "diffusers")]
+    classes = re.search(r"\d+ tiny seeded models of (\d+) classes", (ROOT / "docs" / "coverage.md").read_text("utf-8"))
+    assert classes is not None
+    said = (
+        f"{len(covered)} models of {classes[1]} classes of diffusers; First Block Cache runs on {runs[0]} of them, and"
+    )
+    assert f"{said} diffusers' own on {runs[1]}" in " ".join(readme.split())
 
 
 def test_the_error_in_the_readme_is_what_check_says() -> None:

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -182,21 +183,34 @@ def test_the_large_plan_in_the_readme_is_what_plan_prints(tmp_path: Path, monkey
 
 
 def test_the_figures_in_the_readme_are_those_of_the_run() -> None:
-    """Its table is that of the saved numbers, and the numbers of models are those of the coverage."""
+    """Its table and its sentences have the saved numbers."""
     pytest.importorskip("diffusers")
     from benchmarks import headline
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     run = json.loads((headline.RESULTS / "dit.json").read_text(encoding="utf-8"))
     assert headline.table(run) in readme
-    rows = [
-        value
-        for row in run["rows"]
-        if row["name"] in {"tuned", "UniPC on the steps of tuned"}
-        for value in (row["psnr_converged"]["mean"], row["psnr_converged"]["p10"])
-    ]
-    ours, theirs = ("{:.1f} dB against {:.1f}, worst tenth {:.1f} against {:.1f}", [rows[2], rows[0], rows[3], rows[1]])
-    assert ours.format(*theirs) in " ".join(readme.split())
+    prose = " ".join(readme.split())
+    near = {name: {row["name"]: row for row in _rows(name)} for name in ("dit", "flux")}
+
+    def said(form: str, name: str, *figures: tuple[str, str, str]) -> str:
+        return form.format(*(near[name][row][f"psnr_{reference}"][part] for row, reference, part in figures))
+
+    solver = "UniPC on the steps of tuned"
+    parts = [(row, "converged", part) for part in ("mean", "p10") for row in (solver, "tuned")]
+    assert said("{:.1f} dB against {:.1f}, worst tenth {:.1f} against {:.1f};", "dit", *parts) in prose
+    assert said("of the small Flux {:.1f} against {:.1f})", "flux", *parts[:2]) in prose
+    means = [(row, "uncached", "mean") for row in ("tuned", "14 steps", "UniPC, 14 steps")]
+    assert said("{:.1f} dB with its tuned policy, {:.1f} with 14 steps and {:.1f} with UniPC", "flux", *means) in prose
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / "docs" / "headline" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_the_coverage_in_the_readme_is_that_of_the_table() -> None:
+    """The numbers of models and classes, and of those that First Block Cache runs on, are counted there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     covered = json.loads((ROOT / "tests" / "data" / "coverage.json").read_text(encoding="utf-8")).values()
     runs = [sum(model["fbc"][side] in {"equal", "runs", "told"} for model in covered) for side in ("ours", "diffusers")]
     classes = re.search(r"\d+ tiny seeded models of (\d+) classes", (ROOT / "docs" / "coverage.md").read_text("utf-8"))

@@ -76,8 +76,8 @@ class _StepCounts(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """Returns the numbers; other text is a usage error."""
-        if isinstance(value, tuple):  # the default
-            return value
+        if value == ():  # the default
+            return ()
         try:
             counts = tuple(int(number) for number in str(value).split(","))
         except ValueError:

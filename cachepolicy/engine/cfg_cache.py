@@ -22,7 +22,9 @@ from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.engine.guidance_batch import GuidanceSource, rows_of
 from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
+from cachepolicy.planning.history_spec import GuidanceKeeping, needed_results
 from cachepolicy.planning.schedule import Tick
 
 
@@ -336,6 +338,7 @@ class Guide:
         "_cond",
         "_examined",
         "_kept",
+        "_pairs",
         "_rows",
         "_step",
         "_versions",
@@ -344,6 +347,7 @@ class Guide:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Bands, Frames]] = []
+        self._pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self._cond: Any = None
         self._versions: tuple[int, ...] | None = None
         self._clones = False
@@ -358,7 +362,7 @@ class Guide:
     def release(self, *, kept: bool, cond: bool) -> None:
         """Release the stored difference (`kept`) or the conditional prediction (`cond`)."""
         if kept:
-            self._kept = []
+            self._kept, self._pairs = [], []
         if cond:
             self._cond = None
 
@@ -366,21 +370,29 @@ class Guide:
         """Release everything that the memory limit does not admit."""
         if not admitted:
             self.release(kept=True, cond=True)
-        if not admitted or self._kept:
+        if not admitted or self._kept or self._pairs:
             self.over_limit = not admitted
 
     @property
     def held(self) -> list[torch.Tensor]:
         """The stored tensors."""
         outputs = predictions_of(self._cond, self._rows) if self._cond is not None else []
-        return [*outputs, *(band for bands, _ in self._kept for band in (bands.low, bands.high))]
+        pairs = [tensor for step in self._pairs for pair in step for tensor in pair]
+        return [*outputs, *pairs, *(band for bands, _ in self._kept for band in (bands.low, bands.high))]
 
     def named(self, branch: str) -> bool:
         """Return True if the name of the branch tells which half it is."""
         return branch in COND_BRANCHES or branch in UNCOND_BRANCHES
 
     def problem(
-        self, tick: Tick, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module, *, calls: int
+        self,
+        tick: Tick,
+        arguments: CallArguments,
+        source: GuidanceSource,
+        model: torch.nn.Module,
+        *,
+        calls: int,
+        action: ir.ApproximateUncond,
     ) -> Problem | None:
         """Return why this call cannot be approximated, or None.
 
@@ -390,6 +402,7 @@ class Guide:
             source: What is known of the guidance.
             model: The root model.
             calls: The number of calls in this step, with this one.
+            action: The action that rebuilds the unconditional half.
         """
         if self.named(tick.branch):
             if tick.branch in UNCOND_BRANCHES and (self._cond is None or self._step != tick.step):
@@ -402,7 +415,7 @@ class Guide:
         elif not source.guided:
             return Problem("there is no guidance", final=True)
         elif self._several_calls(tick.step, calls):
-            self._kept = []
+            self.release(kept=True, cond=False)
             return Problem("guidance runs in several calls", final=True)
         elif _batch(arguments) % 2:
             return Problem("the batch has no two halves", final=True)
@@ -411,9 +424,10 @@ class Guide:
                 return Problem("no step has shown that it has one call", final=False)
             doubt = self._doubt(arguments, source, model)
             if doubt is not None:
-                self._kept = []
+                self.release(kept=True, cond=False)
                 return Problem(doubt, final=True)
-        return None if self._kept else Problem(Fact.OVER_LIMIT if self.over_limit else Fact.NO_HISTORY, final=False)
+        holds = bool(self._kept) if action.method == "spectral" else len(self._pairs) >= needed_results(action)
+        return None if holds else Problem(Fact.OVER_LIMIT if self.over_limit else Fact.NO_HISTORY, final=False)
 
     def rows(self, arguments: CallArguments, source: GuidanceSource, model: torch.nn.Module) -> int | None:
         """Return the number of rows of a guidance batch, or None if the call is not known to be one."""
@@ -446,10 +460,10 @@ class Guide:
         positional = tuple(named[name] for name in names[: len(args)])
         return positional, {name: named[name] for name in names[len(args) :]}
 
-    def answered(self, settings: Mapping[str, Any]) -> Any:
+    def answered(self, method: str, settings: Mapping[str, Any]) -> Any:
         """Return the answer of the unconditional call from the conditional call of this step."""
         output, rows = self._cond, self._rows
-        return with_predictions(output, rows, self._rebuilt(predictions_of(output, rows), settings))
+        return with_predictions(output, rows, self._rebuilt(predictions_of(output, rows), method, settings))
 
     def ended(
         self,
@@ -459,17 +473,18 @@ class Guide:
         output: Any,
         channels: int | None,
         *,
-        halved: bool,
+        halved: str | None,
+        keeping: GuidanceKeeping,
     ) -> Any:
-        """Store the difference of a full call, or complete the output of a halved call."""
+        """Store what later steps read of a full call, or complete the output of half a batch (by `halved`)."""
         rows = _batch(arguments)
         if tick.branch in COND_BRANCHES:
             self._keep(output, tick.step, rows)
             return output
         order = settings["layout"]
-        if halved:
+        if halved is not None:
             conds = predictions_of(output, rows // 2)
-            unconds = self._rebuilt(conds, settings)
+            unconds = self._rebuilt(conds, halved, settings)
             both = [whole(uncond, cond, order) for uncond, cond in zip(unconds, conds, strict=True)]
             return with_predictions(output, rows // 2, both)
         predictions = predictions_of(output, rows)
@@ -477,9 +492,15 @@ class Guide:
             pairs = list(zip(predictions, predictions_of(self._cond, rows), strict=True))
         else:
             pairs = [halves(prediction, order) for prediction in predictions]
+        if keeping.pairs:
+            # Copies, because the caller may modify the predictions in place.
+            step = [(uncond.detach().clone(), cond.detach().clone()) for uncond, cond in pairs]
+            self._pairs = [step, *self._pairs][: keeping.pairs]
+        self._kept = []
+        if not keeping.bands:
+            return output
         latents = arguments.named.get(arguments.latents or "")
         latents = latents if isinstance(latents, torch.Tensor) else None
-        self._kept = []
         for number, (prediction, (uncond, cond)) in enumerate(zip(predictions, pairs, strict=True)):
             if number > 0 and prediction.ndim == _SEQUENCE:
                 frames = Frames("BSC", (1, 1, prediction.shape[1]))  # a second stream, such as audio
@@ -498,7 +519,29 @@ class Guide:
     def _overwritten(self) -> bool:
         return self._versions is not None and versions(self._cond) != self._versions
 
-    def _rebuilt(self, conds: Sequence[torch.Tensor], settings: Mapping[str, Any]) -> list[torch.Tensor]:
+    def _rebuilt(self, conds: Sequence[torch.Tensor], method: str, settings: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the unconditional predictions of a step that ran the conditional ones only."""
+        match method:
+            case "copy":
+                return [cond.clone() for cond in conds]
+            case "delta":
+                return [cond - (kept - uncond) for cond, (uncond, kept) in zip(conds, self._pairs[0], strict=True)]
+            case "affine":
+                return [self._combined(number, cond, settings) for number, cond in enumerate(conds)]
+            case _:
+                return self._by_bands(conds, settings)
+
+    def _combined(self, number: int, cond: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+        """Return LinearAG's sum of conditional and unconditional predictions (arXiv:2312.12487)."""
+        first, *others = settings["cond"]
+        answer = cond * first
+        for factor, step in zip(others, self._pairs, strict=False):
+            answer = answer + step[number][1] * factor
+        for factor, step in zip(settings.get("uncond", ()), self._pairs, strict=False):
+            answer = answer + step[number][0] * factor
+        return answer
+
+    def _by_bands(self, conds: Sequence[torch.Tensor], settings: Mapping[str, Any]) -> list[torch.Tensor]:
         rebuilt = list[torch.Tensor]()
         for cond, (bands, frames) in zip(conds, self._kept, strict=True):
             rows = rebuild(bands, frames.split(cond), settings["low"], settings["high"])

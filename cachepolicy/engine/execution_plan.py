@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cachepolicy.engine.actions import Op
 from cachepolicy.engine.signals import Signals, signals_of
 from cachepolicy.language import ir
-from cachepolicy.planning.history_spec import Keeping, keeping
+from cachepolicy.planning.history_spec import GuidanceKeeping, Keeping, keeping, kept_pairs
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.plan import Plan, Site
 from cachepolicy.planning.possible_decisions import Ahead
@@ -25,6 +25,7 @@ class ExecutionPlan:
         skipped: The modules of the sites that a rule may skip, by site number.
         inside: The probes inside the first block of each site. The block has to begin before the site is decided.
         approximation: The action that rebuilds the unconditional half, or None.
+        guidance: What the rules that rebuild it keep of steps that computed both halves.
         itself: The site number of the root model itself, or None.
     """
 
@@ -37,6 +38,7 @@ class ExecutionPlan:
     skipped: Mapping[int, Sequence[str]]
     inside: Mapping[int, frozenset[ir.Probe]]
     approximation: ir.ApproximateUncond | None
+    guidance: GuidanceKeeping
     itself: int | None
     codes: dict[tuple[bool, tuple[Op, ...]], list[Op]] = field(
         default_factory=dict[tuple[bool, tuple[Op, ...]], list[Op]], repr=False, compare=False
@@ -98,7 +100,10 @@ class Recall:
 def lay_out(plan: Plan) -> ExecutionPlan:
     """Compute the execution plan of a plan."""
     actions = [bound.rule.action for bound in plan.rules if bound.sites and not _never(bound.rule.when)]
-    approximation = next((action for action in actions if isinstance(action, ir.ApproximateUncond)), None)
+    approximations = [action for action in actions if isinstance(action, ir.ApproximateUncond)]
+    # The arguments of `spectral` tell how what it keeps is laid out.
+    spectral = [action for action in approximations if action.method == "spectral"]
+    approximation = next(iter(spectral + approximations), None)
     inside = {site.index: _inside(plan, site) for site in plan.sites}
     keepings = [
         keeping(
@@ -123,6 +128,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
         },
         inside,
         approximation,
+        GuidanceKeeping(bool(spectral), max(map(kept_pairs, approximations), default=0)),
         next((site.index for site in plan.sites if site.modules == ("",)), None),
     )
 

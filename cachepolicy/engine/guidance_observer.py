@@ -16,7 +16,7 @@ from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT
 if TYPE_CHECKING:
     from cachepolicy.engine.forward_pass import ForwardPass
 
-_FACTORS = frozenset({"low", "high"})
+_FACTORS = frozenset({"low", "high", "cond", "uncond"})
 """Arguments that only a rebuilt step reads. A computed step does not evaluate them."""
 
 
@@ -42,13 +42,14 @@ def before(call: ForwardPass, site: int, action: ir.ApproximateUncond) -> None:
         action: The action that rebuilds the unconditional half.
     """
     context, ledger, state = call.context, call.ledger, call.state
-    settings = context.arguments(action, site, without=_FACTORS)
+    layout = context.execution.approximation or action
+    settings = context.arguments(layout, site, without=_FACTORS) | context.arguments(action, site, without=_FACTORS)
     guide, tick, model = state.guide, context.tick, call.owner.module
     settings.setdefault("layout", "found")
     if not guide.named(tick.branch) and call.source.require():
         settings["layout"] = call.source.layout(settings["layout"], model)
     call.guidance = settings
-    problem = guide.problem(tick, call.arguments, call.source, model, calls=len(state.calls.present))
+    problem = guide.problem(tick, call.arguments, call.source, model, calls=len(state.calls.present), action=action)
     factors = dict[str, Any]()
     if problem is None and ledger.resolve(site).verdict == "reuse":
         try:
@@ -67,9 +68,10 @@ def before(call: ForwardPass, site: int, action: ir.ApproximateUncond) -> None:
     if site in ledger.signals:
         # The other sites were decided before the signals of this one were measured.
         ledger.plan()
-    settings |= {name: factors[name] for name in _FACTORS}
+    settings |= {name: factors[name] for name in _FACTORS & factors.keys()}
+    settings["method"] = action.method
     if guide.named(tick.branch):
-        call.answered, call.output = True, guide.answered(settings)
+        call.answered, call.output = True, guide.answered(action.method, settings)
     else:
         ledger.halve(HALVES[int(settings["layout"] != "cond first")])
         call.args, call.kwargs = guide.halved(call.arguments, call.args, settings)
@@ -79,9 +81,16 @@ def after(call: ForwardPass, output: Any) -> Any:
     """Complete the output of a halved call, or store what later steps rebuild from. Return the output."""
     if call.guidance is None or call.answered or not _is_read(call):
         return output
-    halved = call.context.rows is not WHOLE
-    channels = call.owner.channels
-    return call.state.guide.ended(call.context.tick, call.arguments, call.guidance, output, channels, halved=halved)
+    halved = None if call.context.rows is WHOLE else call.guidance["method"]
+    return call.state.guide.ended(
+        call.context.tick,
+        call.arguments,
+        call.guidance,
+        output,
+        call.owner.channels,
+        halved=halved,
+        keeping=call.context.execution.guidance,
+    )
 
 
 def release(call: ForwardPass) -> None:

@@ -166,6 +166,9 @@ TABLES = (
         "predict NAME(...)": "a sum of its history, with weights that depend on the clock",
         "predict NAME(...) of residual": "its input plus the same of its residuals",
         "approximate uncond spectral(...)": "on `model` only: half computed, half rebuilt",
+        "approximate uncond copy": "the conditional half for both: no guidance at this step",
+        "approximate uncond delta": "the conditional half, minus its last difference to the other",
+        "approximate uncond affine(cond: [...], uncond: [...])": "sums of both halves with these factors, newest first",
     }),
     ReferenceTable("predictor", "answers with, where k = age", "actions", {
         "linear(weight: E)": "newest + (newest − the one before) · weight",

@@ -188,7 +188,14 @@ PREDICTORS: Mapping[str, Mapping[str, Label]] = {
         "feedback": _FEEDBACK,
     },
 }
+_BATCH: Mapping[str, Label] = {
+    "layout": Label("text", required=False, constant=True, choices=("found", "uncond first", "cond first")),
+    "inputs": Label("list", required=False, constant=True),
+}
 APPROXIMATIONS: Mapping[str, Mapping[str, Label]] = {
+    "copy": _BATCH,
+    "delta": _BATCH,
+    "affine": {"cond": Label("list"), "uncond": Label("list", required=False), **_BATCH},
     "spectral": {
         "low": Label("number"),
         "high": Label("number"),

@@ -36,6 +36,19 @@ class Keeping:
         return self.outputs == 1 and not self.streams and not self.halves
 
 
+@dataclass(frozen=True, slots=True)
+class GuidanceKeeping:
+    """What is kept of steps that computed both halves of guidance.
+
+    Attributes:
+        bands: Whether the difference of both halves is kept by frequency bands.
+        pairs: Number of pairs of predictions.
+    """
+
+    bands: bool
+    pairs: int
+
+
 def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
     """Returns what the actions of a site's rules read from its history.
 
@@ -82,6 +95,32 @@ def axis(action: ir.Predict) -> Axis:
         if argument.label == "along" and isinstance(argument.value, ir.Text):
             return cast("Axis", argument.value.value)
     return "step"
+
+
+def needed_results(action: ir.Action) -> int:
+    """Returns how often a site must have computed before the action can answer."""
+    match action:
+        case ir.Skip() | ir.Compute() | ir.ApproximateUncond(method="copy"):
+            return 0
+        case ir.ApproximateUncond(method="affine"):
+            return max(1, kept_pairs(action))
+        case _:
+            return 1
+
+
+def kept_pairs(action: ir.ApproximateUncond) -> int:
+    """Returns how many pairs of conditional and unconditional predictions the action reads, newest first."""
+    if action.method == "delta":
+        return 1
+    if action.method != "affine":
+        return 0
+    lengths = {
+        argument.label: len(argument.value.items)
+        for argument in action.arguments
+        if isinstance(argument.value, ir.ListOf)
+    }
+    # The first conditional factor is that of the present step.
+    return max(lengths.get("cond", 1) - 1, lengths.get("uncond", 0))
 
 
 def feedback(action: ir.Action | None) -> bool:

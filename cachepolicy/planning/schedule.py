@@ -14,7 +14,7 @@ from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
 from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import feedback
+from cachepolicy.planning.history_spec import feedback, needed_results
 from cachepolicy.planning.plan import BoundRule, Plan
 
 DUE = "its schedule says so"
@@ -215,8 +215,9 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
 
 
 def _answered(bound: BoundRule, inputs: Inputs, environment: Environment, verdict: Any) -> Decision:
-    if not isinstance(bound.rule.action, ir.Skip):
-        if inputs.memory.computes == 0:
+    needed = needed_results(bound.rule.action)
+    if needed:
+        if inputs.memory.computes < needed:
             return verdict("compute", Fact.NO_HISTORY)
         if inputs.memory.half and not inputs.tick.halved:
             return verdict("compute", HALF_KEPT)

@@ -218,9 +218,11 @@ def _run(
     partition = program.fine if facts else program.coarse
     memories = {tick.branch: partition.start() for tick in ticks}
     decided = dict[tuple[str, int], Sequence[Decision]]()
+    begun = set[str]()
     for read in ticks:
         tick = read
-        for other in UNCOND_BRANCHES & memories.keys() if tick.branch in COND_BRANCHES else ():
+        # As in a run, a branch is not known before its first call.
+        for other in UNCOND_BRANCHES & begun if tick.branch in COND_BRANCHES else ():
             alone = rebuilds_uncond(program, partition, memories[other], replace(tick, branch=other))
             tick = replace(tick, uncond_skipped=alone)
         call = tick.step, tick.branch
@@ -240,6 +242,7 @@ def _run(
             followed=leaders,
             facts=here,
         )
+        begun.add(tick.branch)
         decided[tick.branch, tick.step] = partition.spread(decisions)
     return decided
 

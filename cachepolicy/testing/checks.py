@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.planning.history_spec import needed_results
 from cachepolicy.planning.plan import Plan, Site
 from cachepolicy.planning.schedule import UNCALLED, Decision, Inputs, Tick, clock_words, hides
 from cachepolicy.planning.simulation import replay
@@ -76,7 +77,7 @@ def never_reuses_before_compute(schedule: Decided) -> None:
     for site, tick, decision in _decisions(schedule):
         if decision.verdict == "compute":
             computed.add((site.index, tick.branch))
-        elif decision.verdict == "reuse" and not isinstance(decision.action, ir.Skip):
+        elif decision.verdict == "reuse" and decision.action and needed_results(decision.action):
             assert (site.index, tick.branch) in computed, f"{_where(site, tick)} reuses and has never computed"
 
 

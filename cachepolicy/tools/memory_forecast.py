@@ -63,9 +63,13 @@ def holdings(plan: Plan, calls: Iterable[tuple[Tick, Sequence[Decision]]], work:
             if not liveness.approximates(tick, now=False):
                 guidance = 0
             elif root is not None and decisions[root].computes:
-                # Two bands of the difference of both halves. The halves are one batch, or one call each.
-                numbers = sum(work.outputs.get("", ())) // _FLOAT
-                guidance = 2 * _COMPLEX * (numbers if tick.branch else numbers // 2)
+                # The halves are one batch, or one call each.
+                size, keeps = sum(work.outputs.get("", ())), execution_plan.guidance
+                numbers = size // _FLOAT
+                # Two bands of the difference of both halves, and pairs of predictions.
+                guidance = keeps.bands * 2 * _COMPLEX * (numbers if tick.branch else numbers // 2)
+                count = min(keeps.pairs, len(branch.results[root]))
+                guidance += count * size * (2 if tick.branch else 1)
         if tick.step == last:
             branch.held = 0
         held.append(guidance + sum(branch.held for branch in branches.values()))

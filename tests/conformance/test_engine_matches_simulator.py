@@ -218,6 +218,13 @@ ACTIONS = (
     "predict linear(weight: 1 / (3 - gap))",
     "predict hermite(order: 1, scale: computes / age)",
 )
+APPROXIMATIONS = (
+    strategies.APPROXIMATION,
+    strategies.APPROXIMATION,
+    "approximate uncond copy",
+    "approximate uncond delta",
+    "approximate uncond affine(cond: [1, 0.5], uncond: [0.5, 1 / computes])",
+)
 TOYS = st.builds(
     Toy, blocks=st.integers(2, 3), returns=st.sampled_from(["tensor", "tuple", "dict"]), in_place=st.booleans()
 )
@@ -237,7 +244,7 @@ def reusing(draw: st.DrawFn, follow: str | None, *, approximate: bool) -> cachep
     ]
     if approximate:
         schedule = draw(st.sampled_from(["every 2", "every 3", "every 4 since compute", "while drift < 3", ""]))
-        lines.append(f"match model {schedule} -> {strategies.APPROXIMATION}")
+        lines.append(f"match model {schedule} -> {draw(st.sampled_from(APPROXIMATIONS))}")
     span = draw(st.sampled_from(["blocks", "blocks[1:]", "blocks[0:2]", "block"]))
     for selector in draw(st.lists(st.sampled_from([span, "attention", "feedforward"]), min_size=1, max_size=3)):
         clauses = [
@@ -277,7 +284,7 @@ def drawn(draw: st.DrawFn, loop: Loop) -> cachepolicy.Policy:
             actions=draw(st.sampled_from([strategies.ACTIONS, ACTIONS])),
             follow=follow,
             measured=draw(st.booleans()),
-            approximate=strategies.APPROXIMATION if approximate else None,
+            approximate=draw(st.sampled_from(APPROXIMATIONS)) if approximate else None,
         )
     )
 

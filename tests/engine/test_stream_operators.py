@@ -35,7 +35,7 @@ class GuidedToy(ToyDiT):
 
 def run(policy: str, *, branches: tuple[str, ...] = ("",), **options: Any) -> tuple[Any, dict[str, list[Tensor]]]:
     """Run a toy and return the trajectory, and the input and output of the model by branch."""
-    model = GuidedToy(Toy(blocks=3)).eval()
+    model = GuidedToy(Toy(blocks=3, cross=True)).eval()
     redraw(model, 5)
     x, y = inputs(Toy(), seed=2)
     seen: dict[str, list[Tensor]] = {}
@@ -176,7 +176,7 @@ def test_cross_reads_the_halves_of_a_guidance_batch() -> None:
         "signal n = cross(uncond, l1(prev(v)))\nmatch model while s + n < -9 -> reuse"
     )
     sequential, _ = run(policy, branches=("cond", "uncond"))
-    model = GuidedToy(Toy(blocks=3)).eval()
+    model = GuidedToy(Toy(blocks=3, cross=True)).eval()
     redraw(model, 5)
     x, y = inputs(Toy(), seed=2)
     with cachepolicy.apply(model, cachepolicy.parse(policy), steps=STEPS, guidance=True) as applied, torch.no_grad():

@@ -4,7 +4,8 @@
         image = pipe("a lighthouse at dusk").images[0]
     print(run.trace)
 
-Names are imported on first use. Only `apply`, `remove`, `compare`, `tune` and the cache API of diffusers import torch.
+Names are imported on first use. Those that sample or attach (`apply`, `remove`, `compare`, `calibrate`, `tune` and its kin)
+and the cache API of diffusers import torch.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from cachepolicy.tracing.trace import load_trace
     from cachepolicy.tuning.calibration import calibrate
     from cachepolicy.tuning.compare import compare
+    from cachepolicy.tuning.levels import tune_levels
+    from cachepolicy.tuning.threshold import tune_threshold
     from cachepolicy.tuning.tuner import tune
 
     __version__: str
@@ -72,6 +75,8 @@ __all__ = [
     "reset_stateful_cache",
     "simulate",
     "tune",
+    "tune_levels",
+    "tune_threshold",
 ]
 
 _MODULES = {
@@ -103,6 +108,8 @@ _MODULES = {
     "reset_stateful_cache": "diffusers.api",
     "simulate": "planning.simulation",
     "tune": "tuning.tuner",
+    "tune_levels": "tuning.levels",
+    "tune_threshold": "tuning.threshold",
 }
 
 logging.getLogger("cachepolicy").addHandler(logging.NullHandler())

@@ -46,6 +46,8 @@ EXPORTS = [
     "reset_stateful_cache",
     "simulate",
     "tune",
+    "tune_levels",
+    "tune_threshold",
 ]
 
 

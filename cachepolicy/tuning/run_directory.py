@@ -193,9 +193,12 @@ def _config_text(configured: Any) -> str:
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
-    """Return a few elements of each parameter."""
+    """Return the shape and a few elements of each parameter. Offloaded parameters on the meta device have none."""
     parameters = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    return {name: (str(value.dtype), value.reshape(-1)[:ELEMENTS].float()) for name, value in parameters}
+    return {
+        name: (str(value.dtype), tuple(value.shape), () if value.is_meta else value.reshape(-1)[:ELEMENTS].float())
+        for name, value in parameters
+    }
 
 
 def scheduler_key(schedulers: Iterable[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from cachepolicy.engine.run import run_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.tools.emoji import load_pipeline
 from cachepolicy.tuning.recording import record
-from cachepolicy.tuning.run_directory import fingerprint, pack_records, unpack_records
+from cachepolicy.tuning.run_directory import fingerprint, pack_records, settings_of, unpack_records
 from cachepolicy.tuning.sampling import Sampler
 from cachepolicy.tuning.solver import solver_weights
 from cachepolicy.tuning.tuner import Tuning, tune
@@ -146,6 +146,12 @@ def test_an_argument_that_is_not_recognised_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="object") as caught:
         tune(emoji(), [{**call, "note": object()} for call in calls()], cost=0.5, run_dir=tmp_path)
     assert "E406" == caught.value.diagnostics[0].code
+
+
+def test_offloaded_weights_are_told_by_their_shapes() -> None:
+    """Parameters on the meta device have no values."""
+    settings = [settings_of([torch.nn.Linear(size, 2, device="meta")], print) for size in (3, 3, 4)]
+    assert settings[0] == settings[1] != settings[2]
 
 
 def test_values_are_told_apart() -> None:

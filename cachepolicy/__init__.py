@@ -4,8 +4,8 @@
         image = pipe("a lighthouse at dusk").images[0]
     print(run.trace)
 
-Names are imported on first use. Those that sample or attach (`apply`, `remove`, `compare`, `calibrate`, `tune` and its kin)
-and the cache API of diffusers import torch.
+Names are imported on first use. Those that run a model (`apply`, `remove`, `compare`, `calibrate`, `tune`,
+`tune_levels`, `tune_threshold`) and the cache API of diffusers import torch.
 """
 
 from __future__ import annotations

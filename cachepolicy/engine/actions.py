@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -173,7 +173,7 @@ def is_finite(value: Any) -> bool:
     """
     # A loop and a sum, because this runs for every prediction. A sum is finite only if all its terms are, and takes a
     # tenth of the time of `isfinite`; it may also overflow by itself.
-    for tensor in value if type(value) is list else leaves(value):
+    for tensor in cast("list[Any]", value) if type(value) is list else leaves(value):
         if type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_floating_point():
             total = tensor.sum(dtype=torch.float32) if tensor.element_size() == 2 else tensor.sum()
             if not math.isfinite(total.item()) and not tensor.isfinite().all():

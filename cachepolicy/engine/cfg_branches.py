@@ -54,6 +54,14 @@ class _Part:
         tensor = None if self._reference is None else self._reference()
         return tensor is not None and _version(tensor) != self._version
 
+    def is_of(self, value: Any) -> bool:
+        """Return True if the part was made from this value, and the value has not changed since."""
+        if isinstance(value, torch.Tensor):
+            alive = self._reference is not None and self._reference() is value
+            return alive and self._version == _version(value) and self.form == (value.shape, value.dtype, value.device)
+        plain = value is None or isinstance(value, _PLAIN)
+        return plain and self._reference is None and self._value == (type(value), value)
+
     def same(self, other: _Part) -> bool:
         """Return True for the same live, unmodified tensor, or equal plain values."""
         if self._reference is None or other._reference is None:
@@ -130,13 +138,30 @@ def _version(tensor: torch.Tensor) -> int:
 class Conditioning:
     """All arguments of a call except latents and timestep, flattened to parts."""
 
-    __slots__ = ("parts",)
+    __slots__ = ("_flat", "parts")
 
     def __init__(self, named: Mapping[str, Any]) -> None:
         self.parts: dict[_Path, _Part] = {}
+        self._flat: dict[str, _Part | None] = {}
+        """The parts of arguments that are no containers, and None for arguments that are left out."""
         for name, value in named.items():
-            if not NEW_AT_EACH_STEP.search(name):
-                self._note((name,), value)
+            if NEW_AT_EACH_STEP.search(name):
+                self._flat[name] = None
+                continue
+            self._note((name,), value)
+            if (name,) in self.parts:
+                self._flat[name] = self.parts[name,]
+
+    def is_of(self, named: Mapping[str, Any]) -> bool:
+        """Return True if it was made from these arguments, none is a container, and none has changed since."""
+        flat = self._flat
+        if flat.keys() != named.keys():
+            return False
+        for name, value in named.items():
+            part = flat[name]
+            if part is not None and not part.is_of(value):
+                return False
+        return True
 
     def _note(self, path: _Path, value: Any) -> None:
         if isinstance(value, list | tuple):
@@ -162,6 +187,8 @@ class Conditioning:
         return self._matches(other, besides, _Part.equal)
 
     def _matches(self, other: Conditioning, besides: frozenset[_Path], alike: Any) -> bool:
+        if self is other:
+            return True
         if (self.parts.keys() ^ other.parts.keys()) - besides:
             return False
         both = [path for path in self.parts if path in other.parts and path not in besides]
@@ -260,7 +287,7 @@ class Known:
         return not self.changing or bool(self.conditioning.parts.keys() - self.changing)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BranchMatch:
     """The branch of a call. If `doubtful`, its history is not used.
 
@@ -318,10 +345,22 @@ class Calls:
         self.known.clear()
         self.signatures.clear()
 
+    def conditioning(self, named: Mapping[str, Any]) -> Conditioning:
+        """Return the conditioning of a call: that of the last call of a branch, if the arguments are the same."""
+        for known in self.known.values():
+            if known.conditioning.is_of(named):
+                return known.conditioning
+        return Conditioning(named)
+
     def matching(self, name: str | None, conditioning: Conditioning) -> list[str]:
         """Return the known branches that fit this call: by name, else by conditioning."""
         if name is not None:
             return [branch for branch, known in self.known.items() if known.name == name]
+        if len(self.known) == 1:
+            # One branch is the usual case, and this runs at each call.
+            ((branch, known),) = self.known.items()
+            if known.conditioning is conditioning and known.name is None and known.lasts:
+                return [branch]
         unnamed = {branch: known for branch, known in self.known.items() if known.name is None and known.lasts}
         same = [branch for branch, known in unnamed.items() if conditioning.same(known.conditioning, known.changing)]
         return same or [

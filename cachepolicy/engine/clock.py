@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NAMES
 from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of, unused_timesteps
-from cachepolicy.engine.cfg_branches import FAR, Calls, Conditioning, SeenLatents
+from cachepolicy.engine.cfg_branches import FAR, Calls, SeenLatents
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError, warn
@@ -123,14 +123,12 @@ class CallArguments:
 
     def signature(self) -> tuple[Any, ...]:
         """Return shapes, dtypes and devices of all tensors. Histories apply only to calls with the same signature."""
-        return tuple(
-            [
-                (name, tensor.shape, tensor.dtype, tensor.device)
-                for name, value in self.named.items()
-                if name != self.timestep
-                for tensor in leaves(value)
-            ]
-        )
+        return tuple([
+            (name, tensor.shape, tensor.dtype, tensor.device)
+            for name, value in self.named.items()
+            if name != self.timestep
+            for tensor in ((value,) if isinstance(value, torch.Tensor) else leaves(value))
+        ])  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:
@@ -303,7 +301,7 @@ class Reading:
     revives: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Repeats:
     """Compares a call with the earlier calls of the same step."""
 
@@ -346,7 +344,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     named = arguments.named
     latents = SeenLatents(named.get(arguments.latents or ""))
     besides = (arguments.latents, arguments.timestep)
-    conditioning = Conditioning({name: value for name, value in named.items() if name not in besides})
+    conditioning = calls.conditioning({name: value for name, value in named.items() if name not in besides})
     name = context.name if context is not None else None
     calls.follow(clock.number)
     repeats = _Repeats(calls, calls.matching(name, conditioning), latents)

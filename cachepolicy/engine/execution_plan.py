@@ -11,7 +11,7 @@ from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import GuidanceKeeping, Keeping, keeping, kept_pairs
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.plan import Plan, Site
-from cachepolicy.planning.possible_decisions import Ahead
+from cachepolicy.planning.possible_decisions import Ahead, Reads
 from cachepolicy.planning.schedule import Decision, Memory, Program, Tick, decide_all, follows, prepare
 
 
@@ -40,18 +40,17 @@ class ExecutionPlan:
     approximation: ir.ApproximateUncond | None
     guidance: GuidanceKeeping
     itself: int | None
-    codes: dict[tuple[bool, tuple[Op, ...]], list[Op]] = field(
-        default_factory=dict[tuple[bool, tuple[Op, ...]], list[Op]], repr=False, compare=False
-    )
-    """Cached operations of all sites, by those of their groups."""
     livenesses: dict[tuple[Ahead, bool], Liveness] = field(
         default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
     )
     """Cached liveness, by the forecast of the clock."""
     recall: Recall = field(init=False, repr=False, compare=False)
+    is_static: bool = field(init=False, repr=False, compare=False)
+    """Whether all decisions depend only on the clock, the memories and the facts of the run."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recall", Recall(self.program))
+        object.__setattr__(self, "is_static", not (self.followed or self.program.measured))
 
     def liveness(self, ahead: Ahead, *, loose: bool) -> Liveness:
         """Return what later steps may read.
@@ -71,30 +70,65 @@ class ExecutionPlan:
 _MOST_CLOCKS = 32  # number of cached clock forecasts
 
 
-class Recall:
-    """Cache of decisions that depend only on the clock and the memories. They repeat in each trajectory.
+@dataclass(slots=True, eq=False)
+class Trims:
+    """What a call releases: the sites of each group with less to read than before, and whether held bytes change."""
 
-    Memories are identified by object: the list that `decided` returns is passed to it at the next call.
+    releases: Sequence[tuple[Sequence[int], Reads]]
+    changed: bool
+
+
+UNKNOWN_TRIMS = Trims((), changed=False)
+"""Stands for releases that depend on more than the clock and the memories."""
+
+
+@dataclass(slots=True, eq=False)
+class StepTable:
+    """Decisions of one call that depend only on the clock and the memories, and all that follows from them.
+
+    Attributes:
+        memories: The memories before the call. They stay alive with the table, so that their `id` stays unique.
+        decisions: The decisions, by group of the coarse partition. Do not modify them.
+        after: The memories after the call.
+        reuses: Whether a site reuses.
+        codes: The operations of all sites, by what later steps may read and by how results are stored.
+        trims: What the call releases, by what later steps may read and by the trims of the call before.
+    """
+
+    memories: list[Memory]
+    decisions: list[Decision]
+    after: list[Memory]
+    reuses: bool
+    codes: dict[tuple[Liveness, Op], list[Op]] = field(default_factory=dict[tuple[Liveness, Op], list[Op]])
+    trims: dict[tuple[Liveness, Trims | None], Trims] = field(
+        default_factory=dict[tuple[Liveness, "Trims | None"], Trims]
+    )
+
+
+class Recall:
+    """The tables of calls whose decisions depend only on the clock and the memories. They repeat in each trajectory.
+
+    Memories are identified by object: the list that a table has `after` its call is passed at the next call.
     """
 
     _MOST = 4096
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._known: dict[tuple[int, Tick], tuple[list[Memory], list[Decision], list[Memory]]] = {}
+        self._known: dict[tuple[int, Tick], StepTable] = {}
         self.start = program.coarse.start()
 
-    def decided(self, memories: list[Memory], tick: Tick) -> tuple[list[Decision], list[Memory]]:
-        """Return the decisions of the coarse partition and the memories after them. Do not modify either."""
+    def table(self, memories: list[Memory], tick: Tick) -> StepTable:
+        """Return the table of a call."""
         key = (id(memories), tick)
-        known = self._known.get(key)
-        if known is None:
+        table = self._known.get(key)
+        if table is None:
             if len(self._known) >= self._MOST:
                 self._known.clear()
             decisions, after = decide_all(self._program, self._program.coarse, memories, tick)
-            # The stored reference keeps `memories` alive, so that its id stays unique.
-            known = self._known[key] = (memories, decisions, after)
-        return known[1], known[2]
+            reuses = any(decision.verdict == "reuse" for decision in decisions)
+            table = self._known[key] = StepTable(memories, decisions, after, reuses)
+        return table
 
 
 def lay_out(plan: Plan) -> ExecutionPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from itertools import compress, count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cachepolicy.diffusers.hook_names import REGISTRY
 from cachepolicy.engine.actions import (
@@ -31,6 +31,7 @@ from cachepolicy.engine.compat import left, split_arguments
 from cachepolicy.engine.compile.graph_io import fill, lacking, problem
 from cachepolicy.engine.compile.graph_ops import Part, Stage
 from cachepolicy.engine.distributed.groups import is_initialized
+from cachepolicy.engine.execution_plan import UNKNOWN_TRIMS, Trims
 from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.history import trim
 from cachepolicy.engine.hooks import LOCAL, Leave, SiteHandle
@@ -42,7 +43,7 @@ from cachepolicy.engine.step_context import StepContext
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import feedback
-from cachepolicy.planning.possible_decisions import NOTHING
+from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.schedule import WAITING, Decision
 
 if TYPE_CHECKING:
@@ -50,9 +51,11 @@ if TYPE_CHECKING:
     from cachepolicy.engine.clock import CallArguments, Clock, Reading
     from cachepolicy.engine.sessions import Session, State
 
+K = TypeVar("K")
+V = TypeVar("V")
 _NO_GUIDANCE_SOURCE = GuidanceSource()
 _NO_PARTS: Mapping[int, Part] = {}
-_MOST_CODES = 256  # number of cached lists of operations, one per set of decisions
+_MOST_FORECASTS = 8  # forecasts of the clock for which a table of decisions keeps what follows from it
 
 
 class ForwardPass:
@@ -331,9 +334,8 @@ class ForwardPass:
         return number in self._spans and self._spans[number].phase is Phase.DONE
 
     def _enter_span(self, span: SpanRun, position: int, names: Names) -> Phase:
-        before = span.phase
-        if before in {Phase.ANSWERING, Phase.COMPUTING}:
-            return before
+        if span.phase is Phase.ANSWERING or span.phase is Phase.COMPUTING:
+            return span.phase
         phase = span.enter(position, names, measured=self._probing.has_all(self.context.execution.inside[span.number]))
         if phase is Phase.ANSWERING:
             self.passages |= span.passages
@@ -497,43 +499,62 @@ class ForwardPass:
 
     def let_go(self) -> bool:
         """Release what no later step reads. Return True if the held bytes may have changed."""
-        context, ledger = self.context, self.ledger
-        branch, liveness, tick, repeated = context.branch, context.liveness, context.tick, self.owner.repeated
-        alike, reads_of = context.execution.program.alike.group_of, branch.reads
-        changed = self.remembers
+        context, branch, table = self.context, self.context.branch, self.ledger.table
+        if table is None or branch.trims is UNKNOWN_TRIMS or self.parts or self.owner.repeated:
+            trims, branch.trims = self._trims(), UNKNOWN_TRIMS
+        else:
+            key = context.liveness, branch.trims
+            trims = table.trims.get(key)
+            if trims is None:
+                trims = _put(table.trims, key, self._trims())
+            branch.trims = trims
+        for sites, reads in trims.releases:
+            branch.reads[sites[0]] = reads
+            for site in sites:
+                trim(self.slots[site], reads)
+        changed = trims.changed or self.remembers
+        crosses = bool(context.execution.signals.crossed)
+        if branch.remembered and not crosses and not context.liveness.measures(context.tick, now=False):
+            branch.remembered = Remembered()
+            changed = True
+        return changed
+
+    def _trims(self) -> Trims:
+        """Return the sites with less to read than before."""
+        context, ledger, repeated = self.context, self.ledger, self.owner.repeated
+        branch, liveness, alike = context.branch, context.liveness, context.execution.program.alike.group_of
+        releases, changed = list[tuple[Sequence[int], Reads]](), False
         for group, decision, memory in zip(branch.partition.groups, ledger.decisions, ledger.after, strict=True):
             first = group.sites[0]
-            reads = NOTHING if first in repeated else liveness.wanted(alike[first], tick, memory.last)
-            same = reads_of.get(first) is reads
+            reads = NOTHING if first in repeated else liveness.wanted(alike[first], context.tick, memory.last)
+            same = branch.reads.get(first) is reads
             if same and not (decision.computes or (decision.verdict == "reuse" and feedback(decision.action))):
                 continue
             changed |= bool(reads) or not same
             # A graph stores every result, read later or not, so that one graph serves all steps. Trim those here.
             short = reads.depth < liveness.full[alike[first]].depth
             if not same or ledger.facts or self.parts or (reads and short):
-                reads_of[first] = reads
-                for site in group.sites:
-                    trim(self.slots[site], reads)
-        crosses = bool(context.execution.signals.crossed)
-        if branch.remembered and not crosses and not liveness.measures(tick, now=False):
-            branch.remembered = Remembered()
-            changed = True
-        return changed
+                releases.append((group.sites, reads))
+        return Trims(releases, changed)
 
     def planned_codes(self) -> list[Op]:
-        """Return what each site does, by site number. The lists of equal decisions are cached."""
-        partition, execution = self.context.branch.partition, self.context.execution
-        by_group = tuple([
+        """Return what each site does, by site number. The list is cached with the decisions."""
+        context, table = self.context, self.ledger.table
+        if table is None or context.audit is not None or self.owner.repeated:
+            return self._ops()
+        key = context.liveness, self.store
+        codes = table.codes.get(key)
+        if codes is None:
+            codes = _put(table.codes, key, self._ops())
+        return codes.copy()
+
+    def _ops(self) -> list[Op]:
+        partition = self.context.branch.partition
+        by_group = [
             self._op(decision, group.sites[0])
             for decision, group in zip(self.ledger.decisions, partition.groups, strict=True)
-        ])  # fmt: skip
-        key = (partition is execution.program.coarse, by_group)
-        codes = execution.codes.get(key)
-        if codes is None:
-            if len(execution.codes) >= _MOST_CODES:
-                execution.codes.clear()
-            codes = execution.codes[key] = [by_group[group] for group in partition.group_of]
-        return codes.copy()
+        ]
+        return [by_group[group] for group in partition.group_of]
 
     def _op(self, decision: Decision, site: int) -> Op:
         """Return what a site does by its decision. A result is stored only if a later step may read it."""
@@ -542,3 +563,11 @@ class ForwardPass:
         if decision.verdict != "reuse":
             return self.store if self.context.wanted(site).outputs else COMPUTE
         return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
+
+
+def _put(known: dict[K, V], key: K, value: V) -> V:
+    """Add an entry to a cache, and return its value."""
+    if len(known) >= _MOST_FORECASTS:
+        known.clear()
+    known[key] = value
+    return value

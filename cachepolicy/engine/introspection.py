@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -74,7 +75,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """
     # The module inside comes after its wrapper, and takes its place.
     return {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
+        name if "_orig_mod" not in name else ".".join(part for part in name.split(".") if part != "_orig_mod"): module
         for name, module in model.named_modules()
     }
 
@@ -187,7 +188,20 @@ def is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
 
     Paths are compared instead of classes, so that nothing is imported.
     """
-    return any(f"{base.__module__}.{base.__qualname__}" in paths for base in type(module).__mro__)
+    kind = type(module)
+    known = _CLASS_PATHS.get(kind)
+    if known is None:
+        known = _CLASS_PATHS[kind] = frozenset(f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return not known.isdisjoint(paths)
+
+
+_CLASS_PATHS: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+"""The paths of a class and its bases. Models have many modules of few classes."""
+
+
+def _has_children(module: nn.Module) -> bool:
+    # `children` takes ten times as long, and this runs for each module.
+    return any([child is not None for child in vars(module)["_modules"].values()])
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -199,7 +213,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
     kind = type(module).__name__
-    if not ATTENTION.search(kind) or isinstance(module, nn.ModuleList) or not any(True for _ in module.children()):
+    if not ATTENTION.search(kind) or isinstance(module, nn.ModuleList) or not _has_children(module):
         return False
     inner = [child for child in module.modules() if child is not module and ATTENTION.search(type(child).__name__)]
     if not inner:
@@ -213,7 +227,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList) or not any(True for _ in module.children()):
+    if isinstance(module, nn.ModuleList) or not _has_children(module):
         return False
     last = name.rpartition(".")[2]
     return bool(FEEDFORWARD_CLASS.search(type(module).__name__) or FEEDFORWARD.search(last))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cachepolicy.engine.batch_view import BatchView
 from cachepolicy.engine.distributed.consensus import Agreement
+from cachepolicy.engine.execution_plan import StepTable
 from cachepolicy.engine.signals import Measuring
 from cachepolicy.engine.step_context import StepContext
 from cachepolicy.language import ir
@@ -40,10 +41,22 @@ class Ledger:
         decisions: The decisions, by group of the branch's partition. `WAITING` where signals are missing.
         after: The memories after the call, by group.
         facts: Reasons why sites have to compute, by site number.
+        table: The table of the decisions, if they depend only on the clock and the memories, or None.
         signals: The measured numbers of the sites that were decided by signals, by site number.
     """
 
-    __slots__ = ("_company", "_context", "_leaders", "_tick", "after", "decisions", "facts", "measuring", "signals")
+    __slots__ = (
+        "_company",
+        "_context",
+        "_leaders",
+        "_tick",
+        "after",
+        "decisions",
+        "facts",
+        "measuring",
+        "signals",
+        "table",
+    )
 
     def __init__(
         self,
@@ -62,8 +75,13 @@ class Ledger:
         self.signals: dict[int, Mapping[str, float]] = {}
         self.decisions: list[Decision]
         self.after: list[Memory]
+        self.table: StepTable | None = None
+        execution, branch = context.execution, context.branch
         if facts or (leaders and self._leaders_part()):
             self.plan()
+        elif execution.is_static and branch.partition is execution.program.coarse:
+            self.table = execution.recall.table(branch.memories, context.tick)
+            self.decisions, self.after = self.table.decisions, self.table.after
         else:
             self.decisions, self.after = self._planned()
 
@@ -77,10 +95,7 @@ class Ledger:
         )
 
     def _planned(self) -> tuple[list[Decision], list[Memory]]:
-        execution, branch = self._context.execution, self._context.branch
-        program = execution.program
-        if not (self.facts or execution.followed or program.measured) and branch.partition is program.coarse:
-            return execution.recall.decided(branch.memories, self._context.tick)
+        program, branch = self._context.execution.program, self._context.branch
         return decide_all(
             program,
             branch.partition,
@@ -97,6 +112,7 @@ class Ledger:
         if branch.partition is not program.fine:
             branch.memories = program.split(branch.memories)
             branch.partition = program.fine
+        self.table = None
         self.decisions, self.after = self._planned()
 
     def halve(self, rows: BatchView) -> None:
@@ -199,6 +215,8 @@ class Ledger:
         Args:
             uncalled: The sites that were not called.
         """
+        if self.table is not None and not (self.facts or uncalled):
+            return
         waiting = self._waiting()
         if waiting and self.measuring is not None and self.measuring.agreement is not None:
             self.measuring.agree("what did not run", "", waiting)

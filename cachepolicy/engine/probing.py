@@ -30,7 +30,8 @@ class Probing:
         self._context = context
         self._ledger = ledger
         self._begun: dict[ir.Probe, tuple[Names, int | None]] | None = None
-        self._unclear: list[tuple[tuple[ir.Probe, Any, Names, Any, int | None], tuple[int, ...]]] | None = None
+        self._unclear: list[Any] = []
+        """The arguments of `_see` for ambiguous outputs, with their `_version` counters."""
         self._last: tuple[Any, Names, Any] | None = None
         self.again = False
 
@@ -90,7 +91,7 @@ class Probing:
 
     def finish(self, measuring: Measuring) -> None:
         """Read the outputs that were ambiguous when their modules ran."""
-        for seen, written in self._unclear or ():
+        for seen, written in self._unclear:
             self._see(measuring, *seen, last=True, unwritten=versions(seen[3]) == written)
 
     def _see(
@@ -118,8 +119,7 @@ class Probing:
             continuations = self._context.root.continuations
             known = [index for index in alike if continuations.input_of(module, index) == target]
             if len(known) != 1 and not last:
-                seen = (probe, module, names, output, count)
-                self._unclear = [*(self._unclear or ()), (seen, versions(output))]
+                self._unclear.append(((probe, module, names, output, count), versions(output)))
                 return
             alike = known or alike
         if not places:

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,9 @@ from cachepolicy.engine.tuned_for import TunedFor
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.schedule import rebuilds_uncond, untold
+from cachepolicy.planning.schedule import Decision, rebuilds_uncond, untold
 from cachepolicy.reports.nothing_reused import why_nothing_was_reused
-from cachepolicy.tracing.trace import CallRecord
+from cachepolicy.tracing.trace import Trajectory
 
 if TYPE_CHECKING:
     from cachepolicy.engine.history_storage import Storing
@@ -307,7 +307,9 @@ class RootModel(Handle):
             )  # fmt: skip
         audit = Audit() if state.audited else None
         context = StepContext(self, execution, branch, tick, liveness, session_config.options.externals, audit)
-        leaders = {name: state.decided[name] for name in execution.followed if name in state.decided}
+        leaders = _NO_LEADERS
+        if execution.followed:
+            leaders = {name: state.decided[name] for name in execution.followed if name in state.decided}
         return context, Ledger(context, leaders, measuring, facts, state.company)
 
     def _branch(self, state: State, reading: Reading, *, again: bool) -> tuple[Branch, dict[int, str]]:
@@ -363,7 +365,8 @@ class RootModel(Handle):
         site = self.handles[""]
         if context.execution.itself is not None and not (call.answered or call.halved):
             call.shut(site, output)
-        output = guidance_observer.after(call, output)
+        if call.guidance is not None:
+            output = guidance_observer.after(call, output)
         errors: Mapping[int, float] = {}
         if context.audit is not None:
             errors = self.audits.compared(call, context.audit, output)
@@ -373,7 +376,8 @@ class RootModel(Handle):
         if call.parts:
             self.graphs.end(call)
         call.close(uncalled)
-        reuses = any([decision.verdict == "reuse" for decision in ledger.decisions])
+        table = ledger.table
+        reuses = any([item.verdict == "reuse" for item in ledger.decisions]) if table is None else table.reuses
         if reuses and torch.is_grad_enabled() and self.session_config.options.gradients == "refuse":
             self._gradients.check(call.args, call.kwargs)
         if call.learns:
@@ -391,8 +395,8 @@ class RootModel(Handle):
         # run them again in the backward pass.
         if state.reused and torch.is_grad_enabled():
             self.keeps_graphs = True
-        if state.trajectory is not None and len(state.trajectory.calls) < _MOST_CALLS:
-            state.trajectory.calls.append(self._recorded(call, len(state.trajectory.calls), errors))
+        if state.trajectory is not None and state.trajectory.size < _MOST_CALLS:
+            self._record(call, state.trajectory, errors)
         if context.tick.steps is not None and context.tick.step + 1 >= context.tick.steps:
             self._over(call)
         with self._lock:
@@ -425,16 +429,16 @@ class RootModel(Handle):
         anew.codes = anew.planned_codes()
         return anew
 
-    def _recorded(self, call: ForwardPass, number: int, errors: Mapping[int, float]) -> CallRecord:
-        """Return the trace entry of the call."""
+    def _record(self, call: ForwardPass, trajectory: Trajectory, errors: Mapping[int, float]) -> None:
+        """Add the call to the trace."""
         context, ledger = call.context, call.ledger
         profiled = self.session_config.options.trace == "profile"
-        return CallRecord(
-            context.tick, context.branch.partition, ledger.decisions, ledger.facts,
-            (now() if profiled else time.perf_counter()) - call.started, ledger.signals,
-            held=self.held(call.state), began=call.started,
-            profile=call.profile if number < _MOST_PROFILED else (), errors=errors,
-        )  # fmt: skip
+        seconds = (now() if profiled else time.perf_counter()) - call.started
+        profile = call.profile if trajectory.size < _MOST_PROFILED else ()
+        trajectory.record((
+            context.tick, context.branch.partition, ledger.decisions, ledger.facts, seconds, ledger.signals,
+            self.held(call.state), call.started, profile, errors,
+        ))  # fmt: skip
 
     def _release(self, call: ForwardPass) -> None:
         """Release the history that no later step of the trajectory reads, and count the rest."""
@@ -495,6 +499,7 @@ class RootModel(Handle):
 
 
 _REFUTED = frozenset({"E310", "E311"})  # errors of the model itself, which every later forward pass would raise too
+_NO_LEADERS: Mapping[str, Sequence[Decision]] = {}
 _MOST_CALLS = 10_000  # calls per trajectory in the trace, which bounds trajectories whose end is unknown
 _MOST_PROFILED = 1_000  # calls per trajectory with the times of their modules
 

@@ -701,7 +701,7 @@ _ROOT_METHODS = {
 def _require_free(target: Any, roots: Mapping[str, torch.nn.Module]) -> None:
     """Raise if a model has a run (E301) or another cache (E340)."""
     for name, root in roots.items():
-        if any(is_swapped(module) for module in root.modules()):
+        if any([vars(module).get(ATTRIBUTE) is not None for module in root.modules()]):
             raise _already(f"`{name}`" if name else "the model")
         compat.refuse(root, target)
     if is_swapped(target):

@@ -273,6 +273,9 @@ def entered(sessions: Sessions) -> Entered | None:
 # --- the sessions of one run -----------------------------------------------------------------------------
 
 
+def _nobody() -> None: ...
+
+
 _MOST_LOST = 4096  # sessions that the limit has ended in mid-trajectory and that may still go on
 
 
@@ -297,6 +300,8 @@ class Sessions:
         self._recent: OrderedDict[object, Session | weakref.ref[Session]] = OrderedDict()
         self._lost: OrderedDict[int, Lost] = OrderedDict()
         self.continued = 0
+        self._newest: Callable[[], Session | None] = _nobody
+        """The session of an owner that was used last, if it is the newest of all."""
 
     def begin(self) -> tuple[Session, Entered | None]:
         """Begin a call in its session.
@@ -316,7 +321,9 @@ class Sessions:
                 session = owner.sessions.get(self)
                 if session is None:
                     session = owner.sessions[self] = Session(owner.name)
-                self._touch(weakref.ref(session), weakref.ref(session))
+                if self._newest() is not session:
+                    self._newest = weakref.ref(session)
+                    self._touch(self._newest, self._newest)
             # Enter under the lock, so that `_make_room` in another thread does not end the session in between.
             session.enter()
         return session, here
@@ -332,6 +339,7 @@ class Sessions:
             session = Session(key)
             session.lost = self._lost.pop(hash(key), None)
         self._touch(("session", key), session)
+        self._newest = _nobody
         return session
 
     def _touch(self, key: object, session: Session | weakref.ref[Session]) -> None:
@@ -451,6 +459,7 @@ class Sessions:
         for session in self.alive():
             self.end(session)
         with self._lock:
+            self._newest = _nobody
             self._recent.clear()
             self._lost.clear()
 

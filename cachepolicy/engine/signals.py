@@ -400,6 +400,8 @@ class Measuring:
         return values
 
     def _value(self, expression: ir.Expression, site: int) -> SignalValue:
+        if type(expression) is ir.Call and expression.function in NORMS:
+            return self._norm(expression, site)  # most signals are norms, and each pattern below takes time
         match expression:
             case ir.Probe():
                 probe = self._named(expression, site)

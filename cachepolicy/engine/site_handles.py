@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.history_storage import ANYHOW
 from cachepolicy.engine.hooks import SiteHandle, parameters_of
-from cachepolicy.engine.introspection import modules_by_path, unwrapped
+from cachepolicy.engine.introspection import unwrapped
 
 if TYPE_CHECKING:
     from cachepolicy.engine.root_model import RootModel
@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 def handles_of(root: RootModel) -> dict[str, SiteHandle]:
     """Build the handle of each intercepted module, by module name. The root model has the name ""."""
     handles, plan, keepings = dict[str, SiteHandle](), root.execution.plan, root.execution.keepings
-    modules, known = modules_by_path(root.module), dict[Any, tuple[str, ...]]()
+    known = dict[Any, tuple[str, ...]]()
 
     def at(name: str) -> SiteHandle:
         if name not in handles:
-            handles[name] = SiteHandle(
-                root, name or "model", _parameters(modules.get(name) or root.module.get_submodule(name), known)
-            )
+            handles[name] = SiteHandle(root, name or "model", _parameters(root.module.get_submodule(name), known))
         return handles[name]
 
     at("")

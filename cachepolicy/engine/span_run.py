@@ -342,7 +342,7 @@ class SpanRun:
         """Compute: one forward pass calls the span more than once."""
         self.recorder = None
         self.links, self.passages = {}, {}
-        if self.phase in {Phase.FIRST_BLOCK, Phase.ANSWERING}:
+        if self.phase is Phase.FIRST_BLOCK or self.phase is Phase.ANSWERING:
             self.phase = Phase.COMPUTING
 
 

@@ -11,7 +11,7 @@ import torch
 
 from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot, is_too_large
 from cachepolicy.engine.batch_view import WHOLE, BatchView
-from cachepolicy.engine.execution_plan import ExecutionPlan
+from cachepolicy.engine.execution_plan import ExecutionPlan, Trims
 from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Remembered
 from cachepolicy.errors import PolicyError
@@ -44,6 +44,8 @@ class Branch:
     """Bytes that the branch holds."""
     signals: Lease | None = None
     """The lease for remembered signals, if there is a memory limit."""
+    trims: Trims | None = None
+    """What the last call released, if its decisions depended only on the clock."""
     ticks: dict[int, Tick] = field(default_factory=dict[int, Tick])
     """The times of the calls so far, by step."""
 
@@ -52,6 +54,7 @@ class Branch:
         self.slots = [Slot(slot.storing) for slot in self.slots]
         self.remembered = Remembered()
         self.reads.clear()
+        self.trims = None
         self.held = 0
 
 

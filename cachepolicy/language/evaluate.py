@@ -167,10 +167,10 @@ _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
 
 def _compared(expression: ir.Comparison, environment: Environment) -> bool:
     values = [evaluate(operand, environment) for operand in expression.operands]
-    if any(value is None for value in values):
+    if None in values:
         raise Undefined("a value that is compared is off")
-    pairs = zip(expression.operators, values, values[1:], strict=False)
-    return all(_COMPARE[sign](left, right) for sign, left, right in pairs)
+    # A list, because a generator takes longer than the comparison, and this runs in each decision on a signal.
+    return all([_COMPARE[sign](*values[index : index + 2]) for index, sign in enumerate(expression.operators)])
 
 
 def _contained(expression: ir.Membership, environment: Environment) -> bool:

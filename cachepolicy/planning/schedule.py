@@ -578,6 +578,12 @@ def decide_all(
         site = group.sites[0]
         leaders = {name: decided[site] for name, decided in followed.items()} if followed else _NO_LEADERS
         numbers = shared if signals_of is None else signals_of.get(site, shared)
+        if not (group.parents or facts) and signals_of is not None and site not in signals_of:
+            first = group.rules[0]
+            if first.rule.when is None and first.index in program.measured:
+                decisions.append(WAITING)
+                after.append(memory)
+                continue
         inputs = Inputs(tick, memory, numbers, program.tables, leaders, facts.get(site) if facts else None)
         if group.parents and any(hides(decisions[parent], tick.branch) for parent in group.parents):
             decision = HIDDEN

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.planning.facts import Fact
@@ -74,12 +74,34 @@ class Trajectory:
 
     session: object
     plan: Plan
-    calls: list[CallRecord] = field(default_factory=list[CallRecord])
     audited: bool = False
+    _records: list[Any] = field(default_factory=list[Any])
+    """A `CallRecord` for each call, or the tuple of its fields until it is read."""
+    _expanded: int = 0
+    """The number of records at the beginning that are expanded."""
+
+    def record(self, fields: tuple[Any, ...]) -> None:
+        """Append a call, as the values of the fields of `CallRecord`. The record is made when it is read."""
+        self._records.append(fields)
+
+    @property
+    def size(self) -> int:
+        """The number of calls."""
+        return len(self._records)
+
+    @property
+    def calls(self) -> list[CallRecord]:
+        """The calls."""
+        records = self._records
+        for index in range(self._expanded, len(records)):
+            if type(records[index]) is tuple:
+                records[index] = CallRecord(*records[index])
+            self._expanded = index + 1
+        return records
 
     def __deepcopy__(self, memo: object) -> Trajectory:
         # Plans and records never change. The key of a session may be any hashable object, and its identity matters.
-        return Trajectory(self.session, self.plan, list(self.calls), self.audited)
+        return Trajectory(self.session, self.plan, self.audited, list(self.calls))
 
     def rows(self, branch: str | None = None) -> dict[str, str]:
         """Returns one letter a call for each site: `C` computed, `R` reused, `.` hidden.
@@ -289,7 +311,7 @@ def from_json(text: str | bytes) -> Trace:
         if form.plan >= len(plans):
             raise _wrong(f"{where}.plan", f"there is no plan {form.plan}")
         trajectory = trace.begin(form.session, plans[form.plan], audited=form.audited)
-        trajectory.calls += _replayed(plans[form.plan], form, where)
+        trajectory.calls.extend(_replayed(plans[form.plan], form, where))
     return trace
 
 

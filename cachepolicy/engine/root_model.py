@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -247,7 +247,7 @@ class RootModel(Handle):
         follower = self.run.follower_of(scheduler) if scheduler is not None else None
         if follower is None or getattr(scheduler, "timesteps", None) is None:
             return session_config.bare
-        kind: Any = None if pipeline is None else type(pipeline)
+        kind = None if pipeline is None else cast("Any", type(pipeline))
         return replace(session_config.bare, scheduler=scheduler, follower=follower, pipeline=kind)
 
     def _start(self, session: Session, state: State, reading: Reading) -> None:

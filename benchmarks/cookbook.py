@@ -62,10 +62,13 @@ def page(name: str, numbers: dict[str, Any], skeleton: Skeleton) -> str:
 
 
 def _source(policy: ir.Policy) -> str:
-    source = policy.source or ""
+    return f"Source: {_link(policy.source)}." if policy.source else ""
+
+
+def _link(source: str) -> str:
     if source.startswith("arXiv:"):
-        return f"Source: [{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})."
-    return f"Source: [{source}](https://{source})." if source else ""
+        return f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
+    return f"[{source}](https://{source})" if source else ""
 
 
 def _sites(name: str, skeleton: Skeleton) -> str:
@@ -85,7 +88,7 @@ def _params(policy: ir.Policy) -> str:
     for each in policy.statements:
         if isinstance(each, ir.Param):
             kind = f"{each.type}?" if each.optional else each.type
-            default = format_node(each.default).replace("|", "\\|")
+            default = (format_node(each.default) if each.default else "").replace("|", "\\|")
             rows.append(f"| `{each.name}` | {kind} | `{default}` | {each.doc or ''} |")
     return "\n".join(rows)
 
@@ -113,14 +116,26 @@ def index(names: list[str]) -> str:
     lines = [
         "# Cookbook",
         "",
-        "The policies that come with cachepolicy, a page each: where it is from, its text, what it computes and",
+        "Policies that come with cachepolicy, a page each: where it is from, its text, what it computes and",
         "reuses, and what it does to the pictures of the small emoji model. Which one fits a model of yours,",
         "[`cachepolicy plan MODEL`](../planning.md) shows.",
         "",
         "```{toctree}",
         *names,
         "```",
+        "",
+        "## Not measured",
+        "",
+        "These come with cachepolicy too. Tests compare their decisions with those of plain transcriptions of the",
+        "methods, on small models with random streams. Their effect on pictures was not measured.",
+        "`cachepolicy show NAME` prints their text and their params.",
+        "",
+        "| name | method | source |",
+        "| --- | --- | --- |",
     ]
+    for name in sorted({*shipped_policies()} - {*names}):
+        policy = cachepolicy.load(name)
+        lines.append(f"| `{name}` | {policy.title or name} | {_link(policy.source or '')} |")
     return "\n".join(lines) + "\n"
 
 

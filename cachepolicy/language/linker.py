@@ -18,7 +18,15 @@ from cachepolicy.language.params import settled
 from cachepolicy.language.presets import ModelFacts, choose, missing
 from cachepolicy.language.scope import BOUND
 from cachepolicy.language.semantics import check_names
-from cachepolicy.language.traversal import dependency_order, fold_constants, measure_size, names_in, transform, walk
+from cachepolicy.language.traversal import (
+    dependency_order,
+    fold_constants,
+    measure_size,
+    names_in,
+    transform,
+    walk,
+    without_truisms,
+)
 from cachepolicy.language.validate import WholeNumber, bare_mask, resolved_faults
 from cachepolicy.language.vocabulary import NORMS
 
@@ -369,8 +377,9 @@ class _Flat:
         if _is_absent(written):
             return
         bounds = tuple(bound for bound in written.bounds if not isinstance(bound.count, ir.Off))
-        if len(bounds) < len(written.bounds):
-            written = written.model_copy(update={"bounds": bounds})
+        guard = without_truisms(written.when)
+        if len(bounds) < len(written.bounds) or guard is not written.when:
+            written = written.model_copy(update={"bounds": bounds, "when": guard})
         self.findings += [located(finding, policy, rule.span) for finding in resolved_faults(written)]
         self.rules.append(written)
         self.sources.append(RuleSource(policy, number))

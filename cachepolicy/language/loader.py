@@ -38,12 +38,10 @@ _OTHER_NAMES = {
 _NOT_SHIPPED = {
     method.lower().replace("-", ""): method
     for method in (
-        "AdaCache", "BlockDance", "DBCache", "DeepCache", "Delta-DiT", "DiTFastAttn", "EasyCache", "HiCache",
-        "Learning-to-Cache", "MagCache", "SeaCache", "SmoothCache", "T-GATE", "TaylorSeer", "TeaCache", "TextKVCache",
-        "ToCa",
+        "DeepCache", "DiTFastAttn", "Learning-to-Cache", "SmoothCache", "T-GATE", "TextKVCache", "ToCa",
     )
 }  # fmt: skip
-"""Published methods by their names in lower case. A shipped policy of that name comes first."""
+"""Published methods by their names in lower case."""
 
 
 def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
@@ -121,10 +119,12 @@ def _near(stem: str, folder: Path) -> str | None:
     method = re.sub(r"[^a-z0-9]", "", stem.lower()).removesuffix("config")
     if method in _OTHER_NAMES:
         return f"its name here is `{_OTHER_NAMES[method]}`"
+    for name in shipped_policies():
+        if method == name.replace("_", ""):
+            return f"its name here is `{name}`"
     if method in _NOT_SHIPPED:
-        names = ", ".join(f"`{name}`" for name in shipped_policies())
-        return f"{_NOT_SHIPPED[method]} is not shipped; write it as a policy file, or use one of {names}"
-    return suggestion(stem, list(shipped_policies()))
+        return f"{_NOT_SHIPPED[method]} is not shipped; write it as a policy file, or use one of `cachepolicy list`"
+    return suggestion(stem, list(shipped_policies())) or "`cachepolicy list` shows the shipped policies"
 
 
 def _same(path: Path, policy: Traversable) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
 from typing import Any, TypeVar, cast
@@ -175,6 +176,55 @@ def fold_constants(node: ir.Node) -> ir.Node:
             return _constant(node) if all(map(_is_constant, node.arguments)) else node
         case _:
             return node
+
+
+_LOWEST = {"step": 0, "progress": 0, "computes": 0, "age": 1}
+_HIGHEST = {"progress": 1}
+
+
+def without_truisms(guard: ir.Expression | None) -> ir.Expression | None:
+    """Removes what holds at every step from a conjunction: `step >= 0`, `progress in [0, 1]`.
+
+    So a policy with a warm-up or a window that is not set means what it means without one, and reads no clock word
+    for it that a run would have to supply.
+    """
+    parts = guard.operands if isinstance(guard, ir.Both) else () if guard is None else (guard,)
+    kept = tuple(part for part in parts if not _holds_always(part))
+    if len(kept) == len(parts):
+        return guard
+    return ir.Both(operands=kept, span=guard.span) if guard and len(kept) > 1 else next(iter(kept), None)
+
+
+def _holds_always(node: ir.Expression) -> bool:
+    match node:
+        case ir.Comparison(operators=operators, operands=operands):
+            return all(map(_pair_holds_always, operands, operators, operands[1:]))
+        case ir.Membership(value=ir.Name() as name, container=ir.Interval() as interval):
+            return _pair_holds_always(name, ">=" if interval.low_closed else ">", interval.low) and _pair_holds_always(
+                name, "<=" if interval.high_closed else "<", interval.high
+            )
+        case _:
+            return False
+
+
+def _pair_holds_always(left: ir.Expression, operator: str, right: ir.Expression) -> bool:
+    """Returns whether a clock word is at its bound by what it is."""
+    if isinstance(left, ir.Number):
+        left, operator, right = right, {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(operator, operator), left
+    if not (isinstance(left, ir.Name) and isinstance(right, ir.Number)):
+        return False
+    low, high = _LOWEST.get(left.name, -math.inf), _HIGHEST.get(left.name, math.inf)
+    match operator:
+        case ">=":
+            return right.value <= low
+        case ">":
+            return right.value < low
+        case "<=":
+            return right.value >= high
+        case "<":
+            return right.value > high
+        case _:
+            return False
 
 
 _NEVER_CONSTANT = ACCUMULATORS | MEMORIES | {"cross", "wiener"}

@@ -13,7 +13,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.linker import is_measured, load, resolve
 from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, substitute, walk
-from cachepolicy.planning.bind import bind
+from cachepolicy.planning.bind import bind, needs
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
 from cachepolicy.planning.plan import BoundRule, Plan, find_site, label
@@ -311,7 +311,9 @@ def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
         substituted = substitute(condition, values)
         _require_numbers(condition, substituted, signals)
         rules.append(replace(rule, rule=rule.rule.model_copy(update={"condition": substituted})))
-    return replace(bound, rules=tuple(rules))
+    # A run need not tell what only the signals read whose numbers are given.
+    measured = [signal for signal in bound.resolved.signals if signal.name not in numbers]
+    return replace(bound, rules=tuple(rules), needs=needs(rules, measured))
 
 
 def _require_numbers(

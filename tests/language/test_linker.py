@@ -129,7 +129,8 @@ def test_shipped_and_here(folder: Path, here: str, name: str) -> None:
     [
         ("pba", "did you mean `pab`?"),
         ("pabb.cp", "did you mean `pab`?"),
-        ("zzz", "one of"),
+        ("zzz", "`cachepolicy list`"),
+        ("Delta-DiT", "`delta_dit`"),
         ("./nowhere/pba.cp", "did you mean `pab`?"),
         ("match attention every 2 -> reuse\n", "parse(text)"),
     ],

@@ -166,7 +166,7 @@ def first_block_cache(
     *,
     warmup: int = 0,
     streak: int | None = None,
-    window: tuple[float, float] = (0.0, 1.0),
+    window: tuple[float, float] = (-1.0, 2.0),
 ) -> list[bool]:
     """First Block Cache: the anchor is the first block's residual of the last computed step.
 
@@ -178,11 +178,11 @@ def first_block_cache(
     anchor: Vector | None = None
     hits = 0
     for step, residual in enumerate(residuals):
-        share = step / len(residuals)
+        share = step / max(1, len(residuals) - 1)
         full = (
             anchor is None
             or step < warmup
-            or not window[0] <= share <= window[1]
+            or not window[0] < share < window[1]
             or (streak is not None and hits >= streak)
             or not relative_l1(residual, anchor) <= threshold
         )
@@ -443,6 +443,25 @@ def foresight(outputs: Sequence[Stream], gamma: float, warmup: int, interval: in
             row.append(full)
         rows.append(row)
     return rows
+
+
+def bwcache(outputs: Sequence[Stream], threshold: float, first: int, interval: int) -> list[bool]:
+    """BWCache (arXiv:2509.13789): all blocks, by the mean change of their outputs between the last computed steps.
+
+    `outputs` has for each block what it would compute at each step.
+    """
+    computed = list[bool]()
+    kept = list[int]()
+    for step in range(len(outputs[0])):
+        full = step < first or step - kept[-1] >= interval
+        if not full:
+            new, old = kept[-1], kept[-2]
+            changes = [relative_l1(stream[new], stream[old]) for stream in outputs]
+            full = not sum(changes) / len(changes) < threshold
+        if full:
+            kept.append(step)
+        computed.append(full)
+    return computed
 
 
 def adaptive_guidance(cond: Stream, uncond: Stream, gamma: float) -> list[bool]:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 import cachepolicy
 from benchmarks._measure import Spread, one_thread, spread, timed
-from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
+from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline
 from cachepolicy.tools.flops import counting
+from cachepolicy.tools.pictures import to_pil
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ import torch
 from cachepolicy.engine.run import apply
 from cachepolicy.errors import counted
 from cachepolicy.language import ir
-from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline, to_pil
+from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline
 from cachepolicy.tools.flops import Flops, counting
+from cachepolicy.tools.pictures import to_pil
 from cachepolicy.tools.quality import psnr
 from cachepolicy.tools.sampling import Progress
 

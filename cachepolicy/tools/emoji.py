@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from cachepolicy._resources import shipped
+from cachepolicy.tools.pictures import to_pil
 
 NAMES = (
     "grin", "heart_eyes", "sunglasses", "crying", "angry", "devil", "alien", "skull", "ghost", "robot", "fox",
@@ -173,11 +174,3 @@ def load_pipeline(folder: str | os.PathLike[str] | None = None, dtype: torch.dty
     transformer = DiTTransformer2DModel.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
     transformer.eval().requires_grad_(False)
     return EmojiPipeline(transformer, FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0))
-
-
-def to_pil(pictures: torch.Tensor) -> list[Any]:
-    """Convert a tensor `(N, 3, H, W)` in [-1, 1] to Pillow images."""
-    from PIL import Image
-
-    levels = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]

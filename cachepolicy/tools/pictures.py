@@ -14,6 +14,9 @@ import torch
 GAIN = 8
 """By how much a difference is enlarged."""
 
+SMALL, LARGE = 96, 256
+"""Height in pixels to which small pictures are enlarged, and to which large ones are reduced."""
+
 _GAP, _HEAD = 2, 18
 
 
@@ -46,19 +49,31 @@ def difference(reference: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def line(pictures: torch.Tensor, scale: int | None = None) -> Any:
-    """Return one image with the pictures side by side. By default, small ones are enlarged to about 96 pixels."""
+    """Return one image with the pictures side by side.
+
+    Args:
+        pictures: The pictures, `(N, C, H, W)` in [-1, 1].
+        scale: How much they are enlarged. By default, small ones are enlarged to about `SMALL` pixels of height, and
+            large ones are reduced to `LARGE`.
+    """
     from PIL import Image
 
-    tiles = to_pil(pictures)
-    factor = scale or max(1, round(96 / tiles[0].height))
-    width, height = tiles[0].width * factor, tiles[0].height * factor
-    image = Image.new("RGB", (len(tiles) * (width + _GAP) - _GAP, height), "white")
+    tiles = [tile.convert("RGB") for tile in to_pil(pictures)]
+    height = tiles[0].height
+    if scale is None and height > LARGE:
+        size = (max(1, round(tiles[0].width * LARGE / height)), LARGE)
+        tiles = [tile.resize(size, Image.Resampling.LANCZOS) for tile in tiles]
+    else:
+        factor = scale or max(1, round(SMALL / height))
+        size = (tiles[0].width * factor, height * factor)
+        tiles = [tile.resize(size, Image.Resampling.NEAREST) for tile in tiles]
+    image = Image.new("RGB", (len(tiles) * (size[0] + _GAP) - _GAP, size[1]), "white")
     for number, tile in enumerate(tiles):
-        image.paste(tile.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (number * (width + _GAP), 0))
+        image.paste(tile, (number * (size[0] + _GAP), 0))
     return image
 
 
-def contact_sheet(strips: Sequence[Strip], scale: int = 2) -> Any:
+def contact_sheet(strips: Sequence[Strip], scale: int | None = None) -> Any:
     """Return one image with all rows below each other, each with its heading above and its differences below."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -19,6 +19,7 @@ import torch
 
 from cachepolicy.engine.introspection import denoisers
 from cachepolicy.errors import PolicyError, suggestion
+from cachepolicy.tools.pictures import to_pil
 from cachepolicy.tools.saved_pipeline import EMBEDS_HELP, absent_components, check_tensor_file, read_index
 
 EMOJI_FLUX = "cachepolicy.tools.emoji_flux"
@@ -225,10 +226,7 @@ def save_pictures(sample: Sample, folder: Path, name: str) -> list[Path]:
             _save_sound(sound, sample.rate, folder / f"{stem}.wav")
             for stem, sound in zip(stems, sample.pictures, strict=True)
         ]
-    from PIL import Image
-
-    levels = ((sample.pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [Image.fromarray(level.squeeze(-1) if level.shape[-1] == 1 else level) for level in levels]
+    pictures = to_pil(sample.pictures)
     if sample.frames:
         (folder / name).mkdir(parents=True, exist_ok=True)
         paths = [folder / name / f"{number:04}.png" for number in range(len(pictures))]

@@ -125,13 +125,13 @@ class Comparison:
         """Return the rows as CSV."""
         return csv_table(self.rows)
 
-    def sheet(self, names: Sequence[str] | None = None, *, reference: str = UNCACHED, scale: int = 2) -> Any:
+    def sheet(self, names: Sequence[str] | None = None, *, reference: str = UNCACHED, scale: int | None = None) -> Any:
         """Draw the pictures of rows below each other, each row with its differences from the reference.
 
         Args:
             names: The rows; all with pictures if None.
             reference: The row to which the others are compared.
-            scale: How much the pictures are enlarged.
+            scale: How much the pictures are enlarged; by default, small ones are enlarged and large ones reduced.
 
         Returns:
             A Pillow image.

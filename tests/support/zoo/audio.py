@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.zoo.entry import UNIT, Arguments, Draw, Entry, Feed, embedding
+from tests.support.zoo.entry import REVERSED_UNIT, UNIT, Arguments, Draw, Entry, Feed, embedding
 
 
 def _stable_audio(draw: Draw) -> Arguments:
@@ -110,7 +110,7 @@ ENTRIES = (
         "LongCatAudioDiTTransformer",
         {"dit_dim": 16, "dit_depth": 3, "dit_heads": 2, "dit_text_dim": 8, "latent_dim": 4, "ff_mult": 2.0},
         _longcat,
-        feed=UNIT,
+        feed=REVERSED_UNIT,
         notes="a long skip from the first block to the end; cross attention carries no mark of it",
         cross=r"cross_attn$",
     ),

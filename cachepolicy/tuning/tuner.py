@@ -636,10 +636,10 @@ class _Bench:
         scales |= {index: round(min(max(1 + by, 0.0), 4.0), 2) for index, by in zip(free, change, strict=True)}
         scaled = replace(point, scales=tuple(scales.values()))
         others = self.training[: max(ROUND, len(self.training) - count)][: 2 * ROUND]
-        better = self.score(self.tried(scaled, base, order, others)) > self.score(
-            self.tried(point, base, order, others)
-        )
-        return scaled if better else point
+        before, after = (self.tried(one, base, order, others) for one in (point, scaled))
+        if self.score(after) <= self.score(before):
+            return point
+        return replace(scaled, forecast=point.forecast + _mean_psnr(after) - _mean_psnr(before))
 
     def _sampled(self, call: ModelCall, base: Base, rule: str | None = None) -> Sample:
         """Sample a call on a base, with a policy or without."""
@@ -670,6 +670,10 @@ class _Bench:
         if self.progress is not None:
             self.progress(self._done, max(self.total, self._done), label)
         return result
+
+
+def _mean_psnr(found: Sequence[_Measured]) -> float:
+    return statistics.fmean(ratio for one in found for ratio in one.psnr)
 
 
 def _bin(step: int, calls: int) -> int:
@@ -745,8 +749,8 @@ class _Search:
 
     def _adjust(self, point: SchedulePoint) -> None:
         """Add to all forecasts what the recorded calls have shown to be missing."""
-        found = self._bench.tried(point, self.evidence.base, self._order, self._bench.training[:ROUND])
-        offset = statistics.fmean(ratio for one in found for ratio in one.psnr) - point.forecast
+        found = self._bench.tried(point, self.evidence.base, self._order, self._bench.training[: 2 * ROUND])
+        offset = _mean_psnr(found) - point.forecast
         if math.isfinite(offset):
             self.frontier = {
                 count: replace(one, forecast=one.forecast + offset) for count, one in self.frontier.items()

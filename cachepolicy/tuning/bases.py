@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -130,6 +131,19 @@ def prepared(sampler: Sampler, base: Base, call: ModelCall) -> Any:
 # --- what is planned ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """How skipped calls are extrapolated.
+
+    Attributes:
+        order: The order of the Taylor series, 0 for reuse.
+        along: The axis, `"step"` or `"t"`.
+    """
+
+    order: int
+    along: str = "step"
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The recorded runs of a base, or what they tell of another base.
@@ -158,14 +172,23 @@ class Evidence:
         """Return the cost of computing these calls, as a share of an uncached call of the user."""
         return sum(self.rows[step] for step in steps) / self.work
 
-    def problem(self, order: int, gap: int) -> PlanningProblem:
+    @cached_property
+    def uneven(self) -> bool:
+        """Whether the timesteps are unevenly spaced, and all different."""
+        times = self.outputs[0][0].timesteps
+        steps = [one - other for one, other in pairwise(times)]
+        return bool(steps) and min(steps) > 0 and max(steps) > 1.05 * min(steps)
+
+    def problem(self, predictor: Predictor, gap: int) -> PlanningProblem:
         """Return what is planned: the means over the runs."""
         outputs = list[Recorded]()
         for records, weights in zip(self.outputs, self.weights, strict=True):
             gram = torch.stack([one.gram for one in records]).mean(0)
             scale = torch.tensor([one.scale for one in records], dtype=torch.float64).mean(0).tolist()
             outputs.append(Recorded(gram.tolist(), weights.error_weights(scale), tuple(scale)))
-        return PlanningProblem(outputs, order, gap, self.outputs[0][0].starts)
+        first = self.outputs[0][0]
+        places = first.timesteps if predictor.along == "t" else None
+        return PlanningProblem(outputs, predictor.order, gap, first.starts, places)
 
     def carried_to(self, base: Base, scheduler: Any) -> Evidence:
         """Return what the runs tell of another base.

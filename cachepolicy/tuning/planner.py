@@ -50,6 +50,7 @@ class PlanningProblem:
         order: Order of the extrapolation, 0 (reuse) or more. A history that is shorter lowers it.
         gap: Most calls between two computed ones, plus 1; at least 1.
         starts: Calls at which another model takes over. They are computed, and no history crosses them.
+        places: Where each call lies on the axis of the extrapolation, `(N,)`, all different; None for the step.
         coherence: How the errors of one gap add up: 0 as independent ones, by their squares; 1 as one vector.
     """
 
@@ -57,6 +58,7 @@ class PlanningProblem:
     order: int = 1
     gap: int = 9
     starts: Collection[int] = field(default_factory=frozenset[int])
+    places: Sequence[float] | None = None
     coherence: float = 0.0
 
     @property
@@ -143,7 +145,7 @@ class _GapErrors:
     def before(self, history: History, until: int) -> float:
         """Return the error of the calls after the newest computed one and before `until`."""
         problem = self._problem
-        gap = self._gaps.setdefault(history, _Gap(history, problem.outputs))
+        gap = self._gaps.setdefault(history, _Gap(history, problem.outputs, problem.places))
         while len(gap.squares) < until - history[0]:
             gap.extend(problem.order)
         index = until - history[0] - 1
@@ -156,18 +158,24 @@ class _Gap:
     `squares` has the sums of squared errors, `sums` the squares of the summed errors.
     """
 
-    def __init__(self, history: History, outputs: Sequence[Recorded]) -> None:
+    def __init__(self, history: History, outputs: Sequence[Recorded], places: Sequence[float] | None) -> None:
         self.squares, self.sums = [0.0], [0.0]
         self._history = history
         self._outputs = outputs
+        self._places = places
         # The summed error of each output, as a factor for each call.
         self._summed = [dict.fromkeys(history, 0.0) for _ in outputs]
 
     def extend(self, order: int) -> None:
         """Add the next call."""
         history, step = self._history, self._history[0] + len(self.squares)
-        ages = tuple(history[0] - call for call in history)
-        factors = [*zip(history, _factors(ages, step - history[0], order), strict=True), (step, -1.0)]
+        if self._places is None:
+            ages = tuple(history[0] - call for call in history)
+            weights = _factors(ages, step - history[0], order)
+        else:
+            places = [self._places[call] for call in history]
+            weights = coefficients("taylor", places, self._places[step], {"order": order})
+        factors = [*zip(history, weights, strict=True), (step, -1.0)]
         square = total = 0.0
         for output, summed in zip(self._outputs, self._summed, strict=True):
             weight = output.weights[step]

@@ -25,7 +25,7 @@ from cachepolicy.reports.comparison import decibels
 from cachepolicy.reports.html.comparison import Summary
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
-from cachepolicy.tuning.bases import Base, Evidence, candidate_bases, own_base, prepared, why_fixed
+from cachepolicy.tuning.bases import Base, Evidence, Predictor, candidate_bases, own_base, prepared, why_fixed
 from cachepolicy.tuning.compare import Comparison, compare
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
@@ -43,10 +43,16 @@ from cachepolicy.tuning.sampling import STEPS, ModelCall, SampleFunction, Sample
 
 MOST_RUNS = 6
 """Most schedules that are sampled to reach a target of quality or speed."""
-ROUND = 2
+ROUND = 4
 """Recorded calls that each round of the choice between schedules samples."""
+BASE_ROUND = 2
+"""The same of the choice between bases, which differ more."""
+FEW_SAMPLES = 8
+"""Of fewer samples, a 10th percentile says less than their mean."""
 SCALES = 7
 """Numbers in the table of scales: each holds for the steps of a part of the trajectory."""
+FEWEST_FITTED = 2
+"""Fewest calls to which scales are fitted."""
 NUDGE = 0.1
 """By how much a scale is changed to measure its effect."""
 RIDGE = 0.1
@@ -94,6 +100,7 @@ class SchedulePoint:
         steps: The computed calls of the trajectory.
         cost: Their share of the denoiser's FLOPs in an uncached run, both halves of guidance counted.
         forecast: The PSNR in dB that the recording forecasts, infinite where every call is computed.
+        predictor: How skipped calls are extrapolated.
         scales: The table of factors of the extrapolation over the trajectory; empty where all are 1.
         psnr: The measured mean PSNR in dB over the held-out samples, None where it was not sampled.
         psnr_p10: The 10th percentile of the same, None where it was not sampled.
@@ -105,6 +112,7 @@ class SchedulePoint:
     steps: tuple[int, ...]
     cost: float
     forecast: float
+    predictor: Predictor = field(default_factory=lambda: Predictor(1))
     scales: tuple[float, ...] = ()
     psnr: float | None = None
     psnr_p10: float | None = None
@@ -270,7 +278,8 @@ def tune(  # noqa: PLR0913 (one target of five, and how to sample)
         held_out: Calls to measure on. By default the last quarter of `calls` (at least one) is not recorded.
         sample: Samples once from the arguments of a call, see `Sampler`. Required for a denoiser.
         scheduler: The scheduler that `sample` steps. Required for a denoiser.
-        order: Order of the extrapolation, 0 to 3.
+        order: Highest order of the extrapolation, 0 to 3. Calls are reused instead (order 0), or extrapolated along the
+            timestep instead of the step, where that has the lower error.
         gap: Most calls between two computed ones, plus 1, in a run of the user's number of steps.
         runs: Sampling runs' worth of model calls to spend at most. Recording comes first; what is left bounds the
             choices after it.
@@ -322,7 +331,7 @@ def tune(  # noqa: PLR0913 (one target of five, and how to sample)
     made = {"target": f"{name} {value:g}", "cost": chosen.cost, "samples": len(training), "held_out": len(testing)}
     first = search.evidence.outputs[0][0]
     text = _policy_text(
-        chosen, search.evidence, order, tuned_statement(first, sampler.models, bench.seen, {**made, **_quality(chosen)})
+        chosen, search.evidence, tuned_statement(first, sampler.models, bench.seen, {**made, **_quality(chosen)})
     )
     frontier = [point for _, point in sorted(search.frontier.items())]
     return Tuning(
@@ -369,33 +378,45 @@ Frontier = Mapping[int, SchedulePoint]
 """The schedule of each number of computed calls."""
 
 
-def _frontier(evidence: Evidence, problem: PlanningProblem, schedules: Mapping[int, tuple[int, ...]]) -> Frontier:
+def _frontier(
+    evidence: Evidence, predictor: Predictor, problem: PlanningProblem, schedules: Mapping[int, tuple[int, ...]]
+) -> Frontier:
     """Return the points of schedules that cost no more than an uncached run."""
-    points = {count: _point(evidence, problem, steps) for count, steps in schedules.items()}
+    points = {count: _point(evidence, predictor, problem, steps) for count, steps in schedules.items()}
     return {count: point for count, point in points.items() if point.cost <= 1 + 1e-9}
 
 
-def _planned(evidence: Evidence, order: int, gap: int, way: Way) -> Frontier:
+def _planned(evidence: Evidence, predictor: Predictor, gap: int, way: Way) -> Frontier:
     """Return the best schedules of one way to plan."""
-    problem = evidence.problem(order, gap)
+    problem = evidence.problem(predictor, gap)
     most = int(evidence.work // min(evidence.rows) + 1e-9)
     plans = plan_steps(way.of(problem), most)
-    return _frontier(evidence, problem, {count: plan.steps for count, plan in plans.items()})
+    return _frontier(evidence, predictor, problem, {count: plan.steps for count, plan in plans.items()})
 
 
-def _even(evidence: Evidence, order: int, gap: int) -> Frontier:
+def _even(evidence: Evidence, predictor: Predictor, gap: int) -> Frontier:
     """Return evenly spaced schedules."""
-    problem = evidence.problem(order, gap)
+    problem = evidence.problem(predictor, gap)
     calls = problem.calls
     even = {count: tuple(number * calls // count for number in range(count)) for count in range(1, calls + 1)}
-    return _frontier(evidence, problem, {n: steps for n, steps in even.items() if {*problem.starts} <= {*steps}})
+    possible = {count: steps for count, steps in even.items() if {*problem.starts} <= {*steps}}
+    return _frontier(evidence, predictor, problem, possible)
 
 
-def _point(evidence: Evidence, problem: PlanningProblem, steps: tuple[int, ...]) -> SchedulePoint:
+def _best_predictor(evidence: Evidence, steps: tuple[int, ...], order: int, gap: int) -> Predictor:
+    """Return the predictor with the lowest error for a schedule."""
+    found = [Predictor(order)]
+    if order:
+        found += [Predictor(0), *([Predictor(order, "t")] if evidence.uneven else [])]
+    # `min` returns the first of equal ones.
+    return min(found, key=lambda predictor: schedule_error(evidence.problem(predictor, gap), steps))
+
+
+def _point(evidence: Evidence, predictor: Predictor, problem: PlanningProblem, steps: tuple[int, ...]) -> SchedulePoint:
     error = schedule_error(problem, steps)
     # The error is a mean square per element. Numbers in [-1, 1] span 2, so the square of the peak is 4.
     forecast = 10 * math.log10(4 / error) if error > 0 else math.inf
-    return SchedulePoint(steps, evidence.cost(steps), forecast)
+    return SchedulePoint(steps, evidence.cost(steps), forecast, predictor)
 
 
 T = TypeVar("T")
@@ -523,9 +544,9 @@ class _Bench:
         """Return the seconds of an uncached call of the user, from those of a reference."""
         return sample.seconds - sample.model_seconds * (1 - 1 / self._longer)
 
-    def measured(self, point: SchedulePoint, base: Base, order: int) -> SchedulePoint:
+    def measured(self, point: SchedulePoint, base: Base) -> SchedulePoint:
         """Sample the held-out calls with a schedule."""
-        found = self.tried(point, base, order, self.held_out)
+        found = self.tried(point, base, self.held_out)
         ratios = [ratio for one in found for ratio in one.psnr]
         metrics = [one.metric for one in found if one.metric is not None]
         cached = sum(one.seconds for one in found)
@@ -538,20 +559,20 @@ class _Bench:
             metric=statistics.fmean(metrics) if metrics else None,
         )
 
-    def best(self, points: Sequence[tuple[SchedulePoint, Base]], order: int) -> int:
+    def best(self, points: Sequence[tuple[SchedulePoint, Base]], size: int = ROUND) -> int:
         """Return the index of the best schedule on recorded calls, by successive halving.
 
-        Each round samples `ROUND` more calls with the better half of the schedules that are left.
+        Each round samples `size` more calls with the better half of the schedules that are left.
         """
         left = [index for index, point in enumerate(points) if point not in points[:index]]
         scores = dict[int, float]()
         end = 0
         while len(left) > 1 and end < len(self.training):
-            end = min(end + ROUND, len(self.training))
-            if self.left < ROUND * sum(points[index][0].cost for index in left):
+            end = min(end + size, len(self.training))
+            if self.left < size * sum(points[index][0].cost for index in left):
                 break
             for index in left:
-                scores[index] = self.score(self.tried(*points[index], order, self.training[:end]))
+                scores[index] = self.score(self.tried(*points[index], self.training[:end]))
             left = sorted(left, key=lambda index: scores[index], reverse=True)[: math.ceil(len(left) / 2)]
         return left[0]
 
@@ -560,13 +581,11 @@ class _Bench:
         if self.metric is not None:
             return statistics.fmean(one.metric or 0.0 for one in found)
         ratios = [ratio for one in found for ratio in one.psnr]
-        return statistics.fmean(ratios) + percentile(ratios, 10)
+        return statistics.fmean(ratios) + (percentile(ratios, 10) if len(ratios) >= FEW_SAMPLES else 0.0)
 
-    def tried(
-        self, point: SchedulePoint, base: Base, order: int, calls: Sequence[tuple[ModelCall, Sample]]
-    ) -> list[_Measured]:
+    def tried(self, point: SchedulePoint, base: Base, calls: Sequence[tuple[ModelCall, Sample]]) -> list[_Measured]:
         """Sample calls with a schedule."""
-        rule = _rule(point, order)
+        rule = _rule(point)
         found = list[_Measured]()
         for call, reference in calls:
 
@@ -585,7 +604,7 @@ class _Bench:
             found.append(self._seen[key])
         return found
 
-    def fitted(self, point: SchedulePoint, evidence: Evidence, order: int) -> SchedulePoint:
+    def fitted(self, point: SchedulePoint, evidence: Evidence) -> SchedulePoint:
         """Return the schedule with scales of the extrapolation that bring the results nearer to the references.
 
         The effect of each scale on the result is measured by changing it. The sum of the squared errors, each relative
@@ -596,16 +615,22 @@ class _Bench:
         bins = [_bin(step, calls) for step in range(calls)]
         free = sorted({bins[step] for step in range(point.steps[0] + 1, calls) if step not in point.steps})
         distinct = len({*evidence.outputs[0][0].timesteps}) == calls
-        reserved = point.cost * (len(self.held_out) + ROUND)
+        reserved = point.cost * (len(self.held_out) + 2 * ROUND)
         count = min(len(self.training) - 1, int((self.left - reserved) / (point.cost * (len(free) + 1))))
         # A denoiser alone does not know the number of steps, which the table of scales needs.
-        if order == 0 or not free or not distinct or count < ROUND or not is_pipeline(self.sampler.target):
+        if (
+            point.predictor.order == 0
+            or not free
+            or not distinct
+            or count < FEWEST_FITTED
+            or not is_pipeline(self.sampler.target)
+        ):
             return point
         ones = (1.0,) * (bins[-1] + 1)
 
         def equations(call: ModelCall, reference: Sample) -> _Equations:
             def pictures(scales: tuple[float, ...]) -> torch.Tensor:
-                rule = _rule(replace(point, scales=scales), order)
+                rule = _rule(replace(point, scales=scales))
                 return self._sampled(call, base, rule).pictures.double().flatten()
 
             plain = pictures(ones)
@@ -624,7 +649,7 @@ class _Bench:
                 lambda call, reference=reference: equations(call, reference),
                 _EQUATIONS,
                 "fitting scales",
-                policy=_rule(point, order),
+                policy=_rule(point),
                 cost=point.cost * (len(free) + 1),
             )
             for call, reference in self.training[-count:]
@@ -636,7 +661,7 @@ class _Bench:
         scales |= {index: round(min(max(1 + by, 0.0), 4.0), 2) for index, by in zip(free, change, strict=True)}
         scaled = replace(point, scales=tuple(scales.values()))
         others = self.training[: max(ROUND, len(self.training) - count)][: 2 * ROUND]
-        before, after = (self.tried(one, base, order, others) for one in (point, scaled))
+        before, after = (self.tried(one, base, others) for one in (point, scaled))
         if self.score(after) <= self.score(before):
             return point
         return replace(scaled, forecast=point.forecast + _mean_psnr(after) - _mean_psnr(before))
@@ -719,37 +744,37 @@ class _Search:
         Raises:
             PolicyError: No point meets the target (E404).
         """
-        frontiers = [_planned(one, self._order, self._gap_of(one), WAYS[0]) for one in self._all]
+        predictor = Predictor(self._order)
+        frontiers = [_planned(one, predictor, self._gap_of(one), WAYS[0]) for one in self._all]
         self.frontier = frontiers[0]
         count = self._first_guess()
         options = [index for index, frontier in enumerate(frontiers) if count in frontier]
         pairs = [(frontiers[index][count], self._all[index].base) for index in options]
-        base = options[self._bench.best(pairs, self._order)]
+        base = options[self._bench.best(pairs, BASE_ROUND)]
         self.evidence, self.frontier = self._all[base], frontiers[base]
         gap = self._gap_of(self.evidence)
+        predictor = _best_predictor(self.evidence, self.frontier[count].steps, self._order, gap)
         # No way to weigh the errors is the best for all models: an early error is enlarged by some and corrected by
         # others. Which way suits the model is measured. With evenly spaced schedules among the candidates, the result
         # is not worse than they are on the calls that are measured.
-        ways = [self.frontier, *(_planned(self.evidence, self._order, gap, way) for way in WAYS[1:])]
-        ways.append(_even(self.evidence, self._order, gap))
+        ways = [_planned(self.evidence, predictor, gap, way) for way in WAYS]
+        ways.append(_even(self.evidence, predictor, gap))
+        self.frontier = ways[0]
         ways = [frontier for frontier in ways if count in frontier]
-        points = [(frontier[count], self.evidence.base) for frontier in ways]
-        best = self._bench.best(points, self._order)
+        best = self._bench.best([(frontier[count], self.evidence.base) for frontier in ways])
         # The even schedules may lack some counts, for which those of the first way are taken.
         self.frontier = {**self.frontier, **ways[best]}
         self._adjust(self.frontier[count])
         if self._name != "cost":
             count = self._bisected(self._first_guess())
-        return self._bench.measured(
-            self._bench.fitted(self.frontier[count], self.evidence, self._order), self.evidence.base, self._order
-        )
+        return self._bench.measured(self._bench.fitted(self.frontier[count], self.evidence), self.evidence.base)
 
     def _gap_of(self, evidence: Evidence) -> int:
         return max(1, round(self._gap * len(evidence.rows) / len(self._all[0].rows)))
 
     def _adjust(self, point: SchedulePoint) -> None:
         """Add to all forecasts what the recorded calls have shown to be missing."""
-        found = self._bench.tried(point, self.evidence.base, self._order, self._bench.training[: 2 * ROUND])
+        found = self._bench.tried(point, self.evidence.base, self._bench.training[:ROUND])
         offset = _mean_psnr(found) - point.forecast
         if math.isfinite(offset):
             self.frontier = {
@@ -765,7 +790,7 @@ class _Search:
         for number in range(MOST_RUNS):
             if number and self._bench.left < 2 * points[middle].cost * len(self._bench.held_out):
                 break
-            point = self._bench.measured(points[middle], self.evidence.base, self._order)
+            point = self._bench.measured(points[middle], self.evidence.base)
             best = point if best is None or self._value(point) > self._value(best) else best
             meets = self._value(point) >= self._target
             reached = counts[middle] if meets else reached
@@ -822,12 +847,14 @@ class _Search:
 # --- the policy ------------------------------------------------------------------------------------------
 
 
-def _rule(point: SchedulePoint, order: int) -> str:
+def _rule(point: SchedulePoint) -> str:
     """Return the rule of a schedule, and the table of its scales before it."""
     numbers = ", ".join(str(step) for step in point.steps)
     table = f"table scales = [{', '.join(f'{scale:g}' for scale in point.scales)}]\n" if point.scales else ""
     scale = ", scale: scales[step]" if point.scales else ""
-    answer = f"predict taylor(order: {order}{scale})" if order else "reuse"
+    along = "" if point.predictor.along == "step" else f', along: "{point.predictor.along}"'
+    order = point.predictor.order
+    answer = f"predict taylor(order: {order}{scale}{along})" if order else "reuse"
     return f"{table}match model on {{{numbers}}} -> {answer}\n"
 
 
@@ -837,7 +864,7 @@ def _quality(point: SchedulePoint) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _policy_text(point: SchedulePoint, evidence: Evidence, order: int, tuned: Tuned) -> str:
+def _policy_text(point: SchedulePoint, evidence: Evidence, tuned: Tuned) -> str:
     """Return the policy with an expectation of its schedule, and with what it was tuned for."""
     calls = len(evidence.rows)
     row = " ".join("C" if call in point.steps else "R" for call in range(calls))
@@ -845,7 +872,7 @@ def _policy_text(point: SchedulePoint, evidence: Evidence, order: int, tuned: Tu
     note = "" if steps is None else f"# for {evidence.base}: call the pipeline with {STEPS}={steps}\n"
     text = f"""\
 {note}policy tuned
-{_rule(point, order)}
+{_rule(point)}
 expect model over {calls} steps: {row}
 {format_node(tuned)}
 """

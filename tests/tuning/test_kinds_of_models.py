@@ -1,4 +1,4 @@
-# pyright: reportPrivateImportUsage=false, reportOptionalMemberAccess=false
+# pyright: reportPrivateImportUsage=false, reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOperatorIssue=false
 """`tune` on models, guidance and schedulers of many kinds: each result beats uniform schedules at equal cost."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import cachepolicy
 from cachepolicy.tools.emoji import load_pipeline
 from cachepolicy.tools.quality import each_psnr
-from cachepolicy.tuning.bases import own_base
+from cachepolicy.tuning.bases import Predictor, own_base
 from cachepolicy.tuning.sampling import Sampler
 from cachepolicy.tuning.tuner import WAYS, Tuning, _Bench, _even, _planned, tune
 from tests.support.emoji_models import EpsilonModel, Renormalised, TwoExperts, TwoOutputs, epsilon_sampler
@@ -132,10 +132,10 @@ def test_forecast_and_measured_quality_rank_alike(name: str) -> None:
     points = [
         frontier[count]
         for count in (4, 6, 8)
-        for frontier in (_planned(evidence, 1, 9, WAYS[0]), _even(evidence, 1, 9))
+        for frontier in (_planned(evidence, Predictor(1), 9, WAYS[0]), _even(evidence, Predictor(1), 9))
     ]
     points.sort(key=lambda point: point.forecast)
     base = evidence.base
-    measured = [bench.score(bench.tried(point, base, 1, bench.training)) for point in points]
+    measured = [bench.score(bench.tried(point, base, bench.training)) for point in points]
     ordered = sum(one < two for index, one in enumerate(measured) for two in measured[index + 1 :])
     assert ordered >= 13  # of 15 pairs

@@ -28,10 +28,16 @@ def problems(draw: st.DrawFn, *, most: int = 9) -> tuple[PlanningProblem, Output
         outputs=[Recorded(gram_of(output), draw(factors)) for output in outputs],
         order=draw(st.integers(0, 2)),
         gap=draw(st.integers(1, calls + 1)),
+        places=draw(st.none() | st.lists(st.integers(1, 5), min_size=calls, max_size=calls).map(falling)),
         starts=draw(st.frozensets(st.integers(1, calls - 1), max_size=2)) if calls > 1 else frozenset(),
         coherence=draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
     return problem, outputs
+
+
+def falling(gaps: list[int]) -> list[float]:
+    """Unevenly spaced timesteps."""
+    return [1000.0 - sum(gaps[: call + 1]) for call in range(len(gaps))]
 
 
 def gram_of(output: list[list[float]]) -> list[list[float]]:
@@ -50,7 +56,8 @@ def simulated_error(problem: PlanningProblem, outputs: Outputs, steps: tuple[int
             history = [step, *([] if step in problem.starts else history)]
             continue
         reach = history[: problem.order + 1]
-        factors = coefficients("taylor", reach, step, {"order": problem.order})
+        places = problem.places or range(problem.calls)
+        factors = coefficients("taylor", [places[call] for call in reach], places[step], {"order": problem.order})
         for number, (output, recorded) in enumerate(zip(outputs, problem.outputs, strict=True)):
             for axis, value in enumerate(output[step]):
                 predicted = sum(factor * output[call][axis] for factor, call in zip(factors, reach, strict=True))

@@ -434,16 +434,18 @@ def _by_scheduler(
     starts = starts or turns
     moved = step != clock.step
     clock.step = step
-    # The steps of the schedule before the trajectory are counted where the policy was tuned on the whole schedule.
-    skipped = clock.begin if not clock.before and len(timesteps) in sources.lengths else 0
-    if starts or clock.numbers is not timesteps:
+    renewed = starts or clock.numbers is not timesteps
+    if renewed:
         clock.unused = unused_timesteps(follower.kind, sources.pipeline, timesteps, sigmas)
-        called = timesteps[: len(timesteps) - clock.unused]
-        clock.ahead, clock.numbers = _rest(clock, called, sigmas, skipped), timesteps
+    length = len(timesteps) - clock.unused
+    # The steps of the schedule before the trajectory are counted where the policy was tuned on the whole schedule.
+    skipped = clock.begin if not clock.before and length in sources.lengths else 0
+    if renewed:
+        clock.ahead, clock.numbers = _rest(clock, timesteps[:length], sigmas, skipped), timesteps
     index = min(clock.begin + step - clock.before, len(timesteps) - 1)
     sigma = sigmas[index] if sigmas is not None and index < len(sigmas) else None
     clock.t = timesteps[index]
-    steps = len(timesteps) - clock.unused - clock.begin + clock.before + skipped
+    steps = length - clock.begin + clock.before + skipped
     return starts, moved, Tick(step + skipped, timesteps[index], steps, sigma)
 
 

@@ -121,6 +121,19 @@ def test_the_end_of_the_last_step_is_no_step(name: str) -> None:
     assert ts[-1] == pytest.approx(250.0, abs=50.0)
 
 
+def test_a_tuned_schedule_has_no_step_at_its_end() -> None:
+    """A policy that was tuned over four steps knows a late start among four steps and five timesteps."""
+    scheduler = _with_end("SCMScheduler")
+    scheduler.set_begin_index(2)
+    root, x = Root(), normal(1, 2)
+    policy = 'match "lin" on {0, 1, 2} -> reuse\ntuned over 4 steps'
+    with torch.no_grad(), cachepolicy.apply(root, parse(policy), scheduler=scheduler) as run:
+        with pytest.warns(UserWarning, match="W615"):
+            for t in scheduler.timesteps[2:-1]:
+                x = scheduler.step(root(x, t), t, x, return_dict=False)[0]
+        assert [(2, 4), (3, 4)] == [(call.tick.step, call.tick.steps) for call in run.trace.last.calls]
+
+
 class LongVideo(diffusers.LTXI2VLongMultiPromptPipeline):
     """The pipeline without a text encoder."""
 

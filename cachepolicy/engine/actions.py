@@ -316,6 +316,18 @@ def reused(slot: Slot, rows: BatchView, *, inference: bool) -> Any:
     return rebuilt_containers(output)
 
 
+def mean_of_halves(slot: Slot, rows: BatchView) -> Any:
+    """Return the mean of both halves of the newest output, once for each half that the call runs (T-GATE)."""
+    stored = slot.output if slot.packing is None else opened(slot.output)
+
+    def mean(tensor: torch.Tensor) -> torch.Tensor:
+        first, second = tensor.chunk(2, dim=0)
+        value = (first + second) / 2
+        return value if rows.half is not None else torch.cat([value, value])
+
+    return map_tensors(mean, stored)
+
+
 Place = Callable[[int], float]
 """Gives the place of a step of this trajectory on the axis of a predictor."""
 

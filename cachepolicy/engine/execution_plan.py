@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cachepolicy.engine.actions import Op
 from cachepolicy.engine.signals import Signals, signals_of
 from cachepolicy.language import ir
-from cachepolicy.planning.history_spec import GuidanceKeeping, Keeping, keeping, kept_pairs
+from cachepolicy.planning.history_spec import GuidanceKeeping, Keeping, is_mean, keeping, kept_pairs
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.plan import Plan, Site
 from cachepolicy.planning.possible_decisions import Ahead, Reads
@@ -26,6 +26,7 @@ class ExecutionPlan:
         inside: The probes inside the first block of each site. The block has to begin before the site is decided.
         approximation: The action that rebuilds the unconditional half, or None.
         guidance: What the rules that rebuild it keep of steps that computed both halves.
+        takes_mean: Whether a rule answers with the mean of both halves of a guidance batch.
         itself: The site number of the root model itself, or None.
     """
 
@@ -39,6 +40,7 @@ class ExecutionPlan:
     inside: Mapping[int, frozenset[ir.Probe]]
     approximation: ir.ApproximateUncond | None
     guidance: GuidanceKeeping
+    takes_mean: bool
     itself: int | None
     livenesses: dict[tuple[Ahead, bool], Liveness] = field(
         default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
@@ -163,6 +165,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
         inside,
         approximation,
         GuidanceKeeping(bool(spectral), max(map(kept_pairs, approximations), default=0)),
+        any(map(is_mean, actions)),
         next((site.index for site in plan.sites if site.modules == ("",)), None),
     )
 

@@ -18,6 +18,7 @@ from cachepolicy.engine.actions import (
     hidden_states,
     is_finite,
     keep,
+    mean_of_halves,
     predicted,
     push,
     reused,
@@ -42,7 +43,7 @@ from cachepolicy.engine.span_run import Phase, SpanRun
 from cachepolicy.engine.step_context import StepContext
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import feedback
+from cachepolicy.planning.history_spec import feedback, is_mean
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.schedule import WAITING, Decision
 
@@ -408,9 +409,9 @@ class ForwardPass:
     def _unsound(self, site: int) -> str | None:
         """Return why the prediction of a site is not finite, or None. A checked prediction is kept for the answer."""
         action = self.ledger.resolve(site).action
-        if not isinstance(action, ir.Predict):
-            return None
         excess = self.context.excess(site, action)
+        if not isinstance(action, ir.Predict):
+            return excess
         if excess is not None or is_initialized():
             # With several processes, one might refuse what the others give, so values are not checked.
             return excess
@@ -424,6 +425,8 @@ class ForwardPass:
     def _answered(self, site: int) -> Any:
         """Return the answer of a site from its stored outputs."""
         slot, action, rows = self.slots[site], self.ledger.of(site).action, self.context.rows
+        if is_mean(action):
+            return mean_of_halves(slot, rows)
         if not isinstance(action, ir.Predict):
             return reused(slot, rows, inference=self.inference)
         output = self._foreseen.pop(site, None)
@@ -562,7 +565,7 @@ class ForwardPass:
             return PENDING
         if decision.verdict != "reuse":
             return self.store if self.context.wanted(site).outputs else COMPUTE
-        return REUSE if isinstance(decision.action, ir.Reuse) else ANSWER
+        return REUSE if isinstance(decision.action, ir.Reuse) and not decision.action.mean else ANSWER
 
 
 def _put(known: dict[K, V], key: K, value: V) -> V:

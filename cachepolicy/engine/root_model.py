@@ -219,11 +219,14 @@ class RootModel(Handle):
         decided = self._decided(session_config, state, reading)
         call = ForwardPass(*decided, session, state, reading, arguments, args, kwargs)
         call.before = before
-        if state.execution.approximation is not None or state.execution.signals.crossed:
+        execution = state.execution
+        if execution.approximation is not None or execution.signals.crossed or execution.takes_mean:
             samples = sources.follower.rows if sources.follower is not None else None
             call.source = GuidanceSource(session_config.options.guidance, pipeline, samples)
         if call.ledger.measuring is not None:
             guidance_observer.describe(call, call.ledger.measuring)
+        if state.execution.takes_mean:
+            call.context.guided = state.guide.rows(arguments, call.source, self.module) is not None
         self._open(call)
         if state.audited:
             call.compares = call.answered or call.halved

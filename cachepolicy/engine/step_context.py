@@ -19,7 +19,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import axis, reach
+from cachepolicy.planning.history_spec import axis, is_mean, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.predictors import Weights, weights
@@ -68,14 +68,15 @@ class StepContext:
         tick: The time of the call.
         liveness: What later steps may read.
         rows: The rows of the batch that the call runs.
+        guided: Whether the call is known to have a guidance batch. It is found out only where a rule asks.
         inference: Whether the call runs in inference mode.
         store: How a computed result is stored.
         audit: Compares the answers with computed outputs, or None where the trajectory is not audited.
     """
 
     __slots__ = (
-        "_arguments", "_externals", "audit", "branch", "execution", "inference", "liveness", "root", "rows", "store",
-        "tick",
+        "_arguments", "_externals", "audit", "branch", "execution", "guided", "inference", "liveness", "root", "rows",
+        "store", "tick",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +95,7 @@ class StepContext:
         self.tick = branch.ticks[tick.step] = tick
         self.audit = audit
         self.liveness = liveness
+        self.guided = False
         self.rows: BatchView = WHOLE
         self.inference = torch.is_inference_mode_enabled()
         # Inference tensors have no `_version` counter, so in-place writes cannot be detected. Clones are stored.
@@ -109,9 +111,12 @@ class StepContext:
 
     def excess(self, site: int, action: ir.Action | None) -> str | None:
         """Return the reason if the weights of a predictor are too large for the dtype of its history, or None."""
+        slot = self.branch.slots[site]
+        if is_mean(action):
+            batch = self.guided or self.rows.half is not None
+            return None if batch and slot.rows.half is None else "it has no two halves to take the mean of"
         if not isinstance(action, ir.Predict):
             return None
-        slot = self.branch.slots[site]
         if slot.chain is not None:
             newest: Any = [entry.tensors for entry in slot.chain.history[0][:1]]
             history = [(entry.step, entry.rows) for entry in slot.chain.history[0]]

@@ -296,7 +296,7 @@ def _action(action: ir.Action) -> str:
         case ir.Skip():
             return "skip"
         case ir.Reuse():
-            return "reuse residual" if action.residual else "reuse"
+            return "reuse residual" if action.residual else "reuse mean" if action.mean else "reuse"
         case ir.Predict():
             residual = " of residual" if action.residual else ""
             return f"predict {action.predictor}{_arguments(action.arguments)}{residual}"

@@ -424,11 +424,17 @@ class Skip(Node):
     kind: Literal["skip"] = "skip"
 
 
-class Reuse(Node):
-    """`reuse`: the last output; `reuse residual`: the input plus the last residual."""
+class Reuse(GrownNode):
+    """`reuse`: the last output; `reuse residual`: the input plus the last residual.
+
+    `reuse mean`: the mean of both halves of a guidance batch of the last output, for both.
+    """
+
+    ADDED: ClassVar[frozenset[str]] = frozenset({"mean"})
 
     kind: Literal["reuse"] = "reuse"
     residual: bool = False
+    mean: bool = False
 
 
 class Predict(Node):

@@ -185,7 +185,8 @@ class Lowering:
         )
 
     def _reuse(self, tree: Any) -> ir.Reuse:
-        return ir.Reuse(residual=bool(tree.children), span=self._span(tree))
+        form = str(tree.children[0]) if tree.children else ""
+        return ir.Reuse(residual=form == "residual", mean=form == "mean", span=self._span(tree))
 
     def _method(self, tree: Any) -> ir.Predict | ir.ApproximateUncond:
         name, *rest = tree.children

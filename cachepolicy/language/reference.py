@@ -163,6 +163,7 @@ TABLES = (
         "skip": "its input",
         "reuse": "its last output",
         "reuse residual": "its input plus its last residual (output minus input)",
+        "reuse mean": "in a guidance batch, for both halves: the mean of both of its last output",
         "predict NAME(...)": "a sum of its history, with weights that depend on the clock",
         "predict NAME(...) of residual": "its input plus the same of its residuals",
         "approximate uncond spectral(...)": "on `model` only: half computed, half rebuilt",

@@ -121,6 +121,8 @@ def _statement(node: ir.Node) -> Iterator[Fault]:
             yield "E021", "`by site` takes a list parameter"
         case ir.Mask(mask=ir.Off()):
             yield "E021", "`off` is valid here only as a parameter's value"
+        case ir.Reuse(residual=True, mean=True):
+            yield "E021", "`reuse` takes `residual` or `mean`, not both"
         case ir.Preset(settings=()):
             yield "E021", "a preset sets at least one parameter"
         case _:

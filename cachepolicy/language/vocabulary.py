@@ -57,7 +57,7 @@ RESERVED = (
 )
 PHRASES = (
     "from end", "since compute", "at most", "in a row", "in all", "over N steps", "reuse residual", "of residual",
-    "approximate uncond", "by site",
+    "reuse mean", "approximate uncond", "by site",
 )  # fmt: skip
 """Fixed phrases. Their words are keywords only within the phrase."""
 KEYWORDS: Mapping[str, tuple[str, ...]] = {

@@ -14,7 +14,7 @@ from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning._probes import ProbeLocator
 from cachepolicy.planning.doubtful_rules import doubts
-from cachepolicy.planning.history_spec import axis
+from cachepolicy.planning.history_spec import axis, is_mean
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, Site, label
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
@@ -213,6 +213,10 @@ def _misplaced(resolved: Resolved, taken: Sequence[Sequence[Modules]]) -> Iterat
         if isinstance(rule.action, ir.ApproximateUncond) and any(modules != ("",) for modules in taken[number]):
             finding = Diagnostic("E209", "`approximate uncond` acts on `model` only", span=rule.action.span)
             yield _at(resolved, number, finding)
+        whole = any(len(modules) > 1 or modules == ("",) for modules in taken[number])
+        if is_mean(rule.action) and whole:
+            message = "`reuse mean` acts on single modules inside the model"
+            yield _at(resolved, number, Diagnostic("E209", message, span=rule.action.span))
         if on_model and "uncond_skipped" in _read(rule, resolved.signals):
             message = "a rule on `model` decides first, so it cannot read `uncond_skipped`"
             yield _at(resolved, number, Diagnostic("E209", message))

@@ -97,6 +97,11 @@ def axis(action: ir.Predict) -> Axis:
     return "step"
 
 
+def is_mean(action: ir.Action | None) -> bool:
+    """Returns whether the action answers with the mean of both halves of a guidance batch."""
+    return isinstance(action, ir.Reuse) and action.mean
+
+
 def needed_results(action: ir.Action) -> int:
     """Returns how often a site must have computed before the action can answer."""
     match action:

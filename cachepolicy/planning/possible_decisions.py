@@ -12,7 +12,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
-from cachepolicy.planning.history_spec import feedback, history_depth
+from cachepolicy.planning.history_spec import feedback, history_depth, is_mean
 from cachepolicy.planning.plan import BoundRule
 from cachepolicy.planning.schedule import Program, Tick, due, floored
 
@@ -181,6 +181,8 @@ class Outlooks:
             return {_COMPUTE}
         if isinstance(rule.action, ir.ApproximateUncond) and moment.branch in COND_BRANCHES:
             return {_COMPUTE}
+        if is_mean(rule.action) and moment.branch in COND_BRANCHES | UNCOND_BRANCHES:
+            return {_COMPUTE}
         answers = _answers(rule.action)
         if rule.follow is not None and moment.branch != rule.follow:
             leader = replace(moment, branch=rule.follow)
@@ -194,6 +196,7 @@ class Outlooks:
         # A history of half a guidance batch cannot answer a call of the whole batch.
         half = bool(self.approximating) and group not in self.approximating and answers is not _SKIP
         half &= moment.branch not in COND_BRANCHES | UNCOND_BRANCHES
+        half |= is_mean(rule.action)  # of a batch that is not one of guidance
         return {_COMPUTE, answers} if half or any(clause.false for clause in clauses) else {answers}
 
     # --- the clock ---------------------------------------------------------------------------------------

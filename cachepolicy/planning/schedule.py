@@ -14,7 +14,7 @@ from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
 from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import feedback, needed_results
+from cachepolicy.planning.history_spec import feedback, is_mean, needed_results
 from cachepolicy.planning.plan import BoundRule, Plan
 
 DUE = "its schedule says so"
@@ -200,6 +200,8 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         return verdict("compute", "the rule computes")
     if isinstance(rule.action, ir.ApproximateUncond) and tick.branch in COND_BRANCHES:
         return verdict("compute", "the conditional call computes")
+    if is_mean(rule.action) and tick.branch in COND_BRANCHES | UNCOND_BRANCHES:
+        return verdict("compute", "both halves of guidance have a call of their own")
     if rule.follow is not None and tick.branch not in (rule.follow, ""):
         reason = unfollowed(bound, inputs)
         return verdict("compute", reason) if reason else _answered(bound, inputs, environment, verdict)

@@ -174,6 +174,8 @@ def _explained(trajectory: Any, key: tuple[str, int, str], fact: str, loop: Loop
             return any(
                 (trajectory.plan.sites[parent].name, step, branch) in trajectory.facts for parent in site.parents
             )
+        case "it has no two halves to take the mean of":
+            return not loop.batched
         case "there is no guidance":
             return name == "model" and not loop.batched and branch not in {"cond", "uncond"}
         case "no step has shown that it has one call":
@@ -215,6 +217,7 @@ ACTIONS = (
     "compute",
     "predict taylor(order: 1)",
     "predict linear(weight: 0.5, feedback: true)",
+    "reuse mean",
     "predict linear(weight: 1 / (3 - gap))",
     "predict hermite(order: 1, scale: computes / age)",
 )
@@ -312,8 +315,8 @@ def test_the_engine_decides_as_the_simulator(data: st.DataObject) -> None:
         )
 
 
-REFUSED = {"E203", "E208", "E250", "E310", "E311"}
-"""Codes of what the engine refuses: overlapping spans, late probes, unknown words, blocks that are no chain."""
+REFUSED = {"E203", "E208", "E209", "E250", "E310", "E311"}
+"""Codes of what the engine refuses: overlapping spans, late probes, misplaced actions, unknown words, broken chains."""
 
 
 @contextlib.contextmanager

@@ -135,6 +135,90 @@ def test_methods_may_be_mixed(branches: Sequence[str]) -> None:
     assert torch.equal(*found[3])
 
 
+def gated(
+    policy: str, *, compiled: bool = False, guidance: bool | None = True
+) -> tuple[list[Tensor], Any, list[Tensor]]:
+    """Return the outputs of a batched run and its trajectory."""
+    model = GuidedToy(Toy(cross=True)).eval()
+    redraw(model, 4)
+    x, y = inputs(Toy(), seed=3)
+    outputs = list[Tensor]()
+    with cachepolicy.apply(model, cachepolicy.parse(policy), steps=STEPS, guidance=guidance) as run, torch.no_grad():
+        called = torch.compile(model, backend="eager") if compiled else model
+        for step in range(STEPS):
+            states, t = x * (1 + 0.1 * step), torch.tensor(900.0 - 100 * step)
+            outputs.append(called(states.repeat(2, 1, 1), t, torch.cat([-3 * y, 3 * y])))
+        (trajectory,) = run.trace.trajectories
+    checks.trace_agrees(trajectory)
+    return outputs, trajectory
+
+
+def test_reuse_mean_answers_both_halves_with_their_mean() -> None:
+    """With the mean in place of its output, a site gives what the model gives with the mean written out."""
+    outputs, trajectory = gated("match cross_attention when step > 0 every 4 -> reuse mean")
+    assert {"CRRRCRRR"} == set(trajectory.rows().values()), trajectory.facts
+    model = GuidedToy(Toy(cross=True)).eval()
+    redraw(model, 4)
+    x, y = inputs(Toy(), seed=3)
+    for block in model.blocks:
+        block.cross.forward = _averaging(block.cross.forward)
+    with torch.no_grad():
+        for step in range(STEPS):
+            states, t = x * (1 + 0.1 * step), torch.tensor(900.0 - 100 * step)
+            for block in model.blocks:
+                block.cross.forward.computes = step % 4 == 0
+            expected = model(states.repeat(2, 1, 1), t, torch.cat([-3 * y, 3 * y]))
+            assert torch.equal(expected, outputs[step])
+
+
+def _averaging(original: Any) -> Any:
+    kept = list[Tensor]()
+
+    def forward(*args: Any) -> Tensor:
+        if forward.computes:
+            kept[:] = [original(*args)]
+            return kept[0]
+        first, second = kept[0].chunk(2)
+        return torch.cat([(first + second) / 2] * 2)
+
+    forward.computes = True
+    return forward
+
+
+def test_reuse_mean_with_half_a_batch() -> None:
+    """T-GATE: from a step on there is no guidance, and cross-attention answers with the mean of both halves."""
+    _, trajectory = gated(
+        "match model when step >= 3 -> approximate uncond copy\nmatch cross_attention when step >= 3 -> reuse mean"
+    )
+    rows = trajectory.rows()
+    assert "CCCRRRRR" == rows.pop("model")
+    assert {"CCCRRRRR"} == set(rows.values())
+
+
+def test_reuse_mean_computes_without_a_guidance_batch() -> None:
+    """In two calls by the decision itself, and in other batches as the run finds."""
+    _, trajectory = run("match cross_attention -> reuse mean", branches=("cond", "uncond"))
+    assert {"C" * STEPS} == {*trajectory.rows("cond").values(), *trajectory.rows("uncond").values()}
+    _, trajectory = gated("match cross_attention -> reuse mean", guidance=False)
+    assert {"C" * STEPS} == set(trajectory.rows().values())
+    assert {"it has no two halves to take the mean of"} == set(trajectory.facts.values())
+
+
+def test_reuse_mean_in_compiled_graphs() -> None:
+    """The same numbers as without a compiler."""
+    policy = "match cross_attention when step > 0 every 4 -> reuse mean"
+    expected, (outputs, trajectory) = gated(policy)[0], gated(policy, compiled=True)
+    assert all(map(torch.equal, expected, outputs))
+    assert {"CRRRCRRR"} == set(trajectory.rows().values())
+
+
+@pytest.mark.parametrize("selector", ["model", "blocks"])
+def test_reuse_mean_needs_single_modules(selector: str) -> None:
+    """A span and the model itself are refused."""
+    with pytest.raises(cachepolicy.PolicyError, match="E209"):
+        gated(f"match {selector} -> reuse mean")
+
+
 @BOTH
 def test_adaptive_guidance(branches: Sequence[str]) -> None:
     """Guidance ends for good where both predictions point the same way."""

@@ -14,6 +14,7 @@ from cachepolicy.engine.actions import (
     REUSE,
     STORE,
     Slot,
+    mean_of_halves,
     overwritten,
     push,
     slot_history,
@@ -24,7 +25,7 @@ from cachepolicy.engine.compile.graph_ops import Answer, OutputPlace, Part
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import Keeping, feedback, reach
+from cachepolicy.planning.history_spec import Keeping, feedback, is_mean, reach
 from cachepolicy.planning.predictors import Weights
 from cachepolicy.planning.schedule import WAITING
 
@@ -126,6 +127,8 @@ def _give(call: ForwardPass, site: int, part: Part, slot: Slot, action: ir.Actio
         kept = [entry for entry in kept if entry.rows.serves(call.context.rows)]
         part.weights = _weights(call, site, action, [entry.step for entry in kept], first)
     part.history = tuple(call.context.rows.cut(entry.output, entry.rows) for entry in kept)
+    if is_mean(action):
+        part.history = (mean_of_halves(slot, call.context.rows),)
     part.clones = slot.clones or call.inference
     part.square = first is not None and first.shape == slot.shape
 

@@ -100,12 +100,15 @@ _ENDS_AT_LAST = frozenset({"SCMScheduler", "DDPMWuerstchenScheduler"})
 _LEAVES_LAST = frozenset({"LTXI2VLongMultiPromptPipeline"})
 
 
-def training_units(kind: type, timesteps: Sequence[float], *, inverted: bool = False) -> list[float] | None:
+def training_units(
+    kind: type, timesteps: Sequence[float], sigmas: Sequence[float] | None = None, *, inverted: bool = False
+) -> list[float] | None:
     """Return the timesteps of a scheduler in training units, or None if they cannot be converted.
 
     Args:
         kind: The class of the scheduler.
         timesteps: All timesteps of a trajectory, in the scheduler's own unit.
+        sigmas: The sigmas of the scheduler, or None. If they rise as well, the trajectory goes to the noise.
         inverted: Whether the timesteps count the picture instead of the noise, as under `invert_sigmas` of diffusers.
     """
     if not timesteps:
@@ -118,7 +121,7 @@ def training_units(kind: type, timesteps: Sequence[float], *, inverted: bool = F
         return None
     fractions = len(timesteps) > 1 and highest <= 1.0 + _TINY
     numbers = [1000.0 * timestep for timestep in timesteps] if fractions else list(timesteps)
-    rises = fractions and timesteps[-1] > timesteps[0]
+    rises = fractions and timesteps[-1] > timesteps[0] and not (sigmas and sigmas[:2][-1] > sigmas[0])
     return [1000.0 - number for number in numbers] if inverted or rises else numbers
 
 

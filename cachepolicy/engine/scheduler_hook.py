@@ -73,7 +73,7 @@ class SchedulerFollower(Handle):
             timesteps = _floats(scheduler.timesteps)
             self._numbers = (timesteps, None if sigmas is None else _floats(sigmas))
             inverted = bool(getattr(getattr(scheduler, "config", None), "invert_sigmas", False))
-            training = training_units(self.kind, timesteps, inverted=inverted)
+            training = training_units(self.kind, *self._numbers, inverted=inverted)
             self._training = timesteps if training == timesteps else training
         return self._numbers
 

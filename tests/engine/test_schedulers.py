@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cachepolicy
+from cachepolicy.diffusers.timestep_scaling import training_units
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
@@ -85,6 +86,15 @@ def test_an_inverted_schedule_counts_the_picture(training: int) -> None:
     assert [[(0, 1000.0), (1, 750.0), (2, 500.0), (3, 250.0)]] == [
         [(step, pytest.approx(t, abs=1e-3)) for step, t in each] for each in clock_of(looped(scheduler, PAIR))
     ]
+
+
+def test_rising_fractions_count_the_picture_unless_the_noise_rises() -> None:
+    """A schedule from 0 to 1 begins at noise, as MiniMax' has it; where its sigmas rise, it goes to the noise."""
+    rising, noise = [0.0, 0.25, 0.5, 0.75], [1000.0, 750.0, 500.0, 250.0]
+    assert noise == training_units(object, rising)
+    assert noise == training_units(object, rising, [1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [0.0, 250.0, 500.0, 750.0] == training_units(object, rising, [0.0, 0.25, 0.5, 0.75, 1.0])
+    assert noise == training_units(object, rising, [0.0, 0.25, 0.5, 0.75, 1.0], inverted=True)
 
 
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "CMStochasticIterativeScheduler"])

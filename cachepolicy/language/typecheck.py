@@ -270,14 +270,14 @@ class Checker:
             for side, type_ in zip(sides, inferred, strict=True):
                 self._fits(side, type_, "number", sign)
             return "number"
+        found = len(self.report.findings)
         if node.operator == "*":
-            wanted: Type = "number"
-            other = node.left if inferred[1] == "tensor" else node.right
-            self._fits(other, inferred[0] if other is node.left else inferred[1], wanted, f"{sign} with a tensor")
+            other = 0 if inferred[1] == "tensor" else 1
+            self._fits(sides[other], inferred[other], "number", f"{sign} with a tensor")
         else:
             for side, type_ in zip(sides, inferred, strict=True):
                 self._fits(side, type_, "tensor", f"{sign} with a tensor")
-        return "tensor"
+        return "tensor" if len(self.report.findings) == found else "any"
 
     def _taken_over(self, node: ir.Over, context: ExpressionPlace) -> Type:
         wanted = OVERS.get(node.function)

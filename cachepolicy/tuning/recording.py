@@ -240,6 +240,7 @@ class _Stream:
             solver=SolverTrace(self.scheduler, self.timesteps, self.arguments, self.start, torch.stack(self.picked)),
             models=tuple(self.models),
             timesteps=tuple(float(timestep) for timestep in self.timesteps),
-            # A scheduler whose outputs come from a call of another one, such as that of the sound, has no rows.
-            rows=tuple(self.rows) if any(self.rows) else (1.0,) * len(self.rows),
+            # Where a step has no call of its own, as those of the sound, whose outputs come with the picture's, all
+            # steps count alike.
+            rows=tuple(self.rows) if all(self.rows) else (1.0,) * len(self.rows),
         )

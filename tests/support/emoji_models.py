@@ -71,9 +71,9 @@ class Renormalised(EmojiPipeline):
 class TwoExperts(EmojiPipeline):
     """A second denoiser takes over at a timestep, as in Wan 2.2."""
 
-    def __init__(self, transformer: Any, scheduler: Any, transformer_2: Any = None) -> None:
+    def __init__(self, transformer: Any, scheduler: Any, transformer_2: Any) -> None:
         super().__init__(transformer, scheduler)
-        self.register_modules(transformer_2=transformer_2 or copy.deepcopy(transformer))
+        self.register_modules(transformer_2=transformer_2)
 
     def _call(self, latents: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         model = self.transformer if float(t) > 600 else self.transformer_2

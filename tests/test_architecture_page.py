@@ -13,6 +13,7 @@ FOUND_BY = {
     "the decision function": "def decide(",
     "the place where a hit is answered": "def site_override(",
     "the timestep scale of Mochi": "MochiTransformer3DModel",
+    "the facts of a run": "class Fact(",
     "the text of E310": '"E310",',
     "the HTML report": "def page(",
     "the First Block Cache policy": "policy first_block_cache",

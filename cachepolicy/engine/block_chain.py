@@ -206,11 +206,13 @@ class Answers:
 
     Attributes:
         of: The links of all blocks, from which this was made.
+        lead: The link of the first block.
         links: The links of the blocks without a passage.
         passages: The passages, by the handle of the block.
     """
 
     of: dict[int, Link]
+    lead: Link
     links: dict[int, Link]
     passages: dict[Any, Passage]
 

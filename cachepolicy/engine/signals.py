@@ -221,11 +221,14 @@ class Remembered:
         return bool(self.previous or self.kept or self.crossed)
 
 
+_NO_LAYOUT = Layout()
+
+
 class Measuring:
     """The signals of one forward pass: probes as they arrive, numbers on demand."""
 
     __slots__ = (
-        "_agreed", "_environment", "_made", "_memory_of", "_others", "_seen", "_signals", "_step", "_tick",
+        "_agreed", "_known", "_made", "_memory_of", "_others", "_seen", "_signals", "_step", "_tables", "_tick",
         "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows",
     )  # fmt: skip
 
@@ -246,7 +249,7 @@ class Measuring:
         self._memory_of = memory_of
         self._others = others
         self._made: dict[tuple[ir.Expression, int], Stream] = {}
-        self.layout = Layout()
+        self.layout = _NO_LAYOUT
         self.rows: int | None = None
         """The number of rows of a guidance batch, None if the call is no such batch."""
         self.cond = 1
@@ -256,10 +259,18 @@ class Measuring:
         self.agreement = agreement
         self._agreed: dict[tuple[ir.Call, int], float] = {}
         self._signals = signals
-        self._environment = Environment(clock_words(tick, Memory(tick.step)), tables)
+        self._tables = tables
+        self._known: Environment | None = None
         self._step = tick.step
         self._seen: dict[ir.Probe, Stream | None] = {}
         self.past = past
+
+    @property
+    def _environment(self) -> Environment:
+        """The clock and the tables. Most signals read neither."""
+        if self._known is None:
+            self._known = Environment(clock_words(self._tick, Memory(self._step)), self._tables)
+        return self._known
 
     def see(self, probe: ir.Probe, tensor: torch.Tensor, *, shared: bool = True) -> None:
         """Record the tensor of a probe. Arguments as for `Stream`."""
@@ -321,7 +332,7 @@ class Measuring:
         # A defined norm stays defined for the rest of the call, on all processes.
         missing = [key for key in keys if math.isnan(self._agreed.get(key, math.nan))]
         wanted = [(call.function, self._share(call, 0 if site == -1 else site)) for call, site in missing]
-        branch = self._environment.names.get("branch")
+        branch = self._tick.branch
         where = f"{subject} at step {self._step}" + (f" of `{branch}`" if branch else "")
         settled = self.agreement.settle(where, wanted, past=past, refuses=refuses)
         self._agreed.update(zip(missing, settled.norms, strict=True))
@@ -400,16 +411,23 @@ class Measuring:
         return values
 
     def _value(self, expression: ir.Expression, site: int) -> SignalValue:
-        if type(expression) is ir.Call and expression.function in NORMS:
-            return self._norm(expression, site)  # most signals are norms, and each pattern below takes time
-        match expression:
-            case ir.Probe():
-                probe = self._named(expression, site)
-                stream = self._seen.get(probe) if probe is not None else None
-                if stream is None:
-                    raise Undefined(f"`{expression.stream}(...)` was not seen in this step")
+        # The most frequent expressions come first, because each pattern below takes time.
+        if isinstance(expression, ir.Probe):
+            probe = self._named(expression, site)
+            stream = self._seen.get(probe) if probe is not None else None
+            if stream is None:
+                raise Undefined(f"`{expression.stream}(...)` was not seen in this step")
+            self._require_one(expression, site)
+            return stream
+        if isinstance(expression, ir.Call):
+            if expression.function in NORMS:
+                return self._norm(expression, site)
+            if expression.function == "kept":
                 self._require_one(expression, site)
-                return stream
+                depth = 1 if len(expression.arguments) == 1 else int(evaluate(expression.arguments[1]))
+                kept = self.past.kept.get((expression.arguments[0], site), ())
+                return self._remembered(kept[depth - 1] if 0 < depth <= len(kept) else None, "kept")
+        match expression:
             case ir.Call(function="cross"):
                 return self._crossed(expression, site)
             case ir.Call(function="wiener") | ir.Arithmetic() if is_stream(expression):
@@ -417,11 +435,6 @@ class Measuring:
             case ir.Call(function="prev"):
                 self._require_one(expression, site)
                 return self._remembered(self.past.previous.get((expression.arguments[0], site)), "prev")
-            case ir.Call(function="kept"):
-                self._require_one(expression, site)
-                depth = 1 if len(expression.arguments) == 1 else int(evaluate(expression.arguments[1]))
-                kept = self.past.kept.get((expression.arguments[0], site), ())
-                return self._remembered(kept[depth - 1] if 0 < depth <= len(kept) else None, "kept")
             case _:
                 return self._number(expression, site)
 

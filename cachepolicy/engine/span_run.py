@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cachepolicy.engine.actions import is_finite, predict
+from cachepolicy.engine.batch_view import WHOLE
 from cachepolicy.engine.block_chain import (
     Answers,
     Begun,
@@ -190,31 +191,37 @@ class SpanRun:
                     return Fact.NOT_FINITE
         if names is None or not _of_residual(action):
             return None
-        # Not always the first block by name: the model may call the blocks in another order.
-        link = next(link for link in self.chain.links.values() if link.leads and link.segment == 0)
-        answer = self._ready.get(0) or _Answer(self._values(0, action))
-        self._ready[0] = answer
+        answer = self._ready.get(0)
+        if answer is None:
+            answer = self._ready[0] = _Answer(self._values(0, action))
         answer.sums = [
             None if stream is None or value is None else stream + value
-            for stream, value in zip(passed(link.shape, names), answer.values, strict=True)
+            for stream, value in zip(passed(self._structure().lead.shape, names), answer.values, strict=True)
         ]
         return None if is_finite(answer.sums) else Fact.NOT_FINITE
 
     # --- answers -----------------------------------------------------------------------------------------
 
-    def _answer(self) -> None:
-        self.phase = Phase.ANSWERING
+    def _structure(self) -> Answers:
+        """Return how the blocks answer. It is made once from the links of the chain."""
         chain = self.chain
-        if self._context.audit is not None:
-            self.links = dict(chain.links)
-            return
         if chain.answers is None or chain.answers.of is not chain.links:
+            # Not always the first block by name: the model may call the blocks in another order.
+            lead = next(link for link in chain.links.values() if link.leads and link.segment == 0)
             links, passages = dict(chain.links), dict[Any, Passage]()
             for position, site in enumerate(self._context.root.alone[self.number]):
                 if site is not None and position in links and not links[position].leads:
                     passages[site] = passage(links.pop(position).shape, site.parameters)
-            chain.answers = Answers(chain.links, links, passages)
-        self.links, self.passages = chain.answers.links.copy(), chain.answers.passages
+            chain.answers = Answers(chain.links, lead, links, passages)
+        return chain.answers
+
+    def _answer(self) -> None:
+        self.phase = Phase.ANSWERING
+        if self._context.audit is not None:
+            self.links = dict(self.chain.links)
+            return
+        structure = self._structure()
+        self.links, self.passages = structure.links.copy(), structure.passages
 
     def linked(self, position: int, names: Names) -> Any:
         """Return the answer of one block of a span that reuses."""
@@ -287,7 +294,8 @@ class SpanRun:
         read = [entry for entry in self.chain.history[segment][: reach(action)] if entry.rows.serves(rows)]
         if not isinstance(action, ir.Predict):
             entry = read[0]
-            return [rows.cut(entry.at(index, residual=residual), entry.rows) for index in range(len(entry.residuals))]
+            values = [entry.at(index, residual=residual) for index in range(len(entry.residuals))]
+            return values if rows is WHOLE else [rows.cut(value, entry.rows) for value in values]
         place, arguments = self._context.places(action), self._context.arguments(action, self.number)
         places, here, values = [place(entry.step) for entry in read], place(self._context.tick.step), list[Any]()
         for index in range(len(read[0].residuals)):

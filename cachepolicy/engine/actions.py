@@ -205,26 +205,22 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
     return None
 
 
-def fits(slot: Slot, states: torch.Tensor | None, rows: BatchView = WHOLE) -> bool:
-    """Return True if the stored output was computed from matching hidden states.
+def unfit(slot: Slot, states: torch.Tensor | None, rows: BatchView = WHOLE) -> Fact | None:
+    """Return why the stored output cannot answer this call, or None.
 
     Args:
         slot: The history of the site.
         states: The hidden states of the call, or None.
         rows: The rows of the batch that the call runs. A stored whole batch also fits a half of it.
     """
-    if states is None:
-        return slot.shape is None
-    if slot.shape is None or states.dtype is not slot.dtype or states.device != slot.device:
-        return False
-    return states.shape == rows.shape(slot.shape, slot.rows)
-
-
-def unfit(slot: Slot, states: torch.Tensor | None, rows: BatchView = WHOLE) -> str | None:
-    """Return why the stored output cannot answer this call, or None. Arguments as for `fits`."""
     if slot.output is None:
         return slot.storing.lacking
-    if not fits(slot, states, rows):
+    if states is None or slot.shape is None:
+        fits = states is None and slot.shape is None
+    else:
+        fits = states.dtype is slot.dtype and states.device == slot.device
+        fits = fits and states.shape == rows.shape(slot.shape, slot.rows)
+    if not fits:
         return Fact.MISFIT
     if not slot.clones and overwritten(slot):
         # Downstream code modifies outputs of this site in place, so the site uses copies from now on.

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import compress, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cachepolicy.diffusers.hook_names import REGISTRY
+from cachepolicy.engine import module_run
 from cachepolicy.engine.actions import (
     ANSWER,
     COMPUTE,
-    PENDING,
-    REUSE,
-    UNCALLED,
     Op,
     hidden_states,
-    is_finite,
-    keep,
-    mean_of_halves,
-    predicted,
-    push,
-    reused,
-    unfit,
 )
 from cachepolicy.engine.audit import run_bare
 from cachepolicy.engine.batch_view import WHOLE
@@ -31,32 +21,21 @@ from cachepolicy.engine.chain_check import Tracker
 from cachepolicy.engine.compat import left, split_arguments
 from cachepolicy.engine.compile.graph_io import fill, lacking, problem
 from cachepolicy.engine.compile.graph_ops import Part, Stage
-from cachepolicy.engine.distributed.groups import is_initialized
-from cachepolicy.engine.execution_plan import UNKNOWN_TRIMS, Trims
 from cachepolicy.engine.guidance_batch import GuidanceSource
-from cachepolicy.engine.history import trim
 from cachepolicy.engine.hooks import LOCAL, Leave, SiteHandle
 from cachepolicy.engine.ledger import Ledger
 from cachepolicy.engine.probing import Probing, counter
-from cachepolicy.engine.signals import Remembered
 from cachepolicy.engine.span_run import Phase, SpanRun
 from cachepolicy.engine.step_context import StepContext
-from cachepolicy.language import ir
-from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import feedback, is_mean
-from cachepolicy.planning.possible_decisions import NOTHING, Reads
-from cachepolicy.planning.schedule import WAITING, Decision
+from cachepolicy.planning.schedule import WAITING
 
 if TYPE_CHECKING:
     from cachepolicy.engine.cfg_branches import Calls
     from cachepolicy.engine.clock import CallArguments, Clock, Reading
     from cachepolicy.engine.sessions import Session, State
 
-K = TypeVar("K")
-V = TypeVar("V")
 _NO_GUIDANCE_SOURCE = GuidanceSource()
 _NO_PARTS: Mapping[int, Part] = {}
-_MOST_FORECASTS = 8  # forecasts of the clock for which a table of decisions keeps what follows from it
 
 
 class ForwardPass:
@@ -78,6 +57,9 @@ class ForwardPass:
         answered: Whether the root model itself is answered, with `output`.
         compares: Whether the call is audited and the policy answers it or halves its batch. The bare model then runs
             first, and its output `computed` is what the call returns.
+        spans: The spans of which a block has been called, by site number.
+        called: The modules that have been called through `special`.
+        foreseen: Predictions of sites that were made before the sites were called, in order to check them.
         learns: Whether the call runs outside graphs to learn the structure of its spans.
         parts: What the graphs read and leave, by site number.
         stage: State that compiled graphs read. Blocks that are compiled alone read theirs in `blocks`.
@@ -87,11 +69,46 @@ class ForwardPass:
     """
 
     __slots__ = (
-        "_again", "_before", "_called", "_foreseen", "_gated", "_opened", "_probing", "_spans", "_waiting", "answered",
-        "args", "arguments", "before", "blocks", "codes", "compares", "computed", "context", "guidance", "inference",
-        "kwargs", "learns", "ledger",
-        "output", "owner", "parts", "passages", "profile", "reading", "remembers", "session", "slots", "source",
-        "spans_calls", "stage", "started", "state", "step", "store", "unfit",
+        "_again",
+        "_before",
+        "_gated",
+        "_opened",
+        "_probing",
+        "_waiting",
+        "answered",
+        "args",
+        "arguments",
+        "before",
+        "blocks",
+        "called",
+        "codes",
+        "compares",
+        "computed",
+        "context",
+        "foreseen",
+        "guidance",
+        "inference",
+        "kwargs",
+        "learns",
+        "ledger",
+        "output",
+        "owner",
+        "parts",
+        "passages",
+        "profile",
+        "reading",
+        "remembers",
+        "session",
+        "slots",
+        "source",
+        "spans",
+        "spans_calls",
+        "stage",
+        "started",
+        "state",
+        "step",
+        "store",
+        "unfit",
     )  # fmt: skip
 
     def __init__(
@@ -126,14 +143,14 @@ class ForwardPass:
         self.blocks: Sequence[Stage] = ()
         self.profile: list[Any] = []
         self._probing = Probing(context, ledger)
-        self._spans: dict[int, SpanRun] = {}
-        self._called: set[SiteHandle] = set()
+        self.spans: dict[int, SpanRun] = {}
+        self.called: set[SiteHandle] = set()
         self._waiting: Mapping[SpanRun, Names] = {}
         """The spans whose first block runs before they are decided, with its inputs."""
         self._gated: set[SiteHandle] = set()
         self._before: dict[str, int | None] = {}
         self._opened: Begun | None = None
-        self._foreseen: dict[int, Any] = {}
+        self.foreseen: dict[int, Any] = {}
         """Predictions of sites that were made before they were called, in order to check them."""
 
     @property
@@ -214,7 +231,7 @@ class ForwardPass:
         names = named if not positional else bind_names(site.parameters, positional, named)
         if site.alone:
             number, position = site.members[0]
-            span = self._spans.get(number)
+            span = self.spans.get(number)
             if span is not None and span.phase is Phase.ANSWERING:
                 if self.passages.pop(site, None) is None and position not in span.links:
                     return self._repeated(original, module, site, args, kwargs)
@@ -228,10 +245,10 @@ class ForwardPass:
                 span.end(position, module, names, None, output)
                 self._probing.forget()
                 return output
-        if site in self._called or (self._spans and any([self._is_done(span) for span, _ in site.members])):
+        if site in self.called or (self.spans and any([self._is_done(span) for span, _ in site.members])):
             return self._repeated(original, module, site, args, kwargs)
         audit = self.context.audit
-        self._called.add(site)
+        self.called.add(site)
         self._probing.learn(names)
         if site in self._gated:
             # The probes have read this call between two graphs.
@@ -245,7 +262,7 @@ class ForwardPass:
         recording, waiting, answering = list[tuple[SpanRun, int, Begun | None]](), list[SpanRun](), None
         position = 0
         for number, position in site.members:
-            span = self._span(number)
+            span = self.span(number)
             phase = self._enter_span(span, position, names)
             if phase is Phase.ANSWERING:
                 answering = span
@@ -253,13 +270,13 @@ class ForwardPass:
             if phase is Phase.FIRST_BLOCK:
                 waiting.append(span)
             recording.append((span, position, span.begin(position, names)))
-        code = COMPUTE if answering is not None else self._code(site, args, kwargs)
+        code = COMPUTE if answering is not None else module_run.operation(self, site, args, kwargs)
         before = counter(names) if site.outputs else None
         if answering is not None:
             self.passages.pop(site, None)
             output = self._answered_block(answering, position, original, module, args, kwargs, names)
         elif code is ANSWER:
-            output = self._answered(site.index)
+            output = module_run.answered(self, site.index)
             if audit is not None:
                 computed = run_bare(original, module, args, kwargs)
                 audit.compare(site.index, output, computed)
@@ -276,7 +293,7 @@ class ForwardPass:
         if answering is not None or code is ANSWER:
             return output
         if code is not COMPUTE:
-            self._keep(site.index, code, hidden_states(args, kwargs), output)
+            module_run.store(self, site.index, code, hidden_states(args, kwargs), output)
         if site.outputs:
             self.leave(site, module, names, output, before)
         self._probing.ran(module, names, output)
@@ -325,14 +342,15 @@ class ForwardPass:
 
     # --- spans ---------------------------------------------------------------------------------------------
 
-    def _span(self, number: int) -> SpanRun:
-        span = self._spans.get(number)
+    def span(self, number: int) -> SpanRun:
+        """Return the state of a span in this call."""
+        span = self.spans.get(number)
         if span is None:
-            span = self._spans[number] = SpanRun(number, self.context, self.ledger)
+            span = self.spans[number] = SpanRun(number, self.context, self.ledger)
         return span
 
     def _is_done(self, number: int) -> bool:
-        return number in self._spans and self._spans[number].phase is Phase.DONE
+        return number in self.spans and self.spans[number].phase is Phase.DONE
 
     def _enter_span(self, span: SpanRun, position: int, names: Names) -> Phase:
         if span.phase is Phase.ANSWERING or span.phase is Phase.COMPUTING:
@@ -353,7 +371,7 @@ class ForwardPass:
         """
         self.owner.repeated.add(site)
         self._again |= answered
-        span = self._spans.get(site)
+        span = self.spans.get(site)
         if span is not None:
             for block in span.passages:
                 self.passages.pop(block, None)
@@ -365,7 +383,7 @@ class ForwardPass:
     def _repeated(self, original: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run a module that this forward pass has called before."""
         for number, _ in site.members:
-            self.repeats(number, answered=number in self._spans and self._spans[number].phase is Phase.ANSWERING)
+            self.repeats(number, answered=number in self.spans and self.spans[number].phase is Phase.ANSWERING)
         if site.index >= 0 and not self.context.execution.keepings[site.index].streams:
             reuses = self.ledger.of(site.index).verdict == "reuse" and site.index not in self.ledger.facts
             self.repeats(site.index, answered=reuses)
@@ -378,109 +396,31 @@ class ForwardPass:
         self._probing.forget()
         return output
 
-    # --- single modules ------------------------------------------------------------------------------------
-
-    def _code(self, site: SiteHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Op:
-        """Return what a single-module site does: `ANSWER`, or how it computes."""
-        index = site.index
-        if index < 0 or self.context.execution.keepings[index].streams:
-            return COMPUTE  # the history of a site with streams is its chain in `members`
-        store = self.store if self.context.wanted(index).outputs else COMPUTE
-        if self.ledger.resolve(index, self.problem(site, {}, args, kwargs)).verdict != "reuse":
-            return store
-        reason = unfit(self.slots[index], hidden_states(args, kwargs), self.context.rows) or self._unsound(index)
-        if reason is None:
-            return ANSWER
-        self.ledger.refuse(index, reason)
-        return store
-
-    def problem(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Return why a site cannot reuse, where other processes need this before the decision."""
-        if not self.ledger.shared(site.index):
-            return None
-        action = self.ledger.action(site.index)
-        if isinstance(action, ir.ApproximateUncond):
-            return None
-        if self.context.execution.keepings[site.index].streams:
-            return self._span(site.index).problem(names, action)
-        reason = unfit(self.slots[site.index], hidden_states(args, kwargs), self.context.rows)
-        return reason or self.context.excess(site.index, action)
-
-    def _unsound(self, site: int) -> str | None:
-        """Return why the prediction of a site is not finite, or None. A checked prediction is kept for the answer."""
-        action = self.ledger.resolve(site).action
-        excess = self.context.excess(site, action)
-        if not isinstance(action, ir.Predict):
-            return excess
-        if excess is not None or is_initialized():
-            # With several processes, one might refuse what the others give, so values are not checked.
-            return excess
-        output = self._foreseen[site] = self._predicted(site, action)
-        return None if is_finite(output) else Fact.NOT_FINITE
-
-    def _predicted(self, site: int, action: ir.Predict) -> Any:
-        context, slot = self.context, self.slots[site]
-        return predicted(slot, action, context.arguments(action, site), self.step, context.places(action), context.rows)
-
-    def _answered(self, site: int) -> Any:
-        """Return the answer of a site from its stored outputs."""
-        slot, action, rows = self.slots[site], self.ledger.of(site).action, self.context.rows
-        if is_mean(action):
-            return mean_of_halves(slot, rows)
-        if not isinstance(action, ir.Predict):
-            return reused(slot, rows, inference=self.inference)
-        output = self._foreseen.pop(site, None)
-        if output is None:
-            output = self._predicted(site, action)
-        if feedback(action):
-            if slot.shape is not None:
-                slot.shape = rows.shape(slot.shape, slot.rows)
-            push(slot, self.context.execution.keepings[site], self.store, output, self.step, rows)
-        return output
-
-    def _keep(self, site: int, code: Op, states: Any, output: Any) -> None:
-        keeping = self.context.execution.keepings[site]
-        keep(self.slots[site], keeping, code, states, output, self.step, self.context.rows)
-
     # --- the root model as a site --------------------------------------------------------------------------
 
     def open(self, site: SiteHandle) -> None:
         """Begin the root model as a site: it is answered, or its forward runs."""
         names = self.arguments.named
         for number, position in site.members:
-            span = self._span(number)
+            span = self.span(number)
             if self._enter_span(span, position, names) is Phase.ANSWERING:
                 self.answered, self.output = True, span.linked(position, names)
                 return
             self._opened = span.begin(position, names)
-        if self._code(site, self.args, self.kwargs) is ANSWER:
-            self.answered, self.output = True, self._answered(site.index)
+        if module_run.operation(self, site, self.args, self.kwargs) is ANSWER:
+            self.answered, self.output = True, module_run.answered(self, site.index)
         elif self.ledger.facts:
             self.ledger.plan()
 
     def shut(self, site: SiteHandle, output: Any) -> None:
         """Store the results of the root model as a site."""
         for number, position in site.members:
-            self._span(number).end(position, self.owner.module, self.arguments.named, self._opened, output)
+            self.span(number).end(position, self.owner.module, self.arguments.named, self._opened, output)
         keeping = self.context.execution.keepings[site.index]
         if not keeping.streams and self.context.wanted(site.index).outputs:
-            self._keep(site.index, self.store, hidden_states(self.args, self.kwargs), output)
+            module_run.store(self, site.index, self.store, hidden_states(self.args, self.kwargs), output)
 
     # --- the end of the call -------------------------------------------------------------------------------
-
-    def uncalled(self) -> list[int]:
-        """Return the sites that the forward pass has not called, also those inside a site that has answered."""
-        if self.answered or self.parts:
-            return []  # a graph does not tell which of its sites have run
-        names, keepings, handles = self.context.execution.names, self.context.execution.keepings, self.owner.handles
-        # Almost always all sites were called, so the codes are looked up without a Python loop over the sites.
-        return [
-            site
-            for site in compress(count(), map(UNCALLED.__contains__, self.codes))
-            if names[site] != ("",)
-            and (site not in self._spans or self._spans[site].phase is Phase.UNDECIDED)
-            and (keepings[site].streams or handles[names[site][0]] not in self._called)
-        ]
 
     def close(self, uncalled: Sequence[int] = ()) -> None:
         """Commit what happened: the decisions with all facts, the recorded spans, the remembered signals.
@@ -490,7 +430,7 @@ class ForwardPass:
         """
         for site, reason in self.unfit:
             self.ledger.refuse(site, reason)
-        for span in self._spans.values():
+        for span in self.spans.values():
             span.finish()
         self.ledger.commit(uncalled)
         measuring = self.ledger.measuring
@@ -499,78 +439,3 @@ class ForwardPass:
             decisions = self.ledger.by_site()
             computed = [site for site, decision in enumerate(decisions) if decision.computes]
             self.remembers = measuring.finish(list(range(len(decisions))), computed)
-
-    def let_go(self) -> bool:
-        """Release what no later step reads. Return True if the held bytes may have changed."""
-        context, branch, table = self.context, self.context.branch, self.ledger.table
-        if table is None or branch.trims is UNKNOWN_TRIMS or self.parts or self.owner.repeated:
-            trims, branch.trims = self._trims(), UNKNOWN_TRIMS
-        else:
-            key = context.liveness, branch.trims
-            trims = table.trims.get(key)
-            if trims is None:
-                trims = _put(table.trims, key, self._trims())
-            branch.trims = trims
-        for sites, reads in trims.releases:
-            branch.reads[sites[0]] = reads
-            for site in sites:
-                trim(self.slots[site], reads)
-        changed = trims.changed or self.remembers
-        crosses = bool(context.execution.signals.crossed)
-        if branch.remembered and not crosses and not context.liveness.measures(context.tick, now=False):
-            branch.remembered = Remembered()
-            changed = True
-        return changed
-
-    def _trims(self) -> Trims:
-        """Return the sites with less to read than before."""
-        context, ledger, repeated = self.context, self.ledger, self.owner.repeated
-        branch, liveness, alike = context.branch, context.liveness, context.execution.program.alike.group_of
-        releases, changed = list[tuple[Sequence[int], Reads]](), False
-        for group, decision, memory in zip(branch.partition.groups, ledger.decisions, ledger.after, strict=True):
-            first = group.sites[0]
-            reads = NOTHING if first in repeated else liveness.wanted(alike[first], context.tick, memory.last)
-            same = branch.reads.get(first) is reads
-            if same and not (decision.computes or (decision.verdict == "reuse" and feedback(decision.action))):
-                continue
-            changed |= bool(reads) or not same
-            # A graph stores every result, read later or not, so that one graph serves all steps. Trim those here.
-            short = reads.depth < liveness.full[alike[first]].depth
-            if not same or ledger.facts or self.parts or (reads and short):
-                releases.append((group.sites, reads))
-        return Trims(releases, changed)
-
-    def planned_codes(self) -> list[Op]:
-        """Return what each site does, by site number. The list is cached with the decisions."""
-        context, table = self.context, self.ledger.table
-        if table is None or context.audit is not None or self.owner.repeated:
-            return self._ops()
-        key = context.liveness, self.store
-        codes = table.codes.get(key)
-        if codes is None:
-            codes = _put(table.codes, key, self._ops())
-        return codes.copy()
-
-    def _ops(self) -> list[Op]:
-        partition = self.context.branch.partition
-        by_group = [
-            self._op(decision, group.sites[0])
-            for decision, group in zip(self.ledger.decisions, partition.groups, strict=True)
-        ]
-        return [by_group[group] for group in partition.group_of]
-
-    def _op(self, decision: Decision, site: int) -> Op:
-        """Return what a site does by its decision. A result is stored only if a later step may read it."""
-        if decision is WAITING or self.context.audit is not None:
-            return PENDING
-        if decision.verdict != "reuse":
-            return self.store if self.context.wanted(site).outputs else COMPUTE
-        return REUSE if isinstance(decision.action, ir.Reuse) and not decision.action.mean else ANSWER
-
-
-def _put(known: dict[K, V], key: K, value: V) -> V:
-    """Add an entry to a cache, and return its value."""
-    if len(known) >= _MOST_FORECASTS:
-        known.clear()
-    known[key] = value
-    return value

@@ -1,15 +1,13 @@
-"""Overrides of `__call__`: the root model publishes a frame, the sites read it and act."""
+"""The override of a site's `__call__`: it reads the forward pass that the root model has published, and acts."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
-import torch._dynamo
 
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.diffusers.hook_names import REGISTRY
@@ -28,7 +26,7 @@ from cachepolicy.engine.actions import (
     unfit,
 )
 from cachepolicy.engine.class_swap import ATTRIBUTE, Handle, Method
-from cachepolicy.engine.compile.graph_ops import UNCOMPILED, Stage, call_in_graph, exporting, tracing, waits
+from cachepolicy.engine.compile.graph_ops import Stage, call_in_graph, tracing, waits
 from cachepolicy.engine.introspection import unwrapped
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import Keeping
@@ -243,44 +241,27 @@ def _traced(
     return output
 
 
-AGAIN = object()
-"""What `end` returns instead of an output if the forward pass has to run again."""
-
-
-def _smallest_graph(empty: torch.Tensor) -> torch.Tensor:
-    """Compiled to give torch a graph: a `fullgraph=True` call that runs none is reported as an error."""
-    return empty.view(-1)
-
-
-_EMPTY = torch.empty(0)
-
-# torch has no public API for these: skip one frame but not its callees; ask whether a compiler is active in this
-# thread; count the graphs that a `fullgraph=True` call has run (-1: not counted). The last two are builtins, callable
-# from frames that Dynamo skips. Where torch lacks the first, the compiler is assumed active; without the second,
-# nothing is counted.
-_skip_code: Callable[[Any], None] = getattr(torch._dynamo.eval_frame, "skip_code", lambda _: None)  # noqa: SLF001
-_native: Any = getattr(getattr(cast("Any", torch)._C, "_dynamo", None), "eval_frame", None)  # noqa: SLF001
-_callback: Callable[[], Any] = getattr(_native, "get_eval_frame_callback", lambda: True)
-_count: Callable[[int], int] = getattr(_native, "set_fullgraph_compiled_frame_count", lambda _: -1)
-
 F = TypeVar("F")
 
 
-class _Decorator(Protocol):
-    def __call__(self, function: F, /) -> F: ...
+class Decorator(Protocol):
+    """A decorator that keeps the type of a function."""
+
+    def __call__(self, function: F, /) -> F:
+        """Return the decorated function."""
+        ...
 
 
 # `torch.compiler.disable` has no type annotations.
-_eager = cast("_Decorator", torch.compiler.disable)  # pyright: ignore[reportUnknownMemberType]
-_eager_itself = cast("_Decorator", torch.compiler.disable(recursive=False))  # pyright: ignore[reportUnknownMemberType]
+eager = cast("Decorator", torch.compiler.disable)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _with_reason(reason: str) -> _Decorator:
-    """Return `_eager` with a reason, which torch reports where a graph must not break."""
+def _with_reason(reason: str) -> Decorator:
+    """Return `eager` with a reason, which torch reports where a graph must not break."""
     try:
-        return cast("_Decorator", torch.compiler.disable(reason=reason))  # pyright: ignore[reportUnknownMemberType]
+        return cast("Decorator", torch.compiler.disable(reason=reason))  # pyright: ignore[reportUnknownMemberType]
     except TypeError:  # before torch 2.7
-        return _eager
+        return eager
 
 
 _outside_graphs = _with_reason(
@@ -312,135 +293,6 @@ def _outside(call: Any, module: Any, site: SiteHandle, args: tuple[Any, ...], kw
     return call(module, *args, **kwargs)
 
 
-def _begin_bare(handle: RootModel, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: bool) -> ForwardPass | None:
-    return handle.begin(args, kwargs, compiler=compiler)
-
-
-def _end_bare(handle: RootModel, forward_pass: ForwardPass, output: Any) -> Any:
-    return handle.end(forward_pass, output)
-
-
-_begin, _end = _eager(_begin_bare), _eager(_end_bare)
-
-
-@_eager
-def _again(
-    call: Any, module: Any, handle: RootModel, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run the forward pass again, outside any graph, and return its output."""
-    forward_pass = handle.again(forward_pass, args, kwargs)
-    LOCAL.frame, LOCAL.stage = forward_pass, None
-    with UNCOMPILED:
-        return handle.end(forward_pass, call(module, *forward_pass.args, **forward_pass.kwargs))
-
-
-@_eager
-def _learn(call: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a forward pass outside any graph."""
-    with UNCOMPILED:
-        return call(module, *args, **kwargs)
-
-
-@_eager
-def _audited(call: Any, module: Any, forward_pass: ForwardPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the bare model outside any graph, and return the output that the policy would have given."""
-    with UNCOMPILED if forward_pass.learns else contextlib.nullcontext():
-        LOCAL.frame = None
-        forward_pass.computed = call(module, *args, **kwargs)
-        LOCAL.frame = forward_pass
-        if forward_pass.answered:
-            return forward_pass.output
-        # The second run must not change the random numbers that the caller draws afterwards.
-        devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):  # pyright: ignore[reportUnknownMemberType]
-            return call(module, *forward_pass.args, **forward_pass.kwargs)
-
-
-@_eager
-def _fail(handle: RootModel, forward_pass: ForwardPass, error: BaseException) -> None:
-    handle.fail(forward_pass, error)
-
-
 def runs(handle: object) -> bool:
     """Return True inside a forward pass of this root model."""
     return LOCAL.frame is not None and LOCAL.frame.owner is handle
-
-
-def root_override(original: Method) -> Method:
-    """Build the `__call__` of a root model: decide in eager mode, publish the frame, run, restore the frame."""
-    decided = _decided(original)
-
-    # `torch.export` rejects disabled frames. It exports the bare model and enters only this frame.
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return original(self, *args, **kwargs) if exporting() else decided(self, *args, **kwargs)
-
-    _skip_code(__call__.__code__)
-    return __call__
-
-
-def root_entry_override(original: Method) -> Method:
-    """Build the `_call_impl` of a root model, which `Module.__call__` calls.
-
-    `torch.compile(model)` keeps the `__call__` that the model had at that time. If that was before the policy was
-    attached, its calls enter here. Calls that have come through `root_override` pass.
-    """
-    decided = _decided(original)
-
-    def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if exporting() or LOCAL.root is self.__dict__.get(ATTRIBUTE):
-            return original(self, *args, **kwargs)
-        return decided(self, *args, **kwargs)
-
-    _skip_code(_call_impl.__code__)
-    return _call_impl
-
-
-def _decided(original: Method) -> Method:
-    # Dynamo skips this frame and traces its callees, so the decision is never part of a graph.
-    @_eager_itself
-    def decided(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle: RootModel | None = self.__dict__.get(ATTRIBUTE)
-        if handle is None or handle.module is not self:
-            # `nn.DataParallel` replicas copy `__dict__`, so they carry the handle of the original; they run bare.
-            return original(self, *args, **kwargs)
-        frame = LOCAL.frame
-        if frame is not None and frame.spans_calls and frame.owner is handle:
-            return original(self, *args, **kwargs)
-        at_work = _callback() is not None
-        compiler = at_work or self.__dict__.get("_compiled_call_impl") is not None
-        # Without an active compiler, the `torch.compiler.disable` wrappers are not needed.
-        begin, end = (_begin, _end) if at_work else (_begin_bare, _end_bare)
-        # Root calls can be nested, so the outer state is restored afterwards.
-        outer = LOCAL.frame, LOCAL.stage, LOCAL.root
-        forward_pass = begin(handle, args, kwargs, compiler)
-        LOCAL.root = handle
-        if forward_pass is None:
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                LOCAL.root = outer[2]
-        LOCAL.frame, LOCAL.stage = forward_pass, None
-        try:
-            if forward_pass.compares:
-                output = _audited(original, self, forward_pass, args, kwargs)
-            elif forward_pass.answered:
-                output = forward_pass.output
-            elif forward_pass.learns:
-                output = _learn(original, self, forward_pass.args, forward_pass.kwargs)
-            else:
-                output = original(self, *forward_pass.args, **forward_pass.kwargs)
-            if compiler and (forward_pass.answered or forward_pass.learns):
-                counted = _count(0)
-                if counted < 0:
-                    _count(counted)
-                else:
-                    _smallest_graph(_EMPTY)
-            output = end(handle, forward_pass, output)
-            return output if output is not AGAIN else _again(original, self, handle, forward_pass, args, kwargs)
-        except BaseException as error:
-            _fail(handle, forward_pass, error)
-            raise
-        finally:
-            LOCAL.frame, LOCAL.stage, LOCAL.root = outer
-
-    return decided

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES, distilled_by
-from cachepolicy.engine import compat, guidance_observer
+from cachepolicy.engine import compat, guidance_observer, module_run, step_effects
 from cachepolicy.engine.audit import Audit, Audits
 from cachepolicy.engine.block_chain import Continuations
 from cachepolicy.engine.branch_storage import BranchStorage
@@ -28,13 +28,14 @@ from cachepolicy.engine.distributed import meeting
 from cachepolicy.engine.forward_pass import ForwardPass
 from cachepolicy.engine.gradients import GradientGuard
 from cachepolicy.engine.guidance_batch import GuidanceSource
-from cachepolicy.engine.history import held, storage_bytes
+from cachepolicy.engine.history import held
 from cachepolicy.engine.hook_placement import Placement
-from cachepolicy.engine.hooks import AGAIN, SiteHandle
+from cachepolicy.engine.hooks import SiteHandle
 from cachepolicy.engine.ledger import Ledger
 from cachepolicy.engine.memory_budget import Account, Budget
 from cachepolicy.engine.profiling import now
 from cachepolicy.engine.refusals import is_running, refuse_again, warn_of_lone_site, warn_of_repeats
+from cachepolicy.engine.root_hooks import AGAIN
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.sessions import Entered, Session, Sessions, State
 from cachepolicy.engine.signals import Measuring, Remembered
@@ -147,11 +148,6 @@ class RootModel(Handle):
         with self._lock:
             self.closed = False
 
-    def held(self, state: State) -> int:
-        """Return the bytes of history that the session holds on this root model."""
-        guide = storage_bytes(state.guide.held) if state.execution.approximation is not None else 0
-        return guide + sum(branch.held for branch in [*state.branches.values(), *state.doubted.values()])
-
     # --- the beginning of a call -------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool = False) -> ForwardPass | None:
@@ -235,7 +231,7 @@ class RootModel(Handle):
             call.learns = self.graphs.learns(arguments)
             if not call.learns:
                 self.graphs.prepare(call, whole=compiler)
-        call.codes = call.planned_codes()
+        call.codes = step_effects.planned_codes(call)
         return call
 
     def _sources(self, session_config: SessionConfig, here: Entered | None) -> Sources:
@@ -344,7 +340,7 @@ class RootModel(Handle):
             call.enter(site, names, call.args, call.kwargs)
         if itself is None:
             return
-        decision = call.ledger.resolve(itself, call.problem(site, names, call.args, call.kwargs))
+        decision = call.ledger.resolve(itself, module_run.problem(call, site, names, call.args, call.kwargs))
         action = decision.action if isinstance(decision.action, ir.ApproximateUncond) else None
         if execution.approximation is not None and (action is not None or decision.verdict != "reuse"):
             guidance_observer.before(call, itself, action or execution.approximation)
@@ -361,7 +357,7 @@ class RootModel(Handle):
             self.graphs.look_for_repeats(call)
         if call.again:
             return AGAIN
-        uncalled = call.uncalled()
+        uncalled = step_effects.uncalled(call)
         if call.before is not None and len(uncalled) == len(self.execution.plan.sites) > 0:
             self._undo(call, *call.before)
             return output
@@ -429,7 +425,7 @@ class RootModel(Handle):
         anew = ForwardPass(*decided, session, state, reading, call.arguments, args, kwargs)
         anew.started, anew.source = call.started, call.source
         self._open(anew)
-        anew.codes = anew.planned_codes()
+        anew.codes = step_effects.planned_codes(anew)
         return anew
 
     def _record(self, call: ForwardPass, trajectory: Trajectory, errors: Mapping[int, float]) -> None:
@@ -440,7 +436,7 @@ class RootModel(Handle):
         profile = call.profile if trajectory.size < _MOST_PROFILED else ()
         trajectory.record((
             context.tick, context.branch.partition, ledger.decisions, ledger.facts, seconds, ledger.signals,
-            self.held(call.state), call.started, profile, errors,
+            call.state.held, call.started, profile, errors,
         ))  # fmt: skip
 
     def _release(self, call: ForwardPass) -> None:
@@ -448,7 +444,7 @@ class RootModel(Handle):
         state, branch = call.state, call.context.branch
         if state.execution.approximation is not None:
             guidance_observer.release(call)
-        changed = call.let_go()
+        changed = step_effects.release(call)
         if state.account is not None:
             self._storage.limit(state, branch, state.account)
         if changed:

@@ -25,12 +25,13 @@ from cachepolicy.engine.compile.graph_ops import UNCOMPILED
 from cachepolicy.engine.distributed.groups import member_ranks
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
-from cachepolicy.engine.hooks import AGAIN, LOCAL, root_entry_override, root_override
+from cachepolicy.engine.hooks import LOCAL
 from cachepolicy.engine.introspection import denoisers, describe, is_pipeline, unwrapped
 from cachepolicy.engine.memory_budget import Budget, MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, is_disabled, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
 from cachepolicy.engine.refusals import refuse_again, refuse_step
+from cachepolicy.engine.root_hooks import AGAIN, root_entry_override, root_override
 from cachepolicy.engine.root_model import DISABLED, RootModel
 from cachepolicy.engine.scheduler_hook import SchedulerFollower, Weakly, follow, unfollow
 from cachepolicy.engine.session_config import BoundPolicy, SessionConfig
@@ -292,7 +293,7 @@ class Run:
         }
         calls = [call for trajectory in self.trace or () for call in list(trajectory.calls)]
         return MemoryUsage(
-            sum(root.held(state) for root, state in holding),
+            sum(state.held for _, state in holding),
             max((call.held for call in calls), default=0),
             self._terms.options.limit,
             tuple(refused),

@@ -22,6 +22,7 @@ from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.clock import Clock
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.execution_plan import ExecutionPlan
+from cachepolicy.engine.history import storage_bytes
 from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.step_context import Branch
@@ -60,6 +61,12 @@ class State:
     account: Account | None = None
     rebuilding: Lease | None = None
     """The lease for the guidance state, if there is a memory limit."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of history that the session holds on the root model."""
+        guide = storage_bytes(self.guide.held) if self.execution.approximation is not None else 0
+        return guide + sum([branch.held for branch in (*self.branches.values(), *self.doubted.values())])
 
     def abandon(self) -> None:
         """Tell the processes that decide together with this one that the trajectory has failed."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cachepolicy.language.ir import Policy
     from cachepolicy.language.loader import load
     from cachepolicy.language.parser import parse
+    from cachepolicy.methods.convert import convert
     from cachepolicy.planning.simulation import plan, simulate
     from cachepolicy.reports.explanation import explain
     from cachepolicy.tracing.trace import load_trace
@@ -62,6 +63,7 @@ __all__ = [
     "cache_context",
     "calibrate",
     "compare",
+    "convert",
     "disable_cache",
     "enable_cache",
     "explain",
@@ -95,6 +97,7 @@ _MODULES = {
     "cache_context": "diffusers.api",
     "calibrate": "tuning.calibration",
     "compare": "tuning.compare",
+    "convert": "methods.convert",
     "disable_cache": "diffusers.api",
     "enable_cache": "diffusers.api",
     "explain": "reports.explanation",

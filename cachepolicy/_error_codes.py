@@ -66,6 +66,8 @@ CODES: dict[str, str] = {
     "E163": "a constant that does not fit its clause",
     "E164": "a regex from a parameter that RE2 refuses",
     "E165": "too large after substitution of its names",
+    "E168": "a setting of another tool that no policy expresses",
+    "E169": "no setting of a tool that is known",
     # E20x to E24x: a policy on a model.
     "E166": "a parameter without a value",
     "E167": "a preset that does not exist, or several that fit",

@@ -33,6 +33,7 @@ EXPORTS = [
     "cache_context",
     "calibrate",
     "compare",
+    "convert",
     "disable_cache",
     "enable_cache",
     "explain",

@@ -22,6 +22,7 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read_policy
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.vocabulary import TEXT_LIMIT
+from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import Expectations, check, check_text, run_expectations
 from cachepolicy.planning.plan import Plan
@@ -363,6 +364,17 @@ def show_command(*, name: str | None, as_json: bool, schema: bool) -> None:
         raise click.UsageError("name a policy, or use --schema")
     policy = _load_policy(name)
     output.say(policy.model_dump_json(indent=2) if as_json else format_policy(policy).rstrip("\n"))
+
+
+@main.command("convert")
+@click.argument("file", metavar="FILE")
+@output.guarded
+def convert_command(*, file: str) -> None:
+    """Print the policy of another tool's setting: a JSON or YAML file of cache-dit, for example.
+
+    A field that no policy expresses is an error (E168), which names it.
+    """
+    output.say(convert(Path(file)).rstrip("\n"))
 
 
 @main.command("demo")

@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
@@ -18,10 +17,11 @@ from pydantic.dataclasses import dataclass
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.loader import SHIPPED, load
 from cachepolicy.language.params import typed
 from cachepolicy.language.patterns import searcher
 from cachepolicy.language.traversal import transform
+from cachepolicy.methods.of_diffusers import NAMES, of_diffusers
+from cachepolicy.methods.settings import params, shipped, using
 
 TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 """Layouts of a prediction: the three of diffusers, and token sequences."""
@@ -179,7 +179,7 @@ class PyramidAttentionBroadcastConfig:
                 stacklevel=2,
             )
             spatial = 2
-        return _using(
+        return using(
             "pab",
             {
                 "spatial_every": spatial,
@@ -269,7 +269,7 @@ class FasterCacheConfig:
         externals = {label: name for name, label in _ASKED.items() if getattr(self, f"{name}_callback") is not None}
         if externals:
             return _asking("fastercache", values, externals)
-        return _using("fastercache", values, shown=("spatial_every", "temporal_every", "uncond_every", "feedback"))
+        return using("fastercache", values, shown=("spatial_every", "temporal_every", "uncond_every", "feedback"))
 
     def arguments(self) -> dict[str, Any]:
         """Return `guidance` (whether batches contain both halves), and `timestep` and externals for given callbacks."""
@@ -296,7 +296,7 @@ class FirstBlockCacheConfig:
 
     def policy(self) -> ir.Policy:
         """Return `fbc` with its threshold set."""
-        return _using("fbc", {"threshold": self.threshold}, shown=("threshold",))
+        return using("fbc", {"threshold": self.threshold}, shown=("threshold",))
 
     def arguments(self) -> dict[str, Any]:
         """Return no arguments, because the policy expresses the threshold."""
@@ -329,31 +329,6 @@ def _timestep(callback: Callable[[], Any] | None) -> dict[str, Any]:
 # --- conversion to policies -----------------------------------------------------------------------------------------
 
 
-@cache
-def _shipped(name: str) -> ir.Policy:
-    return load(f"{SHIPPED}{name}.cp")
-
-
-def _constants(name: str, values: Mapping[str, object]) -> dict[str, ir.Expression]:
-    params = {statement.name: statement for statement in _shipped(name).statements if isinstance(statement, ir.Param)}
-    return {param: typed(params[param], value) for param, value in values.items()}
-
-
-def _using(name: str, values: Mapping[str, object], shown: tuple[str, ...]) -> ir.Policy:
-    """Return a policy that uses the shipped one, with the params that differ from the defaults or are in `shown`."""
-    defaults = {
-        statement.name: typed(statement, statement.default)
-        for statement in _shipped(name).statements
-        if isinstance(statement, ir.Param)
-    }
-    settings = tuple(
-        ir.Setting(name=param, value=value)
-        for param, value in _constants(name, values).items()
-        if param in shown or value != defaults[param]
-    )
-    return _like(name, (ir.Use(policy=name, settings=settings),))
-
-
 def _asking(name: str, values: Mapping[str, object], externals: Mapping[str, str]) -> ir.Policy:
     """Return the rules of the shipped policy with `values` as defaults, and externals for some action arguments."""
 
@@ -362,10 +337,11 @@ def _asking(name: str, values: Mapping[str, object], externals: Mapping[str, str
             return ir.Argument(label=node.label, value=ir.Name(name=externals[node.label]))
         return node
 
-    constants = _constants(name, values)
+    known = params(shipped(name))
+    constants = {param: typed(known[param], value) for param, value in values.items()}
     replaced = {param for label in externals for param in (label, f"{label}_range")}
     statements: list[Any] = [ir.External(name=external) for external in externals.values()]
-    for statement in _shipped(name).statements:
+    for statement in shipped(name).statements:
         match statement:
             case ir.Param() if statement.name not in replaced:
                 statements.append(
@@ -375,12 +351,8 @@ def _asking(name: str, values: Mapping[str, object], externals: Mapping[str, str
                 statements.append(transform(statement, rewrite))
             case _:
                 pass
-    return _like(name, tuple(statements))
-
-
-def _like(name: str, statements: tuple[Any, ...]) -> ir.Policy:
-    shipped = _shipped(name)
-    return ir.Policy(name=shipped.name, title=shipped.title, source=shipped.source, statements=statements)
+    policy = shipped(name)
+    return ir.Policy(name=policy.name, title=policy.title, source=policy.source, statements=tuple(statements))
 
 
 # --- configs of diffusers ------------------------------------------------------------------------------------
@@ -395,7 +367,8 @@ def config_of(config: object) -> CacheConfig | None:
     """Return a config of this package for `config`, which may be diffusers' own config, or None for other objects.
 
     Raises:
-        PolicyError: It is diffusers' config for another cache (E150), or one of its fields has an invalid value.
+        PolicyError: It is diffusers' config for another cache (E150), one of its fields has an invalid value, or no
+            policy expresses a field (E168).
     """
     if isinstance(config, CacheConfig):
         return config
@@ -405,7 +378,10 @@ def config_of(config: object) -> CacheConfig | None:
         own = _CONFIGS.get(cls.__name__)
         if own is not None:
             return own(**{field.name: getattr(config, field.name) for field in fields(own)})
+        conversion = of_diffusers(cls.__name__, config)
+        if conversion is not None:
+            return conversion
         if cls.__name__.endswith("Config"):
-            known = ", ".join(f"`{name}`" for name in _CONFIGS)
+            known = ", ".join(f"`{name}`" for name in (*_CONFIGS, *NAMES))
             raise PolicyError.of("E150", f"`{cls.__name__}` is no policy here", help=f"known are {known}")
     return None

@@ -120,6 +120,8 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
         policy, arguments = config.policy(), config.arguments()
         callback, promised = arguments.pop("timestep", None), arguments.pop("guidance", None)
         timestep = callback if timestep is None else timestep
+        told = arguments.pop("steps", None)
+        steps = told if steps is None and scheduler is None else steps
         if guidance is None and not (promised and hasattr(type(target), GUIDANCE_PROPERTY)):  # pyright: ignore[reportUnknownArgumentType]
             guidance = promised
         params = arguments | params

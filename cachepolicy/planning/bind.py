@@ -268,6 +268,12 @@ def _read_now(
     return {site: frozenset(found) for site, found in read.items() if found}
 
 
+def _replaced(plan: Plan, number: int, by: Sequence[int]) -> bool:
+    """Returns whether a rule gives way to others of the same used policy, as the params of the `use` have it."""
+    source = plan.resolved.sources[number].policy
+    return source is not plan.policy and all(plan.resolved.sources[other].policy is source for other in by)
+
+
 def _warnings(plan: Plan) -> Iterator[Diagnostic]:
     if plan.rules and not plan.sites:
         message = f"no rule takes anything in `{plan.skeleton.name}`: every step is computed"
@@ -276,6 +282,8 @@ def _warnings(plan: Plan) -> Iterator[Diagnostic]:
         if bound.sites:
             yield from (_at(plan.resolved, bound.index, doubt) for doubt in doubts(bound.rule))
     for number, by in shadowed(plan.rules):
+        if _replaced(plan, number, by):
+            continue
         others = " and ".join(f"rule {other + 1}, `{label(plan.rules[other].rule)}`" for other in by)
         message = f"this rule never decides: {others} come{'s' if len(by) == 1 else ''} first at all its sites"
         help = "the first rule whose `when` holds decides; move this one up, or narrow the other"

@@ -609,3 +609,18 @@ def test_it_runs_as_a_module(tmp_path):
 
 def _environment():
     return {**os.environ, "PYTHONPATH": str(Path(cachepolicy.__file__).parents[1])}
+
+
+def test_convert_prints_a_policy_or_names_the_field(run):
+    """The output is a policy; what it cannot say is an error, and an unknown file an unusable one."""
+    setting = json.dumps({"Fn_compute_blocks": 2, "max_warmup_steps": 3})
+    result = run("convert", "a.cp", a=setting)
+    assert 0 == result.exit_code
+    assert result.stdout.endswith("use dbcache with first = 2, threshold = 0.08, warmup = 3\n")
+    result = run("convert", "a.cp", a=setting.replace("max_warmup_steps", "downsample_factor"))
+    assert "error[E168]: `downsample_factor` of" in result.stderr
+    assert 1 == result.exit_code
+    for content in ("{}", "{", '{"a": 1, "a": 2}'):
+        result = run("convert", "a.cp", a=content)
+        assert "error[E169]" in result.stderr
+        assert 2 == result.exit_code

@@ -1,0 +1,1 @@
+"""Policies from the settings of other tools. Neither torch nor any of the tools is imported."""

@@ -1,0 +1,221 @@
+"""Policies of the settings of cache-dit 1.5.3, and of the engines and programs that have its DBCache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+from cachepolicy.language import ir
+from cachepolicy.methods.settings import Conversion, Fields, using, written
+
+_STATIC = """policy dbcache "DBCache"
+source "github.com/vipshop/cache-dit"
+param first: int = 8 in [1, inf)
+param end: int = 1000
+param order: int = 0 in [0, 4]
+param steps_mask: string = "1"
+match blocks[first:end] mask steps_mask -> predict taylor(order: order) of residual
+"""
+
+_WITHOUT_EFFECT = ("enable_separate_cfg", "num_inference_steps", "force_refresh_step_policy")
+"""Fields that tell of the pipeline, which the engine finds out by itself, or that do nothing alone."""
+
+_EXTRAS = {"l1_hidden_states_diff_threshold": (), "important_condition_threshold": (0,), "downsample_factor": (1,)}
+"""Internal settings of the signal, with the values with which they do nothing."""
+
+_ABOVE_ALL = 1e9
+"""A threshold above all changes."""
+
+MASKS = {
+    "slow": "1111111101110011100110010001",
+    "medium": "1111110110001100011000110001",
+    "fast": "1111110100010000100000100001",
+    "ultra": "1111001000001000000100000001",
+}
+"""cache-dit's masks for 28 steps by name."""
+
+
+def dbcache(config: Fields, order: int, *, first: int = 8, warmup: int = 8, threshold: float = 0.08) -> ir.Policy:
+    """Returns the policy of a DBCache setting under cache-dit's names of fields.
+
+    Args:
+        config: The setting.
+        order: The order of the forecast of the residual; 0 reuses it.
+        first: The default of `Fn_compute_blocks`.
+        warmup: The default of `max_warmup_steps`.
+        threshold: The default of `residual_diff_threshold`.
+    """
+    values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", first, low=1)}
+    if last := config.whole("Bn_compute_blocks", 0):
+        values["end"] = -last
+    values |= {
+        "threshold": _threshold(config, threshold),
+        "warmup": _warmup(config, warmup),
+        "streak": config.limit("max_continuous_cached_steps"),
+        "most": config.limit("max_cached_steps"),
+        "order": order,
+    }
+    _rest(config)
+    mask = _mask(config)
+    static = config.choice("steps_computation_policy", "dynamic", ("dynamic", "static")) == "static"
+    if mask is None:
+        return using("dbcache", values, ("first", "threshold", "warmup"))
+    # cache-dit cuts the warm-up to the steps at the beginning that the mask computes anyway.
+    values |= {"warmup": 0, "steps_mask": mask}
+    if static:
+        # Nothing but the mask decides.
+        kept = ("first", "end", "order", "steps_mask")
+        return written(_STATIC, {name: values[name] for name in kept if name in values})
+    return using("dbcache", values, ("first", "threshold", "warmup"))
+
+
+def _threshold(config: Fields, default: float) -> float:
+    threshold = config.number("residual_diff_threshold", default)
+    if threshold <= 0:
+        config.refuse("residual_diff_threshold", "0 never reuses, which is the bare model")
+    # From 1 on, cache-dit reuses without measuring.
+    return _ABOVE_ALL if threshold >= 1 else threshold
+
+
+def _warmup(config: Fields, default: int) -> int:
+    warmup = config.whole("max_warmup_steps", default)
+    if config.whole("warmup_interval", 1, low=1) != 1 and warmup > 1:
+        config.refuse("warmup_interval", "all steps of a warm-up compute; a `steps_computation_mask` can say which do")
+    return warmup
+
+
+def _rest(config: Fields) -> None:
+    total = "the sum of changes of a whole trajectory bounds no rule"
+    if config.number("max_accumulated_residual_diff_threshold", 0) > 0:
+        config.refuse("max_accumulated_residual_diff_threshold", total)
+    config.only("force_refresh_step_hint", why="a trajectory cannot begin anew at a step")
+    if config.get("enable_separate_cfg") and not config.switch("cfg_diff_compute_separate", default=True):
+        config.refuse("cfg_diff_compute_separate", "the rule of the policy decides for each branch")
+    config.ignore("cfg_compute_first", "cfg_diff_compute_separate", *_WITHOUT_EFFECT)
+    for name, harmless in _EXTRAS.items():
+        config.only(name, *harmless, why="it changes how the change is measured")
+
+
+def _mask(config: Fields) -> str | None:
+    mask = config.get("steps_computation_mask")
+    if mask is None:
+        return None
+    if isinstance(mask, str) and mask in MASKS:
+        if config.whole("num_inference_steps", 0) != 28:
+            config.refuse("steps_computation_mask", f"`{mask}` is known for 28 steps; give the mask itself")
+        return MASKS[mask]
+    items = list(cast("Sequence[Any]", mask)) if isinstance(mask, str | list | tuple) else []
+    letters = "".join(str(int(item)) if isinstance(item, bool) else str(item) for item in items)
+    letters = letters.replace(",", "").replace(" ", "")
+    if not letters or set(letters) - {"0", "1"}:
+        config.refuse("steps_computation_mask", "it takes a 1 or a 0 for each step")
+    return letters
+
+
+def dbprune(config: Fields) -> ir.Policy:
+    """Returns the policy of a DBPrune setting."""
+    values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", 8, low=1)}
+    if last := config.whole("Bn_compute_blocks", 0):
+        values["end"] = -last
+    values |= {"threshold": _threshold(config, 0.08), "warmup": _warmup(config, 8)}
+    for name in ("max_continuous_cached_steps", "max_cached_steps"):
+        config.only(name, -1, why="cache-dit counts the steps of all blocks together, a rule those of each block")
+    config.only("steps_computation_mask", why="the policy `dbprune` has no mask")
+    config.only("enable_dynamic_prune_threshold", False, why="the threshold of a rule is a number")
+    if config.get("non_prune_block_ids"):
+        config.refuse("non_prune_block_ids", "the policy `dbprune` takes all blocks between the first and the last")
+    config.ignore("max_dynamic_prune_threshold", "dynamic_prune_threshold_relax_ratio", "force_reduce_calibrator_vram")
+    config.ignore("steps_computation_policy")
+    _rest(config)
+    return using("dbprune", values, ("first", "threshold", "warmup"))
+
+
+def _order(calibrator: Fields, *, enabled: str, encoder: str, cache_type: str) -> int:
+    """Returns the order of a TaylorSeer calibrator, 0 where it is off."""
+    on = calibrator.switch(enabled, default=False)
+    both = calibrator.switch(encoder, default=False)
+    order = calibrator.whole("taylorseer_order", 1)
+    calibrator.only(cache_type, "residual", why="the residual of the blocks is forecast")
+    if on != both:
+        calibrator.refuse(encoder, f"all streams of a block are forecast, or none; give `{enabled}` the same value")
+    return order if on else 0
+
+
+def of_objects(config: Any, calibrator: Any = None) -> Conversion:
+    """Returns the policy of cache-dit's config objects.
+
+    Args:
+        config: A `DBCacheConfig`, `DBPruneConfig` or `BasicCacheConfig`.
+        calibrator: A config of a calibrator, or None.
+
+    Raises:
+        PolicyError: A field has a wrong value (E161, E162), or no policy expresses it (E168).
+    """
+    setting = Fields(f"`{type(config).__name__}`", _values(config))
+    order = 0 if calibrator is None else _order_of(calibrator)
+    return _finished(setting, order)
+
+
+def _order_of(calibrator: Any) -> int:
+    setting = Fields(f"`{type(calibrator).__name__}`", _values(calibrator))
+    setting.only("calibrator_type", "taylorseer", why="of cache-dit's calibrators, TaylorSeer alone is expressed")
+    setting.ignore("calibrator_kwargs")
+    order = _order(
+        setting,
+        enabled="enable_calibrator",
+        encoder="enable_encoder_calibrator",
+        cache_type="calibrator_cache_type",
+    )
+    setting.finish()
+    return order
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(config)} if is_dataclass(config) else {}
+
+
+def _finished(setting: Fields, order: int) -> Conversion:
+    kind = str(setting.get("cache_type", "DBCache"))
+    if kind == "DBPrune":
+        if order:
+            setting.refuse("cache_type", "the policy `dbprune` reuses residuals, and forecasts none")
+        policy = dbprune(setting)
+    elif kind == "DBCache":
+        policy = dbcache(setting, order)
+    else:
+        setting.refuse("cache_type", "it is `DBCache` or `DBPrune`")
+    setting.finish()
+    return Conversion(policy)
+
+
+_BESIDE = ("parallelism_config", "attention_backend", "quantize_config")
+"""Sections of cache-dit's files that do not concern caching."""
+
+
+def of_mapping(values: Mapping[str, Any]) -> Conversion:
+    """Returns the policy of a mapping in the form of cache-dit's YAML files, nested or flat.
+
+    Raises:
+        PolicyError: A field has a wrong value (E161, E162), or no policy expresses it (E168).
+    """
+    inner = values.get("cache_config")
+    if isinstance(inner, Mapping):
+        outer = Fields("the cache-dit file", values)
+        outer.ignore("cache_config", *_BESIDE)
+        outer.finish()
+        values = cast("Mapping[str, Any]", inner)
+    setting = Fields("the cache-dit setting", values)
+    for name in ("enable_dmd", "enable_foca", "enable_encoder_dmd", "enable_encoder_foca"):
+        setting.only(name, False, why="of cache-dit's calibrators, TaylorSeer alone is expressed")
+    order = _order(
+        setting,
+        enabled="enable_taylorseer",
+        encoder="enable_encoder_taylorseer",
+        cache_type="taylorseer_cache_type",
+    )
+    return _finished(setting, order)
+
+
+KEYS = frozenset({"Fn_compute_blocks", "Bn_compute_blocks", "residual_diff_threshold", "max_warmup_steps"})
+"""Keys by which a flat setting of cache-dit is recognised."""

@@ -1,0 +1,199 @@
+"""Settings of other tools are converted to policies that decide what the tools decide, or refused by the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import cachepolicy  # noqa: E402
+from cachepolicy import PolicyError  # noqa: E402
+from cachepolicy.methods.of_cache_dit import MASKS  # noqa: E402
+from tests.methods.scripted import Scripted, letters, run, tensor  # noqa: E402
+from tests.methods.test_policies import Draw, zeros  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the policy reused nothing"),
+    pytest.mark.filterwarnings("ignore:the policy can never"),
+]
+
+
+def last(text: str) -> str:
+    """The last statement of a policy, on one line."""
+    return " ".join(text.rsplit("\n\n", maxsplit=1)[-1].split())
+
+
+def refused(setting: Any) -> tuple[str, str]:
+    """The code and the message of the error."""
+    with pytest.raises(PolicyError) as error:
+        cachepolicy.convert(setting)
+    (found,) = error.value.diagnostics
+    return found.code, found.message
+
+
+# --- cache-dit
+
+
+def decisions(config: Any, heads: list[list[float]]) -> str:
+    """What the context manager of cache-dit decides at each step."""
+    contexts = pytest.importorskip("cache_dit.caching.cache_contexts.cache_manager")
+    manager = contexts.CachedContextManager()
+    manager.set_context(manager.new_context("it", cache_config=config))
+    row = list[bool]()
+    for head in heads:
+        manager.mark_step_begin()
+        residual = tensor(head)
+        reuses = manager.can_cache(residual) and any(row)
+        if reuses:
+            manager.add_cached_step()
+        else:
+            manager.set_Fn_buffer(residual)
+        row.append(not reuses)
+    return letters(row)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_dbcache_of_cache_dit(seed: int) -> None:
+    """The converted policy runs the middle blocks at the steps at which cache-dit's context manager does."""
+    cache_dit = pytest.importorskip("cache_dit")
+    draw = Draw(seed)
+    choose = draw.random
+    streams = [draw.stream() for _ in range(4)]
+    heads = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(*streams[:2], strict=True)]
+    mask = choose.choice([None, [1, *(choose.randint(0, 1) for _ in range(draw.steps - 1))]])
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=2,
+        Bn_compute_blocks=1,
+        residual_diff_threshold=choose.choice([choose.uniform(0.01, 0.4), 1.5]),
+        max_warmup_steps=choose.randint(0, 6),
+        max_cached_steps=choose.choice([-1, 3]),
+        max_continuous_cached_steps=choose.choice([-1, 1, 2]),
+        num_inference_steps=choose.choice([None, draw.steps]),
+        steps_computation_mask=mask,
+        steps_computation_policy=choose.choice(["dynamic", "static"]),
+    )
+    rows, _ = run(Scripted(streams), cachepolicy.parse(cachepolicy.convert(config)), zeros(draw.steps))
+    assert {decisions(config, heads)} == set(rows.values())
+
+
+def test_objects_and_files_of_cache_dit(tmp_path: Path) -> None:
+    """Objects, what `load_configs` returns, nested and flat files give the same text."""
+    cache_dit = pytest.importorskip("cache_dit")
+    text = """cache_config:
+  max_warmup_steps: 4
+  max_continuous_cached_steps: 2
+  Fn_compute_blocks: 1
+  residual_diff_threshold: 0.12
+  enable_taylorseer: true
+  enable_encoder_taylorseer: true
+  taylorseer_order: 2
+parallelism_config:
+  ulysses_size: 2
+"""
+    file = tmp_path / "cache.yaml"
+    file.write_text(text)
+    expected = "use dbcache with first = 1, threshold = 0.12, warmup = 4, streak = 2, order = 2"
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, max_warmup_steps=4, max_continuous_cached_steps=2, residual_diff_threshold=0.12
+    )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=2)
+    flat = {
+        "max_warmup_steps": 4,
+        "max_continuous_cached_steps": 2,
+        "Fn_compute_blocks": 1,
+        "residual_diff_threshold": 0.12,
+        "enable_taylorseer": True,
+        "enable_encoder_taylorseer": True,
+        "taylorseer_order": 2,
+    }
+    pair = {"cache_config": config, "calibrator_config": calibrator}
+    for setting in (file, (config, calibrator), pair, flat):
+        assert expected == last(cachepolicy.convert(setting))
+    prune = cache_dit.DBPruneConfig(Fn_compute_blocks=2, Bn_compute_blocks=1, residual_diff_threshold=0.05)
+    assert "use dbprune with first = 2, end = -1, threshold = 0.05, warmup = 8" == last(cachepolicy.convert(prune))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_cache_dit_by_name(name: str) -> None:
+    """The named masks for 28 steps are cache-dit's."""
+    interface = pytest.importorskip("cache_dit.caching.cache_interface")
+    assert MASKS[name] == "".join(map(str, interface.steps_mask(total_steps=28, mask_policy=name)))
+    setting = {"Fn_compute_blocks": 1, "steps_computation_mask": name, "num_inference_steps": 28}
+    assert f'steps_mask = "{MASKS[name]}"' in cachepolicy.convert(setting)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("warmup_interval", 2),
+        ("max_accumulated_residual_diff_threshold", 0.5),
+        ("force_refresh_step_hint", 10),
+        ("downsample_factor", 4),
+        ("important_condition_threshold", 0.1),
+        ("max_cached_steps", 0),
+        ("enable_taylorseer", True),
+        ("enable_foca", True),
+        ("enable_dmd", True),
+        ("residual_diff_threshold", 0),
+        ("steps_computation_mask", [2, 0]),
+        ("colour", "blue"),
+    ],
+)
+def test_what_no_policy_says_is_refused_by_its_field(field: str, value: Any) -> None:
+    """The error names the field, and is of one code."""
+    code, message = refused({"Fn_compute_blocks": 1, field: value})
+    named = {"enable_taylorseer": "enable_encoder_taylorseer"}.get(field, field)
+    assert "E168" == code
+    assert f"`{named}` of" in message
+
+
+@pytest.mark.parametrize(
+    "field", ["non_prune_block_ids", "enable_dynamic_prune_threshold", "max_cached_steps", "steps_computation_mask"]
+)
+def test_what_dbprune_does_not_say(field: str) -> None:
+    """DBPrune has fewer bounds than DBCache."""
+    values = {"non_prune_block_ids": [1], "enable_dynamic_prune_threshold": True, "steps_computation_mask": [1, 0]}
+    code, message = refused({"cache_type": "DBPrune", "Fn_compute_blocks": 1, field: values.get(field, 4)})
+    assert "E168" == code
+    assert f"`{field}`" in message
+
+
+def test_wrong_values_are_refused_by_their_field() -> None:
+    """A value of another type (E161) or outside what the field takes (E162)."""
+    assert ("E161", "`Fn_compute_blocks` of the cache-dit setting takes a whole number, not `'1'`") == refused(
+        {"Fn_compute_blocks": "1"}
+    )
+    assert "E162" == refused({"Fn_compute_blocks": 0})[0]
+    assert "E162" == refused({"Fn_compute_blocks": 1, "steps_computation_policy": "static!"})[0]
+
+
+def test_settings_of_no_known_tool() -> None:
+    """Other objects and mappings are told apart from settings."""
+    assert "E169" == refused(3)[0]
+    assert "E169" == refused({})[0]
+    assert "E169" == refused({"colour": "blue"})[0]
+    assert "E152" == refused(Path("no such file.json"))[0]
+
+
+# --- diffusers
+
+
+def test_configs_of_diffusers_as_text() -> None:
+    """Configs of both packages are converted; a callback is no text."""
+    assert "use fbc with threshold = 0.1" == last(cachepolicy.convert(cachepolicy.FirstBlockCacheConfig(0.1)))
+    config = cachepolicy.PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 0)
+    assert "E168" == refused(config)[0]
+    diffusers = pytest.importorskip("diffusers")
+    text = cachepolicy.convert(diffusers.TaylorSeerCacheConfig())
+    assert text.startswith("# diffusers rounds the differences to bfloat16;")
+    assert last(text).startswith("use taylorseer with interval = 5, first = 3, order = 1, diffusers = true, names = [")
+    config = diffusers.TaylorSeerCacheConfig(skip_predict_identifiers=["x"])
+    assert "`skip_predict_identifiers`" in refused(config)[1]
+    config = diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=[1, 1.1, 0.9, 0.97])
+    assert "ratios = [1.0, 1.1, 0.9, 0.97]" in cachepolicy.convert(config)

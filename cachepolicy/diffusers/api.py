@@ -180,7 +180,7 @@ def reset_stateful_cache(model: Any) -> None:
 
     handle = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(handle, RootModel):
-        handle.drop_current()
+        handle.sessions.end_current()
     elif isinstance(handle, PipelineHandle):
         handle.run.reset()
 

@@ -207,13 +207,13 @@ _THRESHOLD_HELP = "name a `float` param that a `while` compares with a signal: `
 
 def _text(policy: ir.Policy, threshold: ir.Param, value: float, tuned: ir.Tuned) -> str:
     """Return the policy with another default. Its expectations keep the value that they were written for."""
-    before = ir.Setting(name=threshold.name, value=threshold.default)
+    before = () if threshold.default is None else (ir.Setting(name=threshold.name, value=threshold.default),)
 
     def changed(statement: ir.Statement) -> ir.Statement:
         if statement is threshold:
             return threshold.model_copy(update={"default": ir.Number(value=value)})
         if isinstance(statement, ir.Expect) and all(each.name != threshold.name for each in statement.settings):
-            return statement.model_copy(update={"settings": (*statement.settings, before)})
+            return statement.model_copy(update={"settings": (*statement.settings, *before)})
         return statement
 
     statements = tuple(changed(each) for each in policy.statements if not isinstance(each, ir.Tuned))

@@ -13,7 +13,7 @@ from cachepolicy._strict_json import load_json
 from cachepolicy.diffusers.configs import config_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.formatter import format
-from cachepolicy.methods import of_cache_dit
+from cachepolicy.methods import of_cache_dit, of_programs
 from cachepolicy.methods.settings import Conversion
 
 _LIMIT = 16 * 2**20
@@ -25,8 +25,9 @@ def convert(setting: Any) -> str:
 
     Args:
         setting: A cache config of diffusers or of this package, a config of cache-dit, a pair of such a config and a
-            calibrator's, what cache-dit's `load_configs` returns, the content of a file as a mapping, or the path of a
-            JSON or YAML file as `pathlib.Path`.
+            calibrator's, what cache-dit's `load_configs` returns, the options of stable-diffusion.cpp as a string, the
+            content of a file as a mapping, or the path of a file. Files are JSON, YAML or, with the
+            suffix `.txt`, options of a command line.
 
     Returns:
         The text of the policy. What the tool does besides stands in its comments.
@@ -35,8 +36,8 @@ def convert(setting: Any) -> str:
         PolicyError: The file cannot be read (E152, E153), the setting is of no known tool (E169), a field has a wrong
             value (E161, E162), or no policy expresses it (E168).
     """
-    if isinstance(setting, os.PathLike):
-        setting = _read(Path(cast("os.PathLike[str]", setting)))
+    if isinstance(setting, os.PathLike) or (isinstance(setting, str) and of_programs.OPTION not in setting):
+        setting = _read(Path(cast("str", setting)))
     conversion = _conversion(setting)
     notes = "".join(f"# {note}\n" for note in conversion.notes)
     return notes + format(conversion.policy())
@@ -54,6 +55,8 @@ def _conversion(setting: Any) -> Conversion:
         if _of_cache_dit(values.get("cache_config")):
             return of_cache_dit.of_objects(values["cache_config"], values.get("calibrator_config"))
         return _of_mapping(values)
+    if isinstance(setting, str):
+        return of_programs.of_command_line(setting)
     return _of_diffusers(setting)
 
 
@@ -75,6 +78,16 @@ def _of_diffusers(setting: Any) -> Conversion:
 
 
 def _of_mapping(values: Mapping[str, Any]) -> Conversion:
+    if "cache_backend" in values:
+        return of_programs.of_vllm_omni(values)
+    if any(name.startswith(of_programs.SGLANG) for name in values):
+        return of_programs.of_sglang(values)
+    if of_programs.is_workflow(values):
+        return of_programs.of_workflow(values)
+    if of_programs.is_smoothcache(values):
+        return of_programs.of_smoothcache(values)
+    if any(name in values for name in of_programs.XDIT):
+        return of_programs.of_xdit(values)
     inner = values.get("cache_config")
     if isinstance(inner, Mapping) or of_cache_dit.KEYS & set(values):
         return of_cache_dit.of_mapping(values)
@@ -97,6 +110,8 @@ def _read(path: Path) -> Any:
         raise PolicyError.of("E153", f"`{path}` has more than {_LIMIT} bytes")
     if path.suffix in {".yaml", ".yml"}:
         return _yaml(path, content)
+    if path.suffix == ".txt":
+        return content.decode("utf-8", "replace")
     try:
         return load_json(content)
     except (ValueError, RecursionError) as error:

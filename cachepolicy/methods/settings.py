@@ -169,6 +169,16 @@ class Fields:
             self._mistyped(name, " or ".join(f"`{choice}`" for choice in choices), value, code="E162")
         return value
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Moves fields from the names of a tool to other names."""
+        for name, old in names.items():
+            if old in self._values:
+                self._values[name] = self._values.pop(old)
+
+    def default(self, name: str, value: Any) -> None:
+        """Sets a field that is missing."""
+        self._values.setdefault(name, value)
+
     def only(self, name: str, *allowed: Any, why: str) -> None:
         """Reads a field and refuses values that are neither missing nor among `allowed`."""
         value = self.get(name)

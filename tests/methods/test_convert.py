@@ -179,6 +179,9 @@ def test_settings_of_no_known_tool() -> None:
     assert "E169" == refused({})[0]
     assert "E169" == refused({"colour": "blue"})[0]
     assert "E152" == refused(Path("no such file.json"))[0]
+    assert "E152" == refused("no such file.json")[0]
+    assert "E169" == refused('--cache-mode dbcache "')[0]
+    assert "E169" == refused({"1": {"class_type": "KSampler"}})[0]
 
 
 # --- diffusers
@@ -197,3 +200,110 @@ def test_configs_of_diffusers_as_text() -> None:
     assert "`skip_predict_identifiers`" in refused(config)[1]
     config = diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=[1, 1.1, 0.9, 0.97])
     assert "ratios = [1.0, 1.1, 0.9, 0.97]" in cachepolicy.convert(config)
+
+
+# --- engines and programs: tables of what their documentation says
+
+
+FLUX = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861]
+TABLE: list[tuple[Any, str]] = [
+    # vLLM-Omni, DiffusionCacheConfig
+    (
+        {"cache_backend": "cache_dit", "cache_config": {}},
+        "use dbcache with first = 1, threshold = 0.24, warmup = 4, streak = 3",
+    ),
+    (
+        {"cache_backend": "cache_dit", "cache_config": {"Fn_compute_blocks": 8, "enable_taylorseer": True}},
+        "use dbcache with first = 8, threshold = 0.24, warmup = 4, streak = 3, order = 1",
+    ),
+    # SGLang, environment variables
+    ({"SGLANG_CACHE_DIT_ENABLED": "true"}, "use dbcache with first = 1, threshold = 0.24, warmup = 4, streak = 3"),
+    (
+        {"SGLANG_CACHE_DIT_RDT": "0.12", "SGLANG_CACHE_DIT_TAYLORSEER": "true", "SGLANG_CACHE_DIT_TS_ORDER": "2"},
+        "use dbcache with first = 1, threshold = 0.12, warmup = 4, streak = 3, order = 2",
+    ),
+    (
+        {"SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": "3,2,1", "SGLANG_CACHE_DIT_SCM_CACHE_BINS": "1,2"},
+        'use dbcache with first = 1, threshold = 0.24, warmup = 0, streak = 3, steps_mask = "111011001"',
+    ),
+    # stable-diffusion.cpp, docs/caching.md
+    (
+        'sd-cli -p "a cat" --cache-mode dbcache --cache-option "threshold=0.25,warmup=4"',
+        "use dbcache with first = 8, threshold = 0.25, warmup = 4",
+    ),
+    (
+        '--cache-mode cache-dit --cache-option "Fn=1,Bn=2" --scm-mask "1,1,0,1" --scm-policy dynamic',
+        'use dbcache with first = 1, end = -2, threshold = 0.08, warmup = 0, order = 1, steps_mask = "1101"',
+    ),
+    # ComfyUI, WaveSpeed
+    (
+        {
+            "38": {
+                "class_type": "ApplyFBCacheOnModel",
+                "inputs": {
+                    "object_to_patch": "diffusion_model",
+                    "residual_diff_threshold": 0.12,
+                    "start": 0,
+                    "end": 1,
+                    "max_consecutive_cache_hits": 5,
+                    "model": ["12", 0],
+                },
+            },
+            "3": {"class_type": "KSampler", "inputs": {}},
+        },
+        "use fbc with threshold = 0.12, streak = 5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("setting", "statement"), TABLE)
+def test_settings_of_engines_and_programs(setting: Any, statement: str) -> None:
+    """The documented settings give these policies."""
+    assert statement == last(cachepolicy.convert(setting))
+
+
+def test_teacache_of_ports() -> None:
+    """Ports add up positive changes, and force no last step."""
+    node = {"1": {"class_type": "TeaCache", "inputs": {"model_type": "flux", "rel_l1_thresh": 0.5}}}
+    config = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 0.5, "coefficients": FLUX}}
+    text = cachepolicy.convert(node)
+    assert text == cachepolicy.convert(config)
+    assert "while sum(abs(change)) < threshold -> reuse residual" in last(text)
+    policy = cachepolicy.parse(text)
+    schedule = cachepolicy.simulate(policy, steps=6, signals={"change": [-0.2] * 6})
+    assert {"CRRCRR"} == set(schedule.rows.values())
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.lists(st.integers(0, 1), min_size=12, max_size=12))
+def test_smoothcache(first: list[int], second: list[int]) -> None:
+    """Each component computes where its schedule has a 1."""
+    attention, feedforward = [1, *first], [1, *second][: len(first) + 1]
+    policy = cachepolicy.parse(cachepolicy.convert({"attn1": attention, "ff": feedforward}))
+    rows = cachepolicy.simulate(policy, steps=len(attention)).rows
+    computed = {letters([bool(letter) for letter in mask]) for mask in (attention, feedforward)}
+    assert computed == {row for name, row in rows.items() if "attn1" in name or "ff" in name}
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ({"cache_backend": "mag_cache", "cache_config": {}}, "cache_backend"),
+        ({"cache_backend": "tea_cache", "cache_config": {}}, "coefficients"),
+        ({"cache_backend": "cache_dit", "cache_config": {"colour": 1}}, "colour"),
+        ({"SGLANG_CACHE_DIT_SCM_PRESET": "fast"}, "SGLANG_CACHE_DIT_SCM_PRESET"),
+        ({"SGLANG_CACHE_DIT_COLOUR": "1"}, "SGLANG_CACHE_DIT_COLOUR"),
+        ("--cache-mode ucache", "--cache-mode"),
+        ("--cache-mode dbcache --cache-option start=0.1", "start"),
+        ({"1": {"class_type": "EasyCache", "inputs": {}}}, "class_type"),
+        ({"1": {"class_type": "TeaCache", "inputs": {"start_percent": 0.1}}}, "start_percent"),
+        ({"1": {"class_type": "TeaCache", "inputs": {"model_type": "wan"}}}, "model_type"),
+        ({"attn1": [1, 0], "layers": [1, 1]}, "layers"),
+        ({"attn1": [0, 1]}, "attn1"),
+        ({"use_fbcache": True}, "use_fbcache"),
+    ],
+)
+def test_what_engines_and_programs_say_beyond(setting: Any, field: str) -> None:
+    """What has no counterpart is refused by its name."""
+    code, message = refused(setting)
+    assert "E168" == code
+    assert f"`{field}` of" in message

@@ -71,7 +71,8 @@ def test_attention_that_is_reused_changes_nothing(name: str) -> None:
     outputs, rows = _repeat(model, lambda: inputs, "pab", **PAB)
     with torch.no_grad():
         _assert_hits_repeat(outputs, _flat(zoo.output(model(**inputs))))
-    assert rows == {"CRC"}
+    # flux3 has attention for further modes, which this call does not run.
+    assert rows - ({"..."} if name == "flux3" else set()) == {"CRC"}
 
 
 @pytest.mark.parametrize("name", CHAINED)

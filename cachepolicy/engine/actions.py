@@ -61,6 +61,7 @@ class Slot:
         shape: Shape of the hidden states of that compute. With `dtype` and `device`, it must match those of a reuse.
         version: `_version` of the output when stored, if it is a single tensor that may be returned without a copy.
         versions: The `_version` counters of all tensors of any other output.
+        flat: Whether `versions` are those of a tuple of plain tensors without gradients.
         clones: Whether an answer was modified in place. The site then stores and returns copies.
         rows: The rows of the batch that the newest output has.
         whole: Whether the stored tensors were most of their storages.
@@ -68,7 +69,8 @@ class Slot:
     """
 
     __slots__ = (
-        "__weakref__", "chain", "clones", "device", "dtype", "older", "output", "packing", "rows", "shape", "step",
+        "__weakref__", "chain", "clones", "device", "dtype", "flat", "older", "output", "packing", "rows", "shape",
+        "step",
         "storing", "version", "versions", "whole",
     )  # fmt: skip
 
@@ -85,6 +87,7 @@ class Slot:
         self.device: Any = None
         self.version: int | None = None
         self.versions: tuple[int, ...] | None = None
+        self.flat = False
         self.clones = False
         self.step = -1
         self.rows = WHOLE
@@ -294,6 +297,7 @@ def push(slot: Slot, keeping: Keeping, code: Op, output: Any, step: int, rows: B
             slot.version = kept._version
         else:
             slot.versions = versions(kept)
+            slot.flat = counters(kept) is not None
 
 
 def reused(slot: Slot, rows: BatchView, *, inference: bool) -> Any:

@@ -154,7 +154,11 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
                 and states.shape == slot.shape
                 and states.dtype is slot.dtype
                 and states.device == slot.device
-                and (kept._version == version if version is not None else counters(kept) == versions)
+                and (
+                    kept._version == version
+                    if version is not None
+                    else slot.flat and tuple([tensor._version for tensor in kept]) == versions
+                )
             ):
                 codes[index] = ANSWERED
                 return kept
@@ -185,7 +189,7 @@ def site_override(original: Method) -> Method:  # noqa: PLR0915 (the paths of a 
             elif not output.requires_grad and not output.is_inference():
                 version = output._version
             if type(states) is torch.Tensor and (version is not None or versions is not None):
-                slot.output, slot.version, slot.versions = output, version, versions
+                slot.output, slot.version, slot.versions, slot.flat = output, version, versions, versions is not None
                 slot.shape = states.shape
                 slot.dtype = states.dtype
                 slot.device = states.device

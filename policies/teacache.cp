@@ -14,6 +14,55 @@ param coefficients: list = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.
 param probe: list = ["^(transformer_)?blocks\.0\.norm1$"]
   "regex of the module whose output is the modulated input of the first block"
 
+# The authors' polynomials, where a module of diffusers gives the authors' probe; for LTX and HiDream none does. Thresholds
+# are those that the authors recommend; a preset without one has FLUX.1's, which was not made for it. Configurations do
+# not tell Wan's I2V models for 480 and 720 lines apart: these presets are chosen by name alone. The
+# experts of Wan 2.2's 14B have the configuration of Wan 2.1's, and get its polynomial.
+
+preset flux for class "^FluxTransformer2DModel$"
+  with coefficients = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861],
+  threshold = 0.25 source "github.com/ali-vilab/TeaCache (its authors: 1.5 times as fast)"
+preset hunyuan_video for class "^HunyuanVideoTransformer3DModel$"
+  with coefficients = [733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896],
+  threshold = 0.1 source "github.com/ali-vilab/TeaCache (its authors: 1.6 times as fast)"
+preset mochi for class "^MochiTransformer3DModel$"
+  with coefficients = [-3512.41319, 811.675948, -60.9400215, 2.42429681, 0.00305291719]
+  source "github.com/ali-vilab/TeaCache"
+preset cosmos for class "^CosmosTransformer3DModel$"
+  with coefficients = [271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633]
+  source "github.com/ali-vilab/TeaCache"
+preset lumina2 for class "^Lumina2Transformer2DModel$"
+  with coefficients = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344],
+  probe = ["^layers\.0\.norm1$"] source "github.com/ali-vilab/TeaCache"
+preset consisid for class "^ConsisIDTransformer3DModel$"
+  with coefficients = [-1538.80483, 843.202495, -134.363087, 7.97131516, -0.0523162339],
+  probe = ["^time_embedding$"] source "github.com/ali-vilab/TeaCache"
+preset cogvideox_2b for class "^CogVideoXTransformer3DModel$" when num_layers == 30
+  with coefficients = [-31.0658903, 25.4732368, -5.92380459, 1.75769064, -0.00361568],
+  probe = ["^time_embedding$"] source "github.com/ali-vilab/TeaCache"
+preset cogvideox_5b for class "^CogVideoXTransformer3DModel$"
+  when num_layers == 42 and sample_height == 60
+  with coefficients = [-1538.80483, 843.202495, -134.363087, 7.97131516, -0.0523162339],
+  probe = ["^time_embedding$"] source "github.com/ali-vilab/TeaCache"
+preset cogvideox_1_5_5b for class "^CogVideoXTransformer3DModel$"
+  when num_layers == 42 and sample_height != 60 and patch_size_t == 2
+  with coefficients = [250.210439, -165.061612, 35.7804877, -0.781551492, 0.0358559703],
+  probe = ["^time_embedding$"] source "github.com/ali-vilab/TeaCache"
+preset wan_t2v_1_3b for class "^WanTransformer3DModel$" when num_layers == 30 and in_channels == 16
+  with coefficients = [2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774],
+  threshold = 0.08, probe = ["^condition_embedder\.time_embedder$"]
+  source "github.com/ali-vilab/TeaCache"
+preset wan_t2v_14b for class "^WanTransformer3DModel$" when num_layers == 40 and in_channels == 16
+  with coefficients = [-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404],
+  threshold = 0.14, probe = ["^condition_embedder\.time_embedder$"]
+  source "github.com/ali-vilab/TeaCache"
+preset wan_i2v_480 for class "^WanTransformer3DModel$" when false
+  with coefficients = [-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289],
+  probe = ["^condition_embedder\.time_embedder$"] source "github.com/ali-vilab/TeaCache"
+preset wan_i2v_720 for class "^WanTransformer3DModel$" when false
+  with coefficients = [-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683],
+  probe = ["^condition_embedder\.time_embedder$"] source "github.com/ali-vilab/TeaCache"
+
 signal modulated = output(probe)
 signal change = poly(coefficients, relative_l1(modulated, prev(modulated)))
 

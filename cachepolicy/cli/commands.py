@@ -21,6 +21,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read_policy
 from cachepolicy.language.parser import parse, recover
+from cachepolicy.language.presets import fits
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
@@ -334,11 +335,18 @@ def report_command(*, trace: str | None, html: str | None, perfetto: str | None,
 
 
 @main.command("list")
+@options.model
 @options.json_form
 @output.guarded
-def list_command(*, as_json: bool) -> None:
-    """List the shipped policies."""
+def list_command(*, model: str | None, as_json: bool) -> None:
+    """List the shipped policies, or with --model those with a preset for the model.
+
+    Figures in the source of a preset are those of its authors.
+    """
     policies = {name: load(f"{SHIPPED}{name}") for name in shipped_policies()}
+    if model is not None:
+        _list_presets(policies, model, as_json=as_json)
+        return
     if as_json:
         output.say_json(
             [{"name": name, **policy.model_dump(include={"title", "source"})} for name, policy in policies.items()]
@@ -348,6 +356,35 @@ def list_command(*, as_json: bool) -> None:
     for name, policy in policies.items():
         source = f"  ({policy.source})" if policy.source else ""
         output.say(f"{name:<{width}}  {policy.title or policy.name or ''}{source}")
+
+
+def _list_presets(policies: Mapping[str, ir.Policy], model: str, *, as_json: bool) -> None:
+    facts = read_model(model).skeleton.facts
+    found = [
+        (name, preset)
+        for name, policy in policies.items()
+        for preset in policy.statements
+        if isinstance(preset, ir.Preset) and facts is not None and fits(preset, facts)
+    ]
+    if as_json:
+        output.say_json(
+            [
+                {
+                    "name": name,
+                    "preset": preset.name,
+                    "settings": {setting.name: format_node(setting.value) for setting in preset.settings},
+                    "source": preset.origin,
+                }
+                for name, preset in found
+            ]
+        )
+        return
+    for name, preset in found:
+        source = f"  ({preset.origin})" if preset.origin else ""
+        settings = ", ".join(f"{setting.name} = {format_node(setting.value)}" for setting in preset.settings)
+        output.say(f"{name}: preset {preset.name}{source}\n  {settings}")
+    if not found:
+        output.say(f"no shipped policy has a preset for `{facts.class_name if facts is not None else model}`")
 
 
 @main.command("show")

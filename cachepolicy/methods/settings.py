@@ -32,7 +32,7 @@ def using(name: str, values: Mapping[str, object], shown: Sequence[str] = ()) ->
 
     Args:
         name: The name of the shipped policy.
-        values: Values of its params. A value that is the default is left out.
+        values: Values of its params. A value that is the default is left out, unless a preset may set the param.
         shown: Params that are written although they have the default.
 
     Raises:
@@ -40,6 +40,8 @@ def using(name: str, values: Mapping[str, object], shown: Sequence[str] = ()) ->
     """
     policy = shipped(name)
     known = params(policy)
+    presets = [statement for statement in policy.statements if isinstance(statement, ir.Preset)]
+    shown = (*shown, *(setting.name for preset in presets for setting in preset.settings))
     settings = [
         ir.Setting(name=param, value=value)
         for param, value in ((param, typed(known[param], value)) for param, value in values.items())

@@ -624,3 +624,20 @@ def test_convert_prints_a_policy_or_names_the_field(run):
         result = run("convert", "a.cp", a=content)
         assert "error[E169]" in result.stderr
         assert 2 == result.exit_code
+
+
+def test_list_of_a_model_shows_its_presets(run, tmp_path):
+    """Published settings for the class and configuration of a model, as text and as JSON."""
+    config = {"_class_name": "WanTransformer3DModel", "num_layers": 30, "in_channels": 16, "ffn_dim": 64}
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text(json.dumps(config))
+    result = run("list", "--model", "wan")
+    assert (
+        "taylorseer: preset wan  (github.com/Shenyi-Z/TaylorSeer)\n  interval = 5, first = 1, order = 1"
+        in result.stdout
+    )
+    assert "teacache: preset wan_t2v_1_3b" in result.stdout
+    listed = json.loads(run("list", "--model", "wan", "--json").stdout)
+    assert [("taylorseer", "wan"), ("teacache", "wan_t2v_1_3b")] == [(each["name"], each["preset"]) for each in listed]
+    (tmp_path / "wan" / "config.json").write_text(json.dumps(config | {"_class_name": "LTXVideoTransformer3DModel"}))
+    assert "no shipped policy has a preset for `LTXVideoTransformer3DModel`\n" == run("list", "--model", "wan").stdout

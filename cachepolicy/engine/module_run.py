@@ -9,7 +9,6 @@ from cachepolicy.engine.actions import (
     COMPUTE,
     Op,
     hidden_states,
-    is_finite,
     keep,
     mean_of_halves,
     predicted,
@@ -19,6 +18,7 @@ from cachepolicy.engine.actions import (
 )
 from cachepolicy.engine.block_chain import Names
 from cachepolicy.engine.distributed.groups import is_initialized
+from cachepolicy.engine.finite import is_finite
 from cachepolicy.engine.hooks import SiteHandle
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact

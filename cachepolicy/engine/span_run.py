@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachepolicy.engine.actions import is_finite, predict
+from cachepolicy.engine.actions import predict
 from cachepolicy.engine.batch_view import WHOLE
 from cachepolicy.engine.block_chain import (
     Answers,
@@ -32,6 +32,7 @@ from cachepolicy.engine.block_chain import (
 )
 from cachepolicy.engine.chain_check import Tracker, is_trackable
 from cachepolicy.engine.distributed.groups import is_initialized
+from cachepolicy.engine.finite import is_finite
 from cachepolicy.engine.hooks import SiteHandle
 from cachepolicy.engine.ledger import Ledger
 from cachepolicy.engine.step_context import StepContext

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot, is_too_large
+from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot
 from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.execution_plan import ExecutionPlan, Trims
+from cachepolicy.engine.finite import is_too_large
 from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Remembered
 from cachepolicy.errors import PolicyError

@@ -101,6 +101,35 @@ def _shortest(number: float) -> float:
     )
 
 
+_SEACACHE = """policy seacache "SeaCache"
+source "arXiv:2602.18993"
+param threshold: float = 0.25 in [0, inf)
+param order: int = 1 in [0, 1]
+param first: int = 1
+param last: int = 1
+param streak: int? = off in [1, inf)
+param beta: float = 3
+signal filtered = wiener(input(model), beta: beta)
+signal change = relative_l1(filtered, prev(filtered))
+match blocks when first <= step < steps - last while sum(change) < threshold
+  at most streak in a row -> predict taylor(order: order) of residual
+"""
+"""diffusers filters the latents, not the modulated input of the first block."""
+
+
+def _seacache(config: Fields) -> Conversion:
+    config.only("raw_vision_callback", why="the latents are those that the model is called with")
+    values = {
+        "threshold": config.number("threshold", 0.25, low=0),
+        "order": config.whole("residual_order", 1),
+        "first": config.whole("retention_steps", 1),
+        "last": config.whole("cache_end_steps", 1),
+        "streak": config.whole("max_consecutive_cached", 2) or None,
+        "beta": config.number("power_exp", 3.0, low=0),
+    }
+    return Conversion(written(_SEACACHE, values))
+
+
 def _text_kv(config: Fields) -> Conversion:
     config.refuse("TextKVCacheConfig", "it keeps projections of the prompt inside attention, which no rule reaches")
 
@@ -108,6 +137,7 @@ def _text_kv(config: Fields) -> Conversion:
 _CONVERSIONS: dict[str, Callable[[Fields], Conversion]] = {
     "TaylorSeerCacheConfig": _taylorseer,
     "MagCacheConfig": _magcache,
+    "SeaCacheConfig": _seacache,
     "TextKVCacheConfig": _text_kv,
 }
 

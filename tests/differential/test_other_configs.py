@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ pytest.importorskip("diffusers")
 
 import torch
 from blocks import blocks, sample
-from diffusers.hooks import mag_cache, taylorseer_cache
+from diffusers.hooks import mag_cache, sea_cache, taylorseer_cache
 from diffusers.hooks.mag_cache import MagCacheConfig
+from diffusers.hooks.sea_cache import SeaCacheConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
-from harness import Run
+from harness import Clock, Run, Watch, flat
 from torch import nn
 
 import cachepolicy
@@ -109,3 +112,44 @@ def test_magcache(name: str, seed: int) -> None:
     ours = run_ours(name, model, config, blocks)
     assert theirs.computed == ours.computed
     assert len(set(ours.computed)) > 1
+
+
+def run_in_contexts(model: nn.Module, context: Any) -> Run:
+    """The loop of Wan with a context for each step."""
+    watch, run, clock = Watch(blocks(model)), Run(), Clock()
+
+    def timesteps() -> Iterator[float]:
+        for step, t in enumerate(clock.over(TIMESTEPS)):
+            with context("cond", step_index=step, sigma=t / 1000, num_inference_steps=len(TIMESTEPS)):
+                yield t
+
+    with torch.no_grad():
+        for prediction in zoo.trajectory("wan", model, timesteps()):
+            run.outputs.append(flat(prediction))
+            run.computed.append(watch.take())
+    return run
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_seacache(seed: int) -> None:
+    """Blocks are reused where diffusers' filtered latents say so; a forecast differs by rounding alone."""
+    draw = random.Random(seed)
+    config = SeaCacheConfig(
+        threshold=draw.uniform(0.02, 0.6),
+        residual_order=seed % 2,
+        max_consecutive_cached=seed % 3,
+        retention_steps=1 + seed % 2,
+        cache_end_steps=draw.randint(1, 3),
+    )
+    model = zoo.build("wan")
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+    sea_cache.apply_sea_cache(theirs, config)
+    expected = run_in_contexts(theirs, theirs.cache_context)
+    run = cachepolicy.enable_cache(ours, config)
+    actual = run_in_contexts(ours, partial(cachepolicy.cache_context, ours))
+    run.remove()
+    assert expected.computed == actual.computed
+    assert len(set(actual.computed)) > 1
+    for one, other in zip(expected.outputs, actual.outputs, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)

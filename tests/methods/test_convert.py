@@ -307,3 +307,15 @@ def test_what_engines_and_programs_say_beyond(setting: Any, field: str) -> None:
     code, message = refused(setting)
     assert "E168" == code
     assert f"`{field}` of" in message
+
+
+def test_seacache_of_diffusers_without_its_callback() -> None:
+    """The written rules have diffusers' defaults; a callback is refused."""
+    hooks = pytest.importorskip("diffusers.hooks.sea_cache")
+    text = cachepolicy.convert(hooks.SeaCacheConfig())
+    assert "param streak: int? = 2 in [1, inf)" in text
+    assert "signal filtered = wiener(input(model), beta: beta)" in text
+    assert "param streak: int? = off" in cachepolicy.convert(hooks.SeaCacheConfig(max_consecutive_cached=0))
+    code, message = refused(hooks.SeaCacheConfig(raw_vision_callback=lambda *_: None))
+    assert "E168" == code
+    assert "`raw_vision_callback`" in message

@@ -51,7 +51,8 @@ def _conversion(setting: Any) -> Conversion:
     if _of_cache_dit(cast("Any", setting)):
         return of_cache_dit.of_objects(setting)
     if isinstance(setting, Mapping):
-        values = cast("Mapping[str, Any]", setting)
+        # YAML has keys of any type.
+        values = {str(key): value for key, value in cast("Mapping[Any, Any]", setting).items()}
         if _of_cache_dit(values.get("cache_config")):
             return of_cache_dit.of_objects(values["cache_config"], values.get("calibrator_config"))
         return _of_mapping(values)
@@ -104,8 +105,8 @@ def _read(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             content = file.read(_LIMIT + 1)
-    except OSError as error:
-        raise PolicyError.of("E152", f"`{path}` cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError for a NUL in the name
+        raise PolicyError.of("E152", f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > _LIMIT:
         raise PolicyError.of("E153", f"`{path}` has more than {_LIMIT} bytes")
     if path.suffix in {".yaml", ".yml"}:

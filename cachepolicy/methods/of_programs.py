@@ -53,7 +53,7 @@ _COMPONENTS = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "fee
 def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
     """Returns the policy of `cache_backend` and `cache_config` of vLLM-Omni."""
     outer = Fields("the vLLM-Omni setting", values)
-    backend = outer.get("cache_backend")
+    backend = str(outer.get("cache_backend"))
     config = outer.get("cache_config", {})
     if not isinstance(config, Mapping):
         outer.refuse("cache_config", "it is a mapping")
@@ -90,8 +90,9 @@ def of_sglang(values: Mapping[str, Any]) -> Conversion:
             inner[field] = _plain(outer.get(SGLANG + name))
     inner["steps_computation_mask"] = _bins(outer)
     on = _plain(outer.get(f"{SGLANG}TAYLORSEER", False)) is True
-    order = int(_plain(outer.get(f"{SGLANG}TS_ORDER", 1))) if on else 0
+    inner["order"] = _plain(outer.get(f"{SGLANG}TS_ORDER", 1)) if on else 0
     setting = Fields("the SGLang setting", inner)
+    order = setting.whole("order", 0)
     policy = dbcache(setting, order, first=1, warmup=4, threshold=0.24)
     setting.finish()
     return Conversion(policy)
@@ -132,7 +133,7 @@ def of_command_line(text: str) -> Conversion:
         raise PolicyError.of("E169", f"{owner} cannot be split into words: {error}") from error
     options = {word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
     outer = Fields(owner, options)
-    mode = outer.get(OPTION)
+    mode = str(outer.get(OPTION))
     if mode not in {"dbcache", "cache-dit"}:
         outer.refuse(OPTION, "`dbcache` and `cache-dit` are expressed")
     inner: dict[str, Any] = {}
@@ -155,9 +156,9 @@ def of_workflow(nodes: Mapping[str, Any]) -> Conversion:
         PolicyError: There is no known node or there are several (E169), or no policy expresses a field (E168).
     """
     found = [
-        (str(node["class_type"]), cast("Mapping[str, Any]", node.get("inputs") or {}))
+        (str(node["class_type"]), _inputs(node))
         for node in (cast("Mapping[str, Any]", each) for each in nodes.values() if isinstance(each, Mapping))
-        if node.get("class_type") in _NODES
+        if str(node.get("class_type")) in _NODES
     ]
     if len(found) != 1:
         known = ", ".join(f"`{name}`" for name in _NODES)
@@ -169,6 +170,11 @@ def of_workflow(nodes: Mapping[str, Any]) -> Conversion:
     conversion = _NODES[kind](setting)
     setting.finish()
     return conversion
+
+
+def _inputs(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    inputs = node.get("inputs")
+    return cast("Mapping[str, Any]", inputs) if isinstance(inputs, Mapping) else {}
 
 
 def _first_block_cache(node: Fields) -> Conversion:

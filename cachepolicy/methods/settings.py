@@ -101,7 +101,7 @@ class Fields:
 
     def __init__(self, owner: str, values: Mapping[str, Any]) -> None:
         self.owner = owner
-        self._values = dict(values)
+        self._values = {str(name): value for name, value in values.items()}
         self._read = set[str]()
 
     def __contains__(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers.hooks.sea_cache")
 
 import torch
 from blocks import blocks, sample

@@ -319,3 +319,65 @@ def test_seacache_of_diffusers_without_its_callback() -> None:
     code, message = refused(hooks.SeaCacheConfig(raw_vision_callback=lambda *_: None))
     assert "E168" == code
     assert "`raw_vision_callback`" in message
+
+
+KEYS = st.sampled_from(
+    [
+        "cache_backend",
+        "cache_config",
+        "class_type",
+        "inputs",
+        "model_type",
+        "Fn_compute_blocks",
+        "steps_computation_mask",
+        "steps_computation_policy",
+        "num_inference_steps",
+        "residual_diff_threshold",
+        "cache_type",
+        "enable_taylorseer",
+        "SGLANG_CACHE_DIT_FN",
+        "SGLANG_CACHE_DIT_TAYLORSEER",
+        "SGLANG_CACHE_DIT_TS_ORDER",
+        "SGLANG_CACHE_DIT_SCM_COMPUTE_BINS",
+        "coefficients",
+        "attn1",
+        "use_fbcache",
+    ]
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 30)
+    | st.floats()
+    | st.sampled_from(
+        [
+            "cache_dit",
+            "tea_cache",
+            "DBPrune",
+            "TeaCache",
+            "ApplyFBCacheOnModel",
+            "flux",
+            "static",
+            "medium",
+            "true",
+            "1,2",
+            "",
+        ]
+    )
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.integers(0, 3), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=5) | VALUES)
+def test_any_setting_is_converted_or_refused(setting: Any) -> None:
+    """The result is the text of a policy, or an error with a code; nothing else is raised."""
+    try:
+        text = cachepolicy.convert(setting)
+    except PolicyError as error:
+        assert {each.code for each in error.diagnostics} <= {"E152", "E161", "E162", "E168", "E169"}
+    else:
+        cachepolicy.parse(text)

@@ -143,7 +143,13 @@ def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozens
 
 def _judge_name(statement: Declaration, report: Report) -> None:
     name = statement.name
-    if name in ADDED_WORDS:
+    set_by_name = isinstance(statement, ir.Param | ir.External)
+    function = next((owner for owner, arguments in KEYWORDS.items() if name in arguments), None)
+    if set_by_name and function is not None:
+        kind = "parameter" if isinstance(statement, ir.Param) else "external"
+        message = f"`{name}` is an argument of `{function}`, so that no {kind} can have this name"
+        report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
+    elif name in ADDED_WORDS:
         help = "rename it if the word of the language is meant elsewhere in this file"
         report.add(
             "W507",
@@ -157,12 +163,6 @@ def _judge_name(statement: Declaration, report: Report) -> None:
         report.add(
             "E103", f"`{name}` is {sort} and cannot be declared", statement, word=name, help="choose another name"
         )
-    elif isinstance(statement, ir.Param | ir.External):
-        function = next((owner for owner, arguments in KEYWORDS.items() if name in arguments), None)
-        if function is not None:
-            kind = "parameter" if isinstance(statement, ir.Param) else "external"
-            message = f"`{name}` is an argument of `{function}`, so that no {kind} can have this name"
-            report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
 
 
 def propagated(reads: Mapping[str, Iterable[str]], facts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:

@@ -70,7 +70,7 @@ KEYWORDS: Mapping[str, tuple[str, ...]] = {
     ),
     "plan": ("policy", "skeleton", "sites"),
     "explain": ("policy", "where", "steps", "branch"),
-    "session": ("self", "key", "timestep", "scheduler", "steps", "guidance"),
+    "session": ("self", "key", "timestep", "scheduler", "steps", "guidance", "audit"),
 }  # fmt: skip
 """The arguments of the functions that take params as keyword arguments; `session` is a method of a run.
 

@@ -14,7 +14,7 @@ import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.vocabulary import KEYWORDS
 
-NO_PARAMS = {"cache_context", "share"}  # their keyword arguments are not params of a policy
+NO_PARAMS = {"cache_context", "share", "tune_levels"}  # their keyword arguments are not params of a policy
 
 
 def _taking_keywords() -> dict[str, Callable[..., Any]]:

@@ -143,9 +143,13 @@ def scope_of(policy: ir.Policy, report: Report, broken: frozenset[str] = frozens
 
 def _judge_name(statement: Declaration, report: Report) -> None:
     name = statement.name
-    set_by_name = isinstance(statement, ir.Param | ir.External)
     function = next((owner for owner, arguments in KEYWORDS.items() if name in arguments), None)
-    if set_by_name and function is not None:
+    if (name in CLOCK or name in FUNCTIONS) and name not in ADDED_WORDS:
+        sort = "a clock word" if name in CLOCK else "a function"
+        report.add(
+            "E103", f"`{name}` is {sort} and cannot be declared", statement, word=name, help="choose another name"
+        )
+    elif isinstance(statement, ir.Param | ir.External) and function is not None:
         kind = "parameter" if isinstance(statement, ir.Param) else "external"
         message = f"`{name}` is an argument of `{function}`, so that no {kind} can have this name"
         report.add("E104", message, statement, word=name, help=f"call it `cache_{name}` or something else")
@@ -157,11 +161,6 @@ def _judge_name(statement: Declaration, report: Report) -> None:
             statement,
             word=name,
             help=help,
-        )
-    elif name in CLOCK or name in FUNCTIONS:
-        sort = "a clock word" if name in CLOCK else "a function"
-        report.add(
-            "E103", f"`{name}` is {sort} and cannot be declared", statement, word=name, help="choose another name"
         )
 
 

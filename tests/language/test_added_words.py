@@ -31,8 +31,15 @@ def test_what_is_not_said_is_not_in_the_json_form() -> None:
     assert said == Policy.model_validate_json(said.model_dump_json())
 
 
-@pytest.mark.parametrize("word", sorted(ADDED_WORDS))
-@pytest.mark.parametrize("declared", ["param {}: int = 2", "let {} = 2", "let {} = step + 2"])
+@pytest.mark.parametrize(
+    ("word", "declared"),
+    [
+        (word, declared)
+        for word in sorted(ADDED_WORDS)
+        for declared in ("param {}: int = 2", "let {} = 2", "let {} = step + 2")
+        if not (word == "self" and declared.startswith("param"))  # an argument of `Run.session`, which takes params
+    ],
+)
 def test_an_added_word_may_be_a_name(word: str, declared: str) -> None:
     """A file that declares the name means what it declares, and is warned."""
     text = declared.format(word) + f"\nmatch attention every {word} -> reuse\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 Vector = Sequence[float]
 Stream = Sequence[Vector]
@@ -481,9 +481,8 @@ def adaptive_guidance(cond: Stream, uncond: Stream, gamma: float) -> list[bool]:
 # --- what is answered ------------------------------------------------------------------------------------
 
 
-def taylor_values(values: Sequence[float], computed: Sequence[bool], order: int) -> list[float | None]:
-    """TaylorSeer's prediction: recursive differences over the gap, and powers of the steps since the last full one."""
-    answers = list[float | None]()
+def _differences(values: Sequence[float], computed: Sequence[bool], order: int) -> Iterator[tuple[int, list[float]]]:
+    """For each step, the steps since the last full one and TaylorSeer's recursive differences over the gap."""
     factors = list[float]()
     last = -1
     for step, value in enumerate(values):
@@ -492,27 +491,25 @@ def taylor_values(values: Sequence[float], computed: Sequence[bool], order: int)
             for i in range(min(order, len(factors))):
                 new.append((new[i] - factors[i]) / (step - last))
             factors, last = new, step
-            answers.append(None)
-        else:
-            k = step - last
-            answers.append(sum(factor * k**i / math.factorial(i) for i, factor in enumerate(factors)))
-    return answers
+        yield step - last, factors
+
+
+def taylor_values(values: Sequence[float], computed: Sequence[bool], order: int) -> list[float | None]:
+    """TaylorSeer's prediction: powers of the steps since the last full one; no value at a full step."""
+    return [
+        sum(factor * k**i / math.factorial(i) for i, factor in enumerate(factors)) if k else None
+        for k, factors in _differences(values, computed, order)
+    ]
 
 
 def hermite_values(values: Sequence[float], computed: Sequence[bool], order: int, scale: float) -> list[float | None]:
     """HiCache's prediction (arXiv:2508.16984): TaylorSeer with scaled Hermite polynomials of the physicists."""
     answers = list[float | None]()
-    factors = list[float]()
-    last = -1
-    for step, value in enumerate(values):
-        if computed[step]:
-            new = [value]
-            for i in range(min(order, len(factors))):
-                new.append((new[i] - factors[i]) / (step - last))
-            factors, last = new, step
+    for k, factors in _differences(values, computed, order):
+        if not k:
             answers.append(None)
             continue
-        x = scale * (step - last)
+        x = scale * k
         polynomials = [1.0, 2 * x]
         for i in range(1, order):
             polynomials.append(2 * x * polynomials[i] - 2 * i * polynomials[i - 1])

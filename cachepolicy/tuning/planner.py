@@ -51,7 +51,6 @@ class PlanningProblem:
         gap: Most calls between two computed ones, plus 1; at least 1.
         starts: Calls at which another model takes over. They are computed, and no history crosses them.
         places: Where each call lies on the axis of the extrapolation, `(N,)`, all different; None for the step.
-        coherence: How the errors of one gap add up: 0 as independent ones, by their squares; 1 as one vector.
     """
 
     outputs: Sequence[Recorded]
@@ -59,7 +58,6 @@ class PlanningProblem:
     gap: int = 9
     starts: Collection[int] = field(default_factory=frozenset[int])
     places: Sequence[float] | None = None
-    coherence: float = 0.0
 
     @property
     def calls(self) -> int:
@@ -140,51 +138,31 @@ class _GapErrors:
 
     def __init__(self, problem: PlanningProblem) -> None:
         self._problem = problem
-        self._gaps = dict[History, _Gap]()
+        self._sums = dict[History, list[float]]()
 
     def before(self, history: History, until: int) -> float:
         """Return the error of the calls after the newest computed one and before `until`."""
+        # By the number of calls after the newest computed one.
+        sums = self._sums.setdefault(history, [0.0])
+        while len(sums) < until - history[0]:
+            sums.append(sums[-1] + self._error(history, history[0] + len(sums)))
+        return sums[until - history[0] - 1]
+
+    def _error(self, history: History, step: int) -> float:
+        """Return the weighted squared error of a call that is predicted from a history."""
         problem = self._problem
-        gap = self._gaps.setdefault(history, _Gap(history, problem.outputs, problem.places))
-        while len(gap.squares) < until - history[0]:
-            gap.extend(problem.order)
-        index = until - history[0] - 1
-        return (1 - problem.coherence) * gap.squares[index] + problem.coherence * gap.sums[index]
-
-
-class _Gap:
-    """Errors of the calls after a history, by the number of calls.
-
-    `squares` has the sums of squared errors, `sums` the squares of the summed errors.
-    """
-
-    def __init__(self, history: History, outputs: Sequence[Recorded], places: Sequence[float] | None) -> None:
-        self.squares, self.sums = [0.0], [0.0]
-        self._history = history
-        self._outputs = outputs
-        self._places = places
-        # The summed error of each output, as a factor for each call.
-        self._summed = [dict.fromkeys(history, 0.0) for _ in outputs]
-
-    def extend(self, order: int) -> None:
-        """Add the next call."""
-        history, step = self._history, self._history[0] + len(self.squares)
-        if self._places is None:
+        if problem.places is None:
             ages = tuple(history[0] - call for call in history)
-            weights = _factors(ages, step - history[0], order)
+            weights = _factors(ages, step - history[0], problem.order)
         else:
-            places = [self._places[call] for call in history]
-            weights = coefficients("taylor", places, self._places[step], {"order": order})
+            places = [problem.places[call] for call in history]
+            weights = coefficients("taylor", places, problem.places[step], {"order": problem.order})
         factors = [*zip(history, weights, strict=True), (step, -1.0)]
-        square = total = 0.0
-        for output, summed in zip(self._outputs, self._summed, strict=True):
+        error = 0.0
+        for output in problem.outputs:
             weight = output.weights[step]
-            square += weight * weight * _square(factors, output.gram)
-            for call, factor in factors:
-                summed[call] = summed.get(call, 0.0) + weight * factor
-            total += _square(list(summed.items()), output.gram)
-        self.squares.append(self.squares[-1] + square)
-        self.sums.append(total)
+            error += weight * weight * _square(factors, output.gram)
+        return error
 
 
 def _square(factors: Sequence[tuple[int, float]], gram: Matrix) -> float:

@@ -30,7 +30,6 @@ def problems(draw: st.DrawFn, *, most: int = 9) -> tuple[PlanningProblem, Output
         gap=draw(st.integers(1, calls + 1)),
         places=draw(st.none() | st.lists(st.integers(1, 5), min_size=calls, max_size=calls).map(falling)),
         starts=draw(st.frozensets(st.integers(1, calls - 1), max_size=2)) if calls > 1 else frozenset(),
-        coherence=draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
     return problem, outputs
 
@@ -48,22 +47,17 @@ def gram_of(output: list[list[float]]) -> list[list[float]]:
 def simulated_error(problem: PlanningProblem, outputs: Outputs, steps: tuple[int, ...]) -> float:
     """The weighted squared error of a schedule, by predicting each output of the trajectory."""
     total, history = 0.0, list[int]()
-    summed = [[0.0, 0.0] for _ in outputs]
     for step in range(problem.calls + 1):
         if step == problem.calls or step in steps:
-            total += problem.coherence * sum(value * value for error in summed for value in error)
-            summed = [[0.0, 0.0] for _ in outputs]
             history = [step, *([] if step in problem.starts else history)]
             continue
         reach = history[: problem.order + 1]
         places = problem.places or range(problem.calls)
         factors = coefficients("taylor", [places[call] for call in reach], places[step], {"order": problem.order})
-        for number, (output, recorded) in enumerate(zip(outputs, problem.outputs, strict=True)):
+        for output, recorded in zip(outputs, problem.outputs, strict=True):
             for axis, value in enumerate(output[step]):
                 predicted = sum(factor * output[call][axis] for factor, call in zip(factors, reach, strict=True))
-                error = recorded.weights[step] * (predicted - value)
-                total += (1 - problem.coherence) * error**2
-                summed[number][axis] += error
+                total += (recorded.weights[step] * (predicted - value)) ** 2
     return total
 
 

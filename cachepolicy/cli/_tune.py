@@ -14,6 +14,7 @@ from cachepolicy.language.ir import Policy
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.calibration import Calibration, calibrate
 from cachepolicy.tuning.calls import Calls
+from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.levels import LevelTuning, tune_levels
 from cachepolicy.tuning.threshold import ThresholdTuning, tune_threshold
 from cachepolicy.tuning.tuner import SchedulePoint, Tuning, tune
@@ -145,7 +146,7 @@ def show_levels(
     output.say(str(out))
 
 
-R = TypeVar("R", Tuning, ThresholdTuning, LevelTuning, Calibration)
+R = TypeVar("R", bound=FoundPolicy)
 
 
 def _found(pipe: Any, search: Callable[[Progress], R], out: Path, run_dir: str | None) -> R:

@@ -23,10 +23,11 @@ from cachepolicy.engine.introspection import describe, unwrapped
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.formatter import format_node
-from cachepolicy.language.ir import OfKind, Policy
+from cachepolicy.language.ir import OfKind
 from cachepolicy.language.parser import parse
 from cachepolicy.planning.selectors import select
 from cachepolicy.tools.sampling import Progress
+from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
 from cachepolicy.tuning.recording import OutputRecord, record, stepping_class
 from cachepolicy.tuning.sampling import ModelCall, SampleFunction, Sampler
@@ -45,7 +46,7 @@ _COMPONENTS = ("self_attention", "cross_attention", "feedforward")
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(FoundPolicy):
     """A calibrated method.
 
     Args:
@@ -57,23 +58,9 @@ class Calibration:
             reused, in equal parts for each kind.
     """
 
-    policy: Policy
-    text: str
     method: Method
     threshold: float
     cost: float
-
-    def save(self, path: str) -> None:
-        """Write the policy file.
-
-        Args:
-            path: Where to write.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.text)
 
 
 def calibrate(

@@ -15,6 +15,7 @@ from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.parser import parse
 from cachepolicy.language.traversal import transform
 from cachepolicy.tools.sampling import Progress
+from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.run_directory import fingerprint
 from cachepolicy.tuning.sampling import ModelCall
 from cachepolicy.tuning.tuner import Tuning, tune
@@ -25,7 +26,7 @@ Goal = Literal["cost", "speedup", "psnr", "psnr_p10"]
 
 
 @dataclass(frozen=True, slots=True)
-class LevelTuning:
+class LevelTuning(FoundPolicy):
     """What `tune_levels` found.
 
     Args:
@@ -35,21 +36,7 @@ class LevelTuning:
             number was tuned alone.
     """
 
-    policy: ir.Policy
-    text: str
     results: Mapping[tuple[int | None, float], Tuning]
-
-    def save(self, path: str) -> None:
-        """Write the policy file.
-
-        Args:
-            path: Where to write.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.text)
 
 
 def tune_levels(

@@ -30,6 +30,7 @@ from cachepolicy.planning.simulation import MeasuredNumbers, replay
 from cachepolicy.planning.tally import tally
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
+from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.provenance import Circumstances, observed, statement
 from cachepolicy.tuning.run_directory import SAMPLE, Form, RunDirectory, scheduler_key, settings_of
 from cachepolicy.tuning.sampling import ModelCall, SampleFunction, Sampler
@@ -69,7 +70,7 @@ class ThresholdPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class ThresholdTuning:
+class ThresholdTuning(FoundPolicy):
     """What `tune_threshold` found.
 
     Args:
@@ -81,24 +82,10 @@ class ThresholdTuning:
         evaluations: Sampling runs' worth of calls of the sites that were spent.
     """
 
-    policy: ir.Policy
-    text: str
     param: str
     chosen: ThresholdPoint
     measured: Sequence[ThresholdPoint]
     evaluations: float
-
-    def save(self, path: str) -> None:
-        """Write the policy file.
-
-        Args:
-            path: Where to write.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.text)
 
 
 def tune_threshold(  # noqa: PLR0913 (one target of four, and how to sample)

@@ -19,7 +19,7 @@ from cachepolicy.engine.run import Run, apply
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.formatter import format_node
-from cachepolicy.language.ir import Policy, Tuned
+from cachepolicy.language.ir import Tuned
 from cachepolicy.language.parser import parse
 from cachepolicy.reports.comparison import decibels
 from cachepolicy.reports.html.comparison import Summary
@@ -27,6 +27,7 @@ from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
 from cachepolicy.tuning.bases import Base, Evidence, Predictor, candidate_bases, own_base, prepared, why_fixed
 from cachepolicy.tuning.compare import Comparison, compare
+from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
 from cachepolicy.tuning.recording import OutputRecord, record
@@ -122,7 +123,7 @@ class SchedulePoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class Tuning(FoundPolicy):
     """What `tune` found.
 
     Args:
@@ -139,8 +140,6 @@ class Tuning:
         compared: Compares variants on the held-out calls, as `cachepolicy.compare` does.
     """
 
-    policy: Policy
-    text: str
     chosen: SchedulePoint
     frontier: Sequence[SchedulePoint]
     base: Base
@@ -215,18 +214,6 @@ class Tuning:
             reference=against,
             schedule="".join("C" if call in chosen.steps else "R" for call in range(calls)),
         )
-
-    def save(self, path: str) -> None:
-        """Write the policy file.
-
-        Args:
-            path: Where to write.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.text)
 
 
 Reference = Literal["own", "converged"]

@@ -497,15 +497,15 @@ class _Bench:
         self, variant: Variant, call: ModelCall, *, trace: bool = False
     ) -> Generator[tuple[ModelCall, Run | None]]:
         """Set the scheduler and the policy, and yield the arguments of the call and the run of the policy."""
-        steps = {} if variant.steps is None else {STEPS: variant.steps}
+        other = variant.solver is not None or variant.only is not None
         with contextlib.ExitStack() as stack:
-            if variant.solver is not None or variant.only is not None:
-                steps |= stack.enter_context(self._sampler.stepping(self._made(variant)))
+            scheduler = self._made(variant) if other else None
+            arguments = stack.enter_context(self._sampler.on(scheduler, variant.steps, call))
             run = None
             if variant.policy is not None:
                 applied = apply(self._sampler.target, variant.policy, trace=trace, **dict(variant.params))
                 run = stack.enter_context(applied)
-            yield {**call, **steps}, run
+            yield arguments, run
 
     def _advance(self, entry: _Entry) -> None:
         self._done += 1

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from cachepolicy.planning.selectors import select
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
-from cachepolicy.tuning.recording import OutputRecord, record, stepping_class
+from cachepolicy.tuning.recording import OutputRecord, record
 from cachepolicy.tuning.sampling import ModelCall, SampleFunction, Sampler
 
 Method = Literal["magcache", "teacache", "smoothcache"]
@@ -164,34 +163,10 @@ def _recorded(sampler: Sampler, call: ModelCall, method: Method) -> tuple[_Serie
             watch.branch = 0
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_stepped(sampler.schedulers, step))
         for watch in watched:
             stack.enter_context(watch.hooked())
-        records = record(lambda: sampler(call), sampler.schedulers, sampler.models)
+        records = record(lambda: sampler(call), sampler.schedulers, sampler.models, step)
     return series, records[0]
-
-
-@contextlib.contextmanager
-def _stepped(schedulers: Sequence[Any], step: Callable[[], None]) -> Generator[None]:
-    """Call a function after each step of the scheduler that is stepped first."""
-    followed = list[int]()
-    with contextlib.ExitStack() as stack:
-        for cls in dict.fromkeys(stepping_class(scheduler) for scheduler in schedulers):
-            original: Callable[..., Any] = cls.__dict__["step"]
-
-            # The signature stays that of the original, which is read.
-            @functools.wraps(original)
-            def counted(scheduler: Any, *args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
-                result = original(scheduler, *args, **kwargs)
-                if not followed:
-                    followed.append(id(scheduler))
-                if followed[0] == id(scheduler):
-                    step()
-                return result
-
-            cls.step = counted  # pyright: ignore[reportAttributeAccessIssue]
-            stack.callback(setattr, cls, "step", original)
-        yield
 
 
 class _Watch:

@@ -54,7 +54,12 @@ class OutputRecord:
         return frozenset(call for call in range(1, len(self.models)) if self.models[call] != self.models[call - 1])
 
 
-def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[nn.Module]) -> list[OutputRecord]:
+def record(
+    run: Callable[[], Any],
+    schedulers: Sequence[Any],
+    models: Sequence[nn.Module],
+    stepped: Callable[[], None] | None = None,
+) -> list[OutputRecord]:
     """Run a function once and record what it gives the schedulers.
 
     The classes of the schedulers are patched for the time of the run, so that copies which a pipeline makes of them are
@@ -64,6 +69,7 @@ def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[n
         run: Samples once, without a policy.
         schedulers: The schedulers of the pipeline.
         models: Its denoisers.
+        stepped: Called after each step of the scheduler that is stepped first.
 
     Returns:
         A record for each scheduler that was stepped, in the order of their first steps.
@@ -71,9 +77,9 @@ def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[n
     Raises:
         PolicyError: No scheduler was stepped (E400).
     """
-    recorder = _Recorder(threading.get_ident())
+    recorder = _Recorder(threading.get_ident(), stepped)
     with contextlib.ExitStack() as stack:
-        for cls in dict.fromkeys(stepping_class(scheduler) for scheduler in schedulers):
+        for cls in dict.fromkeys(_stepping_class(scheduler) for scheduler in schedulers):
             stack.enter_context(recorder.patched(cls))
         for index, model in enumerate(models):
             stack.callback(model.register_forward_pre_hook(recorder.seen(index), with_kwargs=True).remove)
@@ -90,7 +96,7 @@ def record(run: Callable[[], Any], schedulers: Sequence[Any], models: Sequence[n
     return records
 
 
-def stepping_class(scheduler: Any) -> type:
+def _stepping_class(scheduler: Any) -> type:
     """Return the class that defines the `step` of a scheduler."""
     return next(cls for cls in type(scheduler).__mro__ if "step" in cls.__dict__)
 
@@ -98,9 +104,10 @@ def stepping_class(scheduler: Any) -> type:
 class _Recorder:
     """What one run gave the schedulers so far."""
 
-    def __init__(self, thread: int) -> None:
+    def __init__(self, thread: int, stepped: Callable[[], None] | None) -> None:
         self.streams = dict[int, _Stream]()
         self._thread = thread
+        self._stepped = stepped
         self._model = 0
         self._rows = 0
 
@@ -119,6 +126,8 @@ class _Recorder:
             self._rows = 0
             result = original(scheduler, *args, **kwargs)
             stream.after(result)
+            if self._stepped is not None and stream is next(iter(self.streams.values())):
+                self._stepped()
             return result
 
         cls.step = step

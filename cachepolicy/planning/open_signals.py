@@ -8,8 +8,8 @@ from typing import Any
 
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
+from cachepolicy.language.linker import is_measured
 from cachepolicy.language.traversal import names_in, substitute, walk
-from cachepolicy.language.vocabulary import NORMS
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import FRESH, HIDDEN, Decision, Inputs, Memory, Tick, advance, decide, hides, prepare
 from cachepolicy.planning.simulation import MeasuredNumbers, Schedule, replay, simulate
@@ -155,7 +155,7 @@ def _state(rules: Sequence[BoundRule], memory: Memory) -> tuple[object, ...]:
 
 
 class _Unknown:
-    """The parts of conditions that are not known before a run: norms and probes whose numbers are not given."""
+    """The parts of conditions that are not known before a run: what only a run can measure and is not given."""
 
     def __init__(self, plan: Plan, given: frozenset[str]) -> None:
         self._plan = plan
@@ -173,10 +173,7 @@ class _Unknown:
         return read or [format_node(condition)]
 
     def _reads(self, node: ir.Expression) -> bool:
-        parts = walk(substitute(node, self._values))
-        return any(
-            isinstance(part, ir.Probe) or (isinstance(part, ir.Call) and part.function in NORMS) for part in parts
-        )
+        return any(isinstance(part, ir.Probe) or is_measured(part) for part in walk(substitute(node, self._values)))
 
     def settled(self, *, value: bool) -> Plan:
         """Returns the plan in which every unknown comparison makes its `while` as true (or false) as it can."""

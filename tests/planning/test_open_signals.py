@@ -81,6 +81,16 @@ def test_only_what_a_signal_decides_is_marked(rules: str, letters: str) -> None:
     assert letters == row(SIGNAL + rules)
 
 
+@pytest.mark.parametrize(
+    "condition",
+    ["cross(cond, t) > 3", "mean(age over each blocks) > 1", "any(step > 3 over each blocks)"],
+)
+def test_numbers_of_other_branches_and_sites_are_left_open(condition: str) -> None:
+    """What reads another branch or other sites is not known before a run, even where it reads the clock alone."""
+    schedule = simulate_open(plan(parse(f"match each blocks while {condition} -> reuse\n")), steps=4)
+    assert {"CSSS"} == set(schedule.rows.values())
+
+
 def test_what_lies_in_a_site_that_a_signal_decides_is_marked_too() -> None:
     """Such a site runs or is hidden; in the count of the least cost it is hidden."""
     text = SIGNAL + "match block while drift <= 0.1 -> reuse residual\nmatch attention every 2 -> reuse\n"

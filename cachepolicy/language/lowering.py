@@ -6,7 +6,7 @@ The trees are read by shape (`data`, `children`, `meta`), so that only `parser` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,29 +113,26 @@ class Lowering:
 
     def _use(self, tree: Any) -> ir.Use:
         policy, *rest = tree.children
+        return ir.Use(policy=self.lower(policy), **self._clauses(rest), span=self._span(tree))
+
+    def _preset(self, tree: Any) -> ir.Preset:
+        name, regex, *rest = tree.children
+        return ir.Preset(name=str(name), for_class=quoted(regex), **self._clauses(rest), span=self._span(tree))
+
+    def _clauses(self, trees: Iterable[Any]) -> dict[str, Any]:
+        """Returns the fields of a `use` or `preset` that its clauses set, with its settings together."""
         clauses: dict[str, Any] = {"settings": ()}
-        for child in rest:
+        for child in trees:
             match child.data:
                 case "when":
                     clauses["when"] = self.lower(child.children[0])
                 case "use_bound":
                     clauses["bound"] = self._bound(child)
-                case _:
-                    clauses["settings"] += (self.lower(child),)
-        return ir.Use(policy=self.lower(policy), **clauses, span=self._span(tree))
-
-    def _preset(self, tree: Any) -> ir.Preset:
-        name, regex, *rest = tree.children
-        clauses: dict[str, Any] = {"settings": ()}
-        for child in rest:
-            match child.data:
-                case "when":
-                    clauses["when"] = self.lower(child.children[0])
                 case "preset_source":
                     clauses["origin"] = quoted(child.children[0])
                 case _:
                     clauses["settings"] += (self.lower(child),)
-        return ir.Preset(name=str(name), for_class=quoted(regex), **clauses, span=self._span(tree))
+        return clauses
 
     def _expect(self, tree: Any) -> ir.Expect:
         selector, steps, *settings, row = tree.children

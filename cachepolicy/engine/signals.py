@@ -19,7 +19,7 @@ from cachepolicy.engine.history_packing import is_whole
 from cachepolicy.engine.streams import Layout, half_of, of_tokens, wiener
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
-from cachepolicy.language.traversal import children, is_stream, replace_outermost, substitute, walk
+from cachepolicy.language.traversal import children, close_signals, is_stream, replace_outermost, walk
 from cachepolicy.language.vocabulary import MEMORIES, NORMS
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.schedule import Memory, Tick, clock_words
@@ -142,9 +142,7 @@ _OF_SITE = frozenset({"age", "gap", "computes"})
 
 def signals_of(plan: Plan) -> Signals:
     """Return the signals of a plan that have to be measured."""
-    closed = dict[str, ir.Expression]()
-    for signal in plan.resolved.signals:
-        closed[signal.name] = substitute(signal.value, closed)
+    closed = close_signals(plan.resolved.signals)
     conditions = [rule.rule.condition for rule in plan.rules if rule.rule.condition is not None]
     read = {node.name for condition in conditions for node in walk(condition) if isinstance(node, ir.Name)}
     numbers = {name: value for name, value in closed.items() if name in read}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
 from typing import Any, TypeVar, cast
 
@@ -81,6 +81,20 @@ def replace_outermost(node: ir.Node, replacement: Callable[[ir.Node], ir.Node | 
 def substitute(node: N, names: Mapping[str, ir.Expression]) -> N:
     """Replaces names in `node` by the expressions that `names` maps them to. `node` is not modified."""
     return transform(node, lambda part: names.get(part.name, part) if isinstance(part, ir.Name) else part)
+
+
+def close_signals(signals: Iterable[ir.Signal], given: Collection[str] = ()) -> dict[str, ir.Expression]:
+    """Returns the expressions of signals by name, in which the expressions of other signals replace their names.
+
+    Args:
+        signals: The signals in dependency order.
+        given: Names of signals that are left out and stay names in the expressions of others.
+    """
+    closed = dict[str, ir.Expression]()
+    for signal in signals:
+        if signal.name not in given:
+            closed[signal.name] = substitute(signal.value, closed)
+    return closed
 
 
 def names_in(node: ir.Node) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import is_measured
-from cachepolicy.language.traversal import names_in, substitute, walk
+from cachepolicy.language.traversal import close_signals, names_in, substitute, walk
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import FRESH, HIDDEN, Decision, Inputs, Memory, Tick, advance, decide, hides, prepare
 from cachepolicy.planning.simulation import MeasuredNumbers, Schedule, replay, simulate
@@ -159,10 +159,7 @@ class _Unknown:
 
     def __init__(self, plan: Plan, given: frozenset[str]) -> None:
         self._plan = plan
-        self._values = dict[str, ir.Expression]()
-        for signal in plan.resolved.signals:
-            if signal.name not in given:
-                self._values[signal.name] = substitute(signal.value, self._values)
+        self._values = close_signals(plan.resolved.signals, given)
 
     def read_by(self, bound: BoundRule) -> list[str]:
         """Returns the names of the unknown signals in the `while` of a rule."""

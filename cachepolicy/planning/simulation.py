@@ -12,7 +12,7 @@ from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.linker import is_measured, load, resolve
 from cachepolicy.language.loader import located
-from cachepolicy.language.traversal import names_in, substitute, walk
+from cachepolicy.language.traversal import close_signals, names_in, substitute, walk
 from cachepolicy.planning.bind import bind, needs
 from cachepolicy.planning.grid import notebook_html
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
@@ -298,10 +298,7 @@ def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
     if unknown:
         known = [*signals, *bound.resolved.externals]
         raise PolicyError.of("E256", f"the policy has no signal `{unknown[0]}`", help=suggestion(unknown[0], known))
-    values = dict[str, ir.Expression]()
-    for name, value in signals.items():
-        if name not in numbers:
-            values[name] = substitute(value, values)
+    values = close_signals(bound.resolved.signals, numbers)
     rules = list[BoundRule]()
     for rule in bound.rules:
         condition = rule.rule.condition

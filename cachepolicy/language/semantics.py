@@ -14,7 +14,6 @@ from cachepolicy.language.params import typed
 from cachepolicy.language.scope import (
     ARGUMENT,
     BOUND,
-    CONSTANT,
     EXPECTED,
     LITERAL,
     SETTING,
@@ -41,7 +40,6 @@ from cachepolicy.language.validate import (
 from cachepolicy.language.vocabulary import (
     APPROXIMATIONS,
     EXPECTATION_LIMIT,
-    ORDER_LIMIT,
     PREDICTORS,
     PURE_FUNCTIONS,
     Label,
@@ -247,33 +245,7 @@ class _Judgement:
                 "E107", f"there is no {sort} `{name}`", action, help=suggestion(name, list(known)), word=name
             )
             return
-        labels_given = set[str]()
-        for argument in arguments:
-            label = labels.get(argument.label)
-            if label is None:
-                help = suggestion(argument.label, list(labels))
-                message = f"`{name}` has no argument `{argument.label}`"
-                self.report.add("E108", message, argument, help=help, word=argument.label)
-            elif argument.label in labels_given:
-                self.report.add("E108", f"`{argument.label}` is given twice", argument, word=argument.label)
-            else:
-                self._argument(argument, label)
-            labels_given.add(argument.label)
-        missing = [word for word, label in labels.items() if label.required and word not in labels_given]
-        if missing and labels_given <= set(labels):
-            shown = ", ".join(f"{word}: ..." for word in labels if labels[word].required)
-            message = f"`{name}` needs " + " and ".join(f"`{word}`" for word in missing)
-            self.report.add("E108", message, action, help=f"write `{name}({shown})`")
-
-    def _argument(self, argument: ir.Argument, label: Label) -> None:
-        value = argument.value
-        self.checker.expect(value, label.type, CONSTANT if label.constant else ARGUMENT, f"`{argument.label}`")
-        if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
-            help = "one of " + ", ".join(f'`"{choice}"`' for choice in label.choices)
-            self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)
-        if argument.label == "order" and isinstance(value, ir.Number) and not _is_order(value.value):
-            message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
-            self.report.add("E124", message, value)
+        self.checker.check_labels(action, name, arguments, labels, ARGUMENT)
 
     # --- settings
 
@@ -342,10 +314,6 @@ class _Judgement:
         if sort in ("clock word", "signal", "external") and items and len(items) != steps:
             message = f"`{setting.name}` has {counted(len(items), 'value')} for {counted(steps, 'step')}"
             self.report.add("E117", message, setting.value)
-
-
-def _is_order(value: float) -> bool:
-    return isinstance(value, int) and 0 <= value <= ORDER_LIMIT
 
 
 _SETTABLE: frozenset[Sort] = frozenset({"clock word", "signal", "external", "parameter"})

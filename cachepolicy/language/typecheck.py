@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
@@ -16,8 +16,10 @@ from cachepolicy.language.vocabulary import (
     FUNCTIONS,
     KEPT_LIMIT,
     MEMORIES,
+    ORDER_LIMIT,
     OVERS,
     PROBES,
+    Label,
     Signature,
     Type,
 )
@@ -397,11 +399,11 @@ class Checker:
             return "any"
         if not self._counted(node, signature):
             return "any" if node.function in MEMORIES else signature.gives
+        self.check_labels(node, node.function, node.labelled, signature.labels, context)
         if node.function in MEMORIES:
             return self._remembered(node, context)
         if node.function == "cross":
             return self._crossed(node, context)
-        self._labelled(node, signature, context)
         takes = signature.takes + signature.takes[-1:] * (len(node.arguments) - len(signature.takes))
         for argument, wanted in zip(node.arguments, takes, strict=False):
             if isinstance(argument, ir.ListOf) and wanted == "list":
@@ -433,23 +435,51 @@ class Checker:
         self.report.add("E106", f"`{node.function}` takes {wanted} argument{plural}, not {count}", node)
         return False
 
-    def _labelled(self, node: ir.Call, signature: Signature, context: ExpressionPlace) -> None:
+    def check_labels(
+        self,
+        node: ir.Node,
+        name: str,
+        arguments: Sequence[ir.Argument],
+        labels: Mapping[str, Label],
+        context: ExpressionPlace,
+    ) -> None:
+        """Checks the labelled arguments of a function or of the method of an action.
+
+        Args:
+            node: The call or the action.
+            name: The name of the function or method.
+            arguments: Its labelled arguments.
+            labels: The arguments that it has.
+            context: The position of those that may depend on the clock.
+        """
         given = set[str]()
-        for argument in node.labelled:
-            label = signature.labels.get(argument.label)
+        for argument in arguments:
+            label = labels.get(argument.label)
             if label is None:
-                help = suggestion(argument.label, list(signature.labels)) if signature.labels else None
-                message = f"`{node.function}` has no argument `{argument.label}`"
+                help = suggestion(argument.label, list(labels))
+                message = f"`{name}` has no argument `{argument.label}`"
                 self.report.add("E108", message, argument, help=help, word=argument.label)
             elif argument.label in given:
                 self.report.add("E108", f"`{argument.label}` is given twice", argument, word=argument.label)
             else:
-                self.expect(argument.value, label.type, CONSTANT if label.constant else context, f"`{argument.label}`")
+                self._labelled(argument, label, CONSTANT if label.constant else context)
             given.add(argument.label)
-        missing = [name for name, label in signature.labels.items() if label.required and name not in given]
-        if missing:
-            message = f"`{node.function}` needs `{missing[0]}`"
-            self.report.add("E108", message, node, help=f"write `{node.function}(..., {missing[0]}: ...)`")
+        required = [word for word, label in labels.items() if label.required]
+        missing = [word for word in required if word not in given]
+        if missing and given <= set(labels):
+            shown = ", ".join([*["..."] * isinstance(node, ir.Call), *(f"{word}: ..." for word in required)])
+            message = f"`{name}` needs " + " and ".join(f"`{word}`" for word in missing)
+            self.report.add("E108", message, node, help=f"write `{name}({shown})`")
+
+    def _labelled(self, argument: ir.Argument, label: Label, context: ExpressionPlace) -> None:
+        value = argument.value
+        self.expect(value, label.type, context, f"`{argument.label}`")
+        if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
+            help = "one of " + ", ".join(f'`"{choice}"`' for choice in label.choices)
+            self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)
+        if argument.label == "order" and isinstance(value, ir.Number) and not _is_order(value.value):
+            message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
+            self.report.add("E124", message, value)
 
     def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
         inner = ExpressionPlace("memory", context.knows, memory=True, probes=context.probes)
@@ -490,3 +520,7 @@ class Checker:
             for end in positions_of(node.tokens):
                 self.count(end)
         return "tensor" if context.probes else "any"
+
+
+def _is_order(value: float) -> bool:
+    return isinstance(value, int) and 0 <= value <= ORDER_LIMIT

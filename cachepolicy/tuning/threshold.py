@@ -8,9 +8,9 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from cachepolicy.language.parser import parse
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.schedule import Tick
+from cachepolicy.planning.schedule import Decision, Tick
 from cachepolicy.planning.simulation import MeasuredNumbers, replay
 from cachepolicy.planning.tally import tally
 from cachepolicy.tools.quality import each_psnr, percentile
@@ -145,9 +145,9 @@ def tune_threshold(  # noqa: PLR0913 (one target of four, and how to sample)
     threshold = _threshold(loaded, param)
     sampler = Sampler(target, sample, scheduler)
     kept = RunDirectory(run_dir, settings_of(sampler.models, sample or target) if run_dir is not None else {})
-    bench = _Bench(sampler, kept, loaded, threshold.name, dict(settings or {}), progress)
+    bench = _Bench(sampler, kept, loaded, threshold, dict(settings or {}), progress)
     recorded = [bench.recorded(call) for call in calls[:RECORDED]]
-    points = bench.candidates(recorded, threshold)
+    points = bench.candidates(recorded)
     bench.reference(held_out)
     measured, chosen = _search(bench, points, name, goal)
     assert chosen.cost is not None
@@ -190,6 +190,15 @@ def _threshold(policy: ir.Policy, name: str | None) -> ir.Param:
 
 
 _THRESHOLD_HELP = "name a `float` param that a `while` compares with a signal: `param=`, or `--param` of the command"
+
+
+def _bounds(param: ir.Param) -> tuple[float, float]:
+    """Return the least value of a threshold, and the largest one."""
+    if not isinstance(param.domain, ir.Interval):
+        return 0.0, math.inf
+    low, high = constant(param.domain.low), constant(param.domain.high)
+    least = float(low) if isinstance(low, int | float) and math.isfinite(low) else 0.0
+    return least, high if isinstance(high, int | float) else math.inf
 
 
 def _text(policy: ir.Policy, threshold: ir.Param, value: float, tuned: ir.Tuned) -> str:
@@ -259,7 +268,7 @@ class _Bench:
         sampler: Sampler,
         kept: RunDirectory,
         policy: ir.Policy,
-        param: str,
+        param: ir.Param,
         settings: dict[str, Any],
         progress: Progress | None,
     ) -> None:
@@ -267,7 +276,8 @@ class _Bench:
         self._sampler = sampler
         self._kept = kept
         self._policy = policy
-        self._param = param
+        self._param = param.name
+        self._least, self._most = _bounds(param)
         self._settings = settings
         self._progress = progress
         self._done = 0
@@ -284,12 +294,11 @@ class _Bench:
 
     def recorded(self, call: ModelCall) -> list[_Recording]:
         """Record the signals of a run in which everything computes, one trajectory for each denoiser."""
-        least = self._least
-        with self._applied(least) as run:
+        with self._applied(self._least) as run:
             self._plans = [*run.plans.values()]
 
         def produce() -> list[_Recording]:
-            with self._applied(least) as run, observed(self._sampler.target, self._sampler.models[0]) as seen:
+            with self._applied(self._least) as run, observed(self._sampler.target, self._sampler.models[0]) as seen:
                 with warnings.catch_warnings():
                     # That is meant: the signals of all steps are recorded.
                     warnings.filterwarnings("ignore", "the policy reused nothing")
@@ -310,19 +319,11 @@ class _Bench:
                 for trajectory in trajectories
             ]
 
-        result = self._kept.recall("signals", self._key(call, least), produce, _RECORDING)
+        result = self._kept.recall("signals", self._key(call, self._least), produce, _RECORDING)
         self._count("recording", 1.0)
         return result
 
-    @property
-    def _least(self) -> float:
-        param = next(
-            each for each in self._policy.statements if isinstance(each, ir.Param) and each.name == self._param
-        )
-        low = constant(param.domain.low) if isinstance(param.domain, ir.Interval) else 0.0
-        return float(low) if isinstance(low, int | float) and math.isfinite(low) else 0.0
-
-    def candidates(self, recorded: Sequence[Sequence[_Recording]], param: ir.Param) -> list[ThresholdPoint]:
+    def candidates(self, recorded: Sequence[Sequence[_Recording]]) -> list[ThresholdPoint]:
         """Return one threshold for each cost, from the recorded signals, and some beyond, the smallest first."""
         values = [
             value
@@ -338,33 +339,27 @@ class _Bench:
             raise PolicyError.of(
                 "E408", "the recorded runs measured no signal", help="the policy needs a `while` that reads a signal"
             )
-        high = constant(param.domain.high) if isinstance(param.domain, ir.Interval) else math.inf
         largest = max(values) * steps
         grid = [float(f"{value:.4g}") for value in np.geomspace(min(values) / 2, largest, _GRID)]
         points = list[ThresholdPoint]()
         for value in grid:
-            if isinstance(high, int | float) and value > high:
+            if value > self._most:
                 break
             forecast = self._forecast(value, recorded)
             if not points or forecast < (points[-1].forecast or 0.0) - 1e-9:
                 points.append(ThresholdPoint(value, forecast))
         beyond = [points[-1].value * _BEYOND**number for number in range(1, 9)] if points else []
-        points += [
-            ThresholdPoint(float(f"{value:.4g}"), None)
-            for value in beyond
-            if not isinstance(high, int | float) or value <= high
-        ]
+        points += [ThresholdPoint(float(f"{value:.4g}"), None) for value in beyond if value <= self._most]
         return points
 
     def _forecast(self, value: float, recorded: Sequence[Sequence[_Recording]]) -> float:
         resolved = resolve(self._policy, {**self._settings, self._param: value})
         plans = [bind(resolved, plan.skeleton) for plan in self._plans]
-        counts = [
-            tally(replay(plan, one.ticks, signals=one.signals))
+        return _cost(
+            replay(plan, one.ticks, signals=one.signals)
             for runs in recorded
             for plan, one in zip(plans, runs, strict=False)
-        ]
-        return 1 - sum(each.skipped for each in counts) / max(sum(each.total for each in counts), 1)
+        )
 
     def reference(self, calls: Sequence[ModelCall]) -> None:
         """Sample the held-out calls uncached."""
@@ -385,9 +380,8 @@ class _Bench:
                 def produce(call: ModelCall = call, reference: Sample = reference) -> _Measured:
                     sampled = self._sampler(call)
                     assert run.trace is not None
-                    counts = [tally(trajectory) for trajectory in run.trace.latest]
-                    skipped = sum(each.skipped for each in counts) / max(sum(each.total for each in counts), 1)
-                    return each_psnr(reference.pictures, sampled.pictures), 1 - skipped, sampled.seconds
+                    ratios = each_psnr(reference.pictures, sampled.pictures)
+                    return ratios, _cost(run.trace.latest), sampled.seconds
 
                 psnr, cost, seconds = self._kept.recall("threshold", self._key(call, point.value), produce, _MEASURED)
                 ratios += psnr
@@ -412,6 +406,12 @@ class _Bench:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, max(self._total, self._done), label)
+
+
+def _cost(runs: Iterable[Iterable[tuple[Tick, Sequence[Decision]]]]) -> float:
+    """Return the share of the calls of the sites that are computed."""
+    counts = tally(chain.from_iterable(runs))
+    return 1 - counts.skipped / max(counts.total, 1)
 
 
 def _search(

@@ -29,6 +29,7 @@ from cachepolicy.tools.pictures import GAIN, difference, thumbnail
 from cachepolicy.tools.quality import Quality, compare_pictures
 from cachepolicy.tools.sampling import Sample, sample_pipeline, save_pictures
 from cachepolicy.tracing.trace import Trajectory
+from cachepolicy.tuning.sampling import STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +173,6 @@ def _work(pipe: Any, run: Run, task: Task) -> Work | None:
     if not calls:
         return None
     return Work(flops.modules[""] // calls, {name: total // calls for name, total in flops.modules.items()})
-
-
-STEPS = "num_inference_steps"
 
 
 def _fewer_steps(

@@ -16,6 +16,7 @@ from cachepolicy.reports.comparison import Reference, Row
 from cachepolicy.tools.emoji import NAMES, load_pipeline
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.compare import CONVERGED_STEPS, Comparison, Variant, compare
+from cachepolicy.tuning.sampling import STEPS
 
 AT_A_TIME = 4
 """Pictures in one call of the pipeline."""
@@ -42,7 +43,7 @@ class Sampling:
         return [
             {
                 "class_labels": [7 * number % len(NAMES) for number in group],
-                "num_inference_steps": self.steps,
+                STEPS: self.steps,
                 "generator": [torch.Generator().manual_seed(self.seed * 100_003 + number) for number in group],
             }
             for group in groups

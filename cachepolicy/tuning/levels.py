@@ -17,7 +17,7 @@ from cachepolicy.language.traversal import transform
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.run_directory import fingerprint
-from cachepolicy.tuning.sampling import ModelCall
+from cachepolicy.tuning.sampling import STEPS, ModelCall
 from cachepolicy.tuning.tuner import Tuning, tune
 
 LEVEL = "level"
@@ -77,7 +77,7 @@ def tune_levels(
     results = dict[tuple[int | None, float], Tuning]()
     with _folder(run_dir, [*calls, *(held_out or ())]) as folder:
         for number in dict.fromkeys(steps) or (None,):
-            changed = {} if number is None else {"num_inference_steps": number}
+            changed = {} if number is None else {STEPS: number}
             sampled = [{**call, **changed} for call in calls]
             others = None if held_out is None else [{**call, **changed} for call in held_out]
             for level in dict.fromkeys(levels):

@@ -75,7 +75,7 @@ class Sampler:
         return inspect.signature(self._sample or type(self.target).__call__).parameters
 
     @contextlib.contextmanager
-    def stepping(self, scheduler: Any) -> Generator[dict[str, Any]]:
+    def _stepping(self, scheduler: Any) -> Generator[dict[str, Any]]:
         """Replace the scheduler inside the `with` block.
 
         Args:
@@ -111,7 +111,7 @@ class Sampler:
         if scheduler is None:
             yield arguments
             return
-        with self.stepping(scheduler) as more:
+        with self._stepping(scheduler) as more:
             yield {**arguments, **more}
 
     def __call__(self, call: ModelCall) -> Sample:

@@ -6,7 +6,6 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from cachepolicy._resources import render_template, template
 from cachepolicy.reports.comparison import Reference, Row, cells, decibels, pareto_front
@@ -66,17 +65,8 @@ def comparison_page(
         The text of the page.
     """
     heads, table = cells(rows)
-    fronts: dict[Reference, set[str]] = {
-        reference: {row.name for row in pareto_front(_shown(rows), reference)}
-        for reference in ("uncached", "converged")
-    }
     lines = [
-        {
-            "number": number,
-            "kind": row.kind,
-            "cells": line,
-            "best": [reference for reference, names in fronts.items() if row.name in names],
-        }
+        {"number": number, "kind": row.kind, "cells": line}
         for number, (row, line) in enumerate(zip(rows, table, strict=True), start=1)
     ]
     return render_template(
@@ -106,19 +96,16 @@ def _data(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _shown(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that a chart shows. The converged run costs so much that the others would be near together."""
-    return [row for row in rows if row.kind != "converged"]
-
-
 def _scatter(rows: Sequence[Row], reference: Reference) -> Scatter:
+    # The converged run costs so much that the others would be near together.
+    shown = [(number, row) for number, row in enumerate(rows, start=1) if row.kind != "converged"]
     dots = dict[str, Dot]()
-    for number, row in enumerate(rows, start=1):
+    for number, row in shown:
         distance = row.distance(reference)
-        if distance is not None and row in _shown(rows):
+        if distance is not None:
             title = f"{row.name}: cost {row.cost:.3f}, {decibels(distance.mean)} dB"
             dots[row.name] = Dot(row.cost, distance.mean, row.kind, str(number), title)
-    front = [dots[row.name] for row in pareto_front(_shown(rows), reference)]
+    front = [dots[row.name] for row in pareto_front((row for _, row in shown), reference)]
     label = f"PSNR to the {reference} run in dB, by cost"
     return Scatter(label, list(dots.values()), [("front", front)])
 
@@ -136,11 +123,6 @@ def _frontier(summary: Summary) -> Scatter:
     return Scatter(label, [*planned, *measured], [("front", planned)])
 
 
-def svg(chart: Any) -> str:
-    """Return a chart as an SVG file."""
-    return render_template("scatter.svg", chart=chart)
-
-
 def plot(rows: Sequence[Row], reference: Reference = "uncached") -> str:
     """Return the costs and distances of rows as an SVG file, with their names.
 
@@ -151,4 +133,4 @@ def plot(rows: Sequence[Row], reference: Reference = "uncached") -> str:
     scatter = _scatter(rows, reference)
     names = {str(number): row.name for number, row in enumerate(rows, start=1)}
     scatter.dots = [Dot(dot.cost, dot.value, dot.kind, names[dot.label], dot.title) for dot in scatter.dots]
-    return svg(scatter)
+    return render_template("scatter.svg", chart=scatter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 from cachepolicy.language import ir
@@ -152,13 +151,13 @@ def of_objects(config: Any, calibrator: Any = None) -> Conversion:
     Raises:
         PolicyError: A field has a wrong value (E161, E162), or no policy expresses it (E168).
     """
-    setting = Fields(f"`{type(config).__name__}`", _values(config))
+    setting = Fields.of(config, type(config).__name__)
     order = 0 if calibrator is None else _order_of(calibrator)
     return _finished(setting, order)
 
 
 def _order_of(calibrator: Any) -> int:
-    setting = Fields(f"`{type(calibrator).__name__}`", _values(calibrator))
+    setting = Fields.of(calibrator, type(calibrator).__name__)
     setting.only("calibrator_type", "taylorseer", why="of cache-dit's calibrators, TaylorSeer alone is expressed")
     setting.ignore("calibrator_kwargs")
     order = _order(
@@ -169,10 +168,6 @@ def _order_of(calibrator: Any) -> int:
     )
     setting.finish()
     return order
-
-
-def _values(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(config)} if is_dataclass(config) else {}
 
 
 def _finished(setting: Fields, order: int) -> Conversion:

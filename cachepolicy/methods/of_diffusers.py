@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -158,8 +157,7 @@ def of_diffusers(name: str, config: Any) -> Conversion | None:
     convert = _CONVERSIONS.get(name)
     if convert is None:
         return None
-    values = {field.name: getattr(config, field.name) for field in fields(config)} if is_dataclass(config) else {}
-    known = Fields(f"`{name}`", values)
+    known = Fields.of(config, name)
     conversion = convert(known)
     known.finish()
     return conversion

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.methods.of_cache_dit import dbcache
@@ -245,20 +245,15 @@ def of_smoothcache(values: Mapping[str, Any]) -> Conversion:
     return Conversion(written('policy smoothcache "SmoothCache"\nsource "arXiv:2411.10510"\n' + "".join(rules), {}))
 
 
-def of_xdit(values: Mapping[str, Any]) -> Conversion:
+def of_xdit(values: Mapping[str, Any]) -> NoReturn:
     """Refuses the cache setting of xDiT.
 
     Raises:
         PolicyError: Always (E168).
     """
     setting = Fields("the xDiT setting", values)
-    for name in XDIT:
-        if name in setting:
-            setting.refuse(
-                name, "xDiT compares with another step than the last computed one; `fbc` and `teacache` do not"
-            )
-    setting.finish()
-    return Conversion(written("", {}))
+    name = next(name for name in XDIT if name in values)
+    setting.refuse(name, "xDiT compares with another step than the last computed one; `fbc` and `teacache` do not")
 
 
 XDIT = ("use_fbcache", "use_teacache")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, NoReturn, cast
@@ -103,6 +103,12 @@ class Fields:
         self.owner = owner
         self._values = {str(name): value for name, value in values.items()}
         self._read = set[str]()
+
+    @classmethod
+    def of(cls, config: Any, name: str) -> Fields:
+        """Returns the fields of a config object, under the name of its class. Only dataclasses have fields."""
+        values = {field.name: getattr(config, field.name) for field in fields(config)} if is_dataclass(config) else {}
+        return cls(f"`{name}`", values)
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None

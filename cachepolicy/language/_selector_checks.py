@@ -27,7 +27,7 @@ def judge_selector(selector: ir.Selector, checker: Checker) -> None:
 
 
 def is_itself(selector: ir.Selector, checker: Checker) -> bool:
-    """Returns whether a probe's selector is `self`, which a policy may also declare as a param."""
+    """Returns whether a probe's selector is `self`, which a policy may also declare as its own name."""
     return selector == ir.PatternParam(name="self") and checker.scope.sort("self") is None
 
 

@@ -135,11 +135,15 @@ class _Judgement:
             self._domain(param, param.domain)
         if len(self.report.findings) > before or param.default is None:
             return
+        self._typed(param, param.default)
+
+    def _typed(self, param: ir.Param, value: ir.Expression) -> None:
+        """Checks that a value has the type of a parameter and lies in its domain."""
         try:
-            typed(param, param.default)
+            typed(param, value)
         except PolicyError as error:
             for finding in error.diagnostics:
-                self.report.adopt(finding, param.default)
+                self.report.adopt(finding, value)
 
     def _constant(self, node: ir.Expression, context: ExpressionPlace) -> None:
         """Checks a default or a setting. Lists of strings and intervals are allowed."""
@@ -280,11 +284,7 @@ class _Judgement:
                 message = f"the policy has no parameter `{setting.name}`"
                 self.report.add("E101", message, setting, help=help, word=setting.name)
             elif param is not None:
-                try:
-                    typed(param, setting.value)
-                except PolicyError as error:
-                    for finding in error.diagnostics:
-                        self.report.adopt(finding, setting.value)
+                self._typed(param, setting.value)
 
     def _expect(self, expect: ir.Expect) -> None:
         judge_selector(expect.selector, self.checker)

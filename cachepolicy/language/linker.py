@@ -324,15 +324,8 @@ class _Flat:
                     return node.model_copy(update={"table": renamed.get(node.table, node.table)})
                 case ir.PatternParam():
                     return self._pattern(policy, node, names)
-                case ir.Mask(mask=ir.Text() as mask):
-                    bare = mask.model_copy(update={"value": bare_mask(mask.value)})
-                    return node if bare == mask else node.model_copy(update={"mask": bare})
-                case ir.Mask(mask=ir.ListOf(items=rows)):
-                    bare = tuple(
-                        row.model_copy(update={"value": bare_mask(row.value)}) if isinstance(row, ir.Text) else row
-                        for row in rows
-                    )
-                    return node.model_copy(update={"mask": ir.ListOf(items=bare, span=node.mask.span)})
+                case ir.Mask():
+                    return node.model_copy(update={"mask": transform(node.mask, _bare)})
                 case _:
                     return fold_constants(node)
 
@@ -441,6 +434,10 @@ class _Flat:
             sizes[name] = self._size(policy, signal.value, sizes)
         for rule in self.rules:
             self._size(policy, rule, sizes)
+
+
+def _bare(node: ir.Node) -> ir.Node:
+    return node.model_copy(update={"value": bare_mask(node.value)}) if isinstance(node, ir.Text) else node
 
 
 def _narrowed(rule: ir.Rule, when: ir.Expression | None, count: ir.Expression | None) -> ir.Rule:

@@ -397,7 +397,7 @@ class _Flat:
             if any(finding.code == "E157" for finding in findings):
                 raise PolicyError(findings) from error
             self.findings += findings
-        when = None if use.when is None else self._write(policy, use.when, names, renamed)
+        when = None if use.when is None else without_truisms(self._write(policy, use.when, names, renamed))
         count = None if use.bound is None else self._write(policy, use.bound.count, names, renamed)
         if count is not None:
             fault = WholeNumber(count, "`at most`", BOUND, 0, off=True).fault()

@@ -8,7 +8,7 @@ import pytest
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.formatter import format
-from cachepolicy.language.linker import resolve
+from cachepolicy.language.linker import load, resolve
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.presets import ModelFacts
 from cachepolicy.planning.simulation import simulate
@@ -135,6 +135,16 @@ def test_when_narrows_a_used_policy(tmp_path: Path) -> None:
     """Outside the condition its rules do not own the site, so that later rules do."""
     whole = "param from_: int = 3\nuse 'part.cp' when step >= from_\nmatch attention on {0, 2} -> reuse\n"
     assert "CRCRRRRC" == rows(tmp_path, "match attention when step < 7 -> reuse\nmatch attention -> compute\n", whole)
+
+
+def test_a_condition_that_always_holds_does_not_narrow(tmp_path: Path) -> None:
+    """A used policy means what it means without a condition that holds at every step."""
+    (tmp_path / "part.cp").write_text("match attention when t > 3 every 2 -> reuse\n")
+    digests = list[str]()
+    for condition in ("", "when step >= 0", "when progress in [0, 1]"):
+        (tmp_path / "whole.cp").write_text(f"use 'part.cp' {condition}\n")
+        digests.append(resolve(load(tmp_path / "whole.cp")).digest)
+    assert 1 == len(set(digests))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,20 @@ def _gradients_as_they_were() -> Iterator[None]:
         torch.set_grad_enabled(True)
 
 
+@pytest.fixture(autouse=True)
+def _attention_backend_as_it_was() -> Iterator[None]:
+    """No test leaves a backend behind for all models of the process, as `model.set_attention_backend` does.
+
+    `_native_math` and its like enter `torch.nn.attention.sdpa_kernel`, whose flags are those of the process. A thread
+    that leaves it changes the kernel of the others, so that even the bare model computes other bits than alone.
+    """
+    yield
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is not None:
+        active, _ = dispatch._AttentionBackendRegistry.get_active_backend()
+        assert dispatch.DIFFUSERS_ATTN_BACKEND == active
+
+
 @pytest.fixture(scope="module")
 def _thawed() -> Iterator[None]:
     """Let the collector look at everything again after the tests of a module."""

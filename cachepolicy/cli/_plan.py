@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from cachepolicy._strict_json import load_json
@@ -60,7 +59,7 @@ def show_plan(
         outlook, held = cost_model.forecast(simulated.plan, simulated, work), holdings(plan, simulated, work)
         most = None if simulated.most is None else cost_model.forecast(simulated.plan, simulated.most, work)
     if html is not None:
-        _write_page(html, page([simulated], work=work))
+        output.write(html, page([simulated], work=work).encode())
     if as_json:
         flops = None if outlook is None else outlook.to_json()
         as_data = report_text.outcome_to_json(simulated)
@@ -100,13 +99,6 @@ def _at(value: float | Sequence[float], step: int) -> float:
     if isinstance(value, int | float):
         return value
     return value[step] if step < len(value) else math.nan
-
-
-def _write_page(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise output.unwritable(path, error) from error
 
 
 def show_overview(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:

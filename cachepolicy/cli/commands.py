@@ -159,16 +159,9 @@ def _format_file(name: str, *, only_check: bool) -> int:
     if only_check:
         output.say(f"{'<stdin>' if name == STDIN else name}: would be reformatted")
         return output.FINDINGS
-    _write(name, after)
+    output.write(name, after)
     output.say(f"{name}: reformatted")
     return output.FINE
-
-
-def _write(path: str, content: bytes) -> None:
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise output.unwritable(path, error) from error
 
 
 @main.command("plan")
@@ -323,9 +316,9 @@ def report_command(*, trace: str | None, html: str | None, perfetto: str | None,
         raise click.UsageError("name a saved trace, or use --schema")
     recorded = load_trace(trace)
     if html is not None:
-        _write(html, page(recorded.latest).encode())
+        output.write(html, page(recorded.latest).encode())
     if perfetto is not None:
-        _write(perfetto, perfetto_json(recorded).encode())
+        output.write(perfetto, perfetto_json(recorded).encode())
     if as_json:
         output.say_json([report_text.outcome_to_json(trajectory) for trajectory in recorded.latest])
         return

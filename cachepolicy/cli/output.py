@@ -77,6 +77,18 @@ def unwritable(path: str | Path, error: Exception) -> PolicyError:
     return PolicyError.of("E152", f"`{path}` cannot be written: {reason.lower()}")
 
 
+def write(path: str, content: bytes) -> None:
+    """Writes a file.
+
+    Raises:
+        PolicyError: It cannot be written (E152).
+    """
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def _with_option_help(finding: Diagnostic) -> Diagnostic:
     """Replaces help about arguments of `simulate` and `apply` by help about the options of the command."""
     if finding.code == "E257" and (name := re.search("`(.+?)`", finding.message)):

@@ -57,10 +57,7 @@ class Flux:
         unshuffled = torch.nn.functional.pixel_unshuffle(pictures, 2)
         latents = self.pipe._pack_latents(unshuffled, len(numbers), 12, 16, 16)  # noqa: SLF001 (the only packer)
         prompts = [emoji.NAMES[number % 36].replace("_", " ") for number in numbers]
-        return {
-            "prompt": prompts, "negative_prompt": [""] * len(numbers), "true_cfg_scale": 2.0, "guidance_scale": 1.0,
-            "height": 32, "width": 32, STEPS: OWN, "latents": latents,
-        }  # fmt: skip
+        return {**emoji_flux.call_arguments(prompts), "guidance_scale": 1.0, STEPS: OWN, "latents": latents}
 
 
 MODELS: dict[str, Callable[[], Any]] = {"dit": Dit, "flux": Flux}

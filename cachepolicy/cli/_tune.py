@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -224,11 +225,10 @@ def _to_json(result: Tuning) -> dict[str, Any]:
 
 
 def _point(point: SchedulePoint) -> dict[str, Any]:
-    exact = len(point.steps) and point.forecast == float("inf")
     return {
         "steps": list(point.steps),
         "cost": point.cost,
-        "forecast": None if exact else point.forecast,
+        "forecast": point.forecast if math.isfinite(point.forecast) else None,
         "psnr": point.psnr,
         "psnr_p10": point.psnr_p10,
         "speedup": point.speedup,

@@ -59,7 +59,7 @@ NUDGE = 0.1
 RIDGE = 0.1
 """How much the fit of the scales prefers small changes, relative to the effect of each."""
 FEW_STEPS = 8
-"""Runs of so few steps are told what each number of computed calls gives."""
+"""Of a run of so few steps, a note says what each number of computed calls gives."""
 RUNS = 64.0
 """Sampling runs' worth of model calls that a tuning spends at most, unless it is given more."""
 

@@ -94,8 +94,9 @@ class Trajectory:
         """The calls."""
         records = self._records
         for index in range(self._expanded, len(records)):
-            if type(records[index]) is tuple:
-                records[index] = CallRecord(*records[index])
+            record = records[index]  # read once, because another thread may expand it meanwhile
+            if type(record) is tuple:
+                records[index] = CallRecord(*record)
             self._expanded = index + 1
         return records
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -241,3 +244,26 @@ def test_the_schema_is_that_of_what_is_written():
     call = json.loads(drifting().to_json())["trajectories"][0]["calls"][0]
     assert set(call) == set(defined["$defs"]["CallForm"]["properties"])
     assert Document.model_validate_json(drifting().to_json()).trajectories[0].session == "session mine"
+
+
+class Interrupted(list[Any]):
+    """A list whose first reader is interrupted by another one."""
+
+    def __init__(self, items: list[Any], other: Callable[[], Any]) -> None:
+        super().__init__(items)
+        self.others = [other]
+
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        if self.others:
+            self.others.pop()()
+        return item
+
+
+def test_a_reader_of_the_calls_may_be_interrupted_by_another() -> None:
+    """Two threads that read the calls of one trajectory get the same records."""
+    (run,) = drifting()
+    recorded = [tuple(getattr(call, each.name) for each in dataclasses.fields(call)) for call in run.calls]
+    trajectory = Trace().begin("mine", run.plan)
+    trajectory._records = Interrupted(recorded, lambda: trajectory.calls)
+    assert run.calls == trajectory.calls

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -228,7 +227,7 @@ def _point(point: SchedulePoint) -> dict[str, Any]:
     return {
         "steps": list(point.steps),
         "cost": point.cost,
-        "forecast": point.forecast if math.isfinite(point.forecast) else None,
+        "forecast": point.forecast,
         "psnr": point.psnr,
         "psnr_p10": point.psnr_p10,
         "speedup": point.speedup,

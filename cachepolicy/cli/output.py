@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, ParamSpec
+from typing import IO, Any, ParamSpec, cast
 
 import click
 
@@ -60,8 +61,18 @@ def say(text: str = "", *, error: bool = False) -> None:
 
 
 def say_json(data: object) -> None:
-    """Writes data as JSON."""
-    say(json.dumps(data, ensure_ascii=False, indent=2))
+    """Writes data as JSON. Numbers that are not finite become null, since JSON has none."""
+    say(json.dumps(_finite(data), ensure_ascii=False, indent=2))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in cast("dict[Any, Any]", data).items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in cast("Sequence[Any]", data)]
+    return data
 
 
 def report_findings(findings: Sequence[Diagnostic], *, error: bool = False) -> None:

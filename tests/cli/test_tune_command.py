@@ -97,6 +97,15 @@ def test_a_saved_pipeline_gets_a_policy(tune: Callable[..., Result], tmp_path: P
         assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code
 
 
+def test_numbers_without_end_are_null_in_json(tune: Callable[..., Result], tmp_path: Path) -> None:
+    """Where every call is computed nothing differs, and JSON has no infinite numbers."""
+    target = ("--cost", 1, "--keep-scheduler", "--samples", 1, "--held-out", 1)
+    result = tune(*target, "--out", tmp_path / "all.cp", "--json")
+    assert 0 == result.exit_code, result.output
+    found = json.loads(result.stdout, parse_constant=pytest.fail)["chosen"]
+    assert (None, None, None) == (found["forecast"], found["psnr"], found["psnr_p10"])
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_sound_is_written_as_such(tune: Callable[..., Result], tmp_path: Path) -> None:
     """`run` writes the sound of a pipeline with the rate of its decoder."""

@@ -127,7 +127,11 @@ def _is_computed(node: ir.Expression, scope: Scope, computed: Collection[str]) -
 
     Other numbers are constants after substitution of the parameters. A constant fraction is an error (E163).
     """
-    return any(scope.sort(name) in ("clock word", "table") or name in computed for name in names_in(node))
+    return any(
+        isinstance(part, ir.Lookup)
+        or (isinstance(part, ir.Name) and (scope.sort(part.name) == "clock word" or part.name in computed))
+        for part in walk(node)
+    )
 
 
 def _is_whole(node: ir.Expression, scope: Scope, whole: Collection[str]) -> bool:

@@ -248,11 +248,10 @@ class Checker:
         return True
 
     def _looked_up(self, node: ir.Lookup, context: ExpressionPlace) -> Type:
-        sort = self.scope.sort(node.table)
+        param = self.scope.param(node.table)
+        sort = "table" if param is not None and param.type == "list" else self.scope.sort(node.table)
         if sort is None:
             self.unknown(node, node.table, frozenset({"table"}))
-        elif sort == "parameter" and (param := self.scope.param(node.table)) is not None and param.type == "list":
-            pass
         elif sort not in ("table", "unknown"):
             help = "a `table` or a `list` parameter of numbers can be looked up"
             self.report.add("E110", f"`{node.table}` is a {sort}, not a table", node, help=help, word=node.table)

@@ -434,3 +434,22 @@ def test_what_nothing_reads_is_warned_of() -> None:
 def test_what_a_policy_was_tuned_for(text: str, codes: list[str]) -> None:
     """Constants under any names; `tuned` is a word at the start of a statement only."""
     assert codes == found(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("param a: int = b[0]\nmatch attention every a -> reuse\n", ["E113"]),
+        ("match each blocks[b[0]:] every 2 -> reuse\n", ["E113"]),
+        ("match attention -> predict taylor(order: b[0])\n", ["E121"]),
+        ("use fora with interval = b[0]\n", ["E113"]),
+        ("match attention every 2 -> reuse\nexpect attention over 1 steps with t = b[0]: C\n", ["E113"]),
+        ("match attention every b[0] -> reuse\n", ["W505"]),
+        ("match attention -> predict linear(weight: b[0])\n", []),
+        ("match attention when t > b[step] while sum(b[age]) < 3 -> reuse\n", []),
+    ],
+)
+def test_a_list_parameter_is_looked_up_where_a_table_is(text: str, codes: list[str]) -> None:
+    """A place that takes no table takes no lookup in a list parameter either."""
+    for declared in ("table b = [1, 2.5]\n", "param b: list = [1, 2.5]\n"):
+        assert codes == [each.code for each in recover(declared + text)[1]]

@@ -13,6 +13,9 @@ from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 
 N = TypeVar("N", bound=ir.Node)
 
+Rewrite = Callable[[ir.Node], Any]
+"""Maps a node to its replacement."""
+
 
 def walk(node: ir.Node) -> Iterator[ir.Node]:
     """Yields `node` and all its descendants, parents before children."""
@@ -30,7 +33,7 @@ def children(node: ir.Node) -> Iterator[ir.Node]:
                 yield part
 
 
-def transform(node: ir.Node, rewrite: Callable[[ir.Node], Any]) -> Any:
+def transform(node: ir.Node, rewrite: Rewrite) -> Any:
     """Rewrites a tree from the leaves up.
 
     Args:
@@ -40,41 +43,29 @@ def transform(node: ir.Node, rewrite: Callable[[ir.Node], Any]) -> Any:
     Returns:
         The replacement of `node`. Subtrees that do not change are shared with the argument.
     """
-    changed = dict[str, object]()
-    for name in type(node).model_fields:
-        old: object = getattr(node, name)
-        new = _transformed(old, rewrite)
-        if new is not old:
-            changed[name] = new
-    return rewrite(node.model_copy(update=changed) if changed else node)
+    return rewrite(_with_children(node, transform, rewrite))
 
 
-def _transformed(value: object, rewrite: Callable[[ir.Node], Any]) -> object:
-    """Rewrites the value of a field. Other values than nodes and tuples are returned unchanged."""
-    if isinstance(value, ir.Node):
-        return transform(value, rewrite)
-    if isinstance(value, tuple):
-        old = cast("tuple[object, ...]", value)
-        new = tuple([_transformed(item, rewrite) for item in old])
-        return new if any(a is not b for a, b in zip(old, new, strict=True)) else old
-    return value
+def replace_outermost(node: ir.Node, replacement: Rewrite) -> Any:
+    """Replaces the outermost nodes that `replacement` does not map to None. What it gives is not searched."""
+    other = replacement(node)
+    return _with_children(node, replace_outermost, replacement) if other is None else other
 
 
-def replace_outermost(node: ir.Node, replacement: Callable[[ir.Node], ir.Node | None]) -> Any:
-    """Replaces the outermost nodes for which `replacement` gives another node. What it gives is not searched."""
-    found = replacement(node)
-    if found is not None:
-        return found
+def _with_children(node: ir.Node, change: Callable[[ir.Node, Rewrite], Any], rewrite: Rewrite) -> ir.Node:
+    """Returns `node` with its direct children changed by `change(child, rewrite)`; `node` itself if none changes."""
     changed = dict[str, object]()
     for name in type(node).model_fields:
         old: object = getattr(node, name)
         if isinstance(old, ir.Node):
-            changed[name] = replace_outermost(old, replacement)
+            new = change(old, rewrite)
+            if new is not old:
+                changed[name] = new
         elif isinstance(old, tuple):
             items = cast("tuple[object, ...]", old)
-            changed[name] = tuple(
-                replace_outermost(item, replacement) if isinstance(item, ir.Node) else item for item in items
-            )
+            others = tuple([change(item, rewrite) if isinstance(item, ir.Node) else item for item in items])
+            if any(a is not b for a, b in zip(items, others, strict=True)):
+                changed[name] = others
     return node.model_copy(update=changed) if changed else node
 
 

@@ -582,7 +582,7 @@ class Run:
         if call is None:
             yield
             return
-        outer = LOCAL.frame, LOCAL.stage
+        outer, thread = (LOCAL.frame, LOCAL.stage), threading.get_ident()
         call.spans_calls = True
         LOCAL.frame, LOCAL.stage = call, None
         try:
@@ -594,7 +594,10 @@ class Run:
             root.fail(call, error)
             raise
         finally:
-            LOCAL.frame, LOCAL.stage = outer
+            call.spans_calls = False
+            # A generator that was given up inside may be closed in another thread, which may be in a call of its own.
+            if threading.get_ident() == thread:
+                LOCAL.frame, LOCAL.stage = outer
 
     def reset(self, key: Hashable | None = None) -> None:
         """End the session `key`, or all sessions. The next call starts a trajectory without history."""

@@ -253,6 +253,25 @@ def test_sessions_and_threads_are_apart() -> None:
             assert [True] * 6 == list(pool.map(serve, range(6)))
 
 
+def test_a_step_that_ends_in_another_thread_leaves_the_calls_there_alone() -> None:
+    """A loop that is given up inside a step is closed wherever the collector runs, also during a call of the model."""
+    dit = Toy(blocks=2).build()
+    with torch.no_grad(), cachepolicy.apply(dit, parse(POLICIES[0]), steps=len(TIMES)) as run:
+        expected = sample(by_model, dit, run)
+
+        def loop() -> Iterator[None]:
+            with run.step(t=900):
+                yield
+
+        given_up = loop()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(next, given_up).result()
+            dit.blocks[0].register_forward_pre_hook(lambda *_: given_up.close())
+            assert torch.equal(expected, sample(by_model, dit, run))
+            # The call is over in its own thread too.
+            assert torch.equal(expected, pool.submit(torch.no_grad()(sample), by_model, dit, run).result())
+
+
 def test_disabled_and_removed_runs_let_the_loop_run_bare() -> None:
     """The context stays in the loop; without the policy it does nothing."""
     dit = Toy(blocks=2).build()

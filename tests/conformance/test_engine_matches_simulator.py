@@ -18,18 +18,10 @@ import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import checks, strategies
-from cachepolicy.testing.models import Probes, Toy, ToyDiT, inputs, redraw
+from cachepolicy.testing.models import Probes, Toy, inputs, redraw
+from tests.support.guided_toy import GuidedToy
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
-
-
-class GuidedToy(ToyDiT):
-    """A toy whose caller names the branch of a call, as the pipelines of diffusers do."""
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Generator[None]:
-        """Name the branch of the calls inside."""
-        yield
 
 
 class Experts:

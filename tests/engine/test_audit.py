@@ -21,8 +21,9 @@ from cachepolicy.engine.cfg_cache import Frames, difference, rebuild
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import checks, models, strategies
-from cachepolicy.testing.models import Shared, Toy, inputs, sample
+from cachepolicy.testing.models import Shared, Toy, ToyDiT, inputs, sample
 from cachepolicy.tracing.trace import Trajectory, from_json
+from tests.support.guided_toy import GuidedToy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the policy reused nothing", "ignore:one forward of", "ignore:`ToyDiT` was called with"
@@ -251,20 +252,11 @@ def test_the_error_of_a_rebuilt_half_is_that_of_the_whole_prediction() -> None:
     assert "R" in trajectory.rows()["model"]
 
 
-class Named(nn.Module):
-    """A model with diffusers' `cache_context`, which names guidance branches."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def cache_context(self, name: str) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext(name)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.inner(x, t, y)
+def guided(toy: Toy) -> ToyDiT:
+    """The model of `toy.build()`, whose caller names the branch of a call."""
+    model = toy.build()
+    model.__class__ = GuidedToy
+    return model
 
 
 @torch.no_grad()
@@ -285,9 +277,9 @@ def two_calls(model: Any, toy: Toy) -> list[Tensor]:
 def test_an_unconditional_call_that_the_policy_would_answer_is_computed() -> None:
     """Guidance in two calls: the error is that of the unconditional prediction."""
     toy = Toy(blocks=2)
-    bare = two_calls(Named(toy.build()), toy)
+    bare = two_calls(guided(toy), toy)
     text = f'match model when branch == "uncond" every 3 -> {strategies.APPROXIMATION}'
-    with apply(Named(toy.build()), parse(text), options=ALL) as attached:
+    with apply(guided(toy), parse(text), options=ALL) as attached:
         assert same(bare, two_calls(attached.target, toy))
         trajectory = attached.trace.last
     assert "CRRCRRCR" == trajectory.rows("uncond")["model"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,19 +13,11 @@ from torch import Tensor
 import cachepolicy
 from cachepolicy.planning.simulation import simulate
 from cachepolicy.testing import checks
-from cachepolicy.testing.models import Toy, ToyDiT, inputs, redraw
+from cachepolicy.testing.models import Toy, inputs, redraw
+from tests.support.guided_toy import GuidedToy
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 STEPS = 8
-
-
-class GuidedToy(ToyDiT):
-    """A toy whose caller names the branch of a call."""
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Generator[None]:
-        """Name the branch of the calls inside."""
-        yield
 
 
 def run(policy: str | None, *, branches: Sequence[str] = ()) -> tuple[list[tuple[Tensor, Tensor]], Any]:

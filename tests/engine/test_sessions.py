@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
-from cachepolicy.testing.models import Toy, ToyDiT, inputs, sample
+from cachepolicy.testing.models import Toy, inputs, sample
+from tests.support.guided_toy import GuidedToy
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 
@@ -226,15 +227,6 @@ def guided(
         x = x - 0.1 * prediction
 
 
-class WithContext(ToyDiT):
-    """A toy that names its branches as diffusers' models do."""
-
-    def cache_context(self, name: str) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext(name)
-
-
 @given(st.permutations([0, 1]), st.booleans(), st.integers(1, 4))
 def test_sequential_guidance_is_two_separate_models(order: list[int], contexts: bool, interval: int) -> None:
     """Two calls a step on one model give, to the last bit, what two models with a policy each give."""
@@ -242,7 +234,7 @@ def test_sequential_guidance_is_two_separate_models(order: list[int], contexts: 
     one = Toy().build()
     two = [Toy().build(), Toy().build()]
     if contexts:
-        one.__class__ = WithContext
+        one.__class__ = GuidedToy
     with torch.no_grad():
         with cachepolicy.apply(one, policy) as run:
             got = list(guided([one], TIMESTEPS, order, contexts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,19 +18,11 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined
 from cachepolicy.testing import checks
-from cachepolicy.testing.models import Toy, ToyDiT, inputs, redraw
+from cachepolicy.testing.models import Toy, inputs, redraw
+from tests.support.guided_toy import GuidedToy
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 STEPS = 6
-
-
-class GuidedToy(ToyDiT):
-    """A toy whose caller names the branch of a call."""
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Generator[None]:
-        """Name the branch of the calls inside."""
-        yield
 
 
 def run(policy: str, *, branches: tuple[str, ...] = ("",), **options: Any) -> tuple[Any, dict[str, list[Tensor]]]:

@@ -16,6 +16,7 @@ import cachepolicy
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, ToyDiT
 from cachepolicy.tracing.trace import CallRecord
+from tests.support.guided_toy import GuidedToy
 from tests.support.plain_engine import PlainEngine
 
 Mode = Literal["no_grad", "inference", "grad"]
@@ -59,14 +60,6 @@ _TEXTS = {
 POLICIES = {name: parse(text) for name, text in _TEXTS.items()}
 
 
-class NamedToy(ToyDiT):
-    """A toy that names its branches as diffusers' models do."""
-
-    def cache_context(self, name: str) -> Any:
-        """Nothing of its own; the engine listens."""
-        return contextlib.nullcontext(name)
-
-
 class StopNow(BaseException):
     """What no `except Exception` catches, as KeyboardInterrupt is."""
 
@@ -103,7 +96,7 @@ class Bombs:
 def built(toy: Toy, dtype: torch.dtype) -> ToyDiT:
     """The toy's model, the same each time."""
     model = toy.build()
-    model.__class__ = NamedToy
+    model.__class__ = GuidedToy
     return model.to(dtype)
 
 

@@ -89,7 +89,9 @@ def of_sglang(values: Mapping[str, Any]) -> Conversion:
         if SGLANG + name in outer:
             inner[field] = _plain(outer.get(SGLANG + name))
     inner["steps_computation_mask"] = _bins(outer)
-    on = _plain(outer.get(f"{SGLANG}TAYLORSEER", False)) is True
+    on = _plain(outer.get(f"{SGLANG}TAYLORSEER", False))
+    if on not in (True, False):
+        outer.refuse(f"{SGLANG}TAYLORSEER", "it is `true` or `1`, or `false` or `0`")
     inner["order"] = _plain(outer.get(f"{SGLANG}TS_ORDER", 1)) if on else 0
     setting = Fields("the SGLang setting", inner)
     order = setting.whole("order", 0)

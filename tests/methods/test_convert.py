@@ -217,6 +217,10 @@ TABLE: list[tuple[Any, str]] = [
         "use dbcache with first = 8, threshold = 0.24, warmup = 4, streak = 3, order = 1",
     ),
     # SGLang, environment variables
+    (
+        {"SGLANG_CACHE_DIT_TAYLORSEER": "1"},
+        "use dbcache with first = 1, threshold = 0.24, warmup = 4, streak = 3, order = 1",
+    ),
     ({"SGLANG_CACHE_DIT_ENABLED": "true"}, "use dbcache with first = 1, threshold = 0.24, warmup = 4, streak = 3"),
     (
         {"SGLANG_CACHE_DIT_RDT": "0.12", "SGLANG_CACHE_DIT_TAYLORSEER": "true", "SGLANG_CACHE_DIT_TS_ORDER": "2"},
@@ -292,6 +296,7 @@ def test_smoothcache(first: list[int], second: list[int]) -> None:
         ({"cache_backend": "cache_dit", "cache_config": {"colour": 1}}, "colour"),
         ({"SGLANG_CACHE_DIT_SCM_PRESET": "fast"}, "SGLANG_CACHE_DIT_SCM_PRESET"),
         ({"SGLANG_CACHE_DIT_COLOUR": "1"}, "SGLANG_CACHE_DIT_COLOUR"),
+        ({"SGLANG_CACHE_DIT_TAYLORSEER": "maybe"}, "SGLANG_CACHE_DIT_TAYLORSEER"),
         ("--cache-mode ucache", "--cache-mode"),
         ("--cache-mode dbcache --cache-option start=0.1", "start"),
         ({"1": {"class_type": "EasyCache", "inputs": {}}}, "class_type"),

@@ -115,7 +115,7 @@ def pareto_front(rows: Iterable[Row], reference: Reference) -> list[Row]:
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the heads of a table and its rows, as text."""
     converged = any(row.converged for row in rows)
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    metrics = _metrics(rows)
     heads = ["", "cost", "model calls", "PSNR to uncached", "p10"]
     heads += ["PSNR to converged", "p10"] if converged else []
     heads += [*metrics, "speed-up, whole call", "speed-up, denoiser"]
@@ -126,6 +126,11 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         line += [f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in metrics]
         table.append([*line, f"{row.call_speedup:.2f}x", f"{row.model_speedup:.2f}x"])
     return heads, table
+
+
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the further metrics that any row has."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
 
 
 def decibels(value: float) -> str:
@@ -163,7 +168,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 def csv_table(rows: Sequence[Row]) -> str:
     """Return the rows as CSV, one line for each. Infinite distances are empty, as are those that do not exist."""
     written = io.StringIO()
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    metrics = _metrics(rows)
     plain = ("name", "kind", "at_cost_of", "solver", "steps", "cost", "evaluations", "seconds")
     speedups = ("call_speedup", "model_speedup")
     distances = [f"psnr_{reference}_{part}" for reference in ("uncached", "converged") for part in ("mean", "p10")]

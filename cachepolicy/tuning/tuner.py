@@ -460,7 +460,7 @@ class _Bench:
         sampler = self.sampler
         if base.steps is not None:
             self._longer = base.steps / (sampler.steps(calls[0]) or base.steps)
-        schedulers = sampler.schedulers if base.scheduler is None else [base.scheduler]
+        schedulers = self._schedulers(base)
 
         def recording(call: ModelCall) -> _Recording:
             samples = list[Sample]()
@@ -510,6 +510,9 @@ class _Bench:
                 help="pass `keep_scheduler=True`",
             )
         return [*found, recorded]
+
+    def _schedulers(self, base: Base) -> list[Any]:
+        return self.sampler.schedulers if base.scheduler is None else [base.scheduler]
 
     def reference(self, calls: Sequence[ModelCall], base: Base) -> None:
         """Sample the held-out calls uncached."""
@@ -674,8 +677,11 @@ class _Bench:
         cost: float = 1.0,
     ) -> T:
         """Sample a call, or take what an earlier run kept of it, which counts as spent too."""
-        schedulers = self.sampler.schedulers if base.scheduler is None else [base.scheduler]
-        key = [scheduler_key(schedulers), {**call, **({} if base.steps is None else {STEPS: base.steps})}, policy]
+        key = [
+            scheduler_key(self._schedulers(base)),
+            {**call, **({} if base.steps is None else {STEPS: base.steps})},
+            policy,
+        ]
         result = self.kept.recall(kind, key, lambda: produce(call), form)
         self.evaluations += cost
         self._done += 1

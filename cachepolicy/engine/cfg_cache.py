@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, GRID_SIZES, POSITIONS
+from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, POSITIONS
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine.actions import cloned, versions
 from cachepolicy.engine.clock import CallArguments
 from cachepolicy.engine.guidance_batch import GuidanceSource, rows_of
+from cachepolicy.engine.streams import stated_grid
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
@@ -130,9 +131,9 @@ def _without(tensor: torch.Tensor, axis: int) -> tuple[int, ...]:
 
 def _grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """Return the latent grid of a token sequence from the call's arguments, or None."""
-    frames, height, width = (named.get(name) for name in GRID_SIZES)
-    if isinstance(height, int) and isinstance(width, int):
-        return (frames if isinstance(frames, int) else 1, height, width)
+    stated = stated_grid(named)
+    if stated is not None:
+        return stated
     ids = named.get(GRID_IDS)
     if isinstance(ids, torch.Tensor) and ids.shape[-1] == 3:
         last = ids.reshape(-1, 3)

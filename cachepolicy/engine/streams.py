@@ -44,9 +44,9 @@ def layout_of(named: Mapping[str, Any], latents: Any, patch: Any) -> Layout:
         patch: The patch size in the configuration of the model: a number, one for each axis, or None.
     """
     grids = list[tuple[int, ...]]()
-    frames, height, width = (named.get(name) for name in GRID_SIZES)
-    if isinstance(height, int) and isinstance(width, int):
-        grids.append((frames if isinstance(frames, int) else 1, height, width))
+    stated = stated_grid(named)
+    if stated is not None:
+        grids.append(stated)
     picture, total = None, None
     shapes = _shapes(named.get(GRID_SHAPES))
     ids = named.get(GRID_IDS)
@@ -66,6 +66,14 @@ def layout_of(named: Mapping[str, Any], latents: Any, patch: Any) -> Layout:
         patches = _patches(patch, len(sizes))
         grids.append(tuple(size // cut for size, cut in zip(sizes, patches, strict=True)))
     return Layout(picture, total, tuple(grids))
+
+
+def stated_grid(named: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return the grid (frames, height, width) that a root call is given as numbers, or None."""
+    frames, height, width = (named.get(name) for name in GRID_SIZES)
+    if isinstance(height, int) and isinstance(width, int):
+        return (frames if isinstance(frames, int) else 1, height, width)
+    return None
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:

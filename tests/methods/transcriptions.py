@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 Vector = Sequence[float]
 Stream = Sequence[Vector]
@@ -54,11 +54,6 @@ def cosine(left: Vector, right: Vector) -> float:
 # --- schedules of the clock alone ------------------------------------------------------------------------
 
 
-def fora(steps: int, interval: int) -> list[bool]:
-    """FORA (arXiv:2407.01425): the step counts down, and multiples of the interval compute; the first one too."""
-    return [step == 0 or (steps - 1 - step) % interval == 0 for step in range(steps)]
-
-
 def taylorseer(steps: int, interval: int, first: int) -> list[bool]:
     """TaylorSeer (arXiv:2503.06923), the authors' schedule: a counter of skips since the last full step."""
     computed = list[bool]()
@@ -96,65 +91,6 @@ def delta_dit(steps: int, interval: int, boundary: float) -> tuple[list[bool], l
 def blockdance(steps: int, interval: int, begin: float) -> list[bool]:
     """BlockDance (arXiv:2503.15927): the structural blocks are reused in the later stage, every Nth step computes."""
     return [step / steps <= begin or step % interval == 0 for step in range(steps)]
-
-
-def deepcache(steps: int, interval: int) -> list[bool]:
-    """DeepCache (arXiv:2312.00858): everything below the cut is computed at multiples of the interval."""
-    return [step % interval == 0 for step in range(steps)]
-
-
-def smoothcache(errors: Sequence[Sequence[float]], threshold: float, most: int = 3) -> list[bool]:
-    """SmoothCache (arXiv:2411.10510): the largest skip whose calibrated error stays below the threshold.
-
-    `errors`: `errors[s][k - 1]` is the mean relative L1 change between the outputs of steps s and s + k.
-    """
-    steps = len(errors)
-    computed = [False] * steps
-    step = 0
-    while step < steps:
-        computed[step] = True
-        skip = 0
-        for k in range(1, most + 1):
-            if step + k < steps and errors[step][k - 1] <= threshold:
-                skip = k
-        step += skip + 1
-    computed[-1] = True
-    return computed
-
-
-def spectrum_window(steps: int, start: float, flex: float, warmup: int, stop: float) -> list[bool]:
-    """Spectrum (arXiv:2603.01623): the window grows by `flex` at each computed step after the warm-up."""
-    computed = list[bool]()
-    window, cached = start, 0
-    for step in range(steps):
-        if step < warmup or step >= stop * steps:
-            full = True
-        else:
-            full = (cached + 1) % math.floor(window) == 0
-            if full:
-                window += flex
-        cached = 0 if full else cached + 1
-        computed.append(full)
-    return computed
-
-
-def tgate(steps: int, gate: int, interval: int, warmup: int) -> tuple[list[bool], list[bool], list[bool]]:
-    """T-GATE (arXiv:2404.02747): self-attention, cross-attention, and whether guidance runs, for each step.
-
-    Cross-attention is kept as the mean of both halves at the step before the gate. After the gate self-attention
-    computes at each step (the authors' `fi_interval` of 1).
-    """
-    own, cross, guided = list[bool](), list[bool](), list[bool]()
-    for step in range(steps):
-        own.append(step < warmup or step >= gate or step % interval == 0 or step == gate - 1)
-        cross.append(step < gate)
-        guided.append(step < gate)
-    return own, cross, guided
-
-
-def guidance_interval(steps: int, low: int, high: int) -> list[bool]:
-    """Guidance interval (arXiv:2404.07724): the unconditional branch runs inside the interval only."""
-    return [low <= step <= high for step in range(steps)]
 
 
 # --- schedules of a signal -------------------------------------------------------------------------------
@@ -320,47 +256,6 @@ def easycache(inputs: Stream, outputs: Stream, threshold: float, warmup: int) ->
     return computed
 
 
-def ucache(
-    inputs: Stream,
-    outputs: Stream,
-    threshold: float,
-    *,
-    decay: float = 1.0,
-    window: tuple[float, float] = (0.15, 0.95),
-) -> list[bool]:
-    """UCache of stable-diffusion.cpp: EasyCache with the input's change since the last computed step and penalties.
-
-    The sum decays. Each term grows by half for each cached step in a row, and is divided by the square root of the
-    output's size times a moving average of its change. The threshold is halved before 20 % of the trajectory, and
-    half as large again after 80 %.
-    """
-    steps = len(inputs)
-    computed = list[bool]()
-    kept = list[int]()
-    total, hits, average = 0.0, 0, math.nan
-    for step in range(steps):
-        share = step / steps
-        full = len(kept) < 2 or not window[0] < share < window[1]
-        if not full:
-            last, before = kept[-1], kept[-2]
-            rate = mean_abs(minus(outputs[last], outputs[before])) / mean_abs(minus(inputs[last], inputs[before]))
-            drift = mean_abs(minus(inputs[step], inputs[last]))
-            scale = math.sqrt(mean_abs(outputs[last]) * 1.6 * average)
-            total = total * decay + rate * drift / scale * (1 + 0.5 * hits)
-            limit = threshold * (0.5 if share < 0.2 else 1.5 if share > 0.8 else 1.0)
-            full = not total < limit
-        if full:
-            if kept:
-                change = mean_abs(minus(outputs[step], outputs[kept[-1]]))
-                average = change if math.isnan(average) else 0.8 * average + 0.2 * change
-            kept.append(step)
-            total, hits = 0.0, 0
-        else:
-            hits += 1
-        computed.append(full)
-    return computed
-
-
 def seacache(
     probes: Stream, threshold: float, *, retention: int = 1, end: int = 1, streak: int | None = None
 ) -> list[bool]:
@@ -380,21 +275,6 @@ def seacache(
             total, hits = 0.0, 0
         else:
             hits += 1
-        computed.append(full)
-    return computed
-
-
-def dicache(probes: Stream, threshold: float, retention: float) -> list[bool]:
-    """DiCache (arXiv:2508.17356): the change of the first block's output since the previous step, added up."""
-    computed = list[bool]()
-    total = 0.0
-    for step, probe in enumerate(probes):
-        full = step == 0 or step < retention * len(probes)
-        if not full:
-            total += relative_l1(probe, probes[step - 1])
-            full = not total < threshold
-        if full:
-            total = 0.0
         computed.append(full)
     return computed
 
@@ -584,13 +464,6 @@ def chebyshev_value(history: Sequence[tuple[float, float]], at: float, order: in
     return mix * fitted + (1 - mix) * (newest + 0.5 * (newest - before))
 
 
-def align_scale(probe: Vector, newest: Vector, before: Vector, low: float, high: float) -> float:
-    """DiCache's scale: how far the probe moved from the older anchor, over how far the anchors are apart."""
-    apart = mean_abs(minus(newest, before))
-    ratio = mean_abs(minus(probe, before)) / apart if apart else math.nan
-    return min(max(ratio, low), high)
-
-
 def _transformed(vector: Sequence[complex], sign: float) -> list[complex]:
     size = len(vector)
     return [
@@ -643,31 +516,3 @@ def dct_bands(vector: Vector, cut: float) -> tuple[list[float], list[float]]:
     kept = max(1, int(size * cut))
     low = [sum(spectrum[k] * wave(k, n) for k in range(kept)) for n in range(size)]
     return low, minus(vector, low)
-
-
-def linear_guidance(
-    cond: Sequence[float],
-    uncond: Sequence[float],
-    from_cond: Sequence[float],
-    from_uncond: Sequence[float],
-    ran: Callable[[int], bool],
-) -> list[float | None]:
-    """LinearAG (arXiv:2312.12487): the unconditional prediction from those of earlier steps, by fixed weights.
-
-    `from_cond`: Weights of the conditional predictions, this step's first.
-    `from_uncond`: Weights of the unconditional predictions of earlier computed steps, the newest first.
-    `ran`: Whether both branches run at a step.
-    """
-    answers = list[float | None]()
-    kept = list[int]()
-    for step in range(len(cond)):
-        if ran(step) or len(kept) < max(len(from_uncond), len(from_cond) - 1):
-            kept.append(step)
-            answers.append(None)
-            continue
-        newest = kept[::-1]
-        value = from_cond[0] * cond[step]
-        value += sum(b * cond[i] for b, i in zip(from_cond[1:], newest, strict=False))
-        value += sum(a * uncond[i] for a, i in zip(from_uncond, newest, strict=False))
-        answers.append(value)
-    return answers

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.linker import is_measured
 from cachepolicy.language.traversal import walk
-from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES, NORMS
+from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,13 @@ def _reads(expression: ir.Node) -> tuple[frozenset[str], bool]:
     nodes = list(walk(expression))
     names = frozenset(node.name for node in nodes if isinstance(node, ir.Name))
     stateful = any(
-        isinstance(node, ir.Probe | ir.Over) or (isinstance(node, ir.Call) and node.function in _STATEFUL)
+        isinstance(node, ir.Probe)
+        or is_measured(node)
+        or (isinstance(node, ir.Call) and node.function in ACCUMULATORS | MEMORIES)
         for node in nodes
     )
     looks_up = any(isinstance(node, ir.Lookup) for node in nodes)
     return names | {"steps"} if looks_up else names, stateful
-
-
-_STATEFUL = ACCUMULATORS | MEMORIES | NORMS | {"cross"}
 
 
 def truth(clause: ir.Expression | None, view: View) -> Truth:

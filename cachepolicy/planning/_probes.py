@@ -10,6 +10,7 @@ from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.traversal import children
+from cachepolicy.language.vocabulary import MEMORIES
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import ProbePlace
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
@@ -174,7 +175,7 @@ class ProbeLocator:
                     yield from self._visit(node.value, seen, now=now, me=member)
             case _:
                 # On another branch the value is measured in another call.
-                elsewhere = isinstance(node, ir.Call) and node.function in {"prev", "kept", "cross"}
+                elsewhere = isinstance(node, ir.Call) and node.function in MEMORIES | {"cross"}
                 for child in children(node):
                     yield from self._visit(child, seen, now=now and not elsewhere, me=me)
 

@@ -180,8 +180,8 @@ def _values(document: PolicyDocument, context: ExpressionPlace) -> Iterator[Comp
     if "clock word" not in context.knows:
         return
     yield from _explained(CLOCK, "clock")
-    unknown = NORMS if "signal" not in context.knows else frozenset[str]()
-    unknown |= MEMORIES if not context.memory else frozenset[str]()
+    unknown = NORMS | {"wiener"} if "signal" not in context.knows else frozenset[str]()
+    unknown |= MEMORIES | {"cross"} if not context.memory else frozenset[str]()
     unknown |= ACCUMULATORS if not context.accumulators else frozenset[str]()
     yield from _explained((function for function in FUNCTIONS if function not in unknown), "function")
 

@@ -373,7 +373,7 @@ external strength: float
         (
             "match attention when |",
             {"t", "step", "late", "ratios", "interval", "not", "min"},
-            {"head", "l1", "prev", "off"},
+            {"head", "l1", "prev", "off", "cross", "wiener"},
         ),
         ("match attention when t in |", {"window", "names"}, {"interval", "t"}),
         ("match attention while |", {"head", "l1", "kept", "sum", "latch", "gap", "t"}, {"output", "strength"}),
@@ -400,7 +400,7 @@ external strength: float
         ("param x: int = |", {"off", "true", "inf"}, {"t", "interval"}),
         ("external x: |", {"float"}, {"int"}),
         ("param |", set(), {"t", "interval"}),
-        ("signal x = |", {"output", "residual", "head", "relative_l1", "prev"}, {"sum", "strength"}),
+        ("signal x = |", {"output", "residual", "head", "relative_l1", "prev", "cross", "wiener"}, {"sum", "strength"}),
         ("expect block over 3 |", {"steps"}, {"t"}),
         ("expect block over 3 steps with |", {"t", "sigma", "head", "interval"}, {"late", "min"}),
         ("expect block over 3 steps: |", {"C", "R"}, {"t"}),

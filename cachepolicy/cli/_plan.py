@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.guidance import reads_guidance, without_uncond
 from cachepolicy.planning.open_signals import replay_open, simulate_open
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.simulation import Schedule
+from cachepolicy.planning.simulation import Schedule, numbers_by_branch, refuse_unknown
 from cachepolicy.reports import overview
 from cachepolicy.reports import text as report_text
 from cachepolicy.reports.html.page import page
@@ -85,20 +84,17 @@ def _recorded(plan: Plan, trajectory: Trajectory, sampled: SampledModel) -> Sche
     ticks = [replace(call.tick, uncond_skipped=False) for call in trajectory.calls]
     number = {site.name: site.index for site in trajectory.plan.sites}
     given = sampled.arguments["signals"]
+    refuse_unknown(plan, given)
+    steps = ticks[0].steps or 1 + max(tick.step for tick in ticks)
+    series = {name: numbers_by_branch(name, value, steps, [""])[""] for name, value in given.items()}
     measured = dict[tuple[int, str], dict[int, dict[str, float]]]()
     for tick, call in zip(ticks, trajectory.calls, strict=True):
         first = next(iter(call.signals.values()), dict[str, float]())
-        own = {name: _at(value, tick.step) for name, value in given.items()}
+        own = {name: numbers[tick.step] for name, numbers in series.items()}
         measured[tick.step, tick.branch] = {
             site.index: {**first, **call.signals.get(number.get(site.name, -1), {}), **own} for site in plan.sites
         }
     return replay_open(plan, ticks, measured)
-
-
-def _at(value: float | Sequence[float], step: int) -> float:
-    if isinstance(value, int | float):
-        return value
-    return value[step] if step < len(value) else math.nan
 
 
 def show_overview(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None, *, as_json: bool) -> None:

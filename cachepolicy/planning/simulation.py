@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,7 +157,7 @@ def simulate(
     error = untold(bound, ticks[0]) if ticks else None
     if error is not None:
         raise error
-    series = {name: _by_branch(name, value, steps, branches) for name, value in (signals or {}).items()}
+    series = {name: numbers_by_branch(name, value, steps, branches) for name, value in (signals or {}).items()}
     values = {
         (tick.step, tick.branch): {name: numbers[tick.branch][tick.step] for name, numbers in series.items()}
         for tick in ticks
@@ -269,7 +269,14 @@ def evenly(steps: int) -> list[float]:
     return [999.0 * (steps - 1 - step) / (steps - 1) if steps > 1 else 999.0 for step in range(steps)]
 
 
-def _by_branch(name: str, value: SignalValues, steps: int, branches: Sequence[str]) -> Mapping[str, Sequence[float]]:
+def numbers_by_branch(
+    name: str, value: SignalValues, steps: int, branches: Sequence[str]
+) -> Mapping[str, Sequence[float]]:
+    """Returns the given numbers of a signal by branch and step.
+
+    Raises:
+        PolicyError: E255, there is not one number for each step.
+    """
     if isinstance(value, Mapping):
         return {branch: _by_step(name, value.get(branch, ()), steps) for branch in branches}
     return dict.fromkeys(branches, _by_step(name, value, steps))
@@ -287,17 +294,26 @@ def _by_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[
     return [float(number) for number in value]
 
 
+def refuse_unknown(bound: Plan, numbers: Iterable[str]) -> None:
+    """Refuses numbers of what is neither a signal nor an external of the policy.
+
+    Raises:
+        PolicyError: E256.
+    """
+    known = [*(signal.name for signal in bound.resolved.signals), *bound.resolved.externals]
+    unknown = next((name for name in numbers if name not in known), None)
+    if unknown is not None:
+        raise PolicyError.of("E256", f"the policy has no signal `{unknown}`", help=suggestion(unknown, known))
+
+
 def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
     """Returns the plan with signals that follow from given numbers substituted.
 
     Raises:
         PolicyError: A clause reads a signal that is neither given nor computable, or a given name is unknown.
     """
+    refuse_unknown(bound, numbers)
     signals = {signal.name: signal.value for signal in bound.resolved.signals}
-    unknown = [name for name in numbers if name not in signals and name not in bound.resolved.externals]
-    if unknown:
-        known = [*signals, *bound.resolved.externals]
-        raise PolicyError.of("E256", f"the policy has no signal `{unknown[0]}`", help=suggestion(unknown[0], known))
     values = close_signals(bound.resolved.signals, numbers)
     rules = list[BoundRule]()
     for rule in bound.rules:

@@ -95,7 +95,7 @@ class Trajectory:
         records = self._records
         for index in range(self._expanded, len(records)):
             record = records[index]  # read once, because another thread may expand it meanwhile
-            if type(record) is tuple:
+            if not isinstance(record, CallRecord):
                 records[index] = CallRecord(*record)
             self._expanded = index + 1
         return records

@@ -8,6 +8,10 @@ source "github.com/nunchaku-tech/nunchaku"
 param multi: float = 0.09 in [0, inf) "largest relative change in the blocks of two streams"
 param single: float = 0.12 in [0, inf) "largest relative change in the blocks of one stream"
 
+preset flux for class "^FluxTransformer2DModel$" with multi = 0.09, single = 0.12
+  source
+    "github.com/nunchaku-tech/nunchaku"
+
 signal multi_head = residual(blocks[0] of "^transformer_blocks$")
 signal multi_drift = relative_l1(multi_head, kept(multi_head))
 signal single_head = residual(blocks[0] of "^single_transformer_blocks$")

@@ -21,7 +21,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read_policy
 from cachepolicy.language.parser import parse, recover
-from cachepolicy.language.presets import fits
+from cachepolicy.language.presets import ModelFacts, by_name, fits
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
@@ -334,6 +334,7 @@ def report_command(*, trace: str | None, html: str | None, perfetto: str | None,
 def list_command(*, model: str | None, as_json: bool) -> None:
     """List the shipped policies, or with --model those with a preset for the model.
 
+    A preset that is said to be chosen by name is for a model of this class that its configuration does not tell.
     Figures in the source of a preset are those of its authors.
     """
     policies = {name: load(f"{SHIPPED}{name}") for name in shipped_policies()}
@@ -352,12 +353,12 @@ def list_command(*, model: str | None, as_json: bool) -> None:
 
 
 def _list_presets(policies: Mapping[str, ir.Policy], model: str, *, as_json: bool) -> None:
-    facts = read_model(model).skeleton.facts
+    facts = read_model(model).skeleton.facts or ModelFacts(model)
     found = [
         (name, preset)
         for name, policy in policies.items()
         for preset in policy.statements
-        if isinstance(preset, ir.Preset) and facts is not None and fits(preset, facts)
+        if isinstance(preset, ir.Preset) and (by_name(preset, facts) or fits(preset, facts))
     ]
     if as_json:
         output.say_json(
@@ -367,6 +368,7 @@ def _list_presets(policies: Mapping[str, ir.Policy], model: str, *, as_json: boo
                     "preset": preset.name,
                     "settings": {setting.name: format_node(setting.value) for setting in preset.settings},
                     "source": preset.origin,
+                    "by_name": not fits(preset, facts),
                 }
                 for name, preset in found
             ]
@@ -374,10 +376,19 @@ def _list_presets(policies: Mapping[str, ir.Policy], model: str, *, as_json: boo
         return
     for name, preset in found:
         source = f"  ({preset.origin})" if preset.origin else ""
-        settings = ", ".join(f"{setting.name} = {format_node(setting.value)}" for setting in preset.settings)
-        output.say(f"{name}: preset {preset.name}{source}\n  {settings}")
+        settings = ", ".join(f"{setting.name} = {_short(setting.value)}" for setting in preset.settings)
+        chosen = "" if fits(preset, facts) else f', chosen by name: preset="{preset.name}"'
+        output.say(f"{name}: preset {preset.name}{source}{chosen}\n  {settings}")
     if not found:
-        output.say(f"no shipped policy has a preset for `{facts.class_name if facts is not None else model}`")
+        output.say(f"no shipped policy has a preset for `{facts.class_name}`")
+
+
+def _short(value: ir.Expression) -> str:
+    """Returns the text of a value; of a long list, its ends."""
+    if isinstance(value, ir.ListOf) and len(value.items) > 8:
+        first, last = format_node(value.items[0]), format_node(value.items[-1])
+        return f"[{first}, ..., {last}] of {len(value.items)}"
+    return format_node(value)
 
 
 @main.command("show")

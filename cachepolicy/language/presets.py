@@ -50,6 +50,15 @@ def fits(preset: ir.Preset, model: ModelFacts) -> bool:
         return False
 
 
+def by_name(preset: ir.Preset, model: ModelFacts) -> bool:
+    """Returns whether a preset is for models of this class, but has to be chosen by name: its condition is `false`."""
+    return (
+        isinstance(preset.when, ir.Boolean)
+        and not preset.when.value
+        and bool(searcher(preset.for_class)(model.class_name))
+    )
+
+
 def choose(
     presets: Sequence[ir.Preset], model: ModelFacts | None, chosen: str | None, given: Mapping[str, object]
 ) -> tuple[str | None, dict[str, ir.Expression]]:

@@ -633,11 +633,19 @@ def test_list_of_a_model_shows_its_presets(run, tmp_path):
     (tmp_path / "wan" / "config.json").write_text(json.dumps(config))
     result = run("list", "--model", "wan")
     assert (
-        "taylorseer: preset wan  (github.com/Shenyi-Z/TaylorSeer)\n  interval = 5, first = 1, order = 1"
-        in result.stdout
+        "taylorseer: preset wan  (github.com/Shenyi-Z/TaylorSeer/tree/main/TaylorSeer-Wan2.1)\n"
+        "  interval = 5, first = 1, order = 1\n" in result.stdout
     )
-    assert "teacache: preset wan_t2v_1_3b" in result.stdout
+    assert "teacache: preset wan_t2v_1_3b  (" in result.stdout
+    assert ', chosen by name: preset="wan_i2v_480"\n' in result.stdout
+    assert "ratios = [1.0, ..., 0.81838] of 50\n" in result.stdout
     listed = json.loads(run("list", "--model", "wan", "--json").stdout)
-    assert [("taylorseer", "wan"), ("teacache", "wan_t2v_1_3b")] == [(each["name"], each["preset"]) for each in listed]
-    (tmp_path / "wan" / "config.json").write_text(json.dumps(config | {"_class_name": "LTXVideoTransformer3DModel"}))
-    assert "no shipped policy has a preset for `LTXVideoTransformer3DModel`\n" == run("list", "--model", "wan").stdout
+    assert [
+        ("easycache", "wan"),
+        ("fbc", "wan"),
+        ("magcache", "wan_t2v_1_3b"),
+        ("taylorseer", "wan"),
+        ("teacache", "wan_t2v_1_3b"),
+    ] == [(each["name"], each["preset"]) for each in listed if not each["by_name"]]
+    (tmp_path / "wan" / "config.json").write_text(json.dumps(config | {"_class_name": "SD3Transformer2DModel"}))
+    assert "no shipped policy has a preset for `SD3Transformer2DModel`\n" == run("list", "--model", "wan").stdout

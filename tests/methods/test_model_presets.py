@@ -24,6 +24,9 @@ PRESETS = {
     for name in shipped_policies()
     if (found := [each for each in cachepolicy.load(name).statements if isinstance(each, ir.Preset)])
 }
+ELSEWHERE = ["OpenSoraT2V", "STDiT3"]
+"""Classes of models that diffusers does not have."""
+
 CLASSES = sorted(name for name in dir(diffusers) if name.endswith(("Transformer2DModel", "Transformer3DModel")))
 MODELS = {
     "FluxTransformer2DModel": "flux",
@@ -34,6 +37,8 @@ MODELS = {
     "CogVideoXTransformer3DModel": "cogvideox",
     "ConsisIDTransformer3DModel": "consisid",
     "WanTransformer3DModel": "wan",
+    "LTXVideoTransformer3DModel": "ltx",
+    "LatteTransformer3DModel": "latte",
 }
 """Models of the zoo with the classes of TeaCache's presets."""
 
@@ -45,10 +50,10 @@ def names(policy: str, class_name: str, **config: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("policy", PRESETS)
-def test_presets_are_for_one_class_of_diffusers(policy: str) -> None:
-    """The regex of a preset takes exactly one class of diffusers."""
+def test_presets_are_for_one_class(policy: str) -> None:
+    """The regex of a preset takes exactly one class, of diffusers with two exceptions."""
     for preset in PRESETS[policy]:
-        assert 1 == len([name for name in CLASSES if searcher(preset.for_class)(name)]), preset.name
+        assert 1 == len([name for name in [*CLASSES, *ELSEWHERE] if searcher(preset.for_class)(name)]), preset.name
 
 
 @pytest.mark.parametrize("policy", PRESETS)
@@ -92,11 +97,57 @@ def test_models_without_a_polynomial_have_no_preset(config: dict[str, Any]) -> N
     assert [] == names("teacache", "WanTransformer3DModel", **config)
 
 
-@pytest.mark.parametrize("preset", PRESETS["teacache"], ids=lambda preset: preset.name)
-def test_probes_of_teacache_name_one_module(preset: ir.Preset) -> None:
+@pytest.mark.parametrize(
+    ("policy", "preset"),
+    [
+        pytest.param(policy, preset, id=preset.name)
+        for policy in ("teacache", "teacache_inline")
+        for preset in PRESETS[policy]
+        if not any(map(searcher(preset.for_class), ELSEWHERE))
+    ],
+)
+def test_probes_of_teacache_name_one_module(policy: str, preset: ir.Preset) -> None:
     """The probe of a preset, or the default, is one module of its class."""
     (class_name,) = (name for name in CLASSES if searcher(preset.for_class)(name))
-    resolved = resolve(cachepolicy.load("teacache"), {"preset": preset.name})
+    resolved = resolve(cachepolicy.load(policy), {"preset": preset.name})
     (probe,) = resolved.settings["probe"]  # pyright: ignore[reportGeneralTypeIssues]
     found = [name for name, _ in zoo.build(MODELS[class_name]).named_modules() if searcher(str(probe))(name)]
     assert 1 == len(found)
+
+
+@pytest.mark.parametrize("name", ["ltx", "latte"])
+def test_the_inline_probe_is_measured_before_the_blocks(name: str) -> None:
+    """The input of the first attention is measured in its block, and no attention runs where the blocks are reused."""
+    model = zoo.build(name)
+    ran = list[int]()
+    attention = model.get_submodule("transformer_blocks.0.attn1.to_q")
+    attention.register_forward_hook(lambda *_: ran.append(1))
+    with cachepolicy.apply(model, "teacache_inline", steps=6, coefficients=[0.0], threshold=1.0) as run:
+        list(zoo.trajectory(name, model, [1000 - 150 * step for step in range(6)]))
+        assert run.trace is not None
+        (row,) = set(run.trace.rows().values())
+    assert "CRRRRC" == row
+    assert 2 == len(ran)
+
+
+def test_hidream_is_planned_by_its_timesteps() -> None:
+    """TeaCache by the timestep decides on a model as the authors' loop does."""
+    times = [1000 * (1 - step / 24) ** 1.3 for step in range(24)]
+    coefficients = [0.5, 1.0, 0.02]
+    expected, total = "", 0.0
+    for step, time in enumerate(times):
+        change = abs(time - times[step - 1]) / times[step - 1]
+        total += 0.5 * change**2 + change + 0.02
+        if step in (0, 23) or total >= 0.3:
+            expected, total = expected + "C", 0.0
+        else:
+            expected += "R"
+    model = zoo.build("hidream")
+    with cachepolicy.apply(
+        model, "teacache_timestep", steps=24, coefficients=coefficients, threshold=0.3, trace=True
+    ) as run:
+        list(zoo.trajectory("hidream", model, times))
+        assert run.trace is not None
+        (row,) = set(run.trace.rows().values())
+    assert expected == row
+    assert "R" in row

@@ -1,265 +1,43 @@
 """Identifies the guidance branch of a root call, by `cache_context` name or by its conditioning tensors.
 
-A history answers only calls of its own branch. Calls that cannot be identified compute. Conditioning tensors are
-compared by identity first, then by value. Numbers that change at each step on a branch are times and do not identify
-it. If several branches have the same conditioning (tiles of one image), the nearest latents decide, if one branch is
-clearly the nearest.
+A history answers only calls of its own branch. Calls that cannot be identified compute. If several branches have the
+same conditioning (tiles of one image), the nearest latents decide, if one branch is clearly the nearest.
 """
-
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# Arguments of models have arbitrary types, which pyright reports as unknown.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from cachepolicy.engine.conditioning import Conditioning, Path, SeenLatents
 
-from cachepolicy.diffusers.argument_names import NEW_AT_EACH_STEP
-
-_Path = tuple[Any, ...]
-_KEPT_BYTES = 64 * 2**20  # larger tensors are compared by identity only
+if TYPE_CHECKING:
+    from cachepolicy.engine.step_context import Branch
 
 
-class _Part:
-    """One tensor or plain value of a conditioning."""
+class StateKey(NamedTuple):
+    """Identity of a state of one root model in a session: the calls that share memories and histories.
 
-    __slots__ = ("_float", "_kept", "_reference", "_value", "_version", "form")
+    With the number of a site, it identifies one history.
 
-    def __init__(self, value: Any) -> None:
-        self._kept: torch.Tensor | None = None
-        self._reference: weakref.ref[torch.Tensor] | None = None
-        self._version = 0
-        self._value: Any = None
-        self._float = isinstance(value, float)
-        self.form: tuple[Any, ...] | None = None
-        if isinstance(value, torch.Tensor):
-            self._reference = weakref.ref(value)
-            self._version = _version(value)
-            self.form = (value.shape, value.dtype, value.device)
-            if type(value) is torch.Tensor and value.numel() * value.element_size() <= _KEPT_BYTES:
-                # `detach` shares the storage and `_version`, but not the autograd graph.
-                self._kept = value.detach()
-        elif value is None or isinstance(value, _PLAIN):
-            self._value = (type(value), value)
-        else:
-            self._value = _reference(value)
+    Attributes:
+        branch: The guidance branch.
+        rows: The group of rows of the batch. None is the whole call.
+        repeat: The pass of one forward over the modules, 0 for the first.
+    """
 
-    @property
-    def overwritten(self) -> bool:
-        """True if the tensor was modified in place since the call."""
-        tensor = None if self._reference is None else self._reference()
-        return tensor is not None and _version(tensor) != self._version
+    branch: str
+    rows: Hashable = None
+    repeat: int = 0
 
-    def is_of(self, value: Any) -> bool:
-        """Return True if the part was made from this value, and the value has not changed since."""
-        if isinstance(value, torch.Tensor):
-            alive = self._reference is not None and self._reference() is value
-            return alive and self._version == _version(value) and self.form == (value.shape, value.dtype, value.device)
-        plain = value is None or isinstance(value, _PLAIN)
-        return plain and self._reference is None and self._value == (type(value), value)
-
-    def same(self, other: _Part) -> bool:
-        """Return True for the same live, unmodified tensor, or equal plain values."""
-        if self._reference is None or other._reference is None:
-            return self._reference is other._reference and self._value == other._value
-        mine = self._reference()
-        return mine is not None and mine is other._reference() and self._version == other._version
-
-    def equal(self, other: _Part) -> bool:
-        """Return True for the same part or equal tensors. Comparing values synchronizes with their device."""
-        if self.same(other):
-            return True
-        one, two = self._intact(), other._intact()
-        if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype or one.device != two.device:
-            return False
-        return one.device.type != "meta" and torch.equal(one, two)
-
-    def counts(self) -> bool:
-        """Return True for a float, or a float tensor of one repeated value. If it changes, it is a time."""
-        if self._reference is None:
-            return self._float
-        kept = self._intact()
-        if kept is None or not kept.is_floating_point() or kept.device.type == "meta" or not kept.numel():
-            return False
-        return kept.numel() == 1 or bool((kept == kept.flatten()[0]).all())
-
-    def _intact(self) -> torch.Tensor | None:
-        kept = self._kept
-        return kept if kept is not None and _version(kept) == self._version else None
-
-
-_PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.layout)
-
-
-def _reference(value: object) -> object:
-    """Return a stand-in for an object. Its `id` is not used, because Python reuses ids of dead objects."""
-    try:
-        return _Alive(weakref.ref(value))
-    except TypeError:
-        return _Held(value)
-
-
-class _Alive:
-    """A weakly referenced object, equal only to the same live object."""
-
-    __slots__ = ("_of",)
-
-    def __init__(self, of: weakref.ref[Any]) -> None:
-        self._of = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Alive) and self._of() is not None and self._of() is other._of()
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-class _Held:
-    """An object without support for weak references, equal only to the same object."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self._value is other._value
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class Conditioning:
-    """All arguments of a call except latents and timestep, flattened to parts."""
-
-    __slots__ = ("_flat", "parts")
-
-    def __init__(self, named: Mapping[str, Any]) -> None:
-        self.parts: dict[_Path, _Part] = {}
-        self._flat: dict[str, _Part | None] = {}
-        """The parts of arguments that are no containers, and None for arguments that are left out."""
-        for name, value in named.items():
-            if NEW_AT_EACH_STEP.search(name):
-                self._flat[name] = None
-                continue
-            self._note((name,), value)
-            if (name,) in self.parts:
-                self._flat[name] = self.parts[name,]
-
-    def is_of(self, named: Mapping[str, Any]) -> bool:
-        """Return True if it was made from these arguments, none is a container, and none has changed since."""
-        flat = self._flat
-        if flat.keys() != named.keys():
-            return False
-        for name, value in named.items():
-            part = flat[name]
-            if part is not None and not part.is_of(value):
-                return False
-        return True
-
-    def _note(self, path: _Path, value: Any) -> None:
-        if isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                self._note((*path, index), item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                self._note((*path, key), item)
-        else:
-            self.parts[path] = _Part(value)
-
-    @property
-    def overwritten(self) -> bool:
-        """True if a tensor was modified in place since the call."""
-        return any(part.overwritten for part in self.parts.values())
-
-    def same(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
-        """Return True if all parts are identical."""
-        return self._matches(other, besides, _Part.same)
-
-    def equal(self, other: Conditioning, besides: frozenset[_Path] = frozenset()) -> bool:
-        """Return True if all parts are identical or equal."""
-        return self._matches(other, besides, _Part.equal)
-
-    def _matches(self, other: Conditioning, besides: frozenset[_Path], alike: Any) -> bool:
-        if self is other:
-            return True
-        if (self.parts.keys() ^ other.parts.keys()) - besides:
-            return False
-        both = [path for path in self.parts if path in other.parts and path not in besides]
-        return all(alike(self.parts[path], other.parts[path]) for path in both)
-
-    def differing(self, other: Conditioning) -> frozenset[_Path]:
-        """Return the paths of the parts that differ."""
-        both = self.parts.keys() & other.parts.keys()
-        unequal = {path for path in both if not self.parts[path].equal(other.parts[path])}
-        return frozenset(unequal | (self.parts.keys() ^ other.parts.keys()))
-
-    def counting(self, other: Conditioning, paths: frozenset[_Path]) -> frozenset[_Path]:
-        """Return those of the given paths that are numbers in both."""
-        both = paths & self.parts.keys() & other.parts.keys()
-        return frozenset(path for path in both if self.parts[path].counts() and other.parts[path].counts())
-
-    def reshaped(self, other: Conditioning) -> bool:
-        """Return True if the shape, dtype or device of a part differs, so that no history can fit."""
-        both = self.parts.keys() & other.parts.keys()
-        return any(self.parts[path].form != other.parts[path].form for path in both)
-
-
-class SeenLatents:
-    """The latents of a call, for comparison with those of later calls."""
-
-    __slots__ = ("_tensor", "_version")
-
-    def __init__(self, value: Any) -> None:
-        tensor = value[0] if isinstance(value, list | tuple) and value else value
-        self._tensor: torch.Tensor | None = None
-        self._version = 0
-        if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.device.type != "meta":
-            # Inference tensors have no `_version`, so in-place writes cannot be detected. Keep a clone.
-            self._tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
-            self._version = _version(self._tensor)
-
-    @property
-    def few(self) -> bool:
-        """True if the latents are missing, or too small for a reliable distance."""
-        return self._tensor is None or self._tensor.numel() < _FEW
-
-    def distance(self, other: SeenLatents) -> float | None:
-        """Return the distance of two latents in units of the spread of this one.
-
-        Unrelated noise has a distance of about 1.4.
-
-        Returns:
-            The distance, None if it is unknown, or infinity if the shapes or devices differ.
-        """
-        one, two = self._intact(), other._intact()
-        if one is None or two is None:
-            return None
-        if one.shape != two.shape or one.device != two.device:
-            return float("inf")
-        one, two = one.float(), two.float()
-        apart = float(((one - one.mean()) - (two - two.mean())).abs().mean())
-        return 0.0 if apart == 0 else apart / max(float((one - one.mean()).abs().mean()), 1e-12)
-
-    @property
-    def overwritten(self) -> bool:
-        """True if the latents were modified in place since the call."""
-        return self._tensor is not None and self._intact() is None
-
-    def _intact(self) -> torch.Tensor | None:
-        return self._tensor if self._tensor is not None and _version(self._tensor) == self._version else None
+    def of(self, branch: str) -> StateKey:
+        """Return the key of the same rows and pass on another branch."""
+        return StateKey(branch, self.rows, self.repeat)
 
 
 FAR = 1.0
 """Largest distance of two stages of one step. Different tiles, or the noise of different images, are farther apart."""
-_FEW = 32
-"""The smallest number of elements for a reliable distance."""
 _CLEARLY = 0.5
 """The nearest tile must be nearer than this multiple of the second distance."""
 _IN_TURN = 0.95
@@ -268,18 +46,33 @@ _IN_TURN = 0.95
 
 @dataclass(slots=True)
 class Known:
-    """State of a known branch: its last call, the parts that change, and when it was called.
+    """A branch at its last call: what identifies it, the parts that change, and its state.
 
-    `restless` is True if the last call was assigned to the branch although its conditioning differs.
+    Attributes:
+        key: The identity of the state.
+        name: The name that the caller gave, or None.
+        signature: The signature of the arguments.
+        number: The number of the step.
+        state: The memories and histories. None before the branch has any.
+        changing: The parts of the conditioning that change at each step.
+        count: The number of calls.
+        restless: Whether the call was assigned to the branch although its conditioning differs.
+        doubtful: Whether the call may belong to another branch, so that no history is used.
+        stale: Whether the signature has changed, so that no history applies.
     """
 
+    key: StateKey
     name: str | None
     conditioning: Conditioning
     latents: SeenLatents
-    changing: frozenset[_Path] = frozenset()
+    signature: Any
+    number: int
+    state: Branch | None = None
+    changing: frozenset[Path] = frozenset()
     count: int = 1
-    number: int = 0
     restless: bool = False
+    doubtful: bool = False
+    stale: bool = False
 
     @property
     def lasts(self) -> bool:
@@ -291,12 +84,12 @@ class Known:
 class BranchMatch:
     """The branch of a call. If `doubtful`, its history is not used.
 
-    `revives` names a branch: its history from before a doubtful call of this step belongs to this branch.
+    `revives` is a branch: its state from before a doubtful call of this step belongs to this branch.
     """
 
-    branch: str
+    key: StateKey
     doubtful: bool = False
-    revives: str | None = None
+    revives: StateKey | None = None
 
 
 @dataclass(slots=True)
@@ -317,20 +110,13 @@ class Calls:
     trajectory: int = -1
     raw: Any = None
     context: object = None
-    present: list[str] = field(default_factory=list[str])
-    known: dict[str, Known] = field(default_factory=dict[str, Known])
-    doubted: dict[str, Known] = field(default_factory=dict[str, Known])
-    signatures: dict[str, Any] = field(default_factory=dict[str, Any])
+    present: list[StateKey] = field(default_factory=list[StateKey])
+    known: dict[StateKey, Known] = field(default_factory=dict[StateKey, Known])
+    doubted: dict[StateKey, Known] = field(default_factory=dict[StateKey, Known])
 
     def copy(self) -> Calls:
         """Return a copy that later calls do not change."""
-        return replace(
-            self,
-            present=[*self.present],
-            known={**self.known},
-            doubted={**self.doubted},
-            signatures={**self.signatures},
-        )
+        return replace(self, present=[*self.present], known={**self.known}, doubted={**self.doubted})
 
     def follow(self, number: int) -> None:
         """Set the number of the current step. A new number clears the state of the step."""
@@ -343,7 +129,6 @@ class Calls:
         """Begin a trajectory without known branches."""
         self.trajectory = trajectory
         self.known.clear()
-        self.signatures.clear()
 
     def conditioning(self, named: Mapping[str, Any]) -> Conditioning:
         """Return the conditioning of a call: that of the last call of a branch, if the arguments are the same."""
@@ -352,7 +137,7 @@ class Calls:
                 return known.conditioning
         return Conditioning(named)
 
-    def matching(self, name: str | None, conditioning: Conditioning) -> list[str]:
+    def matching(self, name: str | None, conditioning: Conditioning) -> list[StateKey]:
         """Return the known branches that fit this call: by name, else by conditioning."""
         if name is not None:
             return [branch for branch, known in self.known.items() if known.name == name]
@@ -367,7 +152,7 @@ class Calls:
             branch for branch, known in unnamed.items() if conditioning.equal(known.conditioning, known.changing)
         ]
 
-    def stage(self, matching: Sequence[str], latents: SeenLatents) -> bool:
+    def stage(self, matching: Sequence[StateKey], latents: SeenLatents) -> bool:
         """Return True if this call is another stage of the current step, as in second-order samplers.
 
         A stage repeats a call on nearby latents.
@@ -378,34 +163,36 @@ class Calls:
         return any(distance is not None and (latents.few or distance <= FAR) for distance in distances)
 
     def assign(
-        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
-    ) -> BranchMatch:
+        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, signature: Any,
+        matching: Sequence[StateKey],
+    ) -> Known:  # fmt: skip
         """Assign the next call of the current step to a branch, and record it."""
-        matching = [branch for branch in matching if branch in self.known]
+        matching = [key for key in matching if key in self.known]
         match = self._found(name, conditioning, latents, matching)
-        branch = match.branch
-        before = self.known.get(branch)
-        changing, restless = frozenset[_Path](), False
+        key = match.key
+        before = self.known.get(key) if match.revives is None else self.doubted.pop(match.revives)
+        known = self.known[key] = Known(key, name, conditioning, latents, signature, self.number)
+        known.doubtful = match.doubtful
+        self.present.append(key)
+        if before is None:
+            return known
+        known.state, known.count, known.stale = before.state, before.count + 1, before.signature != signature
         if match.revives is not None:
-            before = self.doubted.pop(match.revives)
             # The doubtful call was the start of another branch, so neither branch has changed.
             other = self.known[match.revives]
             other.changing, other.count, other.restless = frozenset(), 1, False
-        if before is not None:
-            changing = before.changing if match.revives is None else frozenset()
-            if match.doubtful and branch not in matching:
-                self.doubted[branch] = before
-                if not conditioning.reshaped(before.conditioning):
-                    differing = conditioning.differing(before.conditioning)
-                    changing |= conditioning.counting(before.conditioning, differing)
-                    restless = bool(differing - changing)
-        count = 1 if before is None else before.count + 1
-        self.known[branch] = Known(name, conditioning, latents, changing, count, self.number, restless)
-        self.present.append(branch)
-        return match
+            return known
+        known.changing = before.changing
+        if match.doubtful and key not in matching:
+            self.doubted[key] = before
+            if not conditioning.reshaped(before.conditioning):
+                differing = conditioning.differing(before.conditioning)
+                known.changing |= conditioning.counting(before.conditioning, differing)
+                known.restless = bool(differing - known.changing)
+        return known
 
     def _found(
-        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
+        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: Sequence[StateKey]
     ) -> BranchMatch:
         if name is None:
             for branch, known in self.doubted.items():
@@ -421,7 +208,7 @@ class Calls:
                 return BranchMatch(waiting[0], doubtful=not self._alone(waiting[0], conditioning))
         return BranchMatch(self._new(name))
 
-    def _may_continue(self, branch: str, conditioning: Conditioning) -> bool:
+    def _may_continue(self, branch: StateKey, conditioning: Conditioning) -> bool:
         """Return True if a branch of the previous step may continue with this call despite other conditioning.
 
         After one call any part may be changing, later only parts that changed before. A batch may also lose a half. The
@@ -432,13 +219,13 @@ class Calls:
             return False
         return known.count == 1 or known.restless or not known.lasts or conditioning.reshaped(known.conditioning)
 
-    def _alone(self, branch: str, conditioning: Conditioning) -> bool:
+    def _alone(self, branch: StateKey, conditioning: Conditioning) -> bool:
         """Return True if the conditioning is only a changing number, and there is only one branch."""
         known = self.known[branch]
         return len(self.known) == 1 and not known.lasts and conditioning.equal(known.conditioning, known.changing)
 
     def _sibling(
-        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: list[str]
+        self, name: str | None, conditioning: Conditioning, latents: SeenLatents, matching: Sequence[StateKey]
     ) -> BranchMatch:
         """Choose between branches with the same name or conditioning."""
         exact = [branch for branch in matching if conditioning.equal(self.known[branch].conditioning)]
@@ -457,12 +244,12 @@ class Calls:
                 return BranchMatch(self._new(name))
         return BranchMatch(waiting[0], doubtful=True) if waiting else BranchMatch(self._new(name))
 
-    def _new(self, name: str | None) -> str:
-        """Return an unused branch name. The first unnamed branch is "", others are numbered."""
+    def _new(self, name: str | None) -> StateKey:
+        """Return an unused key. The first unnamed branch is "", others are numbered."""
         if name is not None:
             taken = sum(known.name == name for known in self.known.values())
-            return f"{name} {taken + 1}" if taken else name
+            return StateKey(f"{name} {taken + 1}" if taken else name)
         number = len(self.known)
-        while (branch := str(number) if number else "") in self.known:
+        while (key := StateKey(str(number) if number else "")) in self.known:
             number += 1
-        return branch
+        return key

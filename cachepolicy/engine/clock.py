@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachepolicy.diffusers.argument_names import POSITIONS_OR_MASKS, TIMESTEP_NAMES
 from cachepolicy.diffusers.timestep_scaling import Scale, listed_class, scale_of, unused_timesteps
-from cachepolicy.engine.cfg_branches import FAR, Calls, SeenLatents
+from cachepolicy.engine.cfg_branches import FAR, Calls, Known, StateKey
+from cachepolicy.engine.conditioning import SeenLatents
 from cachepolicy.engine.history_packing import leaves
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError, warn
@@ -287,18 +288,14 @@ class Reading:
     Attributes:
         tick: Step, timestep and branch of the call.
         starts: Whether a trajectory starts with this call.
-        stale: Whether the signature of the arguments changed, so that histories do not apply.
         ahead: What is known of the remaining steps.
-        doubtful: See `BranchMatch`.
-        revives: See `BranchMatch`.
+        known: The branch of the call.
     """
 
     tick: Tick
     starts: bool
-    stale: bool
     ahead: Ahead
-    doubtful: bool = False
-    revives: str | None = None
+    known: Known
 
 
 @dataclass(slots=True)
@@ -306,7 +303,7 @@ class _Repeats:
     """Compares a call with the earlier calls of the same step."""
 
     calls: Calls
-    matching: Sequence[str]
+    matching: Sequence[StateKey]
     latents: SeenLatents
 
     def same(self) -> bool:
@@ -364,13 +361,8 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     starts = calls.trajectory != clock.trajectories
     if starts:
         calls.begin(clock.trajectories)
-    match = calls.assign(name, conditioning, latents, list(repeats.matching))
-    branch = match.branch
-    signature = arguments.signature()
-    stale = not starts and calls.signatures.get(branch, signature) != signature
-    calls.signatures[branch] = signature
-    tick, ahead = _with_context(tick, branch, context), _ahead(clock, context)
-    return Reading(tick, starts, stale, ahead, match.doubtful, match.revives)
+    known = calls.assign(name, conditioning, latents, arguments.signature(), repeats.matching)
+    return Reading(_with_context(tick, known.key.branch, context), starts, _ahead(clock, context), known)
 
 
 _UNKNOWN = Ahead()

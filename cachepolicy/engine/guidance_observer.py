@@ -102,8 +102,9 @@ def release(call: ForwardPass) -> None:
 
 def to_come(call: ForwardPass) -> bool:
     """Return whether an unconditional call of its own may follow in this step."""
-    named = call.context.tick.branch in COND_BRANCHES or UNCOND_BRANCHES & call.state.branches.keys()
-    return bool(named) and UNCOND_BRANCHES.isdisjoint(call.state.calls.present)
+    calls = call.state.calls
+    named = call.context.tick.branch in COND_BRANCHES or any(key.branch in UNCOND_BRANCHES for key in calls.known)
+    return named and not any(key.branch in UNCOND_BRANCHES for key in calls.present)
 
 
 def _is_read(call: ForwardPass) -> bool:

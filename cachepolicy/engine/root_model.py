@@ -275,16 +275,14 @@ class RootModel(Handle):
         self, session_config: SessionConfig, state: State, reading: Reading, *, again: bool = False
     ) -> tuple[StepContext, Ledger]:
         """Decide the sites of a call on its guidance branch. `again` lets every site compute."""
-        execution, tick = state.execution, reading.tick
+        execution, tick, known = state.execution, reading.tick, reading.known
         if execution.approximation is not None and tick.branch in COND_BRANCHES:
-            for name in UNCOND_BRANCHES & state.branches.keys():
-                other = state.branches[name]
-                alone = rebuilds_uncond(execution.program, other.partition, other.memories, replace(tick, branch=name))
-                tick = replace(tick, uncond_skipped=alone)
-        if tick.step != state.step:
-            state.decided.clear()
-            state.doubted.clear()
-            state.step = tick.step
+            for key, other in state.branches.items():
+                if key.branch in UNCOND_BRANCHES:
+                    there = replace(tick, branch=key.branch)
+                    alone = rebuilds_uncond(execution.program, other.partition, other.memories, there)
+                    tick = replace(tick, uncond_skipped=alone)
+        state.step = tick.step
         branch, facts = self._branch(state, reading, again=again)
         if state.account is not None:
             state.account.give_way()
@@ -301,36 +299,36 @@ class RootModel(Handle):
             measuring = Measuring(
                 execution.signals, branch.remembered, tick, execution.program.tables,
                 memory_of=lambda site: branch.memories[branch.partition.group_of[site]],
-                others=lambda name: state.branches[name].remembered if name in state.branches else None,
+                others=lambda name: None if (other := state.sibling(known, name)) is None else other.remembered,
                 worst=session_config.options.samples == "max", agreement=state.agreement, undefined=self.remeasured,
             )  # fmt: skip
         audit = Audit() if state.audited else None
         context = StepContext(self, execution, branch, tick, liveness, session_config.options.externals, audit)
         leaders = _NO_LEADERS
         if execution.followed:
-            leaders = {name: state.decided[name] for name in execution.followed if name in state.decided}
+            others = {name: state.sibling(known, name) for name in execution.followed}
+            leaders = {
+                name: other.decided[1]
+                for name, other in others.items()
+                if other is not None and other.decided is not None and other.decided[0] == tick.step
+            }
         return context, Ledger(context, leaders, measuring, facts, state.company)
 
     def _branch(self, state: State, reading: Reading, *, again: bool) -> tuple[Branch, dict[int, str]]:
         """Return the branch of a call, and per site the reason where its history does not fit."""
-        name = reading.tick.branch
-        if reading.revives is not None and reading.revives in state.doubted:
-            state.branches[name] = state.doubted.pop(reading.revives)
-        branch = state.branches.get(name)
-        if branch is not None and not (again or reading.stale or reading.doubtful):
+        known = reading.known
+        branch = known.state
+        if branch is not None and not (again or known.stale or known.doubtful):
             return branch, {}
         slots, execution = self._storage.slots(state, reading.tick, reading.ahead), state.execution
         if branch is None:
-            branch = state.branches[name] = Branch(execution.program.coarse, execution.recall.start, slots)
-            return branch, {}
-        # The history is discarded, the memories stay. An uncertain branch is kept aside, in case the call turns out to
-        # be of another branch.
-        if name in state.calls.doubted and not again:
-            state.doubted[name] = branch
-        reason = Fact.RERUN if again else Fact.MISFIT if reading.stale else Fact.UNKNOWN_BRANCH
-        state.branches[name] = Branch(branch.partition, branch.memories, slots)
+            known.state = Branch(execution.program.coarse, execution.recall.start, slots)
+            return known.state, {}
+        # The history is discarded, the memories stay. `Calls.doubted` keeps an uncertain branch aside.
+        reason = Fact.RERUN if again else Fact.MISFIT if known.stale else Fact.UNKNOWN_BRANCH
+        known.state = Branch(branch.partition, branch.memories, slots)
         state.guide = Guide()
-        return state.branches[name], dict.fromkeys(range(len(slots)), reason)
+        return known.state, dict.fromkeys(range(len(slots)), reason)
 
     def _open(self, call: ForwardPass) -> None:
         """Handle the root model itself, where it is a site or has probes."""
@@ -387,7 +385,7 @@ class RootModel(Handle):
             warn_of_repeats(self)
         self._release(call)
         if context.execution.followed:
-            state.decided[context.tick.branch] = ledger.by_site()
+            context.branch.decided = context.tick.step, ledger.by_site()
         state.count += 1
         state.reused |= reuses
         # A reused result may now be part of an autograd graph: sites then check for gradient checkpointing, which would
@@ -418,7 +416,7 @@ class RootModel(Handle):
             PolicyError: The model has written into its arguments, so that it cannot run again (E342).
         """
         session, state, reading = call.session, call.state, call.reading
-        known = state.calls.known[call.context.tick.branch]
+        known = reading.known
         if known.conditioning.overwritten or known.latents.overwritten:
             refuse_again(self, "the model wrote into its own arguments")
         decided = self._decided(session.session_config or self.session_config, state, reading, again=True)
@@ -465,8 +463,7 @@ class RootModel(Handle):
             state.guide = Guide()
         for other in call.session.states.values():
             if other.step < call.context.tick.step - 1:
-                other.branches.clear()
-                other.guide = Guide()
+                other.release()
 
     def fail(self, call: ForwardPass, error: BaseException) -> None:
         """End the session after an exception.

@@ -12,12 +12,12 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachepolicy.engine.cfg_branches import Calls
+from cachepolicy.engine.cfg_branches import Calls, Known, StateKey
 from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.clock import Clock
 from cachepolicy.engine.distributed.consensus import Agreement
@@ -28,7 +28,7 @@ from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.step_context import Branch
 from cachepolicy.errors import PolicyError, warn
 from cachepolicy.planning.liveness import Liveness
-from cachepolicy.planning.schedule import Decision, Tick
+from cachepolicy.planning.schedule import Tick
 from cachepolicy.tracing.trace import Trajectory
 
 
@@ -38,16 +38,12 @@ class State:
 
     Attributes:
         execution: The plan under the settings of the session.
-        doubted: Branches as they were before a call of this step that may belong to another branch.
         over: Whether the last step has run.
         audited: Whether the answers of the trajectory are compared with computed outputs.
     """
 
     execution: ExecutionPlan
     calls: Calls = field(default_factory=Calls)
-    branches: dict[str, Branch] = field(default_factory=dict[str, Branch])
-    doubted: dict[str, Branch] = field(default_factory=dict[str, Branch])
-    decided: dict[str, Sequence[Decision]] = field(default_factory=dict[str, Sequence[Decision]])
     guide: Guide = field(default_factory=Guide)
     step: int = -1
     reused: bool = False
@@ -66,7 +62,27 @@ class State:
     def held(self) -> int:
         """Bytes of history that the session holds on the root model."""
         guide = storage_bytes(self.guide.held) if self.execution.approximation is not None else 0
-        return guide + sum([branch.held for branch in (*self.branches.values(), *self.doubted.values())])
+        calls = self.calls
+        known = (*calls.known.values(), *calls.doubted.values())
+        return guide + sum([one.state.held for one in known if one.state is not None])
+
+    @property
+    def branches(self) -> dict[StateKey, Branch]:
+        """The states of the branches that have one."""
+        # A list, because another thread may ask while a call adds a branch.
+        return {key: known.state for key, known in list(self.calls.known.items()) if known.state is not None}
+
+    def sibling(self, known: Known, name: str) -> Branch | None:
+        """Return the state of another branch of the same rows, if it has one."""
+        other = self.calls.known.get(known.key.of(name))
+        return None if other is None else other.state
+
+    def release(self) -> None:
+        """Release the memories and histories of all branches, and what guidance keeps."""
+        for known in self.calls.known.values():
+            known.state = None
+        self.calls.doubted.clear()
+        self.guide = Guide()
 
     def abandon(self) -> None:
         """Tell the processes that decide together with this one that the trajectory has failed."""
@@ -79,10 +95,7 @@ class State:
         self.liveness = self.rebuilding = None
         if self.account is not None:
             self.account.waits = False
-        self.branches.clear()
-        self.doubted.clear()
-        self.decided.clear()
-        self.guide = Guide()
+        self.release()
         self.step, self.count = -1, 0
         self.reused = self.over = False
 

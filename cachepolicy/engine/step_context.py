@@ -24,7 +24,7 @@ from cachepolicy.planning.history_spec import axis, is_mean, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.predictors import Weights, weights
-from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT, Memory, Partition, Tick, clock_words
+from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT, Decision, Memory, Partition, Tick, clock_words
 
 if TYPE_CHECKING:
     from cachepolicy.engine.audit import Audit
@@ -49,6 +49,8 @@ class Branch:
     """What the last call released, if its decisions depended only on the clock."""
     ticks: dict[int, Tick] = field(default_factory=dict[int, Tick])
     """The times of the calls so far, by step."""
+    decided: tuple[int, Sequence[Decision]] | None = None
+    """The step and the decisions of the last call by site, where other branches follow them."""
 
     def forget(self) -> None:
         """Release the history. The memories of the decisions stay."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cachepolicy
 from cachepolicy.diffusers.argument_names import TIMESTEP_NAMES
 from cachepolicy.diffusers.timestep_scaling import SCALES, listed_class, scale_of
-from cachepolicy.engine.cfg_branches import Conditioning
+from cachepolicy.engine.conditioning import Conditioning
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse

@@ -14,7 +14,7 @@ from cachepolicy.language.ir import Policy
 from cachepolicy.tools.sampling import Progress
 from cachepolicy.tuning.calibration import Calibration, calibrate
 from cachepolicy.tuning.calls import Calls
-from cachepolicy.tuning.found_policy import FoundPolicy
+from cachepolicy.tuning.found_policy import FoundPolicy, MeasuredPolicy
 from cachepolicy.tuning.levels import LevelTuning, tune_levels
 from cachepolicy.tuning.threshold import ThresholdTuning, tune_threshold
 from cachepolicy.tuning.tuner import SchedulePoint, Tuning, tune
@@ -31,7 +31,7 @@ def show_tuning(
     out: Path,
     run_dir: str | None,
     as_json: bool,
-    report: Path | None = None,
+    report: Path | None,
 ) -> None:
     """Tune, write the policy and print what was found. Progress goes to standard error.
 
@@ -53,12 +53,7 @@ def show_tuning(
         return tune(pipe, training, held_out=held_out, run_dir=run_dir, progress=progress, **target)
 
     result = _found(pipe, search, out, run_dir)
-    if report is not None:
-        try:
-            with progress_bar("comparing", "run") as progress:
-                result.report(report, progress=progress)
-        except OSError as error:
-            raise output.unwritable(report, error) from error
+    _report(result, report)
     if as_json:
         output.say_json({**_to_json(result), "output": str(out)})
     else:
@@ -74,6 +69,7 @@ def show_threshold(
     out: Path,
     run_dir: str | None,
     as_json: bool,
+    report: Path | None,
 ) -> None:
     """Tune the threshold of a policy, write it and print what was found. Progress goes to standard error.
 
@@ -85,6 +81,7 @@ def show_threshold(
         out: Where the policy is written.
         run_dir: The folder that keeps what was sampled.
         as_json: Print JSON.
+        report: Where the report is written, None for none.
 
     Raises:
         PolicyError: The policy or the calls cannot be tuned, or the policy cannot be written (E152).
@@ -96,6 +93,7 @@ def show_threshold(
         return tune_threshold(pipe, training, policy, **sampled, **further)
 
     result = _found(pipe, search, out, run_dir)
+    _report(result, report)
     if as_json:
         points = {"chosen": asdict(result.chosen), "measured": [asdict(point) for point in result.measured]}
         output.say_json({"policy": result.text, "param": result.param, **points, "output": str(out)})
@@ -115,6 +113,7 @@ def show_levels(
     out: Path,
     run_dir: str | None,
     as_json: bool,
+    report: Path | None,
 ) -> None:
     """Tune several numbers of steps and levels, write one policy and print what was found.
 
@@ -126,6 +125,7 @@ def show_levels(
         out: Where the policy is written.
         run_dir: The folder that keeps what was sampled.
         as_json: Print JSON.
+        report: Where the report is written, None for none.
 
     Raises:
         PolicyError: A level cannot be tuned, or the policy cannot be written (E152).
@@ -136,6 +136,7 @@ def show_levels(
         return tune_levels(pipe, training, levels, held_out=held_out, run_dir=run_dir, progress=progress, **further)
 
     result = _found(pipe, search, out, run_dir)
+    _report(result, report)
     if as_json:
         found = [{"steps": steps, "level": level, **_to_json(one)} for (steps, level), one in result.results.items()]
         output.say_json({"policy": result.text, "results": found, "output": str(out)})
@@ -144,6 +145,16 @@ def show_levels(
         where = f"level {level:g}" if steps is None else f"{counted(steps, 'step')}, level {level:g}"
         output.say("\n  ".join(_lines(one, len(held_out), where)))
     output.say(str(out))
+
+
+def _report(result: MeasuredPolicy | LevelTuning, path: Path | None) -> None:
+    """Write the report of a result with a progress bar."""
+    if path is not None:
+        try:
+            with progress_bar("comparing", "run") as progress:
+                result.report(path, progress=progress)
+        except OSError as error:
+            raise output.unwritable(path, error) from error
 
 
 R = TypeVar("R", bound=FoundPolicy)

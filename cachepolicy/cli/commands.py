@@ -570,14 +570,13 @@ def tune_command(
         raise click.UsageError("give one of --cost, --speedup, --psnr, --psnr-p10 and --levels")
     if values["policy"] is not None and (levels or len(steps) > 1):
         raise click.UsageError("--policy takes one target and one number of steps")
-    if values["report"] is not None and (policy is not None or levels or len(steps) > 1):
-        raise click.UsageError("--report is that of a list of steps for one target")
     pipe, arguments, lines = _open_for_calls(folder, prompts, steps[0] if steps else None, values)
     from cachepolicy.cli._tune import show_levels, show_threshold, show_tuning
     from cachepolicy.tuning.calls import Calls
 
     calls = Calls(arguments, lines, values["samples"], values["held_out"], values["seed"])
-    shown: dict[str, Any] = {"out": Path(out), "run_dir": run_dir, "as_json": as_json}
+    report = None if values["report"] is None else Path(values["report"])
+    shown: dict[str, Any] = {"out": Path(out), "run_dir": run_dir, "as_json": as_json, "report": report}
     if policy is not None:
         further = {**targets, "param": values["param"], "settings": dict(values["settings"])}
         show_threshold(pipe, calls, policy, further, **shown)
@@ -588,8 +587,7 @@ def tune_command(
         show_levels(pipe, calls, levels or [*targets.values()], {**further, "goal": goal, "steps": steps}, **shown)
         return
     further["keep_scheduler"] = values["keep_scheduler"]
-    report = None if values["report"] is None else Path(values["report"])
-    show_tuning(pipe, calls, {**targets, **further}, **shown, report=report)
+    show_tuning(pipe, calls, {**targets, **further}, **shown)
 
 
 @main.command("compare")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
@@ -11,6 +12,7 @@ from typing import Any, cast
 from cachepolicy.engine.class_swap import ATTRIBUTE, Method
 from cachepolicy.engine.scheduler_hook import SchedulerFollower
 from cachepolicy.engine.sessions import Entered, Owner, Sessions, entered
+from cachepolicy.engine.tuned_for import Guidance, guidance_numbers
 
 
 class PipelineCall:
@@ -19,9 +21,16 @@ class PipelineCall:
     A generator or coroutine runs in pieces. Between the pieces, the context of the caller is restored.
     """
 
-    def __init__(self, sessions: Sessions, pipeline: Any, follower: SchedulerFollower | None) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        pipeline: Any,
+        follower: SchedulerFollower | None,
+        guidance: Guidance,
+    ) -> None:
         self._sessions = sessions
         self._pipeline = pipeline
+        self._guidance = guidance
         self._follower = follower
         self._here: Entered | None = None
 
@@ -33,12 +42,10 @@ class PipelineCall:
             outer = entered(self._sessions)
             if outer is not None and outer.of(self._sessions) and outer.key is not None:
                 self._sessions.restart(outer.key)
-                here = Entered(
-                    self._sessions, key=outer.key, session_config=outer.session_config, pipeline=self._pipeline
-                )
+                known: dict[str, Any] = {"key": outer.key, "session_config": outer.session_config}
             else:
-                owner = Owner(type(self._pipeline).__name__)
-                here = Entered(self._sessions, owner=owner, pipeline=self._pipeline)
+                known = {"owner": Owner(type(self._pipeline).__name__)}
+            here = Entered(self._sessions, pipeline=self._pipeline, guidance=self._guidance, **known)
             self._here = here
         return self._here.inside()
 
@@ -120,7 +127,9 @@ def pipeline_override(original: Method) -> Method:
         handle = self.__dict__.get(ATTRIBUTE)
         if handle is None:
             return original(self, *args, **kwargs)
-        call: PipelineCall = handle.run.pipeline_call(self)
+        # The arguments are read only where a policy says what it was tuned for.
+        guidance = functools.partial(guidance_numbers, self, original, (self, *args), kwargs)
+        call: PipelineCall = handle.run.pipeline_call(self, guidance)
         if deferred:
             return _steered(call, original(self, *args, **kwargs))
         try:

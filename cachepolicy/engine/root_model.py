@@ -209,7 +209,8 @@ class RootModel(Handle):
             if self.tuned_for is not None:
                 skipped = 0 if session.clock.before else session.clock.begin
                 latents = arguments.named.get(arguments.latents or "")
-                self.tuned_for.compare_run(sources, reading.tick.steps, skipped, latents, pipeline)
+                guidance = here.guidance if here is not None else None
+                self.tuned_for.compare_run(sources, reading.tick.steps, skipped, latents, guidance)
         if state.execution.skipped and self.graphs.derives and (args or kwargs):
             self.graphs.derive(state.execution, args, kwargs)
         decided = self._decided(session_config, state, reading)

@@ -36,6 +36,7 @@ from cachepolicy.engine.root_model import DISABLED, RootModel
 from cachepolicy.engine.scheduler_hook import SchedulerFollower, Weakly, follow, unfollow
 from cachepolicy.engine.session_config import BoundPolicy, SessionConfig
 from cachepolicy.engine.sessions import Entered, Sessions, State
+from cachepolicy.engine.tuned_for import Guidance
 from cachepolicy.errors import PolicyError, render
 from cachepolicy.language import ir
 from cachepolicy.language.linker import load, resolve
@@ -463,8 +464,12 @@ class Run:
         taken = inspect.signature(made).parameters
         return self.follow(made(**{name: value for name, value in held.items() if name in taken}))
 
-    def pipeline_call(self, pipeline: Any) -> PipelineCall:
+    def pipeline_call(self, pipeline: Any, guidance: Guidance) -> PipelineCall:
         """Return the state of one pipeline call: one trajectory, in its own session unless one is entered.
+
+        Args:
+            pipeline: The pipeline.
+            guidance: Returns the numbers by which the call guides.
 
         Raises:
             PolicyError: A denoiser of the pipeline was replaced after `apply`.
@@ -474,7 +479,8 @@ class Run:
             if unwrapped(getattr(pipeline, name, module if not mine else None)) is not module:
                 raise _replaced(name)
         scheduler = getattr(pipeline, "scheduler", None)
-        return PipelineCall(self._sessions, pipeline, self.follower_of(scheduler) if scheduler is not None else None)
+        follower = self.follower_of(scheduler) if scheduler is not None else None
+        return PipelineCall(self._sessions, pipeline, follower, guidance)
 
     # --- using -------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from cachepolicy.engine.history import storage_bytes
 from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.engine.session_config import SessionConfig
 from cachepolicy.engine.step_context import Branch
+from cachepolicy.engine.tuned_for import Guidance
 from cachepolicy.errors import PolicyError, warn
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.schedule import Tick
@@ -231,7 +232,7 @@ class Entered:
     Contexts are copied into tasks and threads, and the copies may outlive the session. `close` drops the references.
     """
 
-    __slots__ = ("_sessions", "key", "outer", "owner", "pipeline", "session_config")
+    __slots__ = ("_sessions", "guidance", "key", "outer", "owner", "pipeline", "session_config")
 
     def __init__(
         self,
@@ -241,12 +242,14 @@ class Entered:
         owner: Owner | None = None,
         session_config: SessionConfig | None = None,
         pipeline: Any = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self._sessions = weakref.ref(sessions)
         self.key = key
         self.owner = owner
         self.session_config = session_config
         self.pipeline = pipeline
+        self.guidance = guidance
         self.outer = ENTERED.get()
 
     def of(self, sessions: Sessions) -> bool:
@@ -260,7 +263,7 @@ class Entered:
 
     def close(self) -> None:
         """Mark the pipeline call as ended."""
-        self.key = self.owner = self.session_config = self.pipeline = None
+        self.key = self.owner = self.session_config = self.pipeline = self.guidance = None
 
     @contextlib.contextmanager
     def inside(self) -> Generator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +18,41 @@ from cachepolicy.language.linker import Resolved
 
 TOLERANCE = 0.01
 """Largest difference between two noise levels or guidance scales that count as equal, as a share of the largest."""
+GUIDANCE = "guidance"
+"""The name of the pipeline's guidance scale in a `tuned` statement; further numbers have the names of arguments."""
 _AGAIN = "tune again for it, or measure what the policy does there: `cachepolicy run`"
+
+
+_GUIDANCE = re.compile("guidance|cfg|pag_")
+"""Arguments of a pipeline's call that say how it guides."""
+
+
+Guidance = Callable[[], Mapping[str, float]]
+"""Returns the numbers by which a call guides."""
+
+
+def guidance_numbers(
+    pipeline: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the numbers by which a call guides, such as `true_cfg_scale`, defaults included.
+
+    Args:
+        pipeline: The pipeline during or after the call. Its property `guidance_scale` replaces the argument.
+        function: What is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    values = {name: value for name, value in bound.arguments.items() if _GUIDANCE.search(name)}
+    scale = getattr(pipeline, "guidance_scale", None)
+    given = values.pop("guidance_scale", None)
+    values = {GUIDANCE: given if scale is None else scale, **values}
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def config_hash(model: torch.nn.Module) -> str:
@@ -94,7 +130,9 @@ class TunedFor:
                 "W613", f"the policy was tuned with {_adapters(adapters)}, and the model has {_adapters(active)}"
             )
 
-    def compare_run(self, sources: Sources, steps: int | None, begin: int, latents: Any, pipeline: Any) -> None:
+    def compare_run(
+        self, sources: Sources, steps: int | None, begin: int, latents: Any, guidance: Guidance | None
+    ) -> None:
         """Warn where a trajectory differs, at its first call (W611, W612, W614, W615).
 
         Args:
@@ -102,7 +140,7 @@ class TunedFor:
             steps: Its number of steps, counted with those of its schedule before it begins; None if unknown.
             begin: The step of the schedule at which it begins.
             latents: The latents that the model is called with.
-            pipeline: The running pipeline, None if unknown.
+            guidance: Returns the numbers by which the running pipeline guides, by their names; None if unknown.
         """
         self.compare_model()
         if steps is None or not self._known:
@@ -123,9 +161,12 @@ class TunedFor:
         for name, present in zip(("timesteps", "sigmas"), numbers, strict=True):
             if name in values and present is not None and not _near(values[name], present):
                 self._warn("W611", f"the `{name}` of the scheduler are not those that the policy was tuned on")
-        scale, guidance = values.get("guidance"), getattr(pipeline, "guidance_scale", None)
-        if scale is not None and isinstance(guidance, int | float) and abs(scale - guidance) > TOLERANCE * abs(scale):
-            self._warn("W612", f"the policy was tuned at a guidance scale of {scale:g}, and this one is {guidance:g}")
+        stated = {name: value for name, value in values.items() if _GUIDANCE.search(name)}
+        here: Mapping[str, float] = guidance() if stated and guidance is not None else {}
+        for name, scale in stated.items():
+            if name in here and abs(scale - here[name]) > TOLERANCE * abs(scale):
+                called = "a guidance scale" if name == GUIDANCE else f"a `{name}`"
+                self._warn("W612", f"the policy was tuned at {called} of {scale:g}, and this one is {here[name]:g}")
         shape = values.get("latents")
         if shape is not None and isinstance(latents, torch.Tensor) and [*shape] != [*latents.shape[1:]]:
             sizes = " x ".join(map(str, shape)), " x ".join(map(str, latents.shape[1:]))

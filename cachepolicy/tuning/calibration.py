@@ -102,7 +102,7 @@ def calibrate(
     sampler = Sampler(target, sample, scheduler)
     series, runs = list[_Series](), list[tuple[OutputRecord, Circumstances]]()
     for number, call in enumerate(calls):
-        with observed(target, sampler.models[0]) as seen:
+        with observed(sampler, call) as seen:
             measured, recorded = _recorded(sampler, call, method)
         series.append(measured)
         runs.append((recorded, seen))

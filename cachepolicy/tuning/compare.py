@@ -311,7 +311,9 @@ def _variant(value: Any) -> Variant:
         return Variant(policy=value)
     if isinstance(getattr(value, "policy", None), Policy):
         base = getattr(value, "base", None)
-        return Variant(value.policy, {}, getattr(base, "steps", None), getattr(base, "scheduler", None))
+        return Variant(
+            value.policy, getattr(value, "settings", {}), getattr(base, "steps", None), getattr(base, "scheduler", None)
+        )
     raise TypeError(f"a `{type(value).__name__}` is no variant")
 
 

@@ -7,14 +7,16 @@ import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from cachepolicy.errors import PolicyError
+from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.parser import parse
 from cachepolicy.language.traversal import transform
 from cachepolicy.tools.sampling import Progress
+from cachepolicy.tuning.compare import Comparison
 from cachepolicy.tuning.found_policy import FoundPolicy
 from cachepolicy.tuning.run_directory import fingerprint
 from cachepolicy.tuning.sampling import STEPS, ModelCall
@@ -37,6 +39,33 @@ class LevelTuning(FoundPolicy):
     """
 
     results: Mapping[tuple[int | None, float], Tuning]
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> dict[int | None, Comparison]:
+        """Compare the levels of each number of steps on the held-out calls, and write an HTML file for each number.
+
+        Args:
+            path: Where to write. With several numbers of steps, each is added to the name: `tune-20.html`.
+            options: Further arguments of `cachepolicy.compare`, such as `metrics` and `progress`.
+
+        Returns:
+            The comparison for each number of steps.
+
+        Raises:
+            OSError: A file cannot be written.
+            PolicyError: A call fails (E213).
+        """
+        found = dict[int | None, Comparison]()
+        numbers = list(dict.fromkeys(steps for steps, _ in self.results))
+        for number in numbers:
+            levels = {level: one for (steps, level), one in self.results.items() if steps == number}
+            compared = next(iter(levels.values())).compared
+            assert compared is not None
+            found[number] = compared({f"{LEVEL} {level:g}": one for level, one in levels.items()}, **options)
+            file = Path(path)
+            where = file if len(numbers) == 1 else file.with_stem(f"{file.stem}-{number}")
+            title = "A tuned policy" if number is None else f"A tuned policy at {counted(number, 'step')}"
+            found[number].report(where, title=title)
+        return found
 
 
 def tune_levels(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import nn
 
 from cachepolicy.engine.clock import arguments_of, inspect_root
 from cachepolicy.engine.introspection import unwrapped
-from cachepolicy.engine.tuned_for import active_adapters, config_hash, numbers_of
+from cachepolicy.engine.tuned_for import active_adapters, config_hash, guidance_numbers, numbers_of
 from cachepolicy.language import ir
 from cachepolicy.tuning.recording import OutputRecord
+from cachepolicy.tuning.sampling import ModelCall, Sampler
 
 
 @dataclass(slots=True)
@@ -25,23 +26,23 @@ class Circumstances:
 
     Attributes:
         latents: Shape of the latents that the first denoiser is called with, without the batch.
-        guidance: The guidance scale of the pipeline, None if it has none.
+        guided: The numbers by which the call guides, such as `true_cfg_scale`; the guidance scale is `guidance`.
     """
 
     latents: list[int] | None = None
-    guidance: float | None = None
+    guided: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @contextlib.contextmanager
-def observed(target: Any, model: nn.Module) -> Generator[Circumstances]:
-    """Observe the circumstances of a run inside the `with` block.
+def observed(sampler: Sampler, call: ModelCall) -> Generator[Circumstances]:
+    """Observe the circumstances of a call inside the `with` block.
 
     Args:
-        target: The pipeline, or a denoiser.
-        model: The denoiser that runs first.
+        sampler: What samples it.
+        call: The call.
     """
     seen = Circumstances()
-    inner = unwrapped(model)
+    inner = unwrapped(sampler.models[0])
     root = inspect_root(inner)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,8 +56,7 @@ def observed(target: Any, model: nn.Module) -> Generator[Circumstances]:
         yield seen
     finally:
         handle.remove()
-    scale = getattr(target, "guidance_scale", None)
-    seen.guidance = float(scale) if isinstance(scale, int | float) else None
+    seen.guided = guidance_numbers(sampler.target, sampler.function, (), call)
 
 
 def tuned_statement(
@@ -102,7 +102,7 @@ def statement(
         "adapters": sorted({name for model in inner for name in active_adapters(model)}),
         "scheduler": scheduler,
         **({"timesteps": timesteps} if sigmas is None else {"sigmas": sigmas[: len(timesteps)]}),
-        "guidance": seen.guidance,
+        **seen.guided,
         "latents": seen.latents,
         **found,
         "version": __version__,

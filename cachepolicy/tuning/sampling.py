@@ -71,8 +71,13 @@ class Sampler:
         return steps if isinstance(steps, int) else None
 
     @property
+    def function(self) -> Callable[..., Any]:
+        """What is called."""
+        return self._sample or self.target.__call__
+
+    @property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self._sample or type(self.target).__call__).parameters
+        return inspect.signature(self.function).parameters
 
     @contextlib.contextmanager
     def _stepping(self, scheduler: Any) -> Generator[dict[str, Any]]:

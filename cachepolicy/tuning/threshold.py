@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -30,7 +31,8 @@ from cachepolicy.planning.simulation import MeasuredNumbers, replay
 from cachepolicy.planning.tally import tally
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
-from cachepolicy.tuning.found_policy import FoundPolicy
+from cachepolicy.tuning.compare import compare
+from cachepolicy.tuning.found_policy import MeasuredPolicy
 from cachepolicy.tuning.provenance import Circumstances, observed, statement
 from cachepolicy.tuning.run_directory import SAMPLE, Form, RunDirectory, scheduler_key, settings_of
 from cachepolicy.tuning.sampling import ModelCall, SampleFunction, Sampler
@@ -70,7 +72,7 @@ class ThresholdPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class ThresholdTuning(FoundPolicy):
+class ThresholdTuning(MeasuredPolicy):
     """What `tune_threshold` found.
 
     Args:
@@ -80,6 +82,8 @@ class ThresholdTuning(FoundPolicy):
         chosen: The point.
         measured: All measured points, the smallest threshold first.
         evaluations: Sampling runs' worth of calls of the sites that were spent.
+        settings: The values of its other params.
+        compared: Compares variants on the held-out calls, as `cachepolicy.compare` does.
     """
 
     param: str
@@ -156,7 +160,16 @@ def tune_threshold(  # noqa: PLR0913 (one target of four, and how to sample)
     found |= {"samples": len(recorded), "held_out": len(held_out)}
     found |= {name: value for name, value in quality.items() if value is not None}
     text = _text(loaded, threshold, chosen.value, bench.statement(recorded[0], found))
-    return ThresholdTuning(parse(text, source="<tuned>"), text, threshold.name, chosen, measured, bench.evaluations)
+    return ThresholdTuning(
+        parse(text, source="<tuned>"),
+        text,
+        threshold.name,
+        chosen,
+        measured,
+        bench.evaluations,
+        settings=dict(settings or {}),
+        compared=functools.partial(compare, target, held_out, sample=sample, scheduler=scheduler),
+    )
 
 
 def _threshold(policy: ir.Policy, name: str | None) -> ir.Param:
@@ -298,7 +311,7 @@ class _Bench:
             self._plans = [*run.plans.values()]
 
         def produce() -> list[_Recording]:
-            with self._applied(self._least) as run, observed(self._sampler.target, self._sampler.models[0]) as seen:
+            with self._applied(self._least) as run, observed(self._sampler, call) as seen:
                 with warnings.catch_warnings():
                     # That is meant: the signals of all steps are recorded.
                     warnings.filterwarnings("ignore", "the policy reused nothing")

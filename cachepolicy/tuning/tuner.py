@@ -26,8 +26,8 @@ from cachepolicy.reports.html.comparison import Summary
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
 from cachepolicy.tuning.bases import Base, Evidence, Predictor, candidate_bases, own_base, prepared, why_fixed
-from cachepolicy.tuning.compare import Comparison, compare
-from cachepolicy.tuning.found_policy import FoundPolicy
+from cachepolicy.tuning.compare import compare
+from cachepolicy.tuning.found_policy import MeasuredPolicy
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
 from cachepolicy.tuning.provenance import Circumstances, observed, tuned_statement
 from cachepolicy.tuning.recording import OutputRecord, record
@@ -123,7 +123,7 @@ class SchedulePoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning(FoundPolicy):
+class Tuning(MeasuredPolicy):
     """What `tune` found.
 
     Args:
@@ -137,6 +137,7 @@ class Tuning(FoundPolicy):
         evaluations: Sampling runs' worth of model calls that were spent, recordings included.
         linear: True if the scheduler is linear, so that the weights of its steps hold for every trajectory.
         notes: What a user should know, such as why the scheduler was kept.
+        settings: Empty; the policy has no params.
         compared: Compares variants on the held-out calls, as `cachepolicy.compare` does.
     """
 
@@ -148,7 +149,6 @@ class Tuning(FoundPolicy):
     evaluations: float
     linear: bool
     notes: Sequence[str] = ()
-    compared: Callable[..., Comparison] | None = field(default=None, repr=False, compare=False)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -168,27 +168,6 @@ class Tuning(FoundPolicy):
         if self.base.scheduler is not None:
             target.scheduler = self.base.scheduler
         return apply(target, self.policy, **options)
-
-    def report(self, path: str | os.PathLike[str], **options: Any) -> Comparison:
-        """Sample the held-out calls beside what costs as much, and write all evidence as one HTML file.
-
-        The pipeline has to be as it was when it was tuned, without a policy.
-
-        Args:
-            path: Where to write.
-            options: Further arguments of `cachepolicy.compare`, such as `metrics` and `progress`.
-
-        Returns:
-            The comparison of the policy with fewer steps and other solvers.
-
-        Raises:
-            OSError: The file cannot be written.
-            PolicyError: A call fails (E213).
-        """
-        assert self.compared is not None
-        comparison = self.compared({"tuned": self}, **options)
-        comparison.report(path, title="A tuned policy", summary=self._summary())
-        return comparison
 
     def _summary(self) -> Summary:
         """Return what stands above the comparison in the report."""
@@ -464,7 +443,7 @@ class _Bench:
 
         def recording(call: ModelCall) -> _Recording:
             samples = list[Sample]()
-            with observed(sampler.target, sampler.models[0]) as seen:
+            with observed(sampler, call) as seen:
                 records = record(lambda: samples.append(self._sampled(call, base)), schedulers, sampler.models)
             return samples[0], records, seen
 

@@ -168,7 +168,6 @@ def test_an_interrupted_command_goes_on(
         (["--cost", 0.5, "--levels", "1,2"], "give one of --cost"),
         (["--cost", 0.5, "--steps", "8,few"], "is not a number of steps"),
         (["--policy", "fbc", "--levels", "1,2"], "--policy takes one target"),
-        (["--levels", "1,2", "--report", "a.html"], "--report is that of a list"),
         (["--cost", 0.5, "--psnr", 40], "give one of --cost"),
         (["--cost", 0.5, "--prompts", "nowhere.txt"], "the prompts in `nowhere.txt` cannot be read"),
         (["--cost", 0.5, "--out", "nowhere/a.cp"], "there is no folder `nowhere`"),
@@ -211,9 +210,10 @@ def test_the_threshold_of_a_policy_is_tuned(tune: Callable[..., Result], tmp_pat
     """The file is the policy with another default; a policy without a threshold is refused."""
     path = tmp_path / "mine.cp"
     options = ["--samples", 1, "--held-out", 1, "--out", path]
-    result = tune("--policy", "fbc", "--cost", 0.7, *options)
+    result = tune("--policy", "fbc", "--cost", 0.7, *options, "--report", tmp_path / "a.html")
     assert 0 == result.exit_code, result.output
     assert "`threshold`" in result.stdout
+    assert "param threshold" in (tmp_path / "a.html").read_text("utf-8")
     assert "policy first_block_cache" in path.read_text("utf-8")
     for command in (["check"], ["test"], ["fmt", "--check"]):
         assert 0 == CliRunner().invoke(main, [*command, str(path)]).exit_code
@@ -225,8 +225,10 @@ def test_the_threshold_of_a_policy_is_tuned(tune: Callable[..., Result], tmp_pat
 def test_several_numbers_of_steps_give_one_policy(tune: Callable[..., Result], tmp_path: Path) -> None:
     """The file has a rule for each number of steps, and the JSON form has what was found for each."""
     path = tmp_path / "mine.cp"
-    result = tune("--steps", "4,6", "--cost", 0.5, "--samples", 1, "--held-out", 1, "--out", path, "--json")
+    options = ["--samples", 1, "--held-out", 1, "--out", path, "--report", tmp_path / "a.html", "--json"]
+    result = tune("--steps", "4,6", "--cost", 0.5, *options)
     assert 0 == result.exit_code, result.output
+    assert ["a-4.html", "a-6.html"] == sorted(file.name for file in tmp_path.glob("*.html"))
     told = json.loads(result.stdout)
     assert [(4, 0.5), (6, 0.5)] == [(each["steps"], each["level"]) for each in told["results"]]
     assert "when steps == 6 and level == 0.5" in path.read_text("utf-8")

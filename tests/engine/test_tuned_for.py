@@ -15,7 +15,7 @@ import torch
 import cachepolicy
 from cachepolicy.engine.tuned_for import active_adapters, config_hash
 from tests.support import zoo
-from tests.support.tiny_pipelines import UNCHECKED, Tiny, normal, texts, vae_of
+from tests.support.tiny_pipelines import UNCHECKED, Tiny, flux_true_cfg, normal, texts, vae_of
 
 STEPS = 10
 RULE = "match model on {0, 1, 3, 6, 8} -> predict taylor(order: 1)\n"
@@ -107,6 +107,20 @@ def test_what_differs_is_told_once(tiny: Tiny, code: str, settings: str) -> None
         tiny(guidance_scale=7.5)
         tiny(guidance_scale=7.5)
     assert [code] == found
+
+
+def test_every_number_that_guides_is_compared() -> None:
+    """An argument of the call beside the guidance scale, given or by its default, is told by its name."""
+    tiny = flux_true_cfg()
+    text = "match model every 2 -> reuse\ntuned over 4 steps with guidance = 3.5, true_cfg_scale = 4\n"
+    with codes() as found, cachepolicy.apply(tiny.pipe, cachepolicy.parse(text)):
+        tiny(num_inference_steps=4)
+    assert [] == found
+    with (
+        pytest.warns(UserWarning, match="tuned at a `true_cfg_scale` of 4, and this one is 2"),
+        cachepolicy.apply(tiny.pipe, cachepolicy.parse(text)),
+    ):
+        tiny(num_inference_steps=4, true_cfg_scale=2.0)
 
 
 def test_another_number_of_steps_is_told(tiny: Tiny) -> None:

@@ -75,6 +75,18 @@ def test_the_recordings_of_a_number_of_steps_are_shared(passes: list[int], tuned
     assert sum(passes) <= spent - len(calls()) * sum(STEPS) + 1e-9
 
 
+def test_the_report_compares_the_levels_of_each_number_of_steps(tuned: LevelTuning, tmp_path: Path) -> None:
+    """One page for each number of steps, whose rows were measured on the held-out calls."""
+    found = tuned.report(tmp_path / "tune.html", converged=None, baselines=False)
+    assert [*STEPS] == [*found]
+    for steps, comparison in found.items():
+        assert f"at {steps} steps" in (tmp_path / f"tune-{steps}.html").read_text("utf-8")
+        for level in LEVELS:
+            chosen, row = tuned.results[steps, level].chosen, comparison[f"level {level:g}"]
+            assert chosen.cost == pytest.approx(row.cost)
+            assert chosen.psnr == pytest.approx(row.uncached.mean, abs=1e-3)
+
+
 def test_a_session_may_have_another_level(pipe, tuned: LevelTuning) -> None:
     """The level needs no other hooks, so a session sets it for itself."""
     with cachepolicy.apply(pipe, tuned.policy) as run:

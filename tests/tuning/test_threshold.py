@@ -66,6 +66,9 @@ def test_a_cost_is_met_by_the_smallest_measured_threshold(pipe, folder: Path) ->
             pipe(**call)
             shares.append(next(iter(run.trace.rows().values())).count("C") / STEPS)
     assert sum(shares) / 2 == pytest.approx(found.chosen.cost)
+    compared = found.report(folder / "report.html", converged=None, baselines=False)
+    assert found.chosen.psnr == pytest.approx(compared["tuned"].uncached.mean, abs=1e-3)
+    assert "param threshold" in (folder / "report.html").read_text("utf-8")
 
 
 def test_a_quality_is_met_by_the_largest_measured_threshold(pipe, folder: Path) -> None:

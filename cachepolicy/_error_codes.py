@@ -163,6 +163,7 @@ CODES: dict[str, str] = {
     "W603": "a scheduler that was replaced during a call",
     "W604": "modules that one forward calls more than once",
     "W605": "results that are reused while gradients are recorded",
+    "W606": "a compiled model with a torch before 2.6",
     "W610": "a policy that was tuned for another model",
     "W611": "a policy that was tuned on another schedule",
     "W612": "a policy that was tuned at another guidance scale",

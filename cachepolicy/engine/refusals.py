@@ -39,6 +39,17 @@ def warn_of_repeats(root: RootModel) -> None:
     )
 
 
+def warn_of_compilers(root: RootModel) -> None:
+    """Warn that every call computes, if torch is too old to keep what compiled models compute (W606)."""
+    if not hasattr(torch.compiler, "set_stance"):
+        warn(
+            "W606",
+            f"`{plain(type(root.module)).__name__}` is compiled, and torch {torch.__version__} loses what a graph "
+            "keeps for a later call: every call computes",
+            help="use torch 2.6 or later, or do not compile the model",
+        )
+
+
 def refuse_step(root: RootModel) -> None:
     """Reject a step context for a policy that needs the inputs or the output of the root model.
 

@@ -168,6 +168,13 @@ def _rows(sample: Any) -> int | None:
     return sample.shape[0] if isinstance(sample, torch.Tensor) and sample.ndim else None
 
 
+def _stepped_samples(result: Any) -> Any:
+    """Return the samples in the result of `scheduler.step`, which is a tensor, a tuple or an output object."""
+    if isinstance(result, torch.Tensor):
+        return result
+    return result[0] if isinstance(result, tuple) and result else getattr(result, "prev_sample", None)
+
+
 def follow(scheduler: Any, user: object) -> SchedulerFollower | None:
     """Return the follower of a scheduler for a run.
 
@@ -213,14 +220,17 @@ def _step_override(original: Method) -> Method:
     """Override of `scheduler.step` that records the call."""
     parameters = list(inspect.signature(original).parameters)[1:]
     position = parameters.index("timestep") if "timestep" in parameters else len(parameters)
-    sample = parameters.index("sample") if "sample" in parameters else len(parameters)
+    sample = parameters.index("sample") if "sample" in parameters else None
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         follower = self.__dict__.get(ATTRIBUTE)
         if follower is not None:
             follower.stepped(self, args[position] if position < len(args) else kwargs.get("timestep"))
-            follower.rows = _rows(args[sample] if sample < len(args) else kwargs.get("sample"))
+            if sample is None:  # the samples have another name, or are an argument of another method
+                follower.rows = _rows(_stepped_samples(result))
+            else:
+                follower.rows = _rows(args[sample] if sample < len(args) else kwargs.get("sample"))
         return result
 
     return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -381,6 +382,21 @@ def test_a_graph_that_nobody_saw_coming_is_left_once() -> None:
 
 
 # --- many at once ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiler_that_loses_what_is_kept_is_named_once(way: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.6, which has no stances, a compiled model computes every call: one warning says so."""
+    if old:
+        monkeypatch.delattr(torch.compiler, "set_stance")
+    model = TOY.build()
+    compiled = WAYS[way](model, backend="eager")
+    with cachepolicy.apply(model, parse(STATIC["reuse"].text)), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(compiled)
+    assert int(old) == sum("W606" in str(warning.message) for warning in caught)
+    dynamo.reset()
 
 
 @pytest.mark.parametrize("way", ["model.compile()", "block.compile()"])

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("diffusers")
 import torch
 
 import cachepolicy
-from cachepolicy.engine.scheduler_hook import Weakly
+from cachepolicy.engine.scheduler_hook import Weakly, follow, unfollow
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from tests.support.tiny_pipelines import Tiny, flux, normal, sd3, unet_sd, wan22
@@ -170,3 +171,32 @@ def test_what_threads_remember_at_once_is_all_remembered() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert set(items) == set(remembered)
+
+
+@dataclass
+class Stepped:
+    prev_sample: torch.Tensor
+
+
+class Owner:
+    """What a follower keeps by weak reference."""
+
+
+@pytest.mark.parametrize("form", [lambda latents: latents, lambda latents: (latents,), Stepped])
+def test_samples_of_another_name_are_counted_from_the_result(form: Any) -> None:
+    """A scheduler may call its samples as it likes: their number tells a batch of four parts from two halves."""
+
+    class Own:
+        timesteps = torch.tensor([9.0, 5.0])
+
+        def step(self, prediction: torch.Tensor, timestep: Any, latents: torch.Tensor) -> Any:
+            return form(latents - prediction)
+
+    scheduler = Own()
+    user = Owner()
+    follower = follow(scheduler, user)
+    assert follower is not None
+    scheduler.step(normal(3, 2), 9.0, normal(3, 2))
+    assert 3 == follower.rows
+    unfollow(scheduler, user)
+    assert type(scheduler) is Own

@@ -18,6 +18,7 @@ from cachepolicy.engine.compile.graph_ops import Stage
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.hooks import SiteHandle, parameters_of
 from cachepolicy.engine.meta_forward import forms_of
+from cachepolicy.engine.refusals import warn_of_compilers
 from cachepolicy.planning.facts import Fact
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Graphs:
         self.host = host
         self.forms: dict[int, ChainForm] = {}
         self.surprised = False
+        self._prepared = False
         self._learnt: dict[Any, int] = {}
         self._shows = bool(host.execution.plan.probes) or any(keeping.streams for keeping in host.execution.keepings)
         self._blocks: list[Sequence[int]] = []
@@ -121,6 +123,9 @@ class Graphs:
 
     def prepare(self, call: ForwardPass, *, whole: bool) -> None:
         """Build what the graphs read, and attach it to the call. A site whose history cannot answer computes."""
+        if not self._prepared:
+            self._prepared = True
+            warn_of_compilers(self.host)
         everything = whole or self.surprised
         sites = range(len(call.slots)) if everything else [number for block in self._blocks for number in block]
         while problems := {site: reason for site in sites if (reason := problem(call, site)) is not None}:

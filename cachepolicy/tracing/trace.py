@@ -236,6 +236,13 @@ class Trace:
         same = [trajectory for trajectory in self.trajectories if trajectory.session == newest.session]
         return tuple({id(trajectory.plan): trajectory for trajectory in same}.values())
 
+    def of(self, session: object) -> Trace:
+        """Returns a trace with the recorded trajectories of one session."""
+        mine = [trajectory for trajectory in self.trajectories if trajectory.session == session]
+        trace = Trace(max(1, len(mine)))
+        trace._trajectories.extend(mine)
+        return trace
+
     def to_html(self) -> str:
         """Returns `latest` as HTML for notebooks."""
         return "".join(trajectory.to_html() for trajectory in self.latest) or notebook_html({}, str(self))

@@ -267,3 +267,14 @@ def test_a_reader_of_the_calls_may_be_interrupted_by_another() -> None:
     trajectory = Trace().begin("mine", run.plan)
     trajectory._records = Interrupted(recorded, lambda: trajectory.calls)
     assert run.calls == trajectory.calls
+
+
+def test_the_trace_of_a_session_has_its_trajectories_alone() -> None:
+    """`of` leaves those of other sessions out, and keeps the order; an unknown session has an empty trace."""
+    schedule = simulate("fora", steps=3)
+    trace = Trace()
+    made = {name: trace.begin(name, schedule.plan) for name in ("one", "two")}
+    again = trace.begin("one", schedule.plan)
+    assert (made["one"], again) == trace.of("one").trajectories
+    assert (made["two"],) == trace.of("two").trajectories
+    assert () == trace.of("three").trajectories

@@ -10,6 +10,7 @@ from cachepolicy.engine.signals import Signals, signals_of
 from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import GuidanceKeeping, Keeping, is_mean, keeping, kept_pairs
 from cachepolicy.planning.liveness import Liveness
+from cachepolicy.planning.lowered import Lowering
 from cachepolicy.planning.plan import Plan, Site
 from cachepolicy.planning.possible_decisions import Ahead, Reads
 from cachepolicy.planning.schedule import Decision, Memory, Program, Tick, decide_all, follows, prepare
@@ -151,7 +152,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
     ]
     return ExecutionPlan(
         plan,
-        prepare(plan),
+        prepare(plan, Lowering(plan.resolved.tables)),
         follows(plan),
         signals_of(plan),
         keepings,

@@ -19,11 +19,8 @@ from cachepolicy.planning.schedule import (
     Decision,
     Inputs,
     Memory,
-    advance,
-    decide,
     decide_all,
     hides,
-    owner_of,
 )
 
 
@@ -155,7 +152,8 @@ class Ledger:
             self.signals[site] = self.measuring.numbers(site)
         branch = self._context.branch
         group = branch.partition.group_of[site]
-        self.decisions[group] = decide(branch.partition.groups[group].rules, self._inputs(site, branch.memories[group]))
+        decider = branch.partition.groups[group].decider
+        self.decisions[group] = decider.decide(self._inputs(site, branch.memories[group]))
 
     def _consent(self, site: int, refusal: str | None) -> None:
         """Let a decided site compute if a process refuses, or if a process that shares its parameters computes.
@@ -197,7 +195,7 @@ class Ledger:
         """Return the action of the site if it reuses. It depends only on the clock."""
         branch = self._context.branch
         group = branch.partition.group_of[site]
-        owner = owner_of(branch.partition.groups[group].rules, self._inputs(site, branch.memories[group]))
+        owner = branch.partition.groups[group].decider.owner(self._inputs(site, branch.memories[group]))
         return None if owner is None else owner.rule.action
 
     def refuse(self, site: int, reason: str) -> None:
@@ -259,7 +257,7 @@ class Ledger:
                 self.decisions[index] = HIDDEN
             if hidden or site in self.signals:
                 inputs = self._inputs(site, branch.memories[index])
-                self.after[index] = advance(group.rules, inputs, self.decisions[index])
+                self.after[index] = group.decider.advance(inputs, self.decisions[index])
 
 
 _NO_NUMBERS: Mapping[str, float] = {}

@@ -89,7 +89,7 @@ def evaluate(expression: ir.Expression, environment: Environment = EMPTY) -> Any
         case ir.Over():
             if expression not in environment.stateful:
                 raise Undefined(f"`{expression.function}(... over ...)` reads what a run measures")
-            return _finite(environment.stateful[expression], f"`{expression.function}(... over ...)`")
+            return finite(environment.stateful[expression], f"`{expression.function}(... over ...)`")
         case ir.Probe():
             raise Undefined(f"`{expression.stream}(...)` is a tensor, not a number")
         case _:
@@ -105,7 +105,12 @@ def constant(expression: ir.Expression) -> Value:
     return evaluate(expression)
 
 
-def _finite(value: float, name: str) -> float:
+def finite(value: float, name: str) -> float:
+    """Returns a number.
+
+    Raises:
+        Undefined: The number is not finite. `name` says what it is.
+    """
     if not math.isfinite(value):
         raise Undefined(f"{name} is {value}")
     return value
@@ -116,7 +121,7 @@ def _named(name: str, environment: Environment) -> Any:
     if value is None:
         raise Undefined(f"`{name}` is not known here")
     if isinstance(value, float):
-        return _finite(value, f"`{name}`")
+        return finite(value, f"`{name}`")
     return value
 
 
@@ -130,32 +135,47 @@ def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
     if values is None:
         raise Undefined(f"table `{expression.table}` is not known here")
     index = evaluate(expression.index, environment)
-    steps = environment.names.get("steps")
-    if expression.index == ir.Name(name="step") and steps is not None:
+    steps = environment.names.get("steps") if expression.index == ir.Name(name="step") else None
+    return entry_of(expression.table, values, index, steps)
+
+
+def entry_of(table: str, values: Sequence[float], index: float, steps: int | None) -> float:
+    """Returns an entry of a table.
+
+    Args:
+        table: The name of the table.
+        values: Its values.
+        index: The index of the entry.
+        steps: The number of steps of the run if `index` is its step and the table is stretched over it, else None.
+
+    Raises:
+        Undefined: The table has no such entry.
+    """
+    if steps is not None:
         # Half goes up: Python's round() would send it to the even neighbour.
         index = math.floor(index * (len(values) - 1) / (steps - 1) + 0.5) if steps > 1 else 0
     if index != int(index) or not 0 <= index < len(values):
-        raise Undefined(f"`{expression.table}[{index}]` is outside its {counted(len(values), 'value')}")
+        raise Undefined(f"`{table}[{index}]` is outside its {counted(len(values), 'value')}")
     return values[int(index)]
 
 
 def _arithmetic(expression: ir.Arithmetic, environment: Environment) -> float:
     left, right = evaluate(expression.left, environment), evaluate(expression.right, environment)
-    function, name = _ARITHMETIC[expression.operator]
+    function, name = ARITHMETIC[expression.operator]
     try:
-        return _finite(function(left, right), name)
+        return finite(function(left, right), name)
     except (ZeroDivisionError, OverflowError) as error:
         raise Undefined(f"`{expression.operator}` has no finite result") from error
 
 
-_ARITHMETIC: Mapping[str, tuple[Callable[[Any, Any], Any], str]] = {
+ARITHMETIC: Mapping[str, tuple[Callable[[Any, Any], Any], str]] = {
     "+": (operator.add, "a sum"),
     "-": (operator.sub, "a difference"),
     "*": (operator.mul, "a product"),
     "/": (lambda left, right: left / right, "a quotient"),
     "%": (operator.mod, "a remainder"),
 }
-_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
+COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
@@ -170,7 +190,7 @@ def _compared(expression: ir.Comparison, environment: Environment) -> bool:
     if None in values:
         raise Undefined("a value that is compared is off")
     # A list, because a generator takes longer than the comparison, and this runs in each decision on a signal.
-    return all([_COMPARE[sign](*values[index : index + 2]) for index, sign in enumerate(expression.operators)])
+    return all([COMPARE[sign](*values[index : index + 2]) for index, sign in enumerate(expression.operators)])
 
 
 def _contained(expression: ir.Membership, environment: Environment) -> bool:
@@ -189,12 +209,12 @@ def _contained(expression: ir.Membership, environment: Environment) -> bool:
 def _called(expression: ir.Call, environment: Environment) -> float:
     name = expression.function
     if environment.stateful and expression in environment.stateful:
-        return _finite(environment.stateful[expression], f"`{name}(...)`")
+        return finite(environment.stateful[expression], f"`{name}(...)`")
     if name in ACCUMULATORS or name in MEMORIES or name == "cross":
         raise Undefined(f"`{name}(...)` has no value yet")
     arguments = [evaluate(argument, environment) for argument in expression.arguments]
     try:
-        return _finite(_FUNCTIONS[name](*arguments), f"`{name}(...)`")
+        return finite(FUNCTIONS[name](*arguments), f"`{name}(...)`")
     except KeyError as error:
         raise Undefined(f"`{name}(...)` reads tensors") from error
     except (ValueError, OverflowError, ZeroDivisionError) as error:
@@ -213,7 +233,7 @@ def _clamp(x: float, low: float, high: float) -> float:
     return max(low, min(high, x))
 
 
-_FUNCTIONS: Mapping[str, Any] = {
+FUNCTIONS: Mapping[str, Any] = {
     "abs": abs,
     "min": min,
     "max": max,

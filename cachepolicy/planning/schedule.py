@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, assert_never
 
@@ -29,11 +29,22 @@ UNDEFINED_ARGUMENT = "an argument of its action has no value"
 HALF_KEPT = "the history holds half of the guidance batch"
 """The reason of a site that computes in a call of a whole guidance batch, because it last ran on half of one."""
 
+UNOWNED = "no rule owns it"
+RULE_COMPUTES = "the rule computes"
+COND_COMPUTES = "the conditional call computes"
+TWO_CALLS = "both halves of guidance have a call of their own"
+BOUND_IN_A_ROW = "at most so many in a row"
+BOUND_IN_ALL = "at most so many in all"
+ANSWERS = "the rule reuses"
+
 NOT_CALLED = "the model did not call it"
 """The fact of a site that a forward pass has not called. It neither computes nor reuses, as a hidden site."""
 
 Accumulated = Mapping[tuple[int, ir.Call], float | bool]
 """Values of accumulators by rule number and call."""
+
+Tables = Mapping[str, Sequence[int | float]]
+"""Values of tables by name."""
 
 Verdict = Literal["compute", "reuse", "hidden"]
 
@@ -150,7 +161,7 @@ class Inputs:
     tick: Tick
     memory: Memory
     signals: Mapping[str, float]
-    tables: Mapping[str, Sequence[int | float]]
+    tables: Tables
     followed: Mapping[str, Decision] = field(default_factory=dict[str, "Decision"])
     fact: str | None = None
 
@@ -173,7 +184,7 @@ def decide(rules: Sequence[BoundRule], inputs: Inputs) -> Decision:
     """
     owner = owner_of(rules, inputs)
     if owner is None:
-        return Decision("compute", "no rule owns it", inputs=inputs)
+        return Decision("compute", UNOWNED, inputs=inputs)
     return _owned(owner, inputs, environment_of(owner, inputs))
 
 
@@ -197,11 +208,11 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         return Decision(verdict, reason, bound.index, rule.action, accumulated, inputs)
 
     if isinstance(rule.action, ir.Compute):
-        return verdict("compute", "the rule computes")
+        return verdict("compute", RULE_COMPUTES)
     if isinstance(rule.action, ir.ApproximateUncond) and tick.branch in COND_BRANCHES:
-        return verdict("compute", "the conditional call computes")
+        return verdict("compute", COND_COMPUTES)
     if is_mean(rule.action) and tick.branch in COND_BRANCHES | UNCOND_BRANCHES:
-        return verdict("compute", "both halves of guidance have a call of their own")
+        return verdict("compute", TWO_CALLS)
     if rule.follow is not None and tick.branch not in (rule.follow, ""):
         reason = unfollowed(bound, inputs)
         return verdict("compute", reason) if reason else _answered(bound, inputs, environment, verdict)
@@ -211,8 +222,7 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
         return verdict("compute", WHILE_IS_FALSE)
     for bound_clause in rule.bounds:
         if not within(bound_clause, bound.index, memory, tick, environment):
-            scope = "in a row" if bound_clause.scope == "row" else "in all"
-            return verdict("compute", f"at most so many {scope}")
+            return verdict("compute", BOUND_IN_A_ROW if bound_clause.scope == "row" else BOUND_IN_ALL)
     return _answered(bound, inputs, environment, verdict)
 
 
@@ -227,7 +237,7 @@ def _answered(bound: BoundRule, inputs: Inputs, environment: Environment, verdic
         return verdict("compute", UNDEFINED_ARGUMENT)
     if inputs.fact is not None:
         return verdict("compute", inputs.fact)
-    return verdict("reuse", "the rule reuses")
+    return verdict("reuse", ANSWERS)
 
 
 def undefined_argument(bound: BoundRule, environment: Environment) -> ir.Argument | None:
@@ -405,8 +415,18 @@ def _accumulated(call: ir.Call, before: float | bool | None, environment: Enviro
 
 def advance(rules: Sequence[BoundRule], inputs: Inputs, decision: Decision) -> Memory:
     """Returns the memory of a site after a call with a decision."""
+    return advanced(inputs, decision, _measured(rules, inputs))
+
+
+def advanced(inputs: Inputs, decision: Decision, now: Mapping[ir.Expression, float]) -> Memory:
+    """Returns the memory of a site after a call with a decision.
+
+    Args:
+        inputs: What the decision was made from.
+        decision: The decision.
+        now: The numbers below `prev` and `kept` at this step.
+    """
     memory, step = inputs.memory, inputs.tick.step
-    now = _measured(rules, inputs)
     previous, seen = (now, step) if now else (memory.previous, memory.seen)
     match decision.verdict:
         case "hidden":
@@ -449,6 +469,31 @@ def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression,
 # --- all sites of a call ---------------------------------------------------------------------------------
 
 
+class Decider:
+    """Decides sites by interpreting their rules. `lowered.LoweredRules` makes the same decisions without a walk.
+
+    Args:
+        rules: The rules of the sites, in the order of the policy.
+    """
+
+    __slots__ = ("rules",)
+
+    def __init__(self, rules: Sequence[BoundRule]) -> None:
+        self.rules = rules
+
+    def owner(self, inputs: Inputs) -> BoundRule | None:
+        """Returns the first rule whose `when` holds."""
+        return owner_of(self.rules, inputs)
+
+    def decide(self, inputs: Inputs) -> Decision:
+        """Decides one site at one call."""
+        return decide(self.rules, inputs)
+
+    def advance(self, inputs: Inputs, decision: Decision) -> Memory:
+        """Returns the memory of a site after a call with a decision."""
+        return advance(self.rules, inputs, decision)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Sites with equal rules and an equal past, which share one decision.
@@ -457,11 +502,13 @@ class Group:
         rules: Their rules.
         sites: Their numbers.
         parents: Numbers of the groups around them.
+        decider: Decides them.
     """
 
     rules: tuple[BoundRule, ...]
     sites: tuple[int, ...]
     parents: tuple[int, ...]
+    decider: Decider = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,7 +549,7 @@ class Program:
     plan: Plan
     coarse: Partition
     fine: Partition
-    tables: Mapping[str, Sequence[int | float]]
+    tables: Tables
     measured: frozenset[int]
     alike: Partition
 
@@ -511,8 +558,13 @@ class Program:
         return [memories[self.coarse.group_of[group.sites[0]]] for group in self.fine.groups]
 
 
-def prepare(plan: Plan) -> Program:
-    """Prepares a plan for `decide_all`."""
+def prepare(plan: Plan, decider: Callable[[Sequence[BoundRule]], Decider] = Decider) -> Program:
+    """Prepares a plan for `decide_all`.
+
+    Args:
+        plan: The plan.
+        decider: Makes what decides the sites with equal rules, from their rules.
+    """
     rules = [plan.groups.rules[plan.groups.group_of[site.index]] for site in plan.sites]
     names = {signal.name for signal in plan.resolved.signals}
     measured = frozenset(
@@ -520,13 +572,16 @@ def prepare(plan: Plan) -> Program:
         for bound in plan.rules
         if bound.rule.condition is not None and names & names_in(bound.rule.condition)
     )
-    fine = _partition(plan, rules, coarse=False)
+    deciders = {id(bound): decider(bound) for bound in plan.groups.rules}
+    fine = _partition(plan, rules, deciders, coarse=False)
     # Signals may differ from site to site, so sites with equal rules may be decided differently.
-    alike = _partition(plan, rules, coarse=True)
+    alike = _partition(plan, rules, deciders, coarse=True)
     return Program(plan, fine if measured else alike, fine, plan.resolved.tables, measured, alike)
 
 
-def _partition(plan: Plan, rules: Sequence[tuple[BoundRule, ...]], *, coarse: bool) -> Partition:
+def _partition(
+    plan: Plan, rules: Sequence[tuple[BoundRule, ...]], deciders: Mapping[int, Decider], *, coarse: bool
+) -> Partition:
     keys = dict[int, tuple[object, ...]]()
     numbers = dict[tuple[object, ...], int]()
     members = list[list[int]]()
@@ -541,7 +596,8 @@ def _partition(plan: Plan, rules: Sequence[tuple[BoundRule, ...]], *, coarse: bo
             around.append(parents)
         members[numbers[key]].append(site.index)
     groups = tuple(
-        Group(rules[sites[0]], tuple(sites), parents) for sites, parents in zip(members, around, strict=True)
+        Group(rules[sites[0]], tuple(sites), parents, deciders[id(rules[sites[0]])])
+        for sites, parents in zip(members, around, strict=True)
     )
     return Partition(groups, tuple(numbers[keys[site.index]] for site in plan.sites))
 
@@ -596,9 +652,9 @@ def decide_all(
             after.append(memory)
             continue
         else:
-            decision = decide(group.rules, inputs)
+            decision = group.decider.decide(inputs)
         decisions.append(decision)
-        after.append(advance(group.rules, inputs, decision))
+        after.append(group.decider.advance(inputs, decision))
         if isinstance(decision.action, ir.ApproximateUncond) and decision.verdict == "reuse":
             tick = replace(tick, uncond_skipped=True)
     return decisions, after
@@ -608,7 +664,7 @@ def rebuilds_uncond(program: Program, partition: Partition, memories: Sequence[M
     """Returns whether the unconditional call at `tick` will be answered, so that the conditional call runs alone."""
     for group, memory in zip(partition.groups, memories, strict=True):
         if any(isinstance(bound.rule.action, ir.ApproximateUncond) for bound in group.rules):
-            decision = decide(group.rules, Inputs(tick, memory, {}, program.tables))
+            decision = group.decider.decide(Inputs(tick, memory, {}, program.tables))
             return decision.verdict == "reuse" and isinstance(decision.action, ir.ApproximateUncond)
     return False
 
@@ -619,7 +675,7 @@ _NO_LEADERS: Mapping[str, Decision] = {}
 def _waits(program: Program, group: Group, inputs: Inputs) -> bool:
     if not program.measured:
         return False
-    owner = owner_of(group.rules, inputs)
+    owner = group.decider.owner(inputs)
     return owner is not None and owner.index in program.measured
 
 

@@ -18,6 +18,12 @@ Cascade's.
 HIDDEN_STATES = "hidden_states"
 """The name of a block's input stream, and of the latents of most transformers."""
 
+STREAMS = (HIDDEN_STATES, "gen_seq")
+"""Names of the input of a block that carries what is generated, the most frequent first.
+
+`gen_seq` is Cosmos 3's, whose blocks take the stream of the prompt first. It does not change from step to step.
+"""
+
 POSITIONS_OR_MASKS = re.compile(r"(^|_)(ids|indices|indexes|masks?)$")
 """Arguments that are no latents even if they come first: `img_ids`, `token_indices`, `attention_mask`."""
 

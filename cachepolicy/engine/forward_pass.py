@@ -169,7 +169,7 @@ class ForwardPass:
         """Handle a probed or waiting module that is about to run in a graph."""
         positional, named = split_arguments(module, args, kwargs)
         names = bind_names(site.parameters, positional, named)
-        self.enter(site, names, positional, named)
+        self.enter(site, names)
         self._gated.add(site)
         self._before[site.name] = counter(names)
         self.release()
@@ -196,9 +196,9 @@ class ForwardPass:
 
     # --- probes --------------------------------------------------------------------------------------------
 
-    def enter(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, site: SiteHandle, names: Names) -> None:
         """Let the probes read the inputs of a module, and decide what waits for them."""
-        if self._probing.enter(site, names, args, kwargs):
+        if self._probing.enter(site, names):
             self._look()
 
     def leave(self, site: SiteHandle, module: Any, names: Names, output: Any, before: int | None) -> None:
@@ -254,7 +254,7 @@ class ForwardPass:
             # The probes have read this call between two graphs.
             self._gated.discard(site)
         elif self.ledger.measuring is not None:
-            self.enter(site, names, positional, named)
+            self.enter(site, names)
         if audit is not None and audit.left is not None:
             return original(module, *args, **kwargs)
         if self.parts:
@@ -389,7 +389,7 @@ class ForwardPass:
             self.repeats(site.index, answered=reuses)
         positional, named = split_arguments(module, args, kwargs)
         names = bind_names(site.parameters, positional, named)
-        self.enter(site, names, positional, named)
+        self.enter(site, names)
         before = counter(names)
         output = original(module, *args, **kwargs)
         self.leave(site, module, names, output, before)

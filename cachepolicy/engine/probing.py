@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from cachepolicy.diffusers.argument_names import HIDDEN_STATES
-from cachepolicy.engine.actions import hidden_states, versions
+from cachepolicy.diffusers.argument_names import STREAMS
+from cachepolicy.engine.actions import versions
 from cachepolicy.engine.block_chain import Names, parts
 from cachepolicy.engine.hooks import SiteHandle
 from cachepolicy.engine.ledger import Ledger
@@ -63,7 +63,7 @@ class Probing:
 
     # --- module calls ------------------------------------------------------------------------------------
 
-    def enter(self, site: SiteHandle, names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def enter(self, site: SiteHandle, names: Names) -> bool:
         """Read the inputs of a module. Return True if a probe may have been read."""
         if self._ledger.measuring is None or not (site.starts or site.inputs):
             return False
@@ -73,7 +73,7 @@ class Probing:
                 self._remeasures(probe)
             begun[probe] = (names, counter(names))
         for probe in site.inputs:
-            tensor = _probed(probe, names, hidden_states(args, kwargs))
+            tensor = _probed(probe, names)
             if tensor is not None:
                 self._sees(self._ledger.measuring, probe, tensor)
         return bool(site.inputs)
@@ -156,14 +156,14 @@ def counter(names: Names) -> int | None:
 
 def _target(names: Names) -> str | None:
     """Return the name of the input that carries the hidden states."""
-    if isinstance(names.get(HIDDEN_STATES), torch.Tensor):
-        return HIDDEN_STATES
-    return next((name for name, value in names.items() if isinstance(value, torch.Tensor)), None)
+    for name in (*STREAMS, *names):
+        if isinstance(names.get(name), torch.Tensor):
+            return name
+    return None
 
 
-def _probed(probe: ir.Probe, names: Names, first: torch.Tensor | None) -> torch.Tensor | None:
+def _probed(probe: ir.Probe, names: Names) -> torch.Tensor | None:
     """Return the tensor that an `input` or `argument` probe reads, or None if the call does not have it."""
-    if probe.stream == "argument":
-        value = names.get(probe.argument or "")
-        return value if isinstance(value, torch.Tensor) else None
-    return first
+    name = probe.argument if probe.stream == "argument" else _target(names)
+    value = names.get(name or "")
+    return value if isinstance(value, torch.Tensor) else None

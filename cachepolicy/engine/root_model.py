@@ -336,7 +336,7 @@ class RootModel(Handle):
         site, execution = self.handles[""], call.context.execution
         itself, names = execution.itself, call.arguments.named
         if site.special:
-            call.enter(site, names, call.args, call.kwargs)
+            call.enter(site, names)
         if itself is None:
             return
         decision = call.ledger.resolve(itself, module_run.problem(call, site, names, call.args, call.kwargs))

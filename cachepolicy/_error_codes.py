@@ -41,7 +41,7 @@ CODES: dict[str, str] = {
     "E113": "a measured value where the decision is made before the run",
     "E114": "a probe outside `signal`",
     "E115": "a memory or an accumulator where it has no meaning",
-    "E116": "an external in a condition",
+    "E116": "an external where a clause is decided ahead of the run",
     "E117": "an expectation whose row has another length",
     "E118": "a mask with other letters than 0 and 1",
     "E119": "a span of blocks that does not stand alone",

@@ -53,7 +53,7 @@ class ExecutionPlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recall", Recall(self.program))
-        object.__setattr__(self, "is_static", not (self.followed or self.program.measured))
+        object.__setattr__(self, "is_static", not (self.followed or self.program.measured or self.program.externals))
 
     def liveness(self, ahead: Ahead, *, loose: bool) -> Liveness:
         """Return what later steps may read.

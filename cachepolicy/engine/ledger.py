@@ -23,6 +23,8 @@ from cachepolicy.planning.schedule import (
     hides,
 )
 
+_NO_NUMBERS: Mapping[str, float] = {}
+
 
 class Ledger:
     """Decisions of the sites in one root call.
@@ -33,6 +35,7 @@ class Ledger:
         measuring: The signals of this call, or None if no rule can read one.
         facts: Reasons why sites have to compute, by site number.
         company: The processes that hold shards of the parameters, or None.
+        externals: Numbers of the externals that a `while` reads, by name.
 
     Attributes:
         decisions: The decisions, by group of the branch's partition. `WAITING` where signals are missing.
@@ -45,6 +48,7 @@ class Ledger:
     __slots__ = (
         "_company",
         "_context",
+        "_externals",
         "_leaders",
         "_tick",
         "after",
@@ -62,8 +66,10 @@ class Ledger:
         measuring: Measuring | None,
         facts: dict[int, str],
         company: Agreement | None = None,
+        externals: Mapping[str, float] = _NO_NUMBERS,
     ) -> None:
         self._context = context
+        self._externals = externals
         self._leaders = leaders
         self._company = company
         self._tick = context.tick
@@ -98,6 +104,7 @@ class Ledger:
             branch.partition,
             branch.memories,
             self._context.tick,
+            signals=self._externals,
             signals_of=self.signals if program.measured else None,
             followed=self._leaders,
             facts=self.facts,
@@ -147,13 +154,24 @@ class Ledger:
         return self.of(site)
 
     def _decide(self, site: int) -> None:
-        assert self.measuring is not None
         if site not in self.signals:
-            self.signals[site] = self.measuring.numbers(site)
+            self.signals[site] = self._numbers(site)
         branch = self._context.branch
         group = branch.partition.group_of[site]
         decider = branch.partition.groups[group].decider
         self.decisions[group] = decider.decide(self._inputs(site, branch.memories[group]))
+
+    def _numbers(self, site: int) -> Mapping[str, float]:
+        """Return the numbers that the rules of a site read now."""
+        assert self.measuring is not None
+        return {**self._externals, **self.measuring.numbers(site)}
+
+    def recorded(self) -> Mapping[int, Mapping[str, float]]:
+        """Return the numbers of the trace: those of measured sites, and at all sites the externals."""
+        if not self._externals:
+            return self.signals
+        sites = range(len(self._context.execution.plan.sites))
+        return {site: self.signals.get(site, self._externals) for site in sites}
 
     def _consent(self, site: int, refusal: str | None) -> None:
         """Let a decided site compute if a process refuses, or if a process that shares its parameters computes.
@@ -182,7 +200,7 @@ class Ledger:
     def _inputs(self, site: int, memory: Memory) -> Inputs:
         leaders = {name: decided[site] for name, decided in self._leaders.items()} if self._leaders else self._leaders
         tables = self._context.execution.program.tables
-        signals = self.signals.get(site, _NO_NUMBERS)
+        signals = self.signals.get(site, self._externals)
         return Inputs(self._tick, memory, signals, tables, leaders, self.facts.get(site))  # pyright: ignore[reportArgumentType]
 
     def shared(self, site: int) -> bool:
@@ -230,8 +248,7 @@ class Ledger:
             self.plan()
             if waiting := self._waiting():
                 # The sites around them had to compute after all, so these sites need decisions too.
-                assert self.measuring is not None
-                self.signals |= {site: self.measuring.numbers(site) for site in waiting}
+                self.signals |= {site: self._numbers(site) for site in waiting}
                 self.plan()
         elif self.signals:
             self._merge()
@@ -258,6 +275,3 @@ class Ledger:
             if hidden or site in self.signals:
                 inputs = self._inputs(site, branch.memories[index])
                 self.after[index] = group.decider.advance(inputs, self.decisions[index])
-
-
-_NO_NUMBERS: Mapping[str, float] = {}

@@ -273,9 +273,9 @@ class RootModel(Handle):
             raise error
 
     def _decided(
-        self, session_config: SessionConfig, state: State, reading: Reading, *, again: bool = False
+        self, session_config: SessionConfig, state: State, reading: Reading, *, earlier: StepContext | None = None
     ) -> tuple[StepContext, Ledger]:
-        """Decide the sites of a call on its guidance branch. `again` lets every site compute."""
+        """Decide the sites of a call on its guidance branch. If it was decided `earlier`, every site computes now."""
         execution, tick, known = state.execution, reading.tick, reading.known
         if execution.approximation is not None and tick.branch in COND_BRANCHES:
             for key, other in state.branches.items():
@@ -284,7 +284,7 @@ class RootModel(Handle):
                     alone = rebuilds_uncond(execution.program, other.partition, other.memories, there)
                     tick = replace(tick, uncond_skipped=alone)
         state.step = tick.step
-        branch, facts = self._branch(state, reading, again=again)
+        branch, facts = self._branch(state, reading, again=earlier is not None)
         if state.account is not None:
             state.account.give_way()
             refused = [site for site, slot in enumerate(branch.slots) if slot.storing.lacking is Fact.OVER_LIMIT]
@@ -294,6 +294,11 @@ class RootModel(Handle):
         loose, liveness = bool(self.repeated) or self.budget is not None, state.liveness
         if liveness is None or liveness.outlooks.ahead is not reading.ahead or liveness.outlooks.loose is not loose:
             liveness = state.liveness = execution.liveness(reading.ahead, loose=loose)
+        audit = Audit() if state.audited else None
+        suppliers = session_config.options.externals
+        context = StepContext(self, execution, branch, tick, liveness, suppliers, audit, earlier)
+        if context.externals and earlier is None:
+            meeting.compare_externals(state, tick, context.externals)
         measuring = None
         # Another branch may read what this one measures.
         if execution.signals.numbers and (execution.signals.crossed or liveness.measures(tick, now=True)):
@@ -302,9 +307,8 @@ class RootModel(Handle):
                 memory_of=lambda site: branch.memories[branch.partition.group_of[site]],
                 others=lambda name: None if (other := state.sibling(known, name)) is None else other.remembered,
                 worst=session_config.options.samples == "max", agreement=state.agreement, undefined=self.remeasured,
+                externals=context.externals,
             )  # fmt: skip
-        audit = Audit() if state.audited else None
-        context = StepContext(self, execution, branch, tick, liveness, session_config.options.externals, audit)
         leaders = _NO_LEADERS
         if execution.followed:
             others = {name: state.sibling(known, name) for name in execution.followed}
@@ -313,7 +317,7 @@ class RootModel(Handle):
                 for name, other in others.items()
                 if other is not None and other.decided is not None and other.decided[0] == tick.step
             }
-        return context, Ledger(context, leaders, measuring, facts, state.company)
+        return context, Ledger(context, leaders, measuring, facts, state.company, context.externals)
 
     def _branch(self, state: State, reading: Reading, *, again: bool) -> tuple[Branch, dict[int, str]]:
         """Return the branch of a call, and per site the reason where its history does not fit."""
@@ -420,7 +424,7 @@ class RootModel(Handle):
         known = reading.known
         if known.conditioning.overwritten or known.latents.overwritten:
             refuse_again(self, "the model wrote into its own arguments")
-        decided = self._decided(session.session_config or self.session_config, state, reading, again=True)
+        decided = self._decided(session.session_config or self.session_config, state, reading, earlier=call.context)
         anew = ForwardPass(*decided, session, state, reading, call.arguments, args, kwargs)
         anew.started, anew.source = call.started, call.source
         self._open(anew)
@@ -434,7 +438,7 @@ class RootModel(Handle):
         seconds = (now() if profiled else time.perf_counter()) - call.started
         profile = call.profile if trajectory.size < _MOST_PROFILED else ()
         trajectory.record((
-            context.tick, context.branch.partition, ledger.decisions, ledger.facts, seconds, ledger.signals,
+            context.tick, context.branch.partition, ledger.decisions, ledger.facts, seconds, ledger.recorded(),
             call.state.held, call.started, profile, errors,
         ))  # fmt: skip
 

@@ -220,14 +220,15 @@ class Remembered:
 
 
 _NO_LAYOUT = Layout()
+_NO_NUMBERS: Mapping[str, float] = {}
 
 
 class Measuring:
     """The signals of one forward pass: probes as they arrive, numbers on demand."""
 
     __slots__ = (
-        "_agreed", "_known", "_made", "_memory_of", "_others", "_seen", "_signals", "_step", "_tables", "_tick",
-        "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows",
+        "_agreed", "_externals", "_known", "_made", "_memory_of", "_others", "_seen", "_signals", "_step", "_tables",
+        "_tick", "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows",
     )  # fmt: skip
 
     def __init__(
@@ -242,8 +243,10 @@ class Measuring:
         worst: bool = False,
         agreement: Agreement | None = None,
         undefined: AbstractSet[ir.Probe] = frozenset(),
+        externals: Mapping[str, float] = _NO_NUMBERS,
     ) -> None:
         self._tick = tick
+        self._externals = externals
         self._memory_of = memory_of
         self._others = others
         self._made: dict[tuple[ir.Expression, int], Stream] = {}
@@ -265,9 +268,10 @@ class Measuring:
 
     @property
     def _environment(self) -> Environment:
-        """The clock and the tables. Most signals read neither."""
+        """The clock, the externals and the tables. Most signals read none of them."""
         if self._known is None:
-            self._known = Environment(clock_words(self._tick, Memory(self._step)), self._tables)
+            names = {**clock_words(self._tick, Memory(self._step)), **self._externals}
+            self._known = Environment(names, self._tables)
         return self._known
 
     def see(self, probe: ir.Probe, tensor: torch.Tensor, *, shared: bool = True) -> None:
@@ -547,7 +551,8 @@ class Measuring:
             stateful[node] = value
         environment = self._environment
         if site >= 0 and self._signals.by_site(expression):
-            environment = replace(environment, names=clock_words(self._tick, self._memory_of(site)))
+            names = {**clock_words(self._tick, self._memory_of(site)), **self._externals}
+            environment = replace(environment, names=names)
         return evaluate(expression, replace(environment, stateful=stateful))
 
     def _norm(self, call: ir.Call, site: int) -> float:

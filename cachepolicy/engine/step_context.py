@@ -75,11 +75,12 @@ class StepContext:
         inference: Whether the call runs in inference mode.
         store: How a computed result is stored.
         audit: Compares the answers with computed outputs, or None where the trajectory is not audited.
+        externals: Numbers of the externals that a `while` reads, by name.
     """
 
     __slots__ = (
-        "_arguments", "_externals", "audit", "branch", "execution", "guided", "inference", "liveness", "root", "rows",
-        "store", "tick",
+        "_arguments", "_suppliers", "audit", "branch", "execution", "externals", "guided", "inference", "liveness",
+        "root", "rows", "store", "tick",
     )  # fmt: skip
 
     def __init__(
@@ -89,8 +90,9 @@ class StepContext:
         branch: Branch,
         tick: Tick,
         liveness: Liveness,
-        externals: Mapping[str, Any],
+        suppliers: Mapping[str, Any],
         audit: Audit | None,
+        earlier: StepContext | None = None,
     ) -> None:
         self.root = root
         self.execution = execution
@@ -103,7 +105,11 @@ class StepContext:
         self.inference = torch.is_inference_mode_enabled()
         # Inference tensors have no `_version` counter, so in-place writes cannot be detected. Clones are stored.
         self.store: Op = STORE_CLONE if self.inference else STORE
-        self._externals = externals
+        self._suppliers = suppliers
+        self.externals: Mapping[str, float] = _NOTHING_READ
+        if execution.program.externals:
+            # A call that is prepared anew is decided from what was read before.
+            self.externals = earlier.externals if earlier is not None else self._read_externals()
         self._arguments: dict[tuple[int, frozenset[str]], dict[str, Any]] | None = None
 
     def wanted(self, site: int) -> Reads:
@@ -174,24 +180,35 @@ class StepContext:
         wanted = [argument for argument in action.arguments if argument.label not in without]
         memory = self.branch.memories[self.branch.partition.group_of[site]]
         names = clock_words(self.tick if self.rows is WHOLE else replace(self.tick, uncond_skipped=True), memory)
-        if self._externals:
+        if self._suppliers:
             read = set[str]().union(*(names_in(argument.value) for argument in wanted))
-            names |= {name: self._asked(name, site) for name in self._externals if name in read}
+            names |= {
+                name: self.externals[name] if name in self.externals else self._asked(name, site)
+                for name in self._suppliers
+                if name in read
+            }
         environment = Environment(names, self.execution.program.tables)
         values = {argument.label: evaluate(argument.value, environment) for argument in wanted}
         self._arguments[site, without] = values
         return values
 
-    def _asked(self, external: str, site: int) -> Any:
-        """Call an external. A callback in diffusers' style receives the module of the site."""
-        supply = self._externals[external]
+    def _read_externals(self) -> dict[str, float]:
+        """Call the externals that a `while` reads."""
+        return {name: float(self._asked(name)) for name in self.execution.program.externals}
+
+    def _asked(self, external: str, site: int | None = None) -> Any:
+        """Call an external. A callback in diffusers' style receives the module of the site, or the root model."""
+        supply = self._suppliers[external]
         if not getattr(supply, "takes_module", False):
             value = supply()
         else:
-            value = supply(self.root.module.get_submodule(self.execution.names[site][0]))
+            value = supply(self.root.module.get_submodule("" if site is None else self.execution.names[site][0]))
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             return value.reshape(())
         if isinstance(value, Real) and value is not True and value is not False:
             return value
         shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"`{value!r}`"
         raise PolicyError.of("E307", f"the function for `{external}` returned {shown}", help="it must return a number")
+
+
+_NOTHING_READ: Mapping[str, float] = {}

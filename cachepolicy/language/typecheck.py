@@ -234,8 +234,9 @@ class Checker:
             message = f"{context.called} {context.refusal}, and `{name}` reads the clock (`{late[0]}`)"
             self.report.add("E113", message, node, word=name)
         elif sort == "external" and context.called != "an action's constant":
-            message = f"`{name}` is an external, which a condition cannot read"
-            self.report.add("E116", message, node, help="use it in the arguments of an action", word=name)
+            message = f"`{name}` is an external, which {context.called} cannot read"
+            help = "read it after `while` or in the arguments of an action"
+            self.report.add("E116", message, node, help=help, word=name)
         elif context.called.startswith("an action's"):
             message = f"{context.called} {context.refusal}, and `{name}` is a {sort}"
             self.report.add("E121", message, node, word=name)

@@ -160,6 +160,7 @@ class _Unknown:
     def __init__(self, plan: Plan, given: frozenset[str]) -> None:
         self._plan = plan
         self._values = close_signals(plan.resolved.signals, given)
+        self._externals = frozenset(plan.resolved.externals) - given
 
     def read_by(self, bound: BoundRule) -> list[str]:
         """Returns the names of the unknown signals in the `while` of a rule."""
@@ -167,10 +168,17 @@ class _Unknown:
         if condition is None or not self._reads(condition):
             return []
         read = [name for name, value in self._values.items() if self._reads(value) and name in names_in(condition)]
+        read += [name for name in self._plan.resolved.externals if name in self._externals & names_in(condition)]
         return read or [format_node(condition)]
 
     def _reads(self, node: ir.Expression) -> bool:
-        return any(isinstance(part, ir.Probe) or is_measured(part) for part in walk(substitute(node, self._values)))
+        parts = list(walk(substitute(node, self._values)))
+        return any(
+            isinstance(part, ir.Probe)
+            or is_measured(part)
+            or (isinstance(part, ir.Name) and part.name in self._externals)
+            for part in parts
+        )
 
     def settled(self, *, value: bool) -> Plan:
         """Returns the plan in which every unknown comparison makes its `while` as true (or false) as it can."""

@@ -543,6 +543,7 @@ class Program:
         fine: One group for each site.
         tables: Tables by name.
         measured: Numbers of the rules whose `while` reads signals.
+        externals: The externals that a `while` reads.
         alike: As `coarse`, also where rules read signals, which may differ from site to site.
     """
 
@@ -552,6 +553,7 @@ class Program:
     tables: Tables
     measured: frozenset[int]
     alike: Partition
+    externals: tuple[str, ...]
 
     def split(self, memories: Sequence[Memory]) -> list[Memory]:
         """Returns memories by group of `fine` from memories by group of `coarse`."""
@@ -567,16 +569,14 @@ def prepare(plan: Plan, decider: Callable[[Sequence[BoundRule]], Decider] = Deci
     """
     rules = [plan.groups.rules[plan.groups.group_of[site.index]] for site in plan.sites]
     names = {signal.name for signal in plan.resolved.signals}
-    measured = frozenset(
-        bound.index
-        for bound in plan.rules
-        if bound.rule.condition is not None and names & names_in(bound.rule.condition)
-    )
+    read = {bound.index: names_in(bound.rule.condition) for bound in plan.rules if bound.rule.condition is not None}
+    measured = frozenset(rule for rule, known in read.items() if names & known)
+    externals = tuple(name for name in plan.resolved.externals if any(name in known for known in read.values()))
     deciders = {id(bound): decider(bound) for bound in plan.groups.rules}
     fine = _partition(plan, rules, deciders, coarse=False)
     # Signals may differ from site to site, so sites with equal rules may be decided differently.
     alike = _partition(plan, rules, deciders, coarse=True)
-    return Program(plan, fine if measured else alike, fine, plan.resolved.tables, measured, alike)
+    return Program(plan, fine if measured else alike, fine, plan.resolved.tables, measured, alike, externals)
 
 
 def _partition(
@@ -620,7 +620,7 @@ def decide_all(
         partition: `program.coarse` or `program.fine`.
         memories: The memory of each group.
         tick: The clock.
-        signals: Numbers of signals that are equal at all sites.
+        signals: Numbers of signals and externals that are equal at all sites.
         signals_of: Numbers that a run measured, by site number. A group whose rule reads numbers that are missing is
             `WAITING`.
         followed: Decisions of followed branches, by branch and site number.

@@ -318,7 +318,11 @@ def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
     rules = list[BoundRule]()
     for rule in bound.rules:
         condition = rule.rule.condition
-        if condition is None or not values or not rule.sites:  # a rule without sites is never asked
+        if condition is None or not rule.sites:  # a rule without sites is never asked
+            rules.append(rule)
+            continue
+        _require_externals(condition, frozenset(bound.resolved.externals) - numbers)
+        if not values:
             rules.append(rule)
             continue
         substituted = substitute(condition, values)
@@ -327,6 +331,17 @@ def _with_numbers(bound: Plan, numbers: frozenset[str]) -> Plan:
     # A run need not tell what only the signals read whose numbers are given.
     measured = [signal for signal in bound.resolved.signals if signal.name not in numbers]
     return replace(bound, rules=tuple(rules), needs=needs(rules, measured))
+
+
+def _require_externals(condition: ir.Expression, missing: frozenset[str]) -> None:
+    unknown = sorted(missing & names_in(condition))
+    if unknown:
+        name = unknown[0]
+        raise PolicyError.of(
+            "E257",
+            f"a rule reads the external `{name}`, which the caller of a run supplies",
+            help=f"give its numbers: `signals={{'{name}': [...]}}`, or `with {name} = [...]` in an `expect`",
+        )
 
 
 def _require_numbers(

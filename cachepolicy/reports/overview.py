@@ -73,10 +73,11 @@ def _prospect(
 
 
 def _numbers(plan: Plan) -> tuple[str, ...]:
-    """Returns the signals that rules compare with numbers."""
+    """Returns the signals and externals that rules compare with numbers."""
     conditions = [bound.rule.condition for bound in plan.rules if bound.rule.condition is not None]
     read = set[str]().union(*map(names_in, conditions))
-    return tuple(signal.name for signal in plan.resolved.signals if signal.name in read)
+    known = (*(signal.name for signal in plan.resolved.signals), *plan.resolved.externals)
+    return tuple(name for name in known if name in read)
 
 
 def draw_overview(skeleton: Skeleton, work: Work | None, by_policy: Mapping[str, Prospect], *, steps: int) -> str:

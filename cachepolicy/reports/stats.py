@@ -124,7 +124,7 @@ class Point:
 
 def curves(plan: Plan) -> tuple[Curve, ...]:
     """Returns every comparison of a measured or remembered value, by rule, in the order of the text."""
-    signals = frozenset(signal.name for signal in plan.resolved.signals)
+    signals = frozenset([*(signal.name for signal in plan.resolved.signals), *plan.resolved.externals])
     return tuple(
         dict.fromkeys(
             Curve(bound.index, value, operator, limit)

@@ -168,6 +168,17 @@ def _measured() -> TextStrategy:
     return st.builds("{} <= {}".format, read, limit)
 
 
+EXTERNAL = "load"
+"""The external that drawn `while` clauses read."""
+
+
+def _of_the_caller() -> TextStrategy:
+    """Conditions on the external `load`."""
+    limit = st.sampled_from(["0", "0.5", "2"])
+    read = st.sampled_from(["{0}", "sum({0})", "prev({0})", "kept({0})", "ema({0}, 0.5)", "{0} * age", "step - {0}"])
+    return st.builds("{} {} {}".format, read.map(lambda form: form.format(EXTERNAL)), _order, limit)
+
+
 _bounds = st.sampled_from([
     "", "", "at most {} in a row", "at most {} in all", "at most {} in all at most {} in a row",
     "at most (step + {}) / 2 in all", "at most 1 + progress * {} in a row",
@@ -185,6 +196,7 @@ def rules(
     follow: str | None = None,
     measured: bool = False,
     guided: bool = False,
+    external: bool = False,
 ) -> str:
     """Draw the text of one rule, with `match optional`.
 
@@ -197,6 +209,7 @@ def rules(
         follow: The branch that the rule may follow; None draws no `follow`.
         measured: If True, the `while` clause may read the signals of `signals`.
         guided: If True, the `when` clause may read `uncond_skipped`.
+        external: If True, the `while` clause may read the external `EXTERNAL`.
 
     Returns:
         One line of a policy.
@@ -210,7 +223,8 @@ def rules(
     if draw(st.booleans()):
         parts.append(draw(_schedule(steps)))
     if stateful and draw(st.booleans()):
-        parts.append(f"while {draw(_measured() | _while() if measured else _while())}")
+        clauses = _measured() | _while() if measured else _while()
+        parts.append(f"while {draw(_of_the_caller() | clauses if external else clauses)}")
     parts.append(draw(_bounds).format(draw(_count), draw(_count)))
     action = draw(st.sampled_from(list(actions)))
     parts.append(f"-> {action}")
@@ -224,7 +238,7 @@ APPROXIMATION = 'approximate uncond spectral(low: 1.1, high: 1, format: "BSC", g
 
 
 @st.composite
-def policies(
+def policies(  # noqa: PLR0913 (all that a policy may draw)
     draw: st.DrawFn,
     *,
     steps: int = 12,
@@ -236,6 +250,7 @@ def policies(
     follow: str | None = None,
     measured: bool = False,
     approximate: str | None = None,
+    external: bool = False,
 ) -> ir.Policy:
     """Draw a policy. All rules are optional, so the policy can be bound to any model that the first rule matches.
 
@@ -250,13 +265,14 @@ def policies(
         follow: The branch that rules may follow; None draws no `follow`.
         measured: If True, rules may read signals. The policy declares the signals above or below its rules.
         approximate: An `approximate uncond` action that one rule for the model takes; None draws no such rule.
+        external: If True, rules may read the external `EXTERNAL`, which the policy declares.
 
     Returns:
         The parsed policy.
     """
     options: dict[str, Any] = {
         "steps": steps, "actions": actions, "stateful": stateful, "follow": follow, "measured": measured,
-        "guided": approximate is not None,
+        "guided": approximate is not None, "external": external,
     }  # fmt: skip
     first = draw(
         rules(selectors=[selector for selector in selectors if selector in EVERYWHERE] or selectors, **options)
@@ -267,5 +283,6 @@ def policies(
         options |= {"actions": [approximate], "follow": None}
         lines.insert(draw(st.integers(0, len(lines))), draw(rules(selectors=["model"], **options)))
     declared = draw(signals()) if measured else []
+    declared += [f"external {EXTERNAL}: float"] if external else []
     lines = [*declared, *lines] if draw(st.booleans()) else [*lines, *declared]
     return parse("\n".join(["policy drawn", *lines, ""]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from torch import Tensor
 import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
+from cachepolicy.planning.schedule import prepare
 from cachepolicy.testing import checks, strategies
 from cachepolicy.testing.models import Probes, Toy, inputs, redraw
 from tests.support.guided_toy import GuidedToy
@@ -193,6 +196,17 @@ def _simulates(trajectory: Any, loop: Loop) -> None:
         steps=len(loop.timesteps),
         timesteps=loop.timesteps,
         branches=trajectory.branches,
+        signals={
+            name: {
+                branch: [
+                    call.signals[trajectory.plan.sites[0].index][name]
+                    for call in trajectory.calls
+                    if call.tick.branch == branch
+                ]
+                for branch in trajectory.branches
+            }
+            for name in prepare(trajectory.plan).externals
+        },
         facts=trajectory.facts,
     )
     for (tick, decisions), call in zip(schedule, trajectory.calls, strict=True):
@@ -305,6 +319,34 @@ def test_the_engine_decides_as_the_simulator(data: st.DataObject) -> None:
             inference=data.draw(st.booleans()),
             memory_limit=data.draw(st.sampled_from([None] * 6 + [0, 500, 2000, 6000])),
         )
+
+
+@given(st.data())
+def test_what_the_caller_supplies_decides_as_in_the_simulator(data: st.DataObject) -> None:
+    """An external in `while` is read once a call, and the simulator decides by the numbers of the trace."""
+    loop = data.draw(loops(), label="loop")
+    policy = data.draw(
+        strategies.policies(
+            steps=len(loop.timesteps),
+            follow=data.draw(st.sampled_from([None, loop.branches[0] or None])),
+            measured=data.draw(st.booleans()),
+            external=True,
+        )
+    )
+    note(cachepolicy.format(policy))
+    numbers = itertools.cycle(data.draw(st.lists(st.sampled_from([0.0, 0.4, 1.0, 3.0, math.nan]), min_size=3)))
+    asked = list[float]()
+
+    def supply() -> float:
+        asked.append(next(numbers))
+        return asked[-1]
+
+    with refused():
+        trajectories = agree(policy, loop, load=supply, steps=len(loop.timesteps))
+    if len(trajectories) == 1:
+        reads = bool(prepare(trajectories[0].plan).externals)
+        read = [call.signals[0][strategies.EXTERNAL] for call in trajectories[0].calls] if reads else []
+        assert [repr(number) for number in asked] == [repr(number) for number in read]
 
 
 REFUSED = {"E203", "E208", "E209", "E250", "E310", "E311"}

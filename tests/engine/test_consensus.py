@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from cachepolicy.engine.distributed import meeting as meetings  # noqa: E402
 from cachepolicy.engine.distributed.consensus import LENGTH, MOST_NORMS, Agreement  # noqa: E402
 from cachepolicy.engine.distributed.norms import share  # noqa: E402
 from cachepolicy.errors import PolicyError  # noqa: E402
+from cachepolicy.planning.schedule import Tick  # noqa: E402
 from cachepolicy.testing.models import Toy, failing, inputs, sample  # noqa: E402
 from tests.support.exchange import Exchange, Thread, together  # noqa: E402
 
@@ -156,6 +158,21 @@ def test_processes_at_different_decisions_all_hear_of_it(differing: str):
         return code(caught.value), Agreement(peers, "p").settle("again", [l1(2.0)]).norms
 
     assert [("E351", [2.0])] * 3 == together(3, work)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_externals_that_decide_are_compared(apart: bool):
+    """Processes that are given different numbers all hear of it before anything is decided."""
+
+    def work(peers: Thread) -> Any:
+        state: Any = SimpleNamespace(agreement=Agreement(peers, "p"), company=None)
+        try:
+            meetings.compare_externals(state, Tick(3), {"load": 1.0 + (apart and peers.rank)})
+        except PolicyError as error:
+            return code(error)
+        return None
+
+    assert ["E351" if apart else None] * 2 == together(2, work)
 
 
 def test_a_failure_is_heard_at_the_next_decision():

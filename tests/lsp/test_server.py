@@ -376,7 +376,7 @@ external strength: float
             {"head", "l1", "prev", "off", "cross", "wiener"},
         ),
         ("match attention when t in |", {"window", "names"}, {"interval", "t"}),
-        ("match attention while |", {"head", "l1", "kept", "sum", "latch", "gap", "t"}, {"output", "strength"}),
+        ("match attention while |", {"head", "l1", "kept", "sum", "gap", "t", "strength"}, {"output"}),
         ("match attention while sum(t, |", {"decay", "late"}, {"weight"}),
         ("signal x = input(model, |", {"tokens"}, {"head", "t"}),
         ("signal x = wiener(head, |", {"beta"}, {"decay"}),

@@ -43,10 +43,15 @@ clauses = st.builds(
 )  # fmt: skip
 
 
-@given(clauses, st.lists(st.floats(0, 1), min_size=8, max_size=8), st.booleans())
-def test_every_run_lies_in_the_range(clause: str, values: list[float], twice: bool) -> None:
-    """Whatever the signal is, a cell with `C` or `R` comes out so, and as many calls are skipped as the range says."""
-    text = f"{SIGNAL}match attention {clause}-> reuse\n" + ("match feedforward every 2 -> reuse\n" if twice else "")
+@given(
+    st.sampled_from([SIGNAL, "external drift: float\n"]),
+    clauses,
+    st.lists(st.floats(0, 1), min_size=8, max_size=8),
+    st.booleans(),
+)
+def test_every_run_lies_in_the_range(declared: str, clause: str, values: list[float], twice: bool) -> None:
+    """Whatever the number is, a cell with `C` or `R` comes out so, and as many calls are skipped as the range says."""
+    text = f"{declared}match attention {clause}-> reuse\n" + ("match feedforward every 2 -> reuse\n" if twice else "")
     schedule, run = opened(text), simulate(parse(text), steps=8, sites=SITES, signals={"drift": values})
     for site, letters in schedule.rows.items():
         assert all(letter in {"S", other} for letter, other in zip(letters, run.rows[site], strict=True))

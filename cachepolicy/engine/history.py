@@ -9,7 +9,8 @@ import torch
 from cachepolicy.engine.actions import Slot
 from cachepolicy.engine.block_chain import Chain, ChainEntry
 from cachepolicy.engine.history_storage import flat
-from cachepolicy.engine.signals import Remembered, Stream
+from cachepolicy.engine.signals import Remembered
+from cachepolicy.engine.streams import Stream
 from cachepolicy.planning.possible_decisions import Reads
 
 

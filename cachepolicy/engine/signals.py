@@ -1,8 +1,4 @@
-"""Signals: probed tensors, remembered over steps and computes, and reduced to numbers.
-
-The norms use the same torch operations in the same dtype as the caches of diffusers, so that equal streams give
-bit-identical numbers.
-"""
+"""Signals: probed tensors, remembered over steps and computes, and reduced to numbers."""
 
 from __future__ import annotations
 
@@ -14,70 +10,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from cachepolicy.engine.distributed.consensus import Agreement
-from cachepolicy.engine.distributed.norms import Share, Sum, in_pieces, norm_alone, share, summed
-from cachepolicy.engine.history_packing import is_whole
-from cachepolicy.engine.streams import Layout, half_of, of_tokens, wiener
+from cachepolicy.engine.distributed.norms import Share, in_pieces, norm_alone, share
+from cachepolicy.engine.lowered_signals import Measure, lowered
+from cachepolicy.engine.streams import Layout, SignalValue, Stream, half_of, norm_of, of_tokens, wiener, worst_norm
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, finite
 from cachepolicy.language.traversal import children, close_signals, is_stream, replace_outermost, walk
 from cachepolicy.language.vocabulary import MEMORIES, NORMS
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.schedule import Memory, Tick, clock_words
-
-
-class Stream:
-    """A probed tensor with its `_version`. The mean magnitude is computed on demand.
-
-    Args:
-        tensor: The tensor.
-        shared: Whether other code may have it, and write into it.
-    """
-
-    __slots__ = ("_magnitude", "_sum", "_tensor", "_version")
-
-    def __init__(self, tensor: torch.Tensor, *, shared: bool = True) -> None:
-        if shared:
-            # Inference tensors have no `_version`, so in-place writes cannot be detected. Small views are copied as
-            # well, because they would keep a large storage alive.
-            shared = not tensor.is_inference() and is_whole([tensor])
-            self._tensor = tensor.detach() if shared else tensor.detach().clone()
-        else:
-            self._tensor = tensor.detach() if tensor.requires_grad else tensor
-        self._version = tensor._version if shared else None
-        self._magnitude: torch.Tensor | None = None
-        self._sum: Sum | None = None
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The tensor as it was probed.
-
-        Raises:
-            Undefined: The tensor was modified in place.
-        """
-        if self._version is not None and self._tensor._version != self._version:
-            raise Undefined("a probed tensor was overwritten in place")
-        return self._tensor
-
-    @property
-    def held(self) -> torch.Tensor:
-        """The stored tensor, even if it was modified in place."""
-        return self._tensor
-
-    @property
-    def magnitude(self) -> torch.Tensor:
-        """mean(|x|), computed once."""
-        if self._magnitude is None:
-            self._magnitude = self.tensor.abs().mean()
-        return self._magnitude
-
-    def sum(self, *, by_sample: bool) -> Sum:
-        """Return the sum of |x|, computed once."""
-        if self._sum is None:
-            self._sum = summed(self.tensor.abs(), by_sample=by_sample)
-        return self._sum
-
-
-SignalValue = Stream | float
+from cachepolicy.planning.schedule import Inputs, Memory, Tick, clock_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +45,13 @@ class Signals:
     """The negative numbers in `members`."""
     own: Mapping[tuple[ir.Probe, str], ir.Probe] = field(default_factory=dict[tuple[ir.Probe, str], ir.Probe])
     """The probe of each site for a probe of `self`."""
+    tables: Mapping[str, Sequence[int | float]] = field(default_factory=dict[str, "Sequence[int | float]"])
+    """The tables of the plan by name."""
+    slots: Mapping[ir.Expression, int] = field(init=False, repr=False, compare=False)
+    """The numbers of the expressions in `lasting`, by which their values are remembered."""
+    _measures: dict[ir.Expression, Measure] = field(
+        default_factory=dict[ir.Expression, "Measure"], repr=False, compare=False
+    )
     _parts: dict[ir.Expression, list[ir.Call | ir.Over]] = field(
         default_factory=dict[ir.Expression, list[ir.Call | ir.Over]], repr=False, compare=False
     )
@@ -111,6 +59,20 @@ class Signals:
     _pushed: dict[ir.Call, ir.Expression] = field(
         default_factory=dict[ir.Call, ir.Expression], repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        distinct = dict.fromkeys(self.lasting)
+        object.__setattr__(self, "slots", {expression: slot for slot, expression in enumerate(distinct)})
+
+    def measure(self, expression: ir.Expression) -> Measure:
+        """Return the closure that gives the value of an expression. `Measuring.value` interprets it."""
+        if expression not in self._measures:
+            self._measures[expression] = lowered(self, expression)
+        return self._measures[expression]
+
+    def key(self, expression: ir.Expression, site: int) -> tuple[int, int]:
+        """Return the key of a remembered value: its slot, and its site, or -1 if it is equal for all sites."""
+        return self.slots[expression], site if self.by_site(expression) else -1
 
     def parts(self, expression: ir.Expression) -> list[ir.Call | ir.Over]:
         """Return the outermost parts of an expression over numbers that a run measures or remembers."""
@@ -179,6 +141,7 @@ def signals_of(plan: Plan) -> Signals:
         members={selector: tuple(keys[name] for name in members) for selector, members in plan.members.items()},
         others=tuple(keys[name] for name in others),
         own=plan.own,
+        tables=plan.resolved.tables,
     )
 
 
@@ -203,17 +166,16 @@ def _of_tensors(call: ir.Call) -> ir.Expression:
 class Remembered:
     """Memory of one branch: values of the previous step, and of the computes of each site, newest first.
 
-    `crossed` has what other branches read, with the step, of the last two steps.
+    The keys are those of `Signals.key`; values below `kept` have one for each site. `crossed` has what other branches
+    read, with the step, of the last two steps.
     """
 
     step: int = -1
-    previous: dict[tuple[ir.Expression, int], SignalValue] = field(
-        default_factory=dict[tuple[ir.Expression, int], SignalValue]
+    previous: dict[tuple[int, int], SignalValue] = field(default_factory=dict[tuple[int, int], SignalValue])
+    kept: dict[tuple[int, int], tuple[SignalValue, ...]] = field(
+        default_factory=dict[tuple[int, int], "tuple[SignalValue, ...]"]
     )
-    kept: dict[tuple[ir.Expression, int], tuple[SignalValue, ...]] = field(
-        default_factory=dict[tuple[ir.Expression, int], tuple[SignalValue, ...]]
-    )
-    crossed: tuple[tuple[int, Mapping[tuple[ir.Expression, int], SignalValue]], ...] = ()
+    crossed: tuple[tuple[int, Mapping[tuple[int, int], SignalValue]], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.previous or self.kept or self.crossed)
@@ -221,14 +183,15 @@ class Remembered:
 
 _NO_LAYOUT = Layout()
 _NO_NUMBERS: Mapping[str, float] = {}
+_ANY_SITE = (-1,)
 
 
 class Measuring:
     """The signals of one forward pass: probes as they arrive, numbers on demand."""
 
     __slots__ = (
-        "_agreed", "_externals", "_known", "_made", "_memory_of", "_others", "_seen", "_signals", "_step", "_tables",
-        "_tick", "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows",
+        "_agreed", "_externals", "_known", "_made", "_memory_of", "_now", "_others", "_reduced", "_signals", "_step",
+        "_tables", "_tick", "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows", "seen",
     )  # fmt: skip
 
     def __init__(
@@ -263,7 +226,11 @@ class Measuring:
         self._tables = tables
         self._known: Environment | None = None
         self._step = tick.step
-        self._seen: dict[ir.Probe, Stream | None] = {}
+        self._now: Inputs | None = None
+        self._reduced: dict[tuple[str, tuple[int, ...]], tuple[float, Sequence[Stream]]] = {}
+        """Norms by function and tensors, with these, so that each is read from the device once."""
+        self.seen: dict[ir.Probe, Stream | None] = {}
+        """The tensors of the probes that were recorded; None where the probe has none."""
         self.past = past
 
     @property
@@ -274,6 +241,14 @@ class Measuring:
             self._known = Environment(names, self._tables)
         return self._known
 
+    def at(self, site: int) -> Inputs:
+        """Return the clock and the externals at a site, or at no site in particular (-1)."""
+        if site >= 0:
+            return Inputs(self._tick, self._memory_of(site), self._externals, self._tables)
+        if self._now is None:
+            self._now = Inputs(self._tick, Memory(self._step), self._externals, self._tables)
+        return self._now
+
     def see(self, probe: ir.Probe, tensor: torch.Tensor, *, shared: bool = True) -> None:
         """Record the tensor of a probe. Arguments as for `Stream`."""
         try:
@@ -281,9 +256,9 @@ class Measuring:
                 self._whole("a part of the tokens")
                 tensor = of_tokens(probe.tokens, tensor, self.layout)
                 shared = True  # a view of the tensor
-            self._seen[probe] = Stream(tensor, shared=shared)
+            self.seen[probe] = Stream(tensor, shared=shared)
         except Undefined:
-            self._seen[probe] = None
+            self.seen[probe] = None
 
     def _whole(self, subject: str) -> None:
         """Raise where the tokens of a sample are spread over processes."""
@@ -292,14 +267,15 @@ class Measuring:
 
     def has(self, probe: ir.Probe) -> bool:
         """Return True once the probe was recorded in this step."""
-        return probe in self._seen
+        return probe in self.seen
 
     def numbers(self, site: int) -> dict[str, float]:
         """Return the signals by name for the rules of `site`. Undefined signals are NaN."""
         values = dict[str, float]()
-        for name, expression in self._signals.numbers.items():
+        signals = self._signals
+        for name, expression in signals.numbers.items():
             try:
-                value = self._value(expression, site)
+                value = signals.measure(expression)(self, site)
                 values[name] = float("nan") if isinstance(value, Stream) else value
             except Undefined:
                 values[name] = float("nan")
@@ -366,7 +342,7 @@ class Measuring:
     def _share(self, call: ir.Call, site: int) -> Share | None:
         """Return this process' share of a norm, or None if it is undefined here."""
         try:
-            x, *others = self._streams(call, site)
+            x, *others = _of_one_shape(call, [self.value(argument, site) for argument in call.arguments])
             y = others[0].tensor if others else None
             magnitude = others[0].sum(by_sample=self._worst) if call.function == "relative_l1" else None
             return share(call.function, x.tensor, y, by_sample=self._worst, magnitude=magnitude)
@@ -381,62 +357,68 @@ class Measuring:
         """
         if self.agreement is not None and self._signals.lasting:
             self._settle("what is remembered", self._signals.lasting, sites)
+        signals, past = self._signals, self.past
         # Modules that `over` takes and that are no sites have their own previous values.
-        sites = [*sites, *self._signals.others]
-        previous = self._values(self._signals.previous, sites)
-        now = self._values(self._signals.kept, computed)
-        for expression, depth in self._signals.kept.items():
-            for site in computed:
-                key = (expression, site)
-                if key in now:
-                    self.past.kept[key] = (now[key], *self.past.kept.get(key, ()))[:depth]
-                else:
-                    self.past.kept.pop(key, None)
-        changed = bool(previous or self.past.previous or (computed and self._signals.kept))
-        if self._signals.crossed and self.rows is None:
-            self.past.crossed = ((self._step, self._values(self._signals.crossed, sites)), *self.past.crossed[:1])
+        sites = [*sites, *signals.others]
+        previous = self._values(signals.previous, sites)
+        if computed:
+            for expression, depth in signals.kept.items():
+                slot, measure = signals.slots[expression], signals.measure(expression)
+                for site in computed:
+                    key = slot, site
+                    try:
+                        past.kept[key] = (measure(self, site), *past.kept.get(key, ()))[:depth]
+                    except Undefined:
+                        past.kept.pop(key, None)
+        changed = bool(previous or past.previous or (computed and signals.kept))
+        if signals.crossed and self.rows is None:
+            past.crossed = ((self._step, self._values(signals.crossed, sites)), *past.crossed[:1])
             changed = True
         self.past.previous, self.past.step = previous, self._step
         return changed
 
-    def _values(
-        self, expressions: Iterable[ir.Expression], sites: list[int]
-    ) -> dict[tuple[ir.Expression, int], SignalValue]:
-        """Return the defined values of the expressions at each site."""
-        values = dict[tuple[ir.Expression, int], SignalValue]()
+    def _values(self, expressions: Iterable[ir.Expression], sites: Sequence[int]) -> dict[tuple[int, int], SignalValue]:
+        """Return the defined values of the expressions, at each site where they may differ from site to site."""
+        values, signals = dict[tuple[int, int], SignalValue](), self._signals
         for expression in expressions:
-            for site in sites:
+            slot, measure = signals.slots[expression], signals.measure(expression)
+            for site in sites if signals.by_site(expression) else _ANY_SITE:
                 try:
-                    values[expression, site] = self._value(expression, site)
+                    values[slot, site] = measure(self, site)
                 except Undefined:
                     continue
         return values
 
-    def _value(self, expression: ir.Expression, site: int) -> SignalValue:
-        # The most frequent expressions come first, because each pattern below takes time.
-        if isinstance(expression, ir.Probe):
-            probe = self._named(expression, site)
-            stream = self._seen.get(probe) if probe is not None else None
-            if stream is None:
-                raise Undefined(f"`{expression.stream}(...)` was not seen in this step")
-            self._require_one(expression, site)
-            return stream
-        if isinstance(expression, ir.Call):
-            if expression.function in NORMS:
-                return self._norm(expression, site)
-            if expression.function == "kept":
-                self._require_one(expression, site)
-                depth = 1 if len(expression.arguments) == 1 else int(evaluate(expression.arguments[1]))
-                kept = self.past.kept.get((expression.arguments[0], site), ())
-                return self._remembered(kept[depth - 1] if 0 < depth <= len(kept) else None, "kept")
+    def value(self, expression: ir.Expression, site: int) -> SignalValue:
+        """Interpret an expression at a site.
+
+        Raises:
+            Undefined: It has no value in this forward pass.
+        """
         match expression:
+            case ir.Probe():
+                probe = self._named(expression, site)
+                stream = self.seen.get(probe) if probe is not None else None
+                if stream is None:
+                    raise Undefined(f"`{expression.stream}(...)` was not seen in this step")
+                self.require_one(expression, site)
+                return stream
+            case ir.Call(function=function) if function in NORMS:
+                return self._norm(expression, site)
+            case ir.Call(function="kept"):
+                self.require_one(expression, site)
+                depth = 1 if len(expression.arguments) == 1 else int(evaluate(expression.arguments[1]))
+                kept = self.past.kept.get((self._signals.slots[expression.arguments[0]], site), ())
+                if not 0 < depth <= len(kept):
+                    raise Undefined("`kept(...)` has no value yet")
+                return kept[depth - 1]
             case ir.Call(function="cross"):
                 return self._crossed(expression, site)
             case ir.Call(function="wiener") | ir.Arithmetic() if is_stream(expression):
                 return self._calculated(expression, site)
             case ir.Call(function="prev"):
-                self._require_one(expression, site)
-                return self._remembered(self.past.previous.get((expression.arguments[0], site)), "prev")
+                self.require_one(expression, site)
+                return self.last(*self._signals.key(expression.arguments[0], site))
             case _:
                 return self._number(expression, site)
 
@@ -446,8 +428,8 @@ class Measuring:
             return probe
         return self._signals.own.get((probe, self._signals.names.get(site, "?")))
 
-    def _require_one(self, expression: ir.Expression, site: int) -> None:
-        """Raise if the expression reads a module that one forward pass calls more than once."""
+    def require_one(self, expression: ir.Expression, site: int) -> None:
+        """Raise `Undefined` if the expression reads a module that one forward pass calls more than once."""
         if self._undefined and any(
             self._named(node, site) in self._undefined for node in walk(expression) if isinstance(node, ir.Probe)
         ):
@@ -484,7 +466,7 @@ class Measuring:
         return left + right if expression.operator == "+" else left - right
 
     def _tensor(self, expression: ir.Expression, site: int) -> torch.Tensor:
-        value = self._value(expression, site)
+        value = self.value(expression, site)
         if not isinstance(value, Stream):
             raise Undefined("a number stands where a tensor is read")
         return value.tensor
@@ -498,18 +480,19 @@ class Measuring:
         name = str(evaluate(branch))
         if self.rows is not None:
             if not is_stream(value):
-                return self._value(self._signals.pushed(call), site)
+                return self.value(self._signals.pushed(call), site)
             key = call, site if self._signals.by_site(value) else -1
             if key not in self._made:
                 self._made[key] = Stream(half_of(name, self._tensor(value, site), self.rows, self.cond))
             return self._made[key]
         if self._of_this_branch(call):
-            return self._value(value, site)
+            return self.value(value, site)
         read, back = at_its_step(value)
         other = self._others(name)
+        key = self._signals.key(read, site)
         for step, values in other.crossed if other is not None else ():
-            if step == self._step - back and (read, site) in values:
-                return values[read, site]
+            if step == self._step - back and key in values:
+                return values[key]
         raise Undefined(f"`{name}` has not run in this step")
 
     def _over(self, expression: ir.Over) -> float | bool:
@@ -517,7 +500,7 @@ class Measuring:
         values = list[float]()
         for member in self._signals.members[expression.selector]:
             try:
-                value = self._value(expression.value, member)
+                value = self.value(expression.value, member)
             except Undefined:
                 continue
             if not isinstance(value, Stream):
@@ -532,9 +515,19 @@ class Measuring:
             case function:
                 return min(values) if function == "min" else max(values)
 
-    def _remembered(self, value: SignalValue | None, memory: str) -> SignalValue:
-        if value is None or (memory == "prev" and self.past.step != self._step - 1):
-            raise Undefined(f"`{memory}(...)` has no value yet")
+    def last(self, slot: int, site: int) -> SignalValue:
+        """Return a value of the step before.
+
+        Args:
+            slot: The slot of its expression.
+            site: The site, or -1 if the value is equal for all sites.
+
+        Raises:
+            Undefined: There is none.
+        """
+        value = self.past.previous.get((slot, site)) if self.past.step == self._step - 1 else None
+        if value is None:
+            raise Undefined("`prev(...)` has no value yet")
         return value
 
     def _number(self, expression: ir.Expression, site: int) -> float:
@@ -545,7 +538,7 @@ class Measuring:
             return self._over(expression)
         stateful = dict[ir.Expression, float | bool]()
         for node in self._signals.parts(expression):
-            value = self._number(node, site) if _is_measured(node) else self._value(node, site)
+            value = self._number(node, site) if _is_measured(node) else self.value(node, site)
             if isinstance(value, Stream):
                 raise Undefined("a tensor stands where a number is read")
             stateful[node] = value
@@ -557,28 +550,46 @@ class Measuring:
 
     def _norm(self, call: ir.Call, site: int) -> float:
         if self.agreement is not None:
-            value = self._agreed.get(self._key(call, site), math.nan)
-        else:
-            tensors = self._streams(call, site)
+            return self.agreed(call, site)
+        return self.norm(call, [self.value(argument, site) for argument in call.arguments])
+
+    def agreed(self, call: ir.Call, site: int) -> float:
+        """Return a norm that was computed together with other processes."""
+        return finite(self._agreed.get(self._key(call, site), math.nan), f"`{call.function}(...)`")
+
+    def norm(self, call: ir.Call, values: Sequence[SignalValue]) -> float:
+        """Return a norm of tensors. Equal tensors are reduced and read from the device once in a forward pass.
+
+        Args:
+            call: The norm.
+            values: The values of its arguments.
+        """
+        tensors = _of_one_shape(call, values)
+        key = call.function, tuple(map(id, tensors))
+        known = self._reduced.get(key)
+        if known is None:
             if in_pieces(tensors[0].tensor):
                 x, y = tensors[0].tensor, tensors[1].tensor if len(tensors) > 1 else None
                 value = norm_alone(call.function, x, y, by_sample=self._worst)
             else:
-                norm = _worst(call.function, tensors) if self._worst else _norm(call.function, tensors)
-                value = float(norm.item())
-        if not math.isfinite(value):
-            raise Undefined(f"`{call.function}(...)` is {value}")
-        return value
+                value = float((worst_norm if self._worst else norm_of)(call.function, tensors).item())
+            known = self._reduced[key] = value, tensors
+        return finite(known[0], f"`{call.function}(...)`")
 
-    def _streams(self, call: ir.Call, site: int) -> list[Stream]:
-        """Return the tensors that a norm reads."""
-        streams = [self._value(argument, site) for argument in call.arguments]
-        tensors = [stream for stream in streams if isinstance(stream, Stream)]
-        if len(tensors) != len(streams):
-            raise Undefined(f"`{call.function}(...)` reads tensors")
-        if len(tensors) == 2 and tensors[0].tensor.shape != tensors[1].tensor.shape:
-            raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
-        return tensors
+
+def _of_one_shape(call: ir.Call, values: Sequence[SignalValue]) -> list[Stream]:
+    """Return the tensors that a norm reads.
+
+    Raises:
+        Undefined: They are numbers, have different shapes, or were modified in place.
+    """
+    streams = [value for value in values if isinstance(value, Stream)]
+    if len(streams) != len(values):
+        raise Undefined(f"`{call.function}(...)` reads tensors")
+    shapes = [stream.tensor.shape for stream in streams]
+    if len(shapes) == 2 and shapes[0] != shapes[1]:
+        raise Undefined(f"`{call.function}(...)` compares tensors of different shapes")
+    return streams
 
 
 def _is_measured(node: ir.Call | ir.Over) -> bool:
@@ -590,28 +601,3 @@ def _outermost(node: ir.Node) -> list[ir.Call | ir.Over]:
     if isinstance(node, ir.Over) or (isinstance(node, ir.Call) and node.function in NORMS | MEMORIES | {"cross"}):
         return [node]
     return [call for child in children(node) for call in _outermost(child)]
-
-
-def _norm(function: str, streams: list[Stream]) -> torch.Tensor:
-    x = streams[0].tensor
-    if len(streams) == 1:
-        return streams[0].magnitude if function == "l1" else x.square().mean().sqrt()
-    y = streams[1].tensor
-    match function:
-        case "l1":
-            return (x - y).abs().mean()
-        case "l2":
-            return (x - y).square().mean().sqrt()
-        case "relative_l1":
-            return (x - y).abs().mean() / streams[1].magnitude
-        case "cosine":
-            return torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
-        case _:
-            raise Undefined(f"`{function}(...)` is not a norm")
-
-
-def _worst(function: str, streams: list[Stream]) -> torch.Tensor:
-    """Return the largest norm over the samples (the smallest cosine)."""
-    samples = [[Stream(sample) for sample in stream.tensor] for stream in streams]
-    norms = torch.stack([_norm(function, list(sample)) for sample in zip(*samples, strict=True)])
-    return norms.min() if function == "cosine" else norms.max()

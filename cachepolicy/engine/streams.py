@@ -1,4 +1,8 @@
-"""Operators on probed tensors: the tokens of a probe, the halves of a guidance batch, and spectral filters."""
+"""Probed tensors and the operators on them: norms, tokens, halves of a guidance batch, and spectral filters.
+
+The norms use the same torch operations in the same dtype as the caches of diffusers, so that equal streams give
+bit-identical numbers.
+"""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # The methods of `torch.fft` and `tolist` have no types.
@@ -14,10 +18,67 @@ import torch
 
 from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, GRID_SIZES
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
+from cachepolicy.engine.distributed.norms import Sum, summed
+from cachepolicy.engine.history_packing import is_whole
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined
 
 _SEQUENCE = 3  # dimensions of a batch of token sequences (B, S, C)
+
+
+class Stream:
+    """A probed tensor with its `_version`. The mean magnitude is computed on demand.
+
+    Args:
+        tensor: The tensor.
+        shared: Whether other code may have it, and write into it.
+    """
+
+    __slots__ = ("_magnitude", "_sum", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor, *, shared: bool = True) -> None:
+        if shared:
+            # Inference tensors have no `_version`, so in-place writes cannot be detected. Small views are copied as
+            # well, because they would keep a large storage alive.
+            shared = not tensor.is_inference() and is_whole([tensor])
+            self._tensor = tensor.detach() if shared else tensor.detach().clone()
+        else:
+            self._tensor = tensor.detach() if tensor.requires_grad else tensor
+        self._version = tensor._version if shared else None
+        self._magnitude: torch.Tensor | None = None
+        self._sum: Sum | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it was probed.
+
+        Raises:
+            Undefined: The tensor was modified in place.
+        """
+        if self._version is not None and self._tensor._version != self._version:
+            raise Undefined("a probed tensor was overwritten in place")
+        return self._tensor
+
+    @property
+    def held(self) -> torch.Tensor:
+        """The stored tensor, even if it was modified in place."""
+        return self._tensor
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """mean(|x|), computed once."""
+        if self._magnitude is None:
+            self._magnitude = self.tensor.abs().mean()
+        return self._magnitude
+
+    def sum(self, *, by_sample: bool) -> Sum:
+        """Return the sum of |x|, computed once."""
+        if self._sum is None:
+            self._sum = summed(self.tensor.abs(), by_sample=by_sample)
+        return self._sum
+
+
+SignalValue = Stream | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +242,33 @@ def _filtered(x: torch.Tensor, beta: float, sigma: float) -> torch.Tensor:
         gain = along.reshape(shape) if gain is None else gain * along.reshape(shape)
     assert gain is not None
     return torch.fft.ifftn(spectrum * (gain / gain.mean()), dim=axes).real.to(x.dtype)
+
+
+def norm_of(function: str, streams: Sequence[Stream]) -> torch.Tensor:
+    """Return a norm of one tensor, or of the difference of two, as a scalar tensor.
+
+    Raises:
+        Undefined: The function is not a norm, or a tensor was modified in place.
+    """
+    x = streams[0].tensor
+    if len(streams) == 1:
+        return streams[0].magnitude if function == "l1" else x.square().mean().sqrt()
+    y = streams[1].tensor
+    match function:
+        case "l1":
+            return (x - y).abs().mean()
+        case "l2":
+            return (x - y).square().mean().sqrt()
+        case "relative_l1":
+            return (x - y).abs().mean() / streams[1].magnitude
+        case "cosine":
+            return torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+        case _:
+            raise Undefined(f"`{function}(...)` is not a norm")
+
+
+def worst_norm(function: str, streams: Sequence[Stream]) -> torch.Tensor:
+    """Return the largest norm over the samples (the smallest cosine)."""
+    samples = [[Stream(sample) for sample in stream.tensor] for stream in streams]
+    norms = torch.stack([norm_of(function, sample) for sample in zip(*samples, strict=True)])
+    return norms.min() if function == "cosine" else norms.max()

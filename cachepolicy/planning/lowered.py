@@ -216,12 +216,17 @@ def _raw(name: str) -> Callable[[Inputs], Any]:
     return lambda inputs: inputs.signals[name] if name in inputs.signals else word(inputs)
 
 
+def named(name: str) -> Closure:
+    """Returns the closure of a clock word, signal or external. Its first argument is the `Inputs`."""
+    return _checked(name, _raw(name))
+
+
 def _compiler(bound: BoundRule, tables: Tables, accumulators: Sequence[ir.Call]) -> Compiler:
     """Returns the compiler of the clauses of a rule that read these of its accumulators."""
 
     def leaf(expression: ir.Expression) -> Closure | None:
         if isinstance(expression, ir.Name):
-            return _checked(expression.name, _raw(expression.name))
+            return named(expression.name)
         if not isinstance(expression, ir.Call):
             return None
         if expression in accumulators:

@@ -132,6 +132,16 @@ def test_a_decision_on_a_signal_reads_one_number(monkeypatch: pytest.MonkeyPatch
     assert 5 == reads.count
 
 
+def test_sites_that_read_one_number_share_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that is equal for several sites is read from the device once in a forward pass."""
+    monkeypatch.setattr("cachepolicy.engine.span_run.is_finite", lambda _: True)
+    run, step = steps(FIRST_BLOCK.replace("blocks[1:] while", "each blocks[1:] while"), 6)
+    with run, Reads() as reads:
+        for number in range(1, 6):
+            step(number)
+    assert 5 == reads.count
+
+
 def test_a_hit_costs_less_than_the_call_it_saves() -> None:
     """A hit calls the hook and one function of torch, and a root call has a bound of its own."""
     few, many = calls_per_step(STATIC, 10), calls_per_step(STATIC, 30)

@@ -68,6 +68,7 @@ CODES: dict[str, str] = {
     "E165": "too large after substitution of its names",
     "E168": "a setting of another tool that no policy expresses",
     "E169": "no setting of a tool that is known",
+    "E170": "a predictor of another package that cannot be used",
     # E20x to E24x: a policy on a model.
     "E166": "a parameter without a value",
     "E167": "a preset that does not exist, or several that fit",

@@ -139,7 +139,7 @@ def predict(
     """Predict the value at `step` from a history.
 
     Args:
-        predictor: `"linear"`, `"taylor"` or `"hermite"`.
+        predictor: The name of the predictor.
         history: Computed values, newest first. A short history lowers the order.
         steps: The steps of the values, or their places on another axis.
         step: The step of the prediction, on the same axis.

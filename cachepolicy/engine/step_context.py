@@ -19,8 +19,9 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
+from cachepolicy.language.vocabulary import PREDICTORS
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import axis, is_mean, reach
+from cachepolicy.planning.history_spec import axis, fewest_results, is_mean, is_scaled, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
 from cachepolicy.planning.predictors import Weights, weights
@@ -137,7 +138,9 @@ class StepContext:
             self.arguments(action, site)
         except Undefined:
             return UNDEFINED_ARGUMENT
-        if len(steps) < 2:
+        if len(steps) < fewest_results(action):
+            return Fact.NO_HISTORY
+        if len(steps) < 2 and action.predictor in PREDICTORS and action.predictor != "weights":
             return None  # the answer is the newest value itself
         numbers = self.weights(action, site, steps)
         return Fact.TOO_LARGE if is_too_large(numbers, newest) else None
@@ -157,6 +160,9 @@ class StepContext:
     def places(self, action: ir.Predict) -> Place:
         """Return the function that gives the place of a step on the axis of a predictor."""
         word, ticks = axis(action), self.branch.ticks
+        if is_scaled(action):
+            whole = {"step": self.tick.steps or 1, "t": 1000, "sigma": 1}[word]
+            return lambda step: 2 * getattr(ticks[step], word) / whole - 1
         return int if word == "step" else lambda step: getattr(ticks[step], word)
 
     def arguments(

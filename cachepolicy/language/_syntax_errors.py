@@ -314,8 +314,9 @@ def _unfinished(before: str, stop: Stop, lexeme: str) -> str | None:
         return f"write `at most {bound[1]} in a row` or `at most {bound[1]} in all`"
     method = re.search(r"\b(?:predict|uncond)\s+([a-z_]+)\s*\(\s*$", before)
     labels = {**PREDICTORS, **APPROXIMATIONS}.get(method[1]) if method is not None else None
-    if method is not None and labels:
-        first, *others = [name for name, label in labels.items() if label.required]
+    required = [name for name, label in (labels or {}).items() if label.required]
+    if method is not None and required:
+        first, *others = required
         value = lexeme if lexeme[0].isdigit() else "..."
         arguments = ", ".join([f"{first}: {value}", *(f"{name}: ..." for name in others)])
         return f"arguments have names: `{method[1]}({arguments})`"

@@ -193,6 +193,9 @@ class Lowering:
         residual = any(not is_tree(child) for child in rest)
         return ir.Predict(predictor=str(name), arguments=arguments, residual=residual, span=self._span(tree))
 
+    def _argument_of(self, tree: Any) -> ir.Argument:
+        return ir.Argument(label="of", value=self.lower(tree.children[0]), span=self._span(tree))
+
     # --- selectors and expressions
 
     def _blocks(self, tree: Any) -> ir.Blocks:
@@ -337,6 +340,7 @@ _CONVERTERS: Mapping[str, Callable[[Lowering, Any], Any]] = {
     "every_since_compute": Lowering._anchored,
     "mask_by_site": Lowering._mask_by_site,
     "reuse": Lowering._reuse,
+    "argument_of": Lowering._argument_of,
     "predict": Lowering._method,
     "approximate_uncond": Lowering._method,
     "blocks": Lowering._blocks,

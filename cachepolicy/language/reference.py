@@ -177,6 +177,12 @@ TABLES = (
             "Σ Δ^i k^i / i! for i up to m, of recursive differences at computes, Δ^(i+1) = (Δ^i − previous Δ^i) / gap"
         ),
         "hermite(order: m, scale: E)": "the same with E^i H_i(E k) in place of k^i, of Hermite polynomials H",
+        "newton(order: m)": "the polynomial of degree m through the last m + 1 results",
+        "chebyshev(order: m, ridge: E)": (
+            "a sum of Chebyshev polynomials up to m, fitted to the last results by ridge regression"
+        ),
+        "bdf2()": "newest + (newest − the one before) · k / gap, a step of BDF2 with the last slope",
+        "weights(of: [E, E, ...])": "a sum of the last results with these factors, newest first",
     }),
     ReferenceTable("type", "is", "params", {
         "int": "a whole number",

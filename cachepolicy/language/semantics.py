@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -40,9 +39,7 @@ from cachepolicy.language.validate import (
 from cachepolicy.language.vocabulary import (
     APPROXIMATIONS,
     EXPECTATION_LIMIT,
-    PREDICTORS,
     PURE_FUNCTIONS,
-    Label,
 )
 
 
@@ -76,7 +73,7 @@ def judge(policy: ir.Policy, broken: frozenset[str] = frozenset(), *, partial: b
         # The other checks rely on the structure.
         return report.findings
     scope = scope_of(policy, report, broken)
-    judgement = _Judgement(scope, report, Checker(scope, report))
+    judgement = _Judgement(scope, report, Checker(scope, report, policy.source))
     judgement.checker.declare()
     for statement in policy.statements:
         judgement.statement(statement)
@@ -229,27 +226,20 @@ class _Judgement:
             case ir.Compute() | ir.Skip() | ir.Reuse():
                 pass
             case ir.Predict():
-                self._method(action, action.predictor, action.arguments, PREDICTORS, "predictor")
+                self.checker.check_predictor(action, action.predictor, action.arguments)
             case ir.ApproximateUncond():
-                self._method(action, action.method, action.arguments, APPROXIMATIONS, "approximation")
+                self._approximation(action)
             case _:
                 assert_never(action)
 
-    def _method(
-        self,
-        action: ir.Action,
-        name: str,
-        arguments: tuple[ir.Argument, ...],
-        known: Mapping[str, Mapping[str, Label]],
-        sort: str,
-    ) -> None:
-        labels = known.get(name)
+    def _approximation(self, action: ir.ApproximateUncond) -> None:
+        labels = APPROXIMATIONS.get(action.method)
         if labels is None:
-            self.report.add(
-                "E107", f"there is no {sort} `{name}`", action, help=suggestion(name, list(known)), word=name
-            )
-            return
-        self.checker.check_labels(action, name, arguments, labels, ARGUMENT)
+            help = suggestion(action.method, list(APPROXIMATIONS))
+            message = f"there is no approximation `{action.method}`"
+            self.report.add("E107", message, action, help=help, word=action.method)
+        else:
+            self.checker.check_labels(action, action.method, action.arguments, labels, ARGUMENT)
 
     # --- settings
 

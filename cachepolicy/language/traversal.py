@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, constant
-from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
+from cachepolicy.language.vocabulary import PURE_FUNCTIONS
 
 N = TypeVar("N", bound=ir.Node)
 
@@ -177,7 +177,7 @@ def fold_constants(node: ir.Node) -> ir.Node:
             | ir.Negation()
         ):
             return _constant(node) if all(map(_is_constant, children(node))) else node
-        case ir.Call(function=function) if function not in _NEVER_CONSTANT:
+        case ir.Call(function=function) if function in PURE_FUNCTIONS:
             return _constant(node) if all(map(_is_constant, node.arguments)) else node
         case _:
             return node
@@ -230,9 +230,6 @@ def _pair_holds_always(left: ir.Expression, operator: str, right: ir.Expression)
             return right.value > high
         case _:
             return False
-
-
-_NEVER_CONSTANT = ACCUMULATORS | MEMORIES | {"cross", "wiener"}
 
 
 def _is_constant(node: ir.Node) -> bool:

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from cachepolicy.errors import nearest, suggestion
+from cachepolicy.errors import PolicyError, nearest, suggestion
 from cachepolicy.language import ir
-from cachepolicy.language.scope import CONSTANT, LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
-from cachepolicy.language.validate import WholeNumber, positions_of
+from cachepolicy.language.installed_predictors import how_to_get, labels_of
+from cachepolicy.language.scope import ARGUMENT, CONSTANT, LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
+from cachepolicy.language.validate import WholeNumber, label_fault, positions_of
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
     FUNCTIONS,
     KEPT_LIMIT,
     MEMORIES,
-    ORDER_LIMIT,
     OVERS,
     PROBES,
     Label,
@@ -60,6 +60,8 @@ class Checker:
 
     scope: Scope
     report: Report
+    source: str | None = None
+    """The `source` of the policy."""
     types: dict[str, Type] = field(default_factory=dict[str, Type])
     """Types of the lets and signals that have been checked."""
 
@@ -435,6 +437,20 @@ class Checker:
         self.report.add("E106", f"`{node.function}` takes {wanted} argument{plural}, not {count}", node)
         return False
 
+    def check_predictor(self, node: ir.Node, name: str, arguments: Sequence[ir.Argument]) -> None:
+        """Checks the name and the arguments of a predictor."""
+        try:
+            labels = labels_of(name)
+        except PolicyError as error:
+            for finding in error.diagnostics:
+                self.report.adopt(finding, node)
+            return
+        if labels is None:
+            help = how_to_get(name, self.source)
+            self.report.add("E107", f"there is no predictor `{name}`", node, help=help, word=name)
+        else:
+            self.check_labels(node, name, arguments, labels, ARGUMENT)
+
     def check_labels(
         self,
         node: ir.Node,
@@ -474,11 +490,13 @@ class Checker:
     def _labelled(self, argument: ir.Argument, label: Label, context: ExpressionPlace) -> None:
         value = argument.value
         self.expect(value, label.type, context, f"`{argument.label}`")
+        for item in value.items if label.items is not None and isinstance(value, ir.ListOf) else ():
+            self.expect(item, "number", context, f"`{argument.label}`")
         if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
             help = "one of " + ", ".join(f'`"{choice}"`' for choice in label.choices)
             self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)
-        if argument.label == "order" and isinstance(value, ir.Number) and not _is_order(value.value):
-            message = f"`order` is a whole number from 0 to {ORDER_LIMIT}, not {value.value}"
+        message = label_fault(argument, label)
+        if message is not None:
             self.report.add("E124", message, value)
 
     def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
@@ -520,7 +538,3 @@ class Checker:
             for end in positions_of(node.tokens):
                 self.count(end)
         return "tensor" if context.probes else "any"
-
-
-def _is_order(value: float) -> bool:
-    return isinstance(value, int) and 0 <= value <= ORDER_LIMIT

@@ -9,11 +9,20 @@ from dataclasses import dataclass, replace
 
 from cachepolicy.errors import Diagnostic
 from cachepolicy.language import ir
+from cachepolicy.language.installed_predictors import labels_of
 from cachepolicy.language.patterns import searcher
 from cachepolicy.language.scope import BOUND, POSITION, SCHEDULE, ExpressionPlace, Report
 from cachepolicy.language.source import is_writable
 from cachepolicy.language.traversal import children, walk
-from cachepolicy.language.vocabulary import DEPTH_LIMIT, NUMBER_LIMIT, REGEX_LIMIT, RESERVED, TEXT_LIMIT, TOKEN_LIMIT
+from cachepolicy.language.vocabulary import (
+    DEPTH_LIMIT,
+    NUMBER_LIMIT,
+    REGEX_LIMIT,
+    RESERVED,
+    TEXT_LIMIT,
+    TOKEN_LIMIT,
+    Label,
+)
 
 Fault = tuple[str, str]
 """A code and a message."""
@@ -168,6 +177,24 @@ class WholeNumber:
         return f"{self.name} takes a whole number{lower}, not `{number}`"
 
 
+def label_fault(argument: ir.Argument, label: Label) -> str | None:
+    """Returns the message for a constant argument that is out of its range. Other values are not checked."""
+    name, value = f"`{argument.label}`", argument.value
+    if label.items is not None and isinstance(value, ir.ListOf):
+        least, most = label.items
+        count = len(value.items)
+        return None if least <= count <= most else f"{name} has {least} to {most} items, not {count}"
+    if label.between is None or not isinstance(value, ir.Number):
+        return None
+    low, high = label.between
+    number = value.value
+    if low <= number <= high and not (label.whole and number != number // 1):
+        return None
+    kind = "a whole number" if label.whole else "a number"
+    upper = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on"
+    return f"{name} is {kind} {upper}, not {number}"
+
+
 def counts_of(rule: ir.Rule) -> Iterator[WholeNumber]:
     """Yields the counts of the bounds and of the schedule of a rule."""
     for bound in rule.bounds:
@@ -228,6 +255,7 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
             message = f"{count.name} is a constant whole number"
         if message is not None:
             yield Diagnostic("E163", message, span=count.value.span)
+    yield from _argument_faults(rule.action)
     match rule.schedule:
         case ir.OnSteps(steps=ir.Name() as name):
             message = f"`on` takes steps, and `{name.name}` is no list parameter"
@@ -243,6 +271,15 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
         case _:
             return
     yield Diagnostic("E163", message, span=rule.schedule.span)
+
+
+def _argument_faults(action: ir.Action) -> Iterator[Diagnostic]:
+    """Yields the arguments of a predictor that are out of range."""
+    labels = (labels_of(action.predictor) if isinstance(action, ir.Predict) else None) or {}
+    for argument in action.arguments if isinstance(action, ir.Predict) else ():
+        message = label_fault(argument, labels[argument.label]) if argument.label in labels else None
+        if message is not None:
+            yield Diagnostic("E163", message, span=argument.value.span)
 
 
 _RE2_SYNTAX = "the syntax is https://github.com/google/re2/wiki/Syntax"
@@ -283,7 +320,7 @@ def _words(node: ir.Node) -> Iterator[Fault]:
     for key, value in node.__dict__.items():
         if not isinstance(value, str):
             continue
-        if key in _NAMES and value in RESERVED:
+        if key in _NAMES and value in RESERVED and (key, value) != ("label", "of"):
             yield "E008", f"`{value}` is a reserved word and cannot be a name"
         elif key in _NAMES and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             yield "E021", f"a name is made of ASCII letters, digits and `_`, unlike {value[:60]!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -24,6 +25,10 @@ KEPT_LIMIT = 16
 """Maximum number of computes that `kept` reads back."""
 EXPECTATION_LIMIT = 10_000
 """Maximum number of steps of an expectation."""
+ORDER_LIMIT = 8
+"""Highest order of a predictor."""
+WINDOW_LIMIT = 16
+"""Maximum number of computed results that a predictor reads."""
 
 # --- words -----------------------------------------------------------------------------------------------
 
@@ -104,12 +109,18 @@ class Label:
         required: Whether the argument must be given.
         constant: Whether the value must not depend on the clock.
         choices: The valid strings, or an empty tuple if any value of the type is valid.
+        between: The smallest and the largest value of a number.
+        whole: Whether it is a whole number.
+        items: The smallest and the largest number of items, if it is a list of numbers.
     """
 
     type: Type
     required: bool = True
     constant: bool = False
     choices: tuple[str, ...] = ()
+    between: tuple[float, float] | None = None
+    whole: bool = False
+    items: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,20 +184,24 @@ ADDED_WORDS = frozenset({"self", "wiener", "cross", "gap", "computes", "floor", 
 
 _FEEDBACK = Label("boolean", required=False, constant=True)
 _ALONG = Label("text", required=False, constant=True, choices=("step", "t", "sigma"))
+ORDER_LABEL = Label("number", constant=True, between=(0, ORDER_LIMIT), whole=True)
+WINDOW_LABEL = Label("number", required=False, constant=True, between=(1, WINDOW_LIMIT), whole=True)
+COMMON_LABELS = {"along": _ALONG, "feedback": _FEEDBACK}
+"""The arguments that all predictors have, but for `linear`, which has no axis."""
 PREDICTORS: Mapping[str, Mapping[str, Label]] = {
     "linear": {"weight": Label("number"), "feedback": _FEEDBACK},
-    "taylor": {
-        "order": Label("number", constant=True),
-        "scale": Label("number", required=False),
-        "along": _ALONG,
-        "feedback": _FEEDBACK,
+    "taylor": {"order": ORDER_LABEL, "scale": Label("number", required=False), **COMMON_LABELS},
+    "hermite": {"order": ORDER_LABEL, "scale": Label("number"), **COMMON_LABELS},
+    "newton": {"order": ORDER_LABEL, **COMMON_LABELS},
+    "chebyshev": {
+        "order": ORDER_LABEL,
+        "ridge": Label("number", between=(0, math.inf)),
+        "mix": Label("number", required=False),
+        "window": WINDOW_LABEL,
+        **COMMON_LABELS,
     },
-    "hermite": {
-        "order": Label("number", constant=True),
-        "scale": Label("number"),
-        "along": _ALONG,
-        "feedback": _FEEDBACK,
-    },
+    "bdf2": COMMON_LABELS,
+    "weights": {"of": Label("list", items=(1, WINDOW_LIMIT)), **COMMON_LABELS},
 }
 _BATCH: Mapping[str, Label] = {
     "layout": Label("text", required=False, constant=True, choices=("found", "uncond first", "cond first")),
@@ -207,5 +222,3 @@ APPROXIMATIONS: Mapping[str, Mapping[str, Label]] = {
         "inputs": Label("list", required=False, constant=True),
     },
 }
-ORDER_LIMIT = 8
-"""Highest order of a predictor."""

@@ -9,6 +9,7 @@ from typing import Literal
 from cachepolicy._resources import shipped_policies
 from cachepolicy.language import ir, scope
 from cachepolicy.language.formatter import format_node
+from cachepolicy.language.installed_predictors import installed_names, labels_of
 from cachepolicy.language.parser import Lookahead, look_ahead
 from cachepolicy.language.reference import explain_word
 from cachepolicy.language.scope import SORTS, Declaration, ExpressionPlace
@@ -126,9 +127,11 @@ def _names(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterator
         yield from (Completion(name, "name", "a branch") for name in ("cond", "uncond"))
     elif last in _METHODS:
         yield from _explained(_METHODS[last], "method")
+        installed = installed_names() if last == "_PREDICT" else ()
+        yield from (Completion(name, "method", "of an installed package") for name in installed)
     elif last in _PARAMS and not ahead.accepts & {"INT", "KIND"}:
         yield from _declared(document, {"param"}, _PARAMS[last])
-    elif ahead.accepts <= {"NAME", "RPAR"}:
+    elif ahead.accepts <= {"NAME", "RPAR", "_OF"}:
         yield from _labels(document, chunk, ahead)
     elif "KIND" in ahead.accepts:
         yield from _declared(document, {"param"}, ("string", "list"))
@@ -152,7 +155,8 @@ def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterato
             candidates = {completion.text: completion for completion in settable}
         case "match" if "->" in read:
             methods = {**PREDICTORS, **APPROXIMATIONS}
-            labels = next((methods[text] for text in reversed(read) if text in methods), dict[str, Label]())
+            named = next((text for text in reversed(read) if text in methods or text in installed_names()), "")
+            labels = (methods.get(named) or labels_of(named) if named else None) or dict[str, Label]()
             candidates = {name: Completion(name, "label", f"{name}: {label.type}") for name, label in labels.items()}
         case _:
             return

@@ -14,7 +14,7 @@ from cachepolicy.language.loader import located
 from cachepolicy.language.traversal import names_in, walk
 from cachepolicy.planning._probes import ProbeLocator
 from cachepolicy.planning.doubtful_rules import doubts
-from cachepolicy.planning.history_spec import axis, is_mean
+from cachepolicy.planning.history_spec import axis, is_mean, is_scaled
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.plan import BoundRule, Plan, Site, label
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
@@ -249,6 +249,8 @@ def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
         read.add("steps")
     if isinstance(rule.action, ir.Predict):
         read.add(axis(rule.action))
+        if is_scaled(rule.action) and axis(rule.action) == "step":
+            read.add("steps")
     if any(isinstance(part, ir.Call) and part.function == "wiener" for node in nodes for part in walk(node)):
         read.add("sigma")
     if rule.follow is not None:

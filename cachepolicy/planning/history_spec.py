@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from cachepolicy.language import ir
+from cachepolicy.language.installed_predictors import installed
+from cachepolicy.language.vocabulary import PREDICTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,33 @@ def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
 
 def history_depth(action: ir.Predict) -> int:
     """Returns the largest number of computed results that a predictor reads."""
-    for argument in action.arguments:
-        if argument.label == "order" and isinstance(argument.value, ir.Number):
-            return int(argument.value.value) + 1
-    return 2
+    given = {argument.label: argument.value for argument in action.arguments}
+    match action.predictor, given:
+        case "weights", {"of": ir.ListOf(items=items)}:
+            return len(items)
+        case _, {"window": ir.Number(value=window)}:
+            return int(window)
+        case name, {"order": ir.Number(value=order)}:
+            return chebyshev_window(int(order)) if name == "chebyshev" else int(order) + 1
+        case name, _ if name not in PREDICTORS and (found := installed(name)) is not None:
+            return found.results
+        case _:
+            return 2
+
+
+def chebyshev_window(order: int) -> int:
+    """Returns how many results `chebyshev` reads without a window: as many as the authors' code."""
+    return max(order + 1, 6)
+
+
+def fewest_results(action: ir.Predict) -> int:
+    """Returns the smallest number of results that a predictor can answer from. With fewer, the site computes."""
+    return history_depth(action) if action.predictor == "weights" else 1
+
+
+def is_scaled(action: ir.Predict) -> bool:
+    """Returns whether a predictor takes places from -1 to 1, of the whole range of its axis."""
+    return action.predictor == "chebyshev"
 
 
 def reach(action: ir.Action | None) -> int:
@@ -109,6 +134,8 @@ def needed_results(action: ir.Action) -> int:
             return 0
         case ir.ApproximateUncond(method="affine"):
             return max(1, kept_pairs(action))
+        case ir.Predict():
+            return fewest_results(action)
         case _:
             return 1
 

@@ -12,7 +12,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined
 from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
-from cachepolicy.planning.history_spec import feedback, history_depth, is_mean
+from cachepolicy.planning.history_spec import feedback, history_depth, is_mean, needed_results
 from cachepolicy.planning.plan import BoundRule
 from cachepolicy.planning.schedule import Program, Tick, due, floored
 
@@ -197,7 +197,8 @@ class Outlooks:
         half = bool(self.approximating) and group not in self.approximating and answers is not _SKIP
         half &= moment.branch not in COND_BRANCHES | UNCOND_BRANCHES
         half |= is_mean(rule.action)  # of a batch that is not one of guidance
-        return {_COMPUTE, answers} if half or any(clause.false for clause in clauses) else {answers}
+        few = needed_results(rule.action) > 1  # the number of results is not followed here
+        return {_COMPUTE, answers} if half or few or any(clause.false for clause in clauses) else {answers}
 
     # --- the clock ---------------------------------------------------------------------------------------
 

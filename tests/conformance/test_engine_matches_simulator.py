@@ -226,6 +226,9 @@ ACTIONS = (
     "reuse mean",
     "predict linear(weight: 1 / (3 - gap))",
     "predict hermite(order: 1, scale: computes / age)",
+    "predict newton(order: 2) of residual",
+    "predict chebyshev(order: 2, ridge: 0.1)",
+    "predict weights(of: [2, -1, 0.5 / (3 - gap)])",
 )
 APPROXIMATIONS = (
     strategies.APPROXIMATION,

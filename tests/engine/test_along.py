@@ -21,7 +21,14 @@ from tests.support.plain_engine import PlainEngine
 
 TOY = Toy(blocks=3)
 SITES = ("attention", "block", "blocks[1:]")
-FORMS = ("taylor(order: {0}, along: {1})", "hermite(order: {0}, scale: 0.01, along: {1})")
+FORMS = (
+    "taylor(order: {0}, along: {1})",
+    "hermite(order: {0}, scale: 0.01, along: {1})",
+    "newton(order: {0}, along: {1})",
+    "chebyshev(order: {0}, ridge: 0.1, mix: 0.6, window: 3, along: {1})",
+    "bdf2(along: {1})",
+    "weights(of: [2, 0.25 * {0} - 1, -1], along: {1})",
+)
 
 
 @torch.no_grad()
@@ -48,6 +55,7 @@ def expected(run: cachepolicy.Run, timesteps: Sequence[float]) -> list[Tensor]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:the policy reused nothing")
 @given(
     strategies.timesteps(),
     st.sampled_from(SITES),

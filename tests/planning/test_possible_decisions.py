@@ -19,7 +19,7 @@ from tests.support.drawn_runs import draw_facts, draw_policy, ticks_of
 
 ACTIONS = (
     "reuse", "reuse residual", "skip", "compute", "predict linear(weight: 0.5)", "predict taylor(order: 2)",
-    "predict linear(weight: 1, feedback: true)",
+    "predict linear(weight: 1, feedback: true)", "predict weights(of: [2, -1, 0.5])",
 )  # fmt: skip
 
 

@@ -90,10 +90,15 @@ class PlainEngine:
     def _remember(self, site: Site, entry: Entry) -> None:
         self.histories.setdefault((self.branch, site.index), []).insert(0, entry)
 
-    def _places(self, history: Sequence[Entry], arguments: Mapping[str, Any]) -> tuple[list[float], float]:
+    def _places(
+        self, predictor: str, history: Sequence[Entry], arguments: Mapping[str, Any]
+    ) -> tuple[list[float], float]:
         """Where the entries and this call lie on the axis of a predictor."""
         word = arguments.get("along", "step")
         places = {step: float(getattr(tick, word)) for step, tick in self.ticks.items()}
+        if predictor == "chebyshev":
+            whole = {"step": self.ticks[self.step].steps, "t": 1000, "sigma": 1}[word]
+            places = {step: 2 * place / whole - 1 for step, place in places.items()}
         return [places[entry.step] for entry in history], places[self.step]
 
     def _answer(self, site: Site, position: int, args: tuple[Any, ...], original: Any) -> Any:
@@ -109,7 +114,8 @@ class PlainEngine:
             value = column[0]
             if isinstance(action, ir.Predict):
                 arguments = {each.label: evaluate(each.value) for each in action.arguments}
-                value = predict(action.predictor, column, *self._places(history, arguments), arguments)
+                places = self._places(action.predictor, history, arguments)
+                value = predict(action.predictor, column, *places, arguments)
             answers.append(args[place] + value if residual else value.clone())
         if feedback(action):
             given = [each.clone() for each in args if isinstance(each, Tensor)]

@@ -170,7 +170,8 @@ def _weights(
         return torch.tensor(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     divisors = None if numbers.divisors is None else tuple(tensor(number) for number in numbers.divisors)
-    return Weights(divisors, tuple(tensor(number) for number in numbers.factors))
+    newest = None if numbers.newest is None else tensor(numbers.newest)
+    return Weights(divisors, tuple(tensor(number) for number in numbers.factors), newest)
 
 
 # --- afterwards ------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ settings.register_profile("ci", max_examples=50, deadline=None, suppress_health_
 settings.register_profile("deep", max_examples=200, deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-DEEP = {"language": 1000, "planning": 1000, "conformance": 300}
+DEEP = {"language": 1000, "planning": 1000, "conformance": 300, "methods": 300}
 """The examples that each property of a folder gets in the profile `deep`, where these are not as many as everywhere."""
 for _folder, _examples in DEEP.items():
     settings.register_profile(f"deep {_folder}", settings.get_profile("deep"), max_examples=_examples)

@@ -93,6 +93,22 @@ def blockdance(steps: int, interval: int, begin: float) -> list[bool]:
     return [step / steps <= begin or step % interval == 0 for step in range(steps)]
 
 
+def spectrum_window(steps: int, start: float, flex: float, warmup: int, stop: float) -> list[bool]:
+    """Spectrum (arXiv:2603.01623): the window grows by `flex` at each computed step after the warm-up."""
+    computed = list[bool]()
+    window, cached = start, 0
+    for step in range(steps):
+        if step < warmup or step >= int(stop * steps):
+            full = True
+        else:
+            full = (cached + 1) % math.floor(window) == 0
+            if full:
+                window += flex
+        cached = 0 if full else cached + 1
+        computed.append(full)
+    return computed
+
+
 # --- schedules of a signal -------------------------------------------------------------------------------
 
 

@@ -1,0 +1,136 @@
+"""Policies that forecast answer on the engine what the transcriptions of their methods do, step by step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import cachepolicy  # noqa: E402
+from tests.methods import transcriptions as reference  # noqa: E402
+from tests.methods.scripted import letters  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the policy reused nothing"),
+    pytest.mark.filterwarnings("ignore:the policy can never"),
+]
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+class FeedForward(nn.Sequential):
+    """Gives the tensor of the present step."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.played: Tensor = torch.zeros(1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return hidden_states * 0 + self.played
+
+
+class Block(nn.Module):
+    """Gives what its only module gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = FeedForward()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.ff(hidden_states)
+
+
+class Played(nn.Module):
+    """A root with one block whose output is given, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([Block()])
+
+    def forward(self, hidden_states: Tensor, timestep: Any, **_: Any) -> Tensor:
+        for block in self.transformer_blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+@torch.no_grad()
+def play(policy: Any, stream: Sequence[Tensor], *, call: dict[str, Any] | None = None, **params: Any) -> Any:
+    """Samples once. Returns the row of the only site that is no part of another, and the outputs."""
+    model, steps = Played(), len(stream)
+    outputs = list[Tensor]()
+    with cachepolicy.apply(model, policy, steps=steps, **params) as run:
+        for step, tensor in enumerate(stream):
+            model.transformer_blocks[0].ff.played = tensor
+            given = {"timestep": torch.tensor(999 - 999 * step / max(1, steps - 1)), **(call or {})}
+            outputs.append(model(torch.zeros_like(tensor), **given))
+        assert run.trace is not None
+        rows = run.trace.rows()
+    return next(iter(rows.values())), outputs
+
+
+def walk(draw: random.Random, steps: int, *shape: int) -> list[Tensor]:
+    """A smooth random stream."""
+    made = torch.Generator().manual_seed(draw.randrange(2**31))
+    value, slope = (torch.randn(shape, generator=made, dtype=torch.float64) for _ in range(2))
+    stream = list[Tensor]()
+    for _ in range(steps):
+        slope = 0.7 * slope + 0.3 * torch.randn(shape, generator=made, dtype=torch.float64)
+        value = value + 0.1 * slope
+        stream.append(value)
+    return stream
+
+
+def elements(stream: Sequence[Tensor]) -> list[list[float]]:
+    """For each number of the tensors, its values at all steps."""
+    return [list(values) for values in zip(*(tensor.flatten().tolist() for tensor in stream), strict=True)]
+
+
+@given(SEEDS)
+def test_bdf2(seed: int) -> None:
+    """FoCa's predictor, on TaylorSeer's schedule."""
+    draw = random.Random(seed)
+    steps, interval, first = draw.randint(4, 24), draw.randint(2, 6), draw.randint(0, 4)
+    stream = walk(draw, steps, 1, 2, 2)
+    computed = reference.taylorseer(steps, interval, max(first, 1))
+    row, outputs = play("bdf2", stream, interval=interval, first=first)
+    assert letters(computed) == row
+    for true, found in zip(elements(stream), elements(outputs), strict=True):
+        expected = [
+            known if guess is None else guess
+            for known, guess in zip(true, reference.bdf2_values(true, computed), strict=True)
+        ]
+        assert expected == pytest.approx(found, rel=1e-9, abs=1e-9)
+
+
+@given(SEEDS)
+def test_spectrum(seed: int) -> None:
+    """Spectrum's growing window, and its forecast from the computed results so far."""
+    draw = random.Random(seed)
+    steps, order, first = draw.randint(8, 40), draw.randint(0, 4), draw.randint(2, 6)
+    settings = {
+        "window": draw.uniform(1, 4), "flex": draw.choice([0, 0.25, 0.5, 1]), "stop": draw.uniform(0.5, 1),
+        "ridge": draw.uniform(0.05, 2), "mix": draw.uniform(0, 1), "results": max(order + 1, 6),
+    }  # fmt: skip
+    stream = walk(draw, steps, 1, 2, 2)
+    computed = reference.spectrum_window(steps, settings["window"], settings["flex"], first, settings["stop"])
+    row, outputs = play("spectrum", stream, order=order, first=first, **settings)
+    assert letters(computed) == row
+    for true, found in zip(elements(stream), elements(outputs), strict=True):
+        history = list[tuple[float, float]]()
+        for step, value in enumerate(true):
+            place = 2 * step / steps - 1
+            if computed[step]:
+                history.append((place, value))
+                expected = value
+            else:
+                kept = history[-settings["results"] :]
+                expected = reference.chebyshev_value(kept, place, order, settings["ridge"], settings["mix"])
+            assert expected == pytest.approx(found[step], rel=1e-6, abs=1e-6)

@@ -69,6 +69,8 @@ CODES: dict[str, str] = {
     "E168": "a setting of another tool that no policy expresses",
     "E169": "no setting of a tool that is known",
     "E170": "a predictor of another package that cannot be used",
+    "E171": "a policy with another digest than its name says",
+    "E172": "a policy that a hub does not give",
     # E20x to E24x: a policy on a model.
     "E166": "a parameter without a value",
     "E167": "a preset that does not exist, or several that fit",

@@ -14,6 +14,7 @@ import click
 from cachepolicy._resources import shipped_policies
 from cachepolicy.cli import options, output
 from cachepolicy.cli._plan import show_overview, show_plan
+from cachepolicy.cli._publish import publish
 from cachepolicy.errors import Diagnostic, PolicyError, counted, to_json
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as format_policy
@@ -22,16 +23,18 @@ from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import SHIPPED, load, read_policy
 from cachepolicy.language.parser import parse, recover
 from cachepolicy.language.presets import ModelFacts, by_name, fits
+from cachepolicy.language.sharing import packaged_policies
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import Expectations, check, check_text, run_expectations
+from cachepolicy.planning.module_tree import builtin
 from cachepolicy.planning.plan import Plan
 from cachepolicy.reports import text as report_text
 from cachepolicy.reports.diff import compare, draw_diff
 from cachepolicy.reports.explanation import Explanation, explain, explain_run
 from cachepolicy.reports.html.page import page
-from cachepolicy.tools.meta_model import is_model, read_model
+from cachepolicy.tools.meta_model import Blueprint, is_model, read_model
 from cachepolicy.tools.saved_pipeline import check_tensor_file, read_index, require_text_encoder
 from cachepolicy.tracing.perfetto import perfetto_json
 from cachepolicy.tracing.schema import schema as trace_schema
@@ -55,7 +58,8 @@ def _print_version(context: click.Context, _option: click.Parameter, requested: 
 def main() -> None:
     """Check, plan, explain and run caching policies for diffusion models.
 
-    A policy is a shipped name (`cachepolicy list`), the path of a file, or `-` for standard input. Exit codes: 0 no
+    A policy is a name (`cachepolicy list`), the path of a file, `hf:OWNER/REPOSITORY[:FILE][@REVISION]` for one in a
+    hub, or `-` for standard input. Exit codes: 0 no
     error, 1 an error in a policy or a failed expectation, 2 an unusable command line or file.
     """
 
@@ -332,12 +336,19 @@ def report_command(*, trace: str | None, html: str | None, perfetto: str | None,
 @options.json_form
 @output.guarded
 def list_command(*, model: str | None, as_json: bool) -> None:
-    """List the shipped policies, or with --model those with a preset for the model.
+    """List the policies that ship and those of installed packages, or with --model those with a preset for the model.
 
     A preset that is said to be chosen by name is for a model of this class that its configuration does not tell.
     Figures in the source of a preset are those of its authors.
     """
     policies = {name: load(f"{SHIPPED}{name}") for name in shipped_policies()}
+    faulty = dict[str, str]()
+    for name, file in packaged_policies().items():
+        try:
+            policies[name] = read_policy(file, name)
+        except PolicyError as error:  # which must not hide the others
+            first = error.diagnostics[0]
+            faulty[name] = f"{first.severity}[{first.code}]: {first.message}"
     if model is not None:
         _list_presets(policies, model, as_json=as_json)
         return
@@ -346,10 +357,12 @@ def list_command(*, model: str | None, as_json: bool) -> None:
             [{"name": name, **policy.model_dump(include={"title", "source"})} for name, policy in policies.items()]
         )
         return
-    width = max(map(len, policies), default=0)
+    width = max(map(len, (*policies, *faulty)), default=0)
     for name, policy in policies.items():
         source = f"  ({policy.source})" if policy.source else ""
         output.say(f"{name:<{width}}  {policy.title or policy.name or ''}{source}")
+    for name, reason in faulty.items():
+        output.say(f"{name:<{width}}  {reason}")
 
 
 def _list_presets(policies: Mapping[str, ir.Policy], model: str, *, as_json: bool) -> None:
@@ -389,6 +402,28 @@ def _short(value: ir.Expression) -> str:
         first, last = format_node(value.items[0]), format_node(value.items[-1])
         return f"[{first}, ..., {last}] of {len(value.items)}"
     return format_node(value)
+
+
+@main.command("publish")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repo", metavar="OWNER/NAME", help="The repository in a hub where the folder will be.")
+@click.option("--license", "licence", metavar="ID", help="The licence of the policies, e.g. apache-2.0.")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Steps of the schedules (default: as tuned, else 50).")
+@click.option("--force", is_flag=True, help="Replace a README.md that was not written by this command.")
+@options.model
+@output.guarded
+def publish_command(
+    *, folder: Path, repo: str | None, licence: str | None, steps: int | None, force: bool, model: str | None
+) -> None:
+    """Write a README.md for a folder of policies, to be shared in a repository or a package.
+
+    All policies are checked, and their expectations are run. A `comparison.json` that `compare --json` has printed is
+    shown.
+    """
+    blueprint = Blueprint(builtin()) if model is None else read_model(model)
+    facts = blueprint.skeleton.facts
+    shown = "a generic diffusion transformer" if facts is None else f"`{facts.class_name}`"
+    publish(folder, blueprint, shown, steps=steps, repo=repo, licence=licence, force=force)
 
 
 @main.command("show")

@@ -22,14 +22,15 @@ FINE, FINDINGS, UNUSABLE = 0, 1, 2
 """Exit codes: no error; an error in a policy or a failed expectation; an unusable command line or file."""
 
 _COMMAND_CODES = frozenset(
-    """E150 E151 E152 E153 E160 E161 E162 E169 E210 E211 E212 E213 E250 E252 E253 E254 E255 E256 E257 E258 E260
-    E402 E403 E405 E406 E407 E408""".split()  # noqa: SIM905
+    """E150 E151 E152 E153 E160 E161 E162 E169 E171 E172 E210 E211 E212 E213 E250 E252 E253 E254 E255 E256 E257 E258
+    E260 E402 E403 E405 E406 E407 E408""".split()  # noqa: SIM905
 )
 """Codes of mistakes in the command line, not in a policy, if the diagnostic has no source location."""
 
 _EXTRAS = {
     **dict.fromkeys(("diffusers", "torch", "tqdm", "PIL", "safetensors"), "diffusers"),
     **dict.fromkeys(("pygls", "lsprotocol"), "lsp"),
+    "huggingface_hub": "hub",
 }
 """The extra of the package that installs a library."""
 

@@ -18,6 +18,7 @@ from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.parser import parse
 from cachepolicy.language.semantics import check_names
+from cachepolicy.language.sharing import HUB, HubName, fetch, packaged
 from cachepolicy.language.source import Source, prepare_source
 from cachepolicy.language.vocabulary import STATEMENT_WORDS, TEXT_LIMIT
 
@@ -48,7 +49,8 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
     """Loads a policy.
 
     Args:
-        source: Name of a shipped policy (`"pab"`, `"pab.cp"`), path of a file, or a `Policy`, which is returned
+        source: Name of a shipped policy (`"pab"`, `"pab.cp"`) or of one of an installed package (`"acme:fast"`), path
+            of a file, name of a file in a hub (`"hf:owner/repo:fast.cp@revision"`), or a `Policy`, which is returned
             unchanged. `.json` files hold the JSON form, `.cp` and `.cachepolicy` files hold the text. A bare name that
             matches both a shipped policy and a file in the working folder is ambiguous; `./pab.cp` selects the file.
 
@@ -57,7 +59,8 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
 
     Raises:
         PolicyError: The policy does not exist (E150), the name is ambiguous (E151), the file is unreadable (E152),
-            too large (E153) or not the JSON form of a policy (E154), or the text is invalid.
+            too large (E153) or not the JSON form of a policy (E154), a hub does not give it (E172) or gives another
+            content than the name says (E171), or the text is invalid.
     """
     if isinstance(source, ir.Policy):
         return source
@@ -65,6 +68,8 @@ def load(source: str | os.PathLike[str] | ir.Policy) -> ir.Policy:
         return _from_path(source)
     if source.startswith(SHIPPED):
         return _shipped(source.removeprefix(SHIPPED))
+    if source.startswith(HUB):
+        return _from_hub(HubName.parse(source))
     if "\n" in source or (_STATEMENT.match(source) and not is_file(Path(source))):
         message = "this is the text of a policy, and a name or a path is expected"
         raise PolicyError.of("E150", message, help="parse the text first: `cachepolicy.parse(text)`")
@@ -88,7 +93,7 @@ def _bare(name: str) -> bool:
 
 
 def _named(name: str, folder: Path) -> ir.Policy:
-    """Loads a shipped policy or a file of `folder` by its bare name."""
+    """Loads a shipped policy, one of an installed package, or a file of `folder` by its bare name."""
     stem = _stem(name)
     names = (name, *(stem + suffix for suffix in POLICY_SUFFIXES))
     beside = next((file for file in names if is_file(folder / file)), None)
@@ -102,6 +107,9 @@ def _named(name: str, folder: Path) -> ir.Policy:
         return _shipped(stem)
     if _is_there(folder / name):
         return read_policy(folder / name, name)
+    package = packaged(name)
+    if package is not None:
+        return read_policy(package, name)
     raise PolicyError.of("E150", f"no shipped policy and no file `{name}`", help=_near(stem, folder))
 
 
@@ -124,6 +132,8 @@ def _near(stem: str, folder: Path) -> str | None:
             return f"its name here is `{name}`"
     if method in _NOT_SHIPPED:
         return f"{_NOT_SHIPPED[method]} is not shipped; write it as a policy file, or use one of `cachepolicy list`"
+    if ":" in stem:
+        return f"no installed package offers policies as `{stem.partition(':')[0]}`; `cachepolicy list` shows all"
     return suggestion(stem, list(shipped_policies())) or "`cachepolicy list` shows the shipped policies"
 
 
@@ -145,6 +155,14 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def _from_hub(name: HubName) -> ir.Policy:
+    content, found = fetch(name)
+    shown = str(replace(found, sha256=None))
+    is_json = found.file is not None and found.file.endswith(".json")
+    policy = _from_json(content, shown) if is_json else parse(content, source=shown)
+    return policy.model_copy(update={"source_name": shown})
 
 
 def _shipped(name: str) -> ir.Policy:
@@ -231,7 +249,10 @@ def origin(policy: ir.Policy) -> Origin:
 
 
 def load_used(name: str, user: ir.Policy) -> ir.Policy:
-    """Loads the policy that `use NAME` refers to: a shipped policy, or a file in or below the folder of `user`.
+    """Loads the policy that `use NAME` refers to.
+
+    It is a shipped policy, one of an installed package, or a file in or below the folder of `user`. Files of a
+    repository in a hub use files of the same repository at the same commit.
 
     Args:
         name: The name in the `use` statement.
@@ -241,27 +262,49 @@ def load_used(name: str, user: ir.Policy) -> ir.Policy:
         The used policy.
 
     Raises:
-        PolicyError: E150 to E154 as for `load`. E155 if the path is absolute or leaves the folder, or if `user` is a
-            text, which has no folder.
+        PolicyError: E150 to E154, E172 and E171 as for `load`. E155 if the path is absolute or leaves the folder, if
+            it names a hub, or if `user` is a text, which has no folder.
     """
     if "\\" in name:
         raise _outside(name, "folders are separated by `/`")
+    if name.startswith(HUB):
+        raise _outside(name, "a policy in a hub is loaded by name, and not by another policy")
     folder = _folder(user)
+    repository = _repository(user)
+    if repository is not None and not (_bare(name) and (_stem(name) in shipped_policies() or ":" in name)):
+        _refuse_ways_out(name)
+        return _from_hub(repository.beside(name))
     if _bare(name) and (folder is None or _stem(name) in shipped_policies() or not _is_there(folder / name)):
-        return _named(name, folder) if folder is not None else _shipped(name)
+        return _named(name, folder) if folder is not None else _without_folder(name)
     if folder is None:
         raise _outside(name, "a text has no folder, so it uses shipped policies only")
-    parts = name.split("/")
-    if ".." in parts or name.startswith("/") or ":" in parts[0]:
-        raise _outside(name, "write a shipped name, or a file beside this policy as `./other.cp`")
+    _refuse_ways_out(name)
     target = Path(os.path.realpath(folder / name))
     if not target.is_relative_to(os.path.realpath(folder)):
         raise _outside(name, "the link leads out of the policy's folder")
     return read_policy(target, name)
 
 
+def _without_folder(name: str) -> ir.Policy:
+    """Loads a shipped policy or one of an installed package by name."""
+    package = packaged(name)
+    return _shipped(name) if package is None else read_policy(package, name)
+
+
+def _refuse_ways_out(name: str) -> None:
+    parts = name.split("/")
+    if ".." in parts or name.startswith("/") or ":" in parts[0]:
+        raise _outside(name, "write a shipped name, or a file beside this policy as `./other.cp`")
+
+
 def _outside(name: str, help: str) -> PolicyError:
     return PolicyError.of("E155", f"`use` reaches files beside the policy only, not `{name}`", help=help)
+
+
+def _repository(policy: ir.Policy) -> HubName | None:
+    """Returns the name in a hub that a policy was read by, or None."""
+    name = policy.source_name
+    return HubName.parse(name) if name is not None and name.startswith(HUB) else None
 
 
 def _folder(policy: ir.Policy) -> Path | None:

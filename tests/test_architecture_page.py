@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FOUND_BY = {
     "the decision function": "def decide(",
+    "the same rules as closures, for the engine": "class Lowered",
     "the place where a hit is answered": "def site_override(",
     "the timestep scale of Mochi": "MochiTransformer3DModel",
     "the facts of a run": "class Fact(",

@@ -5,8 +5,7 @@ source "github.com/vipshop/cache-dit"
 # The first blocks always run. While what they add to the hidden states stays close to what they added when the middle
 # blocks last ran, the residual of the middle blocks is reused or forecast. The last blocks run on the result.
 #
-# `mask` has a 1 for each step that must compute, as cache-dit's steps computation mask; with `signals = false` the other
-# steps reuse without a look at the change.
+# `steps_mask` has a 1 for each step that must compute, as cache-dit's steps computation mask.
 
 param first: int = 8 in [1, inf) "blocks that always run before the span"
 param end: int = 1000 "block after the span; -4 leaves four blocks at the end that always run"
@@ -29,8 +28,9 @@ preset flux_fast for class "^FluxTransformer2DModel$" when false with first = 4,
   streak = 4, threshold = 0.12
   source
     "cache-dit.readthedocs.io/en/latest/benchmark/HYBRID_CACHE (its authors, 50 steps: 2.66 times fewer FLOPs, PSNR 31.5, ImageReward 1.007 of 1.041)"
-preset qwen_image for class "^QwenImageTransformer2DModel$" with first = 1, warmup = 4, streak = 3,
-  threshold = 0.24 source "docs.vllm.ai/projects/vllm-omni (its authors: 1.85 times as fast)"
+preset qwen_image for class "^QwenImageTransformer2DModel$" when false with first = 1, warmup = 4,
+  streak = 3, threshold = 0.24
+  source "docs.vllm.ai/projects/vllm-omni (its authors: 1.85 times as fast)"
 
 signal head = residual(blocks[0:first])
 signal drift = relative_l1(head, kept(head))

@@ -132,6 +132,25 @@ preset wan_2_2_ti2v_5b for class "^WanTransformer3DModel$"
     0.98511, 0.98414, 0.98284, 0.98104, 0.97981, 0.97849, 0.97557, 0.97398, 0.97171, 0.96917,
     0.96511, 0.96263, 0.95839, 0.95483, 0.94942, 0.9468, 0.94583, 0.94843, 0.96949]
   source "github.com/Zehong-Ma/MagCache/tree/main/MagCache4Wan2.2"
+preset flux_kontext_20 for class "^FluxTransformer2DModel$" when false with threshold = 0.05,
+  skips = 4, retention = 0.2,
+  ratios = [1.0, 1.21875, 1.0625, 1.03125, 1.03125, 1.0, 1.00781, 1.03906, 0.98047, 1.03125,
+    0.96875, 1.02344, 1.0, 0.99219, 1.02344, 0.98047, 0.95703, 0.98828, 0.98047, 0.88672]
+  source "github.com/Zehong-Ma/ComfyUI-MagCache (20 steps)"
+preset qwen_image_40 for class "^QwenImageTransformer2DModel$" when false with threshold = 0.1,
+  skips = 2, retention = 0.2,
+  ratios = [1.0, 1.6875, 1.25, 1.34375, 1.11719, 1.10938, 1.13281, 1.14062, 1.10156, 1.14844,
+    1.07812, 1.09375, 1.07812, 1.07812, 1.10156, 1.07031, 1.07812, 1.03906, 1.08594, 1.07031,
+    1.07031, 1.05469, 1.0625, 1.03125, 1.03906, 1.04688, 1.02344, 1.03906, 1.03125, 1.01562,
+    1.01562, 0.98828, 0.99219, 0.94922, 0.98047, 0.88672, 0.89062, 0.78125, 0.74219, 0.54688]
+  source "github.com/Zehong-Ma/ComfyUI-MagCache (40 steps)"
+preset hunyuan_video_1_5_40 for class "^HunyuanVideo15Transformer3DModel$" when false
+  with threshold = 0.03, skips = 2, retention = 0.25,
+  ratios = [1.0, 1.04199, 1.01172, 1.00293, 1.00098, 1.0, 0.99805, 0.99854, 0.99658, 0.99707,
+    0.99609, 0.99658, 0.99658, 0.99658, 0.99561, 0.99561, 0.99658, 0.99609, 0.99512, 0.99463,
+    0.99463, 0.99463, 0.99365, 0.99365, 0.99219, 0.99219, 0.99072, 0.99072, 0.98926, 0.9873,
+    0.98535, 0.9834, 0.97998, 0.97607, 0.96973, 0.96338, 0.9502, 0.93066, 0.896, 0.81787]
+  source "github.com/Zehong-Ma/ComfyUI-MagCache (40 steps)"
 
 match blocks
   when step >= retention * steps + 0.5 - (retention * steps + 0.5) % 1

@@ -97,6 +97,20 @@ preset flux_kontext for class "^FluxTransformer2DModel$" when false
   threshold = 0.22
   source
     "github.com/welltop-cn/ComfyUI-TeaCache (its authors: 2 times as fast, between 0.2 and 0.9 of the steps)"
+preset hidream_dev for class "^HiDreamImageTransformer2DModel$" when false
+  with coefficients = [1.39997273, -4.30130469, 5.01534416, -2.20504164, 0.93942874], threshold = 1,
+  probe = ["^x_embedder$"]
+  source "github.com/welltop-cn/ComfyUI-TeaCache (its authors: 2 times as fast)"
+preset hidream_fast for class "^HiDreamImageTransformer2DModel$" when false
+  with coefficients = [2.26509623, -6.88864563, 7.61123826, -3.10849353, 0.99927602],
+  threshold = 1.5, probe = ["^x_embedder$"]
+  source
+    "github.com/welltop-cn/ComfyUI-TeaCache (its authors: 1.7 times as fast, up to 0.9 of the steps)"
+preset lumina2_timestep for class "^Lumina2Transformer2DModel$" when false
+  with coefficients = [-874.643948, 466.059906, -75.1559762, 5.32836175, -0.0327258296],
+  threshold = 0.38, probe = ["^time_caption_embed\.timestep_embedder$"]
+  source
+    "github.com/welltop-cn/ComfyUI-TeaCache (its authors: 1.7 times as fast, from 0.2 of the steps)"
 
 signal modulated = output(probe)
 signal change = poly(coefficients, relative_l1(modulated, prev(modulated)))

@@ -13,7 +13,7 @@ from cachepolicy._strict_json import load_json
 from cachepolicy.diffusers.configs import config_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.formatter import format
-from cachepolicy.methods import of_cache_dit, of_programs
+from cachepolicy.methods import of_cache_dit, of_comfyui, of_programs, of_routers
 from cachepolicy.methods.settings import Conversion
 
 _LIMIT = 16 * 2**20
@@ -26,8 +26,9 @@ def convert(setting: Any) -> str:
     Args:
         setting: A cache config of diffusers or of this package, a config of cache-dit, a pair of such a config and a
             calibrator's, what cache-dit's `load_configs` returns, the options of stable-diffusion.cpp as a string, the
-            content of a file as a mapping, or the path of a file. Files are JSON, YAML or, with the
-            suffix `.txt`, options of a command line.
+            content of a file as a mapping, or the path of a file. Files are JSON, YAML, with the
+            suffix `.txt` options of a command line, or with `.pt`, `.pth` or `.safetensors` routers of
+            Learning-to-Cache, also as `{"path": FILE, "thres": THRESHOLD}`.
 
     Returns:
         The text of the policy. What the tool does besides stands in its comments.
@@ -37,7 +38,8 @@ def convert(setting: Any) -> str:
             value (E161, E162), or no policy expresses it (E168).
     """
     if isinstance(setting, os.PathLike) or (isinstance(setting, str) and of_programs.OPTION not in setting):
-        setting = _read(Path(cast("str", setting)))
+        path = Path(cast("str", setting))
+        setting = {"path": path} if path.suffix in of_routers.SUFFIXES else _read(path)
     conversion = _conversion(setting)
     notes = "".join(f"# {note}\n" for note in conversion.notes)
     return notes + format(conversion.policy())
@@ -83,8 +85,10 @@ def _of_mapping(values: Mapping[str, Any]) -> Conversion:
         return of_programs.of_vllm_omni(values)
     if any(name.startswith(of_programs.SGLANG) for name in values):
         return of_programs.of_sglang(values)
-    if of_programs.is_workflow(values):
-        return of_programs.of_workflow(values)
+    if of_comfyui.is_workflow(values):
+        return of_comfyui.of_workflow(values)
+    if of_routers.is_setting(values):
+        return of_routers.of_routers(values)
     if of_programs.is_smoothcache(values):
         return of_programs.of_smoothcache(values)
     if any(name in values for name in of_programs.XDIT):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, cast
 
 from cachepolicy.language import ir
-from cachepolicy.methods.settings import Conversion, Fields, using, written
+from cachepolicy.language.parser import parse
+from cachepolicy.methods.settings import Conversion, Fields, inlined, using, written
 
 _STATIC = """policy dbcache "DBCache"
 source "github.com/vipshop/cache-dit"
@@ -26,16 +28,84 @@ _EXTRAS = {"l1_hidden_states_diff_threshold": (), "important_condition_threshold
 _ABOVE_ALL = 1e9
 """A threshold above all changes."""
 
-MASKS = {
-    "slow": "1111111101110011100110010001",
-    "medium": "1111110110001100011000110001",
-    "fast": "1111110100010000100000100001",
-    "ultra": "1111001000001000000100000001",
+_Runs = tuple[tuple[int, ...], tuple[int, ...]]
+
+_BINS: dict[int, dict[str, _Runs]] = {
+    28: {
+        "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
+        "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
+        "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
+        "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
+    },
+    15: {
+        "slow": ((4, 2, 2, 2, 1), (1, 1, 1, 1)),
+        "medium": ((4, 2, 1, 1, 1), (1, 1, 2, 2)),
+        "fast": ((3, 1, 1, 1, 1), (1, 2, 2, 3)),
+        "ultra": ((2, 1, 1, 1, 1), (1, 2, 3, 3)),
+    },
+    9: {
+        "slow": ((5, 2, 1), (1,)),
+        "medium": ((5, 1, 1), (1, 1)),
+        "fast": ((4, 1, 1), (1, 2)),
+        "ultra": ((3, 1, 1), (2, 2)),
+    },
+    8: {
+        "slow": ((5, 1, 1), (1,)),
+        "medium": ((4, 1, 1), (1, 1)),
+        "fast": ((3, 1, 1), (1, 2)),
+        "ultra": ((2, 1, 1), (2, 2)),
+    },
+    6: dict.fromkeys(("slow", "medium", "fast", "ultra"), ((3, 1), (2,))),
+    4: dict.fromkeys(("slow", "medium", "fast", "ultra"), ((2, 1), (1,))),
 }
-"""cache-dit's masks for 28 steps by name."""
+"""Lengths of the runs of computed and of other steps of cache-dit's named masks, by the number of steps."""
+
+NAMED = tuple(_BINS[28])
+"""The names of cache-dit's masks."""
 
 
-def dbcache(config: Fields, order: int, *, first: int = 8, warmup: int = 8, threshold: float = 0.08) -> ir.Policy:
+def named_mask(name: str, steps: int) -> str | None:
+    """Returns one of cache-dit's masks by name for a number of steps, or None if cache-dit has none."""
+    base = 28 if steps >= 16 else 15 if steps > 9 else steps
+    if base not in _BINS:
+        return None
+    ones, zeros = map(list, _BINS[base][name])
+    if steps > base:
+        _lengthen(ones, zeros, steps)
+    _shorten(ones, zeros, steps)
+    mask = "".join("1" * one + "0" * zero for one, zero in zip_longest(ones, zeros, fillvalue=0))
+    return mask[:-1] + "1"
+
+
+def _lengthen(ones: list[int], zeros: list[int], steps: int) -> None:
+    """Adds to the runs, one by one in their order, until they cover the steps."""
+    bases = [(runs, tuple(runs)) for runs in (ones, zeros)]
+    while True:
+        for place in range(min(len(ones), len(zeros))):
+            for runs, base in bases:
+                runs[place] += max(int(base[place] * (steps / 28 * 0.5)), 1)
+                if sum(ones) + sum(zeros) >= steps:
+                    return
+        ones[-1] += 1
+        if sum(ones) + sum(zeros) >= steps:
+            return
+
+
+def _shorten(ones: list[int], zeros: list[int], steps: int) -> None:
+    """Takes single steps away from the last runs, in turn, until as many are left."""
+    while True:
+        for runs in (zeros, ones):
+            if sum(ones) + sum(zeros) <= steps:
+                return
+            if runs:
+                runs[-1] -= 1
+                if not runs[-1]:
+                    runs.pop()
+
+
+def dbcache(
+    config: Fields, order: int, *, first: int = 8, warmup: int = 8, threshold: float = 0.08, both: bool = False
+) -> ir.Policy:
     """Returns the policy of a DBCache setting under cache-dit's names of fields.
 
     Args:
@@ -44,6 +114,7 @@ def dbcache(config: Fields, order: int, *, first: int = 8, warmup: int = 8, thre
         first: The default of `Fn_compute_blocks`.
         warmup: The default of `max_warmup_steps`.
         threshold: The default of `residual_diff_threshold`.
+        both: Whether the warm-up holds beside a mask.
     """
     values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", first, low=1)}
     if last := config.whole("Bn_compute_blocks", 0):
@@ -56,17 +127,42 @@ def dbcache(config: Fields, order: int, *, first: int = 8, warmup: int = 8, thre
         "order": order,
     }
     _rest(config)
+    total = config.number("max_accumulated_residual_diff_threshold", 0)
+    follows = bool(config.get("enable_separate_cfg")) and not config.switch("cfg_diff_compute_separate", default=True)
+    if follows and config.switch("cfg_compute_first", default=False):
+        config.refuse("cfg_compute_first", "the unconditional call would follow one that comes after it")
     mask = _mask(config)
     static = config.choice("steps_computation_policy", "dynamic", ("dynamic", "static")) == "static"
     if mask is None:
-        return using("dbcache", values, ("first", "threshold", "warmup"))
-    # cache-dit cuts the warm-up to the steps at the beginning that the mask computes anyway.
-    values |= {"warmup": 0, "steps_mask": mask}
+        return _dynamic(config, values, total, follows=follows)
+    values["steps_mask"] = mask
+    if not both:
+        # cache-dit cuts the warm-up to the steps at the beginning that the mask computes anyway.
+        values["warmup"] = 0
     if static:
         # Nothing but the mask decides.
         kept = ("first", "end", "order", "steps_mask")
         return written(_STATIC, {name: values[name] for name in kept if name in values})
-    return using("dbcache", values, ("first", "threshold", "warmup"))
+    return _dynamic(config, values, total, follows=follows)
+
+
+def _dynamic(config: Fields, values: Mapping[str, object], total: float, *, follows: bool) -> ir.Policy:
+    """Returns the policy in which the change decides, with a bound of the sum of all changes if `total` is not 0."""
+    if total > 0 and any(values.get(name) is not None for name in ("streak", "most", "steps_mask")):
+        why = "cache-dit adds no change at a step at which another bound or the mask computes, and a rule adds all"
+        config.refuse("max_accumulated_residual_diff_threshold", why)
+    if total <= 0 and not follows:
+        return using("dbcache", values, ("first", "threshold", "warmup"))
+    text = f"param drift: float = 0\nmatch blocks while total(drift) - drift < {total} -> reuse"
+    bound = parse(text).statements[-1]
+
+    def change(rule: ir.Rule) -> ir.Rule:
+        condition = rule.condition
+        if total > 0 and condition is not None and isinstance(bound, ir.Rule) and bound.condition is not None:
+            condition = ir.Both(operands=(condition, bound.condition))
+        return rule.model_copy(update={"condition": condition, "follow": "cond" if follows else rule.follow})
+
+    return inlined("dbcache", values, change)
 
 
 def _threshold(config: Fields, default: float) -> float:
@@ -85,12 +181,7 @@ def _warmup(config: Fields, default: int) -> int:
 
 
 def _rest(config: Fields) -> None:
-    total = "the sum of changes of a whole trajectory bounds no rule"
-    if config.number("max_accumulated_residual_diff_threshold", 0) > 0:
-        config.refuse("max_accumulated_residual_diff_threshold", total)
     config.only("force_refresh_step_hint", why="a trajectory cannot begin anew at a step")
-    if config.get("enable_separate_cfg") and not config.switch("cfg_diff_compute_separate", default=True):
-        config.refuse("cfg_diff_compute_separate", "the rule of the policy decides for each branch")
     config.ignore("cfg_compute_first", "cfg_diff_compute_separate", *_WITHOUT_EFFECT)
     for name, harmless in _EXTRAS.items():
         config.only(name, *harmless, why="it changes how the change is measured")
@@ -100,10 +191,14 @@ def _mask(config: Fields) -> str | None:
     mask = config.get("steps_computation_mask")
     if mask is None:
         return None
-    if isinstance(mask, str) and mask in MASKS:
-        if config.whole("num_inference_steps", 0) != 28:
-            config.refuse("steps_computation_mask", f"`{mask}` is known for 28 steps; give the mask itself")
-        return MASKS[mask]
+    if isinstance(mask, str) and mask in NAMED:
+        steps = config.whole("num_inference_steps", 0)
+        if steps == 0:
+            config.refuse("steps_computation_mask", f"`{mask}` depends on `num_inference_steps`; give it")
+        named = named_mask(mask, steps)
+        if named is None:
+            config.refuse("steps_computation_mask", f"cache-dit has no mask `{mask}` for {steps} steps")
+        return named
     items = list(cast("Sequence[Any]", mask)) if isinstance(mask, str | list | tuple) else []
     letters = "".join(str(int(item)) if isinstance(item, bool) else str(item) for item in items)
     letters = letters.replace(",", "").replace(" ", "")
@@ -122,12 +217,28 @@ def dbprune(config: Fields) -> ir.Policy:
         config.only(name, -1, why="cache-dit counts the steps of all blocks together, a rule those of each block")
     config.only("steps_computation_mask", why="the policy `dbprune` has no mask")
     config.only("enable_dynamic_prune_threshold", False, why="the threshold of a rule is a number")
-    if config.get("non_prune_block_ids"):
-        config.refuse("non_prune_block_ids", "the policy `dbprune` takes all blocks between the first and the last")
+    if config.number("max_accumulated_residual_diff_threshold", 0) > 0:
+        config.refuse("max_accumulated_residual_diff_threshold", "cache-dit adds up the changes of all blocks together")
+    if config.get("enable_separate_cfg") and not config.switch("cfg_diff_compute_separate", default=True):
+        config.refuse("cfg_diff_compute_separate", "the rule of the policy decides for each branch")
+    kept = _blocks(config)
     config.ignore("max_dynamic_prune_threshold", "dynamic_prune_threshold_relax_ratio", "force_reduce_calibrator_vram")
     config.ignore("steps_computation_policy")
     _rest(config)
-    return using("dbprune", values, ("first", "threshold", "warmup"))
+    policy = using("dbprune", values, ("first", "threshold", "warmup"))
+    if not kept:
+        return policy
+    rules = parse("".join(f"match optional each blocks[{block}:{block + 1}] -> compute\n" for block in kept))
+    return policy.model_copy(update={"statements": (*rules.statements, *policy.statements)})
+
+
+def _blocks(config: Fields) -> list[int]:
+    """Returns the numbers of the blocks that DBPrune always computes."""
+    value = config.get("non_prune_block_ids", [])
+    blocks = list(cast("Sequence[Any]", value)) if isinstance(value, list | tuple) else list[Any]([None])
+    if not all(isinstance(block, int) and not isinstance(block, bool) and 0 <= block < 10**6 for block in blocks):
+        config.refuse("non_prune_block_ids", "it takes a list of numbers of blocks, from 0")
+    return sorted(set(blocks))
 
 
 def _order(calibrator: Fields, *, enabled: str, encoder: str, cache_type: str) -> int:
@@ -145,12 +256,21 @@ def of_objects(config: Any, calibrator: Any = None) -> Conversion:
     """Returns the policy of cache-dit's config objects.
 
     Args:
-        config: A `DBCacheConfig`, `DBPruneConfig` or `BasicCacheConfig`.
+        config: A `DBCacheConfig`, `DBPruneConfig` or `BasicCacheConfig`, or a `ParamsModifier` with one.
         calibrator: A config of a calibrator, or None.
 
     Raises:
         PolicyError: A field has a wrong value (E161, E162), or no policy expresses it (E168).
     """
+    overrides = getattr(config, "_context_kwargs", None)
+    if isinstance(overrides, Mapping):
+        # A `ParamsModifier` holds the configs.
+        held = cast("Mapping[str, Any]", overrides)
+        setting = Fields("`ParamsModifier`", held)
+        config, calibrator = setting.get("cache_config"), setting.get("calibrator_config", calibrator)
+        setting.finish()
+        if config is None:
+            setting.refuse("cache_config", "it has no config of a cache")
     setting = Fields.of(config, type(config).__name__)
     order = 0 if calibrator is None else _order_of(calibrator)
     return _finished(setting, order)

@@ -116,7 +116,8 @@ match blocks when first <= step < steps - last while sum(change) < threshold
 """diffusers filters the latents, not the modulated input of the first block."""
 
 
-def _seacache(config: Fields) -> Conversion:
+def seacache(config: Fields) -> Conversion:
+    """Returns the rules of a SeaCache setting under diffusers' names of fields."""
     config.only("raw_vision_callback", why="the latents are those that the model is called with")
     values = {
         "threshold": config.number("threshold", 0.25, low=0),
@@ -129,14 +130,23 @@ def _seacache(config: Fields) -> Conversion:
     return Conversion(written(_SEACACHE, values))
 
 
-def _text_kv(config: Fields) -> Conversion:
-    config.refuse("TextKVCacheConfig", "it keeps projections of the prompt inside attention, which no rule reaches")
+_TEXT_KV = """policy text_kv "Keys and values of the prompt, once"
+source "github.com/huggingface/diffusers"
+match "\\.(encoder_proj|add_k_proj|add_v_proj|norm_added_k)$"
+  within class "^NucleusMoEImageTransformerBlock$" -> reuse
+"""
+"""The modules that NucleusMoE's blocks call with the prompt alone. In other models the prompt's stream is another at
+each step."""
+
+
+def _text_kv(_config: Fields) -> Conversion:
+    return Conversion(written(_TEXT_KV, {}))
 
 
 _CONVERSIONS: dict[str, Callable[[Fields], Conversion]] = {
     "TaylorSeerCacheConfig": _taylorseer,
     "MagCacheConfig": _magcache,
-    "SeaCacheConfig": _seacache,
+    "SeaCacheConfig": seacache,
     "TextKVCacheConfig": _text_kv,
 }
 

@@ -1,28 +1,21 @@
-"""Policies of the cache settings of serving engines and programs: vLLM-Omni, SGLang, stable-diffusion.cpp, ComfyUI.
+"""Policies of the cache settings of serving engines and programs.
 
-The names and defaults of fields are those that the tools' documentation had in August 2026.
+The names and defaults of fields are those of vLLM-Omni, SGLang, xDiT 175e0bf and stable-diffusion.cpp 97d2990 in August
+2026, and of SmoothCache edeb4ed. None of them was run.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.methods.of_cache_dit import dbcache
-from cachepolicy.methods.settings import Conversion, Fields, params, shipped, using, written
-
-_TEACACHE = """policy teacache "TeaCache"
-source "arXiv:2411.19108"
-param threshold: float = 0.2 in [0, inf)
-param coefficients: list = [1]
-param probe: list = ["^(transformer_)?blocks\\.0\\.norm1$"]
-signal modulated = output(probe)
-signal change = poly(coefficients, relative_l1(modulated, prev(modulated)))
-match blocks while sum(abs(change)) < threshold -> reuse residual
-"""
-"""The form of ports that make each term positive and compute no step without need."""
+from cachepolicy.methods.of_comfyui import EASYCACHE, teacache
+from cachepolicy.methods.of_diffusers import seacache
+from cachepolicy.methods.settings import Conversion, Fields, preset_values, using, written
 
 _CACHE_DIT = {
     "threshold": "residual_diff_threshold",
@@ -40,14 +33,17 @@ _SGLANG = {
     "MC": "max_continuous_cached_steps",
     "SCM_POLICY": "steps_computation_policy",
 }
+_SECOND = ("FN", "BN", "WARMUP", "RDT", "MC", "TAYLORSEER", "TS_ORDER")
+"""What SGLang has a second time, for the second of two transformers."""
+
 SGLANG = "SGLANG_CACHE_DIT_"
 """What the names of SGLang's environment variables start with."""
 
 OPTION = "--cache-mode"
 """The option by which a command line of stable-diffusion.cpp is recognised."""
 
-_COMPONENTS = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "feedforward"}
-"""SmoothCache's components, and the selectors of a policy."""
+_NORM = 'output("^(transformer_)?blocks\\.0\\.norm1$")'
+"""The modulated input of the first block, where a module gives it."""
 
 
 def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
@@ -68,10 +64,37 @@ def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
     elif backend in {"tea_cache", "teacache"}:
         if "coefficients" not in setting:
             setting.refuse("coefficients", "vLLM-Omni chooses a model's polynomial by itself; give it")
-        given = {"threshold": setting.number("rel_l1_thresh", 0.2, low=0)}
-        policy = written(_TEACACHE, {**given, "coefficients": setting.numbers("coefficients")})
+        threshold = setting.number("rel_l1_thresh", 0.2, low=0)
+        policy = teacache(threshold, setting.numbers("coefficients"), _NORM, positive=True)
+    elif backend == "mag_cache":
+        if "mag_ratios" not in setting:
+            setting.refuse("mag_ratios", "vLLM-Omni chooses a model's ratios by itself; give them")
+        setting.only("mag_calibrate", False, why="`cachepolicy calibrate` measures a model's ratios")
+        if setting.whole("mag_max_skip_steps", 5) == 0:
+            setting.refuse("mag_max_skip_steps", "0 never reuses, which is the bare model")
+        given = {
+            "threshold": setting.number("mag_threshold", 0.24, low=0),
+            "skips": setting.whole("mag_max_skip_steps", 5),
+            "retention": setting.number("mag_retention_ratio", 0.1, low=0, high=1),
+            "ratios": setting.numbers("mag_ratios"),
+        }
+        steps = setting.whole("num_inference_steps", 28, low=1)
+        setting.finish()
+        return Conversion(using("magcache", given, tuple(given)), (f"The setting is for {steps} steps.",), steps)
+    elif backend == "sea_cache":
+        named = {
+            "threshold": "sea_threshold",
+            "residual_order": "sea_residual_order",
+            "max_consecutive_cached": "sea_max_consecutive_cached",
+            "power_exp": "sea_power_exp",
+        }
+        setting.rename(named)
+        setting.ignore("num_inference_steps")
+        conversion = seacache(setting)
+        setting.finish()
+        return conversion
     else:
-        outer.refuse("cache_backend", "`cache_dit` and `tea_cache` are expressed")
+        outer.refuse("cache_backend", "`cache_dit`, `tea_cache`, `mag_cache` and `sea_cache` are expressed")
     setting.finish()
     return Conversion(policy)
 
@@ -80,6 +103,10 @@ def of_sglang(values: Mapping[str, Any]) -> Conversion:
     """Returns the policy of SGLang's environment variables for cache-dit."""
     named = {name: value for name, value in values.items() if name.startswith(SGLANG)}
     outer = Fields("the SGLang setting", named)
+    for name in _SECOND:
+        first, second = outer.get(SGLANG + name), outer.get(f"{SGLANG}SECONDARY_{name}")
+        if second is not None and second != first:
+            outer.refuse(f"{SGLANG}SECONDARY_{name}", "the second transformer gets a policy of its own")
     for name in ("SCM_PRESET", "TS_ORDER", "TAYLORSEER", "ENABLED", "SCM_COMPUTE_BINS", "SCM_CACHE_BINS", *_SGLANG):
         outer.ignore(SGLANG + name)
     outer.finish()
@@ -102,8 +129,11 @@ def of_sglang(values: Mapping[str, Any]) -> Conversion:
 
 def _bins(setting: Fields) -> str | None:
     computed, cached = (setting.get(f"{SGLANG}SCM_{kind}_BINS", "") for kind in ("COMPUTE", "CACHE"))
-    if not computed:
+    if not computed and not cached:
         return None
+    if not computed or not cached:
+        alone = "CACHE" if cached else "COMPUTE"
+        setting.refuse(f"{SGLANG}SCM_{alone}_BINS", "SGLang takes both kinds of bins or none")
     try:
         ones, zeros = ([int(number) for number in str(bins).split(",") if number] for bins in (computed, cached))
     except ValueError:
@@ -126,6 +156,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_UNLIKE_ITS_DOCUMENTS = (
+    "This is DBCache as its documents have it. The program at 97d2990 compares the model's input, reuses the model",
+    "between 15 and 95 % of the steps, and its warm-up and mask have no effect.",
+)
+
+_MODES = {"dbcache": 0, "taylorseer": 1, "cache-dit": 1}
+"""Modes that are documented as DBCache, and the order of their forecasts."""
+
+
 def of_command_line(text: str) -> Conversion:
     """Returns the policy of the options of stable-diffusion.cpp: `--cache-mode` and those that belong to it."""
     owner = "the command line"
@@ -133,130 +172,166 @@ def of_command_line(text: str) -> Conversion:
         words = shlex.split(text, comments=True)
     except ValueError as error:
         raise PolicyError.of("E169", f"{owner} cannot be split into words: {error}") from error
-    options = {word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
+    pairs = (word.partition("=") if word.startswith("--") else (word, "", "") for word in words)
+    following = [*words[1:], ""]
+    options = {
+        name: value if equals else after
+        for (name, equals, value), after in zip(pairs, following, strict=True)
+        if name.startswith("--")
+    }
     outer = Fields(owner, options)
     mode = str(outer.get(OPTION))
-    if mode not in {"dbcache", "cache-dit"}:
-        outer.refuse(OPTION, "`dbcache` and `cache-dit` are expressed")
-    inner: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for pair in str(outer.get("--cache-option", "")).split(","):
         name, _, value = (part.strip() for part in pair.partition("="))
         if name:
-            inner[_CACHE_DIT.get(name, name)] = _plain(value)
-    inner["steps_computation_mask"] = outer.get("--scm-mask")
-    inner["steps_computation_policy"] = outer.get("--scm-policy")
-    setting = Fields("`--cache-option`", {name: value for name, value in inner.items() if value is not None})
-    policy = dbcache(setting, 1 if mode == "cache-dit" else 0)
-    setting.finish()
-    return Conversion(policy)
-
-
-def of_workflow(nodes: Mapping[str, Any]) -> Conversion:
-    """Returns the policy of the cache node in a workflow of ComfyUI (API format).
-
-    Raises:
-        PolicyError: There is no known node or there are several (E169), or no policy expresses a field (E168).
-    """
-    found = [
-        (str(node["class_type"]), _inputs(node))
-        for node in (cast("Mapping[str, Any]", each) for each in nodes.values() if isinstance(each, Mapping))
-        if str(node.get("class_type")) in _NODES
-    ]
-    if len(found) != 1:
-        known = ", ".join(f"`{name}`" for name in _NODES)
-        message = f"the workflow has {len(found)} cache nodes that are known, not one"
-        raise PolicyError.of("E169", message, help=f"known are {known}")
-    ((kind, inputs),) = found
-    setting = Fields(f"the node `{kind}`", inputs)
-    setting.ignore("model")
-    conversion = _NODES[kind](setting)
+            given[{"fn": "Fn", "bn": "Bn"}.get(name, name)] = _plain(value)
+    setting = Fields("`--cache-option`", given)
+    if mode == "easycache":
+        conversion = _easycache(setting)
+    elif mode in _MODES:
+        setting.rename({field: name for name, field in _CACHE_DIT.items()})
+        for field, option in (("steps_computation_mask", "--scm-mask"), ("steps_computation_policy", "--scm-policy")):
+            if (value := outer.get(option)) is not None:
+                setting.default(field, value)
+        conversion = Conversion(dbcache(setting, _MODES[mode], both=True), _UNLIKE_ITS_DOCUMENTS)
+    else:
+        outer.refuse(OPTION, _REFUSED_MODES.get(mode, "it is no mode that is known"))
     setting.finish()
     return conversion
 
 
-def _inputs(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    inputs = node.get("inputs")
-    return cast("Mapping[str, Any]", inputs) if isinstance(inputs, Mapping) else {}
-
-
-def _first_block_cache(node: Fields) -> Conversion:
-    node.only("object_to_patch", "diffusion_model", why="the policy is for the denoiser")
-    _whole_range(node, "start", "end")
-    values = {
-        "threshold": node.number("residual_diff_threshold", 0, low=0),
-        "streak": node.limit("max_consecutive_cache_hits"),
-    }
-    return Conversion(using("fbc", values, ("threshold",)))
-
-
-def _teacache_node(node: Fields) -> Conversion:
-    node.only("model_type", "flux", why="the polynomials of other models are inside the node; write the policy by hand")
-    _whole_range(node, "start_percent", "end_percent")
-    node.ignore("cache_device")
-    default = params(shipped("teacache"))["coefficients"].default
-    threshold = node.number("rel_l1_thresh", 0.4, low=0)
-    return Conversion(written(_TEACACHE, {"threshold": threshold, "coefficients": default}))
-
-
-def _whole_range(node: Fields, start: str, end: str) -> None:
-    why = "the node measures its range by the noise of its own model, so that only the whole range is expressed"
-    node.only(start, 0, why=why)
-    node.only(end, 1, why=why)
-
-
-def _inside(reason: str) -> Callable[[Fields], Conversion]:
-    def refuse(node: Fields) -> Conversion:
-        node.refuse("class_type", reason)
-
-    return refuse
-
-
-_NODES: dict[str, Callable[[Fields], Conversion]] = {
-    "ApplyFBCacheOnModel": _first_block_cache,
-    "TeaCache": _teacache_node,
-    "MagCache": _inside("the ratios of the models are inside the node; `use magcache with ratios = [...]` takes them"),
-    "EasyCache": _inside("the node adds up changes since the last computed step; `easycache` follows the authors"),
-    "LazyCache": _inside("the node caches what guidance gives, which no rule reaches"),
+_REFUSED_MODES = {
+    "ucache": "its average of changes goes on at computed steps alone, and a moving average of a rule at all",
+    "spectrum": "it forecasts what the sampler made of the guided prediction, which no rule reaches",
+    "disabled": "it is the bare model",
 }
 
 
-def is_workflow(values: Mapping[str, Any]) -> bool:
-    """Returns whether a mapping is a workflow of ComfyUI."""
-    return any(isinstance(node, Mapping) and "class_type" in node for node in values.values())
+def _easycache(setting: Fields) -> Conversion:
+    values = {
+        "threshold": setting.number("threshold", 0.2, low=0),
+        "start": setting.number("start", 0.15, low=0, high=1),
+        "end": setting.number("end", 0.95, low=0, high=1),
+    }
+    if values["start"] >= values["end"]:
+        setting.refuse("start", "the range is empty, because `end` is not above it")
+    notes = ("The range is one of noise levels. `shift` is that of the model's; 1 is a model without a shift.",)
+    return Conversion(written(EASYCACHE, values), notes)
+
+
+# --- SmoothCache -----------------------------------------------------------------------------------------------
+
+_COMPONENTS = {
+    "attn": "attention",
+    "attn1": "self_attention",
+    "attn2": "cross_attention",
+    "mlp": "feedforward",
+    "ff": "feedforward",
+}
+"""SmoothCache's components, and the selectors of a policy."""
+
+
+def _component(name: object) -> tuple[str, int | None]:
+    component, _, block = str(name).partition("-")
+    return component, int(block) if block.isascii() and block.isdigit() else None
 
 
 def is_smoothcache(values: Mapping[str, Any]) -> bool:
     """Returns whether a mapping has a list of 0 and 1 for SmoothCache's components."""
     return (
-        bool(values) and all(isinstance(mask, list) for mask in values.values()) and bool(_COMPONENTS.keys() & values)
+        bool(values)
+        and all(isinstance(mask, list) for mask in values.values())
+        and any(_component(name)[0] in _COMPONENTS for name in values)
     )
 
 
 def of_smoothcache(values: Mapping[str, Any]) -> Conversion:
-    """Returns the policy of SmoothCache's schedule: a 1 for each step at which a component computes."""
+    """Returns the policy of SmoothCache's schedule: a 1 for each step at which a component computes.
+
+    A component is `attn1`, or `attn1-3` for that of one block; the latter goes before the former.
+    """
     setting = Fields("the SmoothCache schedule", values)
-    rules = list[str]()
-    for component, selector in _COMPONENTS.items():
-        if component not in setting:
+    rules: dict[str, tuple[list[str], list[str]]] = {}
+    for name in values:
+        component, block = _component(name)
+        if component not in _COMPONENTS or (block is None and "-" in name):
             continue
-        mask = setting.get(component)
-        if not mask or mask[0] != 1 or any(letter not in (0, 1) for letter in mask):
-            setting.refuse(component, "it takes a 1 or a 0 for each step, with a 1 first")
-        rules.append(f'match {selector} mask "{"".join(str(int(letter)) for letter in mask)}" -> reuse\n')
+        mask = _mask(setting, name)
+        selector = _COMPONENTS[component]
+        alone, general = rules.setdefault(component, ([], []))
+        if block is None:
+            general.append(f'match {selector} mask "{mask}" -> reuse\n')
+        else:
+            alone.append(f'match {selector} within blocks[{block}] mask "{mask}" -> reuse\n')
     setting.finish()
-    return Conversion(written('policy smoothcache "SmoothCache"\nsource "arXiv:2411.10510"\n' + "".join(rules), {}))
+    text = "".join(rule for alone, general in rules.values() for rule in (*alone, *general))
+    return Conversion(written('policy smoothcache "SmoothCache"\nsource "arXiv:2411.10510"\n' + text, {}))
 
 
-def of_xdit(values: Mapping[str, Any]) -> NoReturn:
-    """Refuses the cache setting of xDiT.
+def _mask(setting: Fields, name: str) -> str:
+    mask = setting.get(name)
+    if not mask or mask[0] != 1 or any(letter not in (0, 1) for letter in mask):
+        setting.refuse(name, "it takes a 1 or a 0 for each step, with a 1 first")
+    return "".join(str(int(letter)) for letter in mask)
+
+
+# --- xDiT ------------------------------------------------------------------------------------------------------
+
+XDIT = ("use_fbcache", "use_teacache", "cache_method", "scm_policy")
+"""Keys by which a setting of xDiT is recognised."""
+
+
+def of_xdit(values: Mapping[str, Any]) -> Conversion:
+    """Returns the policy of xDiT's `cache_args` of FLUX.1, or of its `cache_method` and `cache_config`.
 
     Raises:
-        PolicyError: Always (E168).
+        PolicyError: No policy expresses a field (E168).
     """
     setting = Fields("the xDiT setting", values)
-    name = next(name for name in XDIT if name in values)
-    setting.refuse(name, "xDiT compares with another step than the last computed one; `fbc` and `teacache` do not")
+    if "use_fbcache" in values or "use_teacache" in values:
+        return _xdit_teacache(setting)
+    method = setting.choice("cache_method", "dbcache", ("dbcache", "none"))
+    if method == "none":
+        setting.refuse("cache_method", "it is the bare model")
+    config = setting.get("cache_config", {})
+    if isinstance(config, str):
+        try:
+            config = json.loads(config)
+        except (ValueError, RecursionError):
+            setting.refuse("cache_config", "it is no JSON")
+    if not isinstance(config, Mapping):
+        setting.refuse("cache_config", "it is an object of JSON")
+    steps = setting.get("num_inference_steps")
+    if config:
+        setting.finish()
+    inner = {**(values if not config else {}), **cast("Mapping[str, Any]", config)}
+    for name in ("cache_method", "cache_config"):
+        inner.pop(name, None)
+    fields = Fields("`cache_config`", inner)
+    fields.default("num_inference_steps", steps)
+    policy_name = inner.pop("scm_policy", "fast")
+    fields.ignore("scm_policy")
+    if "steps_computation_mask" not in fields and policy_name is not None:
+        if "num_inference_steps" not in fields:
+            fields.refuse("scm_policy", "its mask depends on `num_inference_steps`, which is missing")
+        fields.default("steps_computation_mask", policy_name)
+    order = 1 if fields.switch("enable_taylorseer", default=True) else 0
+    fields.only("enable_encoder_calibrator", True, why="all streams of a block are forecast")
+    policy = dbcache(fields, order)
+    fields.finish()
+    return Conversion(policy, ("Fields that are not given have the defaults of xDiT, not those of its models.",))
 
 
-XDIT = ("use_fbcache", "use_teacache")
-"""Keys by which a setting of xDiT is recognised."""
+def _xdit_teacache(setting: Fields) -> Conversion:
+    first_block = setting.switch("use_fbcache", default=False)
+    if first_block:
+        why = "xDiT adds what the blocks after the first one gave to the input of the first one, which loses its part"
+        setting.refuse("use_fbcache", why)
+    if not setting.switch("use_teacache", default=False):
+        setting.refuse("use_teacache", "no cache is on, which is the bare model")
+    setting.ignore("num_steps", "return_hidden_states_first")
+    setting.only("use_cache", "Tea", why="`use_teacache` is expressed")
+    values = {**preset_values("teacache", "flux"), "threshold": setting.number("rel_l1_thresh", 0.12, low=0)}
+    setting.finish()
+    return Conversion(using("teacache", values, tuple(values)))

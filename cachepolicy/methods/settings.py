@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -27,12 +27,19 @@ def params(policy: ir.Policy) -> dict[str, ir.Param]:
     return {statement.name: statement for statement in policy.statements if isinstance(statement, ir.Param)}
 
 
+def preset_values(policy: str, preset: str) -> dict[str, ir.Expression]:
+    """Returns what a preset of a shipped policy sets."""
+    (found,) = (each for each in shipped(policy).statements if isinstance(each, ir.Preset) and each.name == preset)
+    return {setting.name: setting.value for setting in found.settings}
+
+
 def using(name: str, values: Mapping[str, object], shown: Sequence[str] = ()) -> ir.Policy:
     """Returns a policy that uses a shipped one.
 
     Args:
         name: The name of the shipped policy.
-        values: Values of its params. A value that is the default is left out, unless a preset may set the param.
+        values: Values of its params. A value that is the default is left out, unless a preset for a model may set the
+            param.
         shown: Params that are written although they have the default.
 
     Raises:
@@ -40,7 +47,12 @@ def using(name: str, values: Mapping[str, object], shown: Sequence[str] = ()) ->
     """
     policy = shipped(name)
     known = params(policy)
-    presets = [statement for statement in policy.statements if isinstance(statement, ir.Preset)]
+    # A preset that is chosen by name alone changes no policy that does not name it.
+    presets = [
+        statement
+        for statement in policy.statements
+        if isinstance(statement, ir.Preset) and statement.when != ir.Boolean(value=False)
+    ]
     shown = (*shown, *(setting.name for preset in presets for setting in preset.settings))
     settings = [
         ir.Setting(name=param, value=value)
@@ -51,13 +63,31 @@ def using(name: str, values: Mapping[str, object], shown: Sequence[str] = ()) ->
     return ir.Policy(name=policy.name, title=policy.title, source=policy.source, statements=(use,))
 
 
+def inlined(name: str, values: Mapping[str, object], change: Callable[[ir.Rule], ir.Rule]) -> ir.Policy:
+    """Returns the rules of a shipped policy with `values` as the defaults of its params, and each rule changed.
+
+    Raises:
+        PolicyError: A value has the wrong type (E161) or is outside the domain (E162).
+    """
+    policy = shipped(name)
+    statements = tuple(
+        change(statement) if isinstance(statement, ir.Rule) else statement
+        for statement in policy.statements
+        if not isinstance(statement, ir.Preset | ir.Expect)
+    )
+    return _with_defaults(policy.model_copy(update={"statements": statements}), values)
+
+
 def written(text: str, values: Mapping[str, object]) -> ir.Policy:
     """Returns the policy of a text with `values` as the defaults of its params.
 
     Raises:
         PolicyError: A value has the wrong type (E161) or is outside the domain (E162).
     """
-    policy = parse(text)
+    return _with_defaults(parse(text), values)
+
+
+def _with_defaults(policy: ir.Policy, values: Mapping[str, object]) -> ir.Policy:
     known = params(policy)
     defaults = {param: typed(known[param], value) for param, value in values.items()}
     statements = tuple(

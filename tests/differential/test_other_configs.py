@@ -14,10 +14,11 @@ pytest.importorskip("diffusers.hooks.sea_cache")
 
 import torch
 from blocks import blocks, sample
-from diffusers.hooks import mag_cache, sea_cache, taylorseer_cache
+from diffusers.hooks import mag_cache, sea_cache, taylorseer_cache, text_kv_cache
 from diffusers.hooks.mag_cache import MagCacheConfig
 from diffusers.hooks.sea_cache import SeaCacheConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
+from diffusers.hooks.text_kv_cache import TextKVCacheConfig
 from harness import Clock, Run, Watch, flat
 from torch import nn
 
@@ -153,3 +154,22 @@ def test_seacache(seed: int) -> None:
     for one, other in zip(expected.outputs, actual.outputs, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+def projections(model: nn.Module) -> dict[str, nn.Module]:
+    """The projections of the prompt to keys and values."""
+    ends = ("encoder_proj", "add_k_proj", "add_v_proj", "norm_added_k")
+    return {name: module for name, module in model.named_modules() if name.endswith(ends)}
+
+
+def test_text_kv() -> None:
+    """The keys and values of a prompt are computed once; predictions are diffusers' and the bare model's."""
+    config = TextKVCacheConfig()
+    model = zoo.build("nucleusmoe")
+    bare = sample("nucleusmoe", copy.deepcopy(model), TIMESTEPS)
+    theirs = run_theirs("nucleusmoe", model, text_kv_cache.apply_text_kv_cache, config, projections)
+    ours = run_ours("nucleusmoe", model, config, projections)
+    assert [True, *[False] * 13] == [bool(names) for names in ours.computed]
+    for expected, diffusers, actual in zip(bare.outputs, theirs.outputs, ours.outputs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(diffusers, actual, strict=True))

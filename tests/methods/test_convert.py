@@ -14,7 +14,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import cachepolicy  # noqa: E402
 from cachepolicy import PolicyError  # noqa: E402
-from cachepolicy.methods.of_cache_dit import MASKS  # noqa: E402
+from cachepolicy.methods.of_cache_dit import NAMED, named_mask  # noqa: E402
 from tests.methods.scripted import Scripted, letters, run, tensor  # noqa: E402
 from tests.methods.test_policies import Draw, zeros  # noqa: E402
 
@@ -119,20 +119,63 @@ parallelism_config:
     assert "use dbprune with first = 2, end = -1, threshold = 0.05, warmup = 8" == last(cachepolicy.convert(prune))
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", NAMED)
 def test_masks_of_cache_dit_by_name(name: str) -> None:
-    """The named masks for 28 steps are cache-dit's."""
+    """The named masks are cache-dit's at every number of steps, and missing where cache-dit has none."""
     interface = pytest.importorskip("cache_dit.caching.cache_interface")
-    assert MASKS[name] == "".join(map(str, interface.steps_mask(total_steps=28, mask_policy=name)))
+    for steps in range(1, 90):
+        try:
+            expected = "".join(map(str, interface.steps_mask(total_steps=steps, mask_policy=name)))
+        except AssertionError:
+            expected = None
+        assert expected == named_mask(name, steps), steps
     setting = {"Fn_compute_blocks": 1, "steps_computation_mask": name, "num_inference_steps": 28}
-    assert f'steps_mask = "{MASKS[name]}"' in cachepolicy.convert(setting)
+    assert f'steps_mask = "{named_mask(name, 28)}"' in cachepolicy.convert(setting)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_bound_of_all_changes_of_cache_dit(seed: int) -> None:
+    """A bound of the sum of all changes ends the reuse where cache-dit's context manager ends it."""
+    cache_dit = pytest.importorskip("cache_dit")
+    draw = Draw(seed)
+    streams = [draw.stream() for _ in range(3)]
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        residual_diff_threshold=draw.random.uniform(0.05, 0.5),
+        max_warmup_steps=draw.random.randint(1, 4),
+        max_accumulated_residual_diff_threshold=draw.random.uniform(0.05, 1.0),
+    )
+    rows, _ = run(Scripted(streams), cachepolicy.parse(cachepolicy.convert(config)), zeros(draw.steps))
+    assert {decisions(config, streams[0])} == set(rows.values())
+
+
+def test_a_branch_that_shares_its_change_follows() -> None:
+    """Without a change of its own, the unconditional call does what the conditional one did."""
+    setting = {"Fn_compute_blocks": 1, "enable_separate_cfg": True, "cfg_diff_compute_separate": False}
+    policy = cachepolicy.parse(cachepolicy.convert(setting))
+    drift = {"cond": [0.0] * 8 + [0.01, 0.5, 0.01], "uncond": [0.0] * 8 + [0.5, 0.01, 0.5]}
+    rows = cachepolicy.simulate(policy, steps=11, branches=("cond", "uncond"), signals={"drift": drift}).rows
+    assert {"CCCCCCCCRCR"} == set(rows.values())
+    code, message = refused({**setting, "cfg_compute_first": True})
+    assert ("E168", True) == (code, "`cfg_compute_first`" in message)
+
+
+def test_modifiers_and_kept_blocks_of_cache_dit() -> None:
+    """A `ParamsModifier` is read as its configs, and blocks that are never pruned get rules of their own."""
+    cache_dit = pytest.importorskip("cache_dit")
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=2)
+    modifier = cache_dit.ParamsModifier(cache_config=cache_dit.DBCacheConfig(), calibrator_config=calibrator)
+    assert "use dbcache with first = 8, threshold = 0.08, warmup = 8, order = 2" == last(cachepolicy.convert(modifier))
+    config = cache_dit.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=0, non_prune_block_ids=[2])
+    policy = cachepolicy.parse(cachepolicy.convert(config))
+    rows = cachepolicy.simulate(policy, steps=3, signals={"drift": 0}).rows
+    assert ["RR", "CC", "RR"] == [rows[f"transformer_blocks.{block}"][1:] for block in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("warmup_interval", 2),
-        ("max_accumulated_residual_diff_threshold", 0.5),
         ("force_refresh_step_hint", 10),
         ("downsample_factor", 4),
         ("important_condition_threshold", 0.1),
@@ -154,11 +197,18 @@ def test_what_no_policy_says_is_refused_by_its_field(field: str, value: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "field", ["non_prune_block_ids", "enable_dynamic_prune_threshold", "max_cached_steps", "steps_computation_mask"]
+    "field",
+    [
+        "non_prune_block_ids",
+        "enable_dynamic_prune_threshold",
+        "max_cached_steps",
+        "steps_computation_mask",
+        "max_accumulated_residual_diff_threshold",
+    ],
 )
 def test_what_dbprune_does_not_say(field: str) -> None:
     """DBPrune has fewer bounds than DBCache."""
-    values = {"non_prune_block_ids": [1], "enable_dynamic_prune_threshold": True, "steps_computation_mask": [1, 0]}
+    values = {"non_prune_block_ids": ["a"], "enable_dynamic_prune_threshold": True, "steps_computation_mask": [1, 0]}
     code, message = refused({"cache_type": "DBPrune", "Fn_compute_blocks": 1, field: values.get(field, 4)})
     assert "E168" == code
     assert f"`{field}`" in message
@@ -237,7 +287,34 @@ TABLE: list[tuple[Any, str]] = [
     ),
     (
         '--cache-mode cache-dit --cache-option "Fn=1,Bn=2" --scm-mask "1,1,0,1" --scm-policy dynamic',
-        'use dbcache with first = 1, end = -2, threshold = 0.08, warmup = 0, order = 1, steps_mask = "1101"',
+        'use dbcache with first = 1, end = -2, threshold = 0.08, warmup = 8, order = 1, steps_mask = "1101"',
+    ),
+    (
+        "--cache-mode=taylorseer --cache-option=fn=2,threshold=0.1",
+        "use dbcache with first = 2, threshold = 0.1, warmup = 8, order = 1",
+    ),
+    # vLLM-Omni's other caches
+    (
+        {"cache_backend": "mag_cache", "cache_config": {"mag_ratios": [1, 1.1], "num_inference_steps": 2}},
+        "use magcache with threshold = 0.24, skips = 5, retention = 0.1, ratios = [1.0, 1.1]",
+    ),
+    # SGLang, the same numbers for both transformers
+    (
+        {"SGLANG_CACHE_DIT_FN": "2", "SGLANG_CACHE_DIT_SECONDARY_FN": "2"},
+        "use dbcache with first = 2, threshold = 0.24, warmup = 4, streak = 3",
+    ),
+    # xDiT, cache_method and cache_config, and the arguments of its example for FLUX.1
+    (
+        {"cache_method": "dbcache", "cache_config": '{"residual_diff_threshold": 0.12, "scm_policy": null}'},
+        "use dbcache with first = 8, threshold = 0.12, warmup = 8, order = 1",
+    ),
+    (
+        {"cache_method": "dbcache", "cache_config": {"enable_taylorseer": False}, "num_inference_steps": 28},
+        'use dbcache with first = 8, threshold = 0.08, warmup = 0, steps_mask = "1111110100010000100000100001"',
+    ),
+    (
+        {"use_teacache": True, "use_fbcache": False, "rel_l1_thresh": 0.12, "num_steps": 28},
+        f"use teacache with coefficients = {FLUX}, threshold = 0.12",
     ),
     # ComfyUI, WaveSpeed
     (
@@ -271,7 +348,7 @@ def test_teacache_of_ports() -> None:
     node = {"1": {"class_type": "TeaCache", "inputs": {"model_type": "flux", "rel_l1_thresh": 0.5}}}
     config = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 0.5, "coefficients": FLUX}}
     text = cachepolicy.convert(node)
-    assert text == cachepolicy.convert(config)
+    assert last(text) == last(cachepolicy.convert(config))
     assert "while sum(abs(change)) < threshold -> reuse residual" in last(text)
     policy = cachepolicy.parse(text)
     schedule = cachepolicy.simulate(policy, steps=6, signals={"change": [-0.2] * 6})
@@ -291,7 +368,16 @@ def test_smoothcache(first: list[int], second: list[int]) -> None:
 @pytest.mark.parametrize(
     ("setting", "field"),
     [
-        ({"cache_backend": "mag_cache", "cache_config": {}}, "cache_backend"),
+        ({"cache_backend": "mag_cache", "cache_config": {}}, "mag_ratios"),
+        ({"cache_backend": "step_cache", "cache_config": {}}, "cache_backend"),
+        ({"cache_method": "dbcache", "cache_config": {}}, "scm_policy"),
+        ({"cache_method": "none"}, "cache_method"),
+        ({"use_teacache": False}, "use_teacache"),
+        ({"SGLANG_CACHE_DIT_SECONDARY_RDT": "0.1"}, "SGLANG_CACHE_DIT_SECONDARY_RDT"),
+        ({"SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": "3,1"}, "SGLANG_CACHE_DIT_SCM_COMPUTE_BINS"),
+        ("--cache-mode spectrum", "--cache-mode"),
+        ("--cache-mode easycache --cache-option start=0.9,end=0.2", "start"),
+        ("--cache-mode easycache --cache-option Fn=1", "Fn"),
         ({"cache_backend": "tea_cache", "cache_config": {}}, "coefficients"),
         ({"cache_backend": "cache_dit", "cache_config": {"colour": 1}}, "colour"),
         ({"SGLANG_CACHE_DIT_SCM_PRESET": "fast"}, "SGLANG_CACHE_DIT_SCM_PRESET"),
@@ -299,9 +385,11 @@ def test_smoothcache(first: list[int], second: list[int]) -> None:
         ({"SGLANG_CACHE_DIT_TAYLORSEER": "maybe"}, "SGLANG_CACHE_DIT_TAYLORSEER"),
         ("--cache-mode ucache", "--cache-mode"),
         ("--cache-mode dbcache --cache-option start=0.1", "start"),
-        ({"1": {"class_type": "EasyCache", "inputs": {}}}, "class_type"),
+        ({"1": {"class_type": "LazyCache", "inputs": {}}}, "class_type"),
         ({"1": {"class_type": "TeaCache", "inputs": {"start_percent": 0.1}}}, "start_percent"),
-        ({"1": {"class_type": "TeaCache", "inputs": {"model_type": "wan"}}}, "model_type"),
+        ({"1": {"class_type": "MagCache", "inputs": {"model_type": "flux"}}}, "model_type"),
+        ({"1": {"class_type": "MagCache", "inputs": {"magcache_K": 0}}}, "magcache_K"),
+        ({"1": {"class_type": "ApplyFBCacheOnModel", "inputs": {}}}, "residual_diff_threshold"),
         ({"attn1": [1, 0], "layers": [1, 1]}, "layers"),
         ({"attn1": [0, 1]}, "attn1"),
         ({"use_fbcache": True}, "use_fbcache"),
@@ -347,6 +435,21 @@ KEYS = st.sampled_from(
         "coefficients",
         "attn1",
         "use_fbcache",
+        "use_teacache",
+        "cache_method",
+        "scm_policy",
+        "num_steps",
+        "path",
+        "thres",
+        "attn-1",
+        "steps",
+        "shift",
+        "magcache_K",
+        "end_step",
+        "start_percent",
+        "mag_ratios",
+        "non_prune_block_ids",
+        "max_accumulated_residual_diff_threshold",
     ]
 )
 LEAVES = (
@@ -361,6 +464,13 @@ LEAVES = (
             "DBPrune",
             "TeaCache",
             "ApplyFBCacheOnModel",
+            "MagCache",
+            "EasyCache",
+            "ModelSamplingSD3",
+            "mag_cache",
+            "fast",
+            "no.pt",
+            "chroma",
             "flux",
             "static",
             "medium",

@@ -1,4 +1,4 @@
-"""diffusers' TaylorSeer, MagCache, SeaCache and TextKV configs decide what diffusers' own hooks decide, with equal tensors."""
+"""The TaylorSeer, MagCache, SeaCache and TextKV configs of diffusers decide what its own hooks do, with equal tensors."""
 
 from __future__ import annotations
 

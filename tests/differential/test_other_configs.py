@@ -1,4 +1,4 @@
-"""The TaylorSeer, MagCache, SeaCache and TextKV configs of diffusers decide what its own hooks do, with equal tensors."""
+"""diffusers' TaylorSeer, MagCache, SeaCache and TextKV configs decide as its own hooks do, with equal tensors."""
 
 from __future__ import annotations
 

@@ -159,6 +159,7 @@ CODES: dict[str, str] = {
     "W514": "a branch name that no diffusers pipeline uses",
     "W515": "a rule that decides no call of a schedule",
     "W516": "an unconditional half that the model does not have",
+    "W517": "a threshold that counts reference pictures",
     "W520": "a rule that no expectation reaches",
     # W6xx: a policy on a running model.
     "W601": "modules that run outside any call of their model",

@@ -16,6 +16,7 @@ from cachepolicy.planning.cost_model import Work
 from cachepolicy.planning.guidance import reads_guidance, without_uncond
 from cachepolicy.planning.open_signals import replay_open, simulate_open
 from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.references import with_references
 from cachepolicy.planning.simulation import Schedule, numbers_by_branch, refuse_unknown
 from cachepolicy.reports import overview
 from cachepolicy.reports import text as report_text
@@ -49,6 +50,7 @@ def show_plan(
     """
     guidance = sampled.guidance
     plan = without_uncond(plan) if guidance.form == "distilled" else plan
+    plan = with_references(plan, sampled.blueprint.references)
     simulated = simulate_open(plan, **sampled.arguments) if trajectory is None else _recorded(plan, trajectory, sampled)
     work = _work(sampled, picture, shapes)
     outlook = held = most = None
@@ -109,6 +111,8 @@ def show_overview(sampled: SampledModel, picture: Mapping[str, Any], shapes: str
     else:
         output.say(overview.draw_overview(sampled.skeleton, work, prospects, steps=sampled.arguments["steps"]))
         output.say(str(sampled.guidance))
+        if sampled.blueprint.references is not None:
+            output.say(f"calls of `{sampled.blueprint.references}` hold reference pictures: W517 tells what that means")
 
 
 def _work(sampled: SampledModel, picture: Mapping[str, Any], shapes: str | None) -> Work | None:

@@ -28,8 +28,10 @@ from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import Expectations, check, check_text, run_expectations
+from cachepolicy.planning.guidance import without_uncond
 from cachepolicy.planning.module_tree import builtin
 from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.references import with_references
 from cachepolicy.reports import text as report_text
 from cachepolicy.reports.diff import compare, draw_diff
 from cachepolicy.reports.explanation import Explanation, explain, explain_run
@@ -113,13 +115,13 @@ def _binding_errors(
 
 @main.command("check")
 @_files
+@options.model
 @options.json_form
 @output.guarded
-def check_command(*, files: Sequence[str], as_json: bool) -> None:
-    """Report errors and warnings in policies."""
-    findings = {
-        name: check_text(_standard_input(), source="<stdin>") if name == STDIN else check(name) for name in files
-    }
+def check_command(*, files: Sequence[str], model: str | None, as_json: bool) -> None:
+    """Report errors and warnings in policies, with --model also those on this model."""
+    blueprint = None if model is None else read_model(model)
+    findings = {name: _check(name, blueprint) for name in files}
     diagnostics = [diagnostic for reported in findings.values() for diagnostic in reported]
     if as_json:
         output.say(to_json(diagnostics))
@@ -128,6 +130,22 @@ def check_command(*, files: Sequence[str], as_json: bool) -> None:
         for name in (name for name, reported in findings.items() if not reported):
             output.say(f"{name}: fine")
     raise SystemExit(max(map(output.exit_code, findings.values())))
+
+
+def _check(name: str, blueprint: Blueprint | None) -> tuple[Diagnostic, ...]:
+    text = _standard_input() if name == STDIN else None
+    found = check(name) if text is None else check_text(text, source="<stdin>")
+    if blueprint is None or any(finding.severity == "error" for finding in found):
+        return found
+    try:
+        policy = load(name) if text is None else parse(text, source="<stdin>")
+        plan = bind(resolve(policy, model=blueprint.skeleton.facts), blueprint.skeleton)
+    except PolicyError as error:
+        return (*found, *error.diagnostics)
+    plan = without_uncond(plan) if blueprint.guidance.form == "distilled" else plan
+    known = {(finding.code, finding.span) for finding in found}
+    further = with_references(plan, blueprint.references).warnings
+    return (*found, *(finding for finding in further if (finding.code, finding.span) not in known))
 
 
 @main.command("fmt")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachepolicy._strict_json import DuplicateKeyError, load_json
 from cachepolicy.diffusers.denoisers import DENOISERS
+from cachepolicy.diffusers.editing import EDITING_MODELS, POSITIONS, REFERENCES
 from cachepolicy.diffusers.guidance import (
     BATCH_CONTEXT,
     CALL_CONTEXT,
@@ -39,6 +40,7 @@ class Blueprint:
         config: The configuration of the class.
         model: The `nn.Module` on the meta device, None if only the modules are known.
         guidance: How guidance runs in the model's pipeline, as far as the files show it.
+        references: The class of the pipeline or model whose calls hold the tokens of reference pictures, or None.
     """
 
     skeleton: Skeleton
@@ -46,6 +48,7 @@ class Blueprint:
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     model: Any = field(default=None, repr=False)
     guidance: Guidance = field(default_factory=Guidance)
+    references: str | None = None
 
     def work(self, picture: Picture, shapes: Mapping[str, Any] | None = None) -> Work:
         """Count the FLOPs and output sizes of one call.
@@ -157,32 +160,59 @@ def _build(config: Mapping[str, Any], file: str) -> Blueprint:
             model_class: Any = attribute
             model = model_class.from_config(dict(config)).eval()
         # This imports pipelines, some of whose modules hold tensors, which must not be made on the meta device.
-        guidance = _guidance(model.config, Path(file))
-        return Blueprint(describe(model), name, dict(model.config), model, guidance)
+        pipeline = _Pipeline.beside(Path(file))
+        guidance = _guidance(model.config, pipeline)
+        references = name if name in EDITING_MODELS else pipeline.name if pipeline.edits else None
+        return Blueprint(describe(model), name, dict(model.config), model, guidance, references)
     except PolicyError:
         raise
     except Exception as error:
         raise PolicyError.of("E210", f"`{file}`: no `{name}` can be built from it: {error}") from error
 
 
-def _guidance(config: Mapping[str, Any], file: Path) -> Guidance:
-    """Return how guidance runs, from the model's config, and from the source of the pipeline class beside it."""
-    import diffusers
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """The pipeline whose folder holds a model.
 
+    Attributes:
+        entries: The entries of its `model_index.json`.
+        name: The name of its class.
+        source: The source of the calls of its instances; empty if diffusers has no such class.
+    """
+
+    entries: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    name: str = ""
+    source: str = ""
+
+    @classmethod
+    def beside(cls, config: Path) -> _Pipeline:
+        """Return the pipeline of a model's `config.json`. Its entries are empty if there is none."""
+        import diffusers
+
+        index = config.parent.parent / "model_index.json"
+        entries: Any = _read(index)[1] if index.is_file() else {}
+        name = entries.get("_class_name")
+        pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+        # The index names any class. Only one that defines calls of its instances has a source to read.
+        call = getattr(pipeline, "__call__", None) if isinstance(pipeline, type) else None  # noqa: B004
+        if not isinstance(name, str) or not inspect.isfunction(call):
+            return cls(entries)
+        return cls(entries, name, inspect.getsource(call))
+
+    @property
+    def edits(self) -> bool:
+        """True if its calls hold the tokens of reference pictures."""
+        return bool(REFERENCES.search(self.source)) and bool(POSITIONS.search(self.source))
+
+
+def _guidance(config: Mapping[str, Any], pipeline: _Pipeline) -> Guidance:
+    """Return how guidance runs, from the model's config, and from the source of the pipeline class beside it."""
     distilled = distilled_by(config)
-    index = file.parent.parent / "model_index.json"
-    entries: Any = _read(index)[1] if index.is_file() else {}
-    if distilled is None and entries.get(DISTILLED_PIPELINE) is True:
+    if distilled is None and pipeline.entries.get(DISTILLED_PIPELINE) is True:
         distilled = DISTILLED_PIPELINE
     if distilled is not None:
         return Guidance("distilled", distilled)
-    name = entries.get("_class_name")
-    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
-    # The index names any class. Only one that defines calls of its instances has a source to read.
-    call = getattr(pipeline, "__call__", None) if isinstance(pipeline, type) else None  # noqa: B004
-    if not isinstance(name, str) or not inspect.isfunction(call):
-        return Guidance()
-    contexts = tuple(dict.fromkeys(CALL_CONTEXT.findall(inspect.getsource(call))))
+    name, contexts = pipeline.name, tuple(dict.fromkeys(CALL_CONTEXT.findall(pipeline.source)))
     if COND_BRANCHES & {*contexts} and UNCOND_BRANCHES & {*contexts}:
         return Guidance("sequential", name, tuple(name for name in contexts if name in COND_BRANCHES | UNCOND_BRANCHES))
     return Guidance("batched", name) if BATCH_CONTEXT in contexts else Guidance()

@@ -40,8 +40,14 @@ SELF_ATTENTION = "self"
 FEEDFORWARD_CLASS = re.compile(r"feedforward|mlp$|ffn", re.IGNORECASE)
 """In the name of the class of a feed-forward module."""
 
-FEEDFORWARD = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward)(_context)?\d*$")
-"""The name of a feed-forward module: `ff`, `ff_context` (SD3), `img_mlp` (Qwen-Image), `feed_forward` (Lumina 2)."""
+FEEDFORWARD = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward)(_context|_[ab])?\d*$")
+"""The name of a feed-forward module: `ff`, `ff_context` (SD3), `img_mlp` (Qwen-Image), `feed_forward` (Lumina 2).
+
+`ff_a` and `ff_b` are the two streams of DiffSynth's FLUX.
+"""
+
+EMBEDDER = re.compile(r"embed")
+"""In the name of a module that embeds the timestep, a text or a picture. A network inside it is no feed-forward."""
 
 SIDE_LIST = re.compile(r"refiner|vace|text|context|caption|clip|face|audio_proj|controlnet|connector|perceiver")
 """Lists of blocks beside the main stream: they refine the text or an image prompt, or feed a control image.

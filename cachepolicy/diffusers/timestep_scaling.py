@@ -1,7 +1,8 @@
 """Scales of timesteps: how each denoiser class of diffusers is called, and in what its schedulers count.
 
-The values were read from the pipelines of diffusers 0.42.1, which scale the scheduler's timestep before they call their
-denoiser (`timestep / 1000`, `1 - timestep / 1000`, ...).
+The values were read from the pipelines of diffusers 0.42.1 and vLLM-Omni 0.30.0, which scale the scheduler's timestep
+before they call their denoiser (`timestep / 1000`, `1 - timestep / 1000`, ...). SGLang calls all its denoisers with the
+scheduler's timestep.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _REVERSED_FRACTION = Scale(1000.0, reverse=True)
 
 _TRANSFORMERS = "diffusers.models.transformers."
 _UNETS = "diffusers.models.unets."
+_OMNI = "vllm_omni.diffusion.models."
 
 SCALES: dict[str, Scale | None] = {
     f"{_TRANSFORMERS}ace_step_transformer.AceStepTransformer1DModel": _FRACTION,
@@ -70,6 +72,14 @@ SCALES: dict[str, Scale | None] = {
     f"{_TRANSFORMERS}transformer_z_image.ZImageTransformer2DModel": _REVERSED_FRACTION,
     f"{_UNETS}unet_spatio_temporal_condition.UNetSpatioTemporalConditionModel": None,
     f"{_UNETS}unet_stable_cascade.StableCascadeUNet": _FRACTION,
+    f"{_OMNI}flux.flux_transformer.FluxTransformer2DModel": _FRACTION,
+    f"{_OMNI}flux2.flux2_transformer.Flux2Transformer2DModel": _FRACTION,
+    f"{_OMNI}flux2_klein.flux2_klein_transformer.Flux2Transformer2DModel": _FRACTION,
+    f"{_OMNI}krea2.krea2_transformer.Krea2Transformer2DModel": _FRACTION,
+    f"{_OMNI}longcat_image.longcat_image_transformer.LongCatImageTransformer2DModel": _FRACTION,
+    f"{_OMNI}ovis_image.ovis_image_transformer.OvisImageTransformer2DModel": _FRACTION,
+    f"{_OMNI}qwen_image.qwen_image_transformer.QwenImageTransformer2DModel": _FRACTION,
+    f"{_OMNI}z_image.z_image_transformer.ZImageTransformer2DModel": _REVERSED_FRACTION,
 }
 """Scales by module path and class. A class that is not listed is called with timesteps in training units.
 

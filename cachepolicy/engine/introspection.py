@@ -25,6 +25,7 @@ from cachepolicy.diffusers.module_names import (
     BLOCK,
     CONTEXT_ARGUMENTS,
     CROSS_ATTENTION,
+    EMBEDDER,
     FEEDFORWARD,
     FEEDFORWARD_CLASS,
     FEEDFORWARD_CLASSES,
@@ -116,7 +117,8 @@ def _is_denoiser(component: nn.Module) -> bool:
 
 def describe(model: nn.Module) -> Skeleton:
     """Return the module tree of a live model: names, classes and kinds of its modules, and the lists of its blocks."""
-    named = list(modules_by_path(model).items())
+    paths = modules_by_path(model)
+    named = list(paths.items())
     native = any(is_one_of(module, ATTENTION_CLASSES) for _, module in named)
     modules = list[Module]()
     attentions = set[str]()
@@ -127,7 +129,9 @@ def describe(model: nn.Module) -> Skeleton:
         elif (
             is_one_of(module, ATTENTION_CLASSES)
             if native
-            else _looks_like_attention(module) or (_projects(module) and attentions.isdisjoint(ancestors(name)))
+            else _looks_like_attention(module)
+            or (_projects(module) and attentions.isdisjoint(ancestors(name)))
+            or _is_core_in_a_block(module, paths.get(name.rpartition(".")[0]))
         ):
             if _has_weights(module) or attentions.isdisjoint(ancestors(name)):  # not the core of another attention
                 kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
@@ -146,11 +150,10 @@ def describe(model: nn.Module) -> Skeleton:
         else entry
         for entry in modules
     )
-    paths = {name for name, _ in named}
     sharing = tuple(
         name
         for name, module in named
-        if isinstance(module, nn.ModuleList) and not {f"{name}.{index}" for index in range(len(module))} <= paths
+        if isinstance(module, nn.ModuleList) and not {f"{name}.{index}" for index in range(len(module))} <= set(paths)
     )
     skeleton = Skeleton(type(model).__name__, marked, tuple(lists), sharing=sharing)
     return replace(skeleton, facts=_facts(model, list(skeleton.block_order)))
@@ -221,13 +224,19 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return not BLOCK.search(kind) and _has_weights(module) and not any(map(_has_weights, inner))
 
 
+def _is_core_in_a_block(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Return True for attention without weights whose projections are in the block itself, as in SGLang's Wan."""
+    core = ATTENTION.search(type(module).__name__) is not None and not _has_children(module)
+    return core and parent is not None and BLOCK.search(type(parent).__name__) is not None and _has_projections(parent)
+
+
 def _has_weights(module: nn.Module) -> bool:
     """Return True if a module has parameters, or layers that keep their weights elsewhere, as quantised ones do."""
     return any(True for _ in module.parameters()) or any("Linear" in type(layer).__name__ for layer in module.modules())
 
 
 def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList) or not _has_children(module):
+    if isinstance(module, nn.ModuleList) or not _has_children(module) or EMBEDDER.search(name):
         return False
     last = name.rpartition(".")[2]
     return bool(FEEDFORWARD_CLASS.search(type(module).__name__) or FEEDFORWARD.search(last))
@@ -280,6 +289,11 @@ def _projects(module: nn.Module) -> bool:
     """Return True for a module with projections to queries and keys, whatever it is called, that is no block."""
     if BLOCK.search(type(module).__name__) or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
+    return _has_projections(module)
+
+
+def _has_projections(module: nn.Module) -> bool:
+    """Return True if children of a module project to queries and keys."""
     words = set[str]().union(*_words_of_projections(module))
     return bool(words & FUSED_WORDS or (words & QUERY_WORDS and words & KEY_WORDS))
 
@@ -310,7 +324,8 @@ def _block_lists(model: nn.Module, modules: list[Module]) -> list[str]:
     for name, child in model.named_children():
         if not isinstance(child, nn.ModuleList) or len(child) == 0 or SIDE_LIST.search(name):
             continue
-        with_attention = any(attention.startswith(f"{name}.") for attention in attentions)
+        # A block may be its own attention, with one layer for queries, keys, values and more (DiffSynth's FLUX).
+        with_attention = any(attention.startswith(f"{name}.") for attention in attentions) or _has_projections(child[0])
         if with_attention or (not attentions and any(True for _ in child[0].children())):
             lists.append(name)
     return lists

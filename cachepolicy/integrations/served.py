@@ -250,7 +250,13 @@ class ServedPolicies:
             return self._run
 
     def serve(
-        self, asked: Asked, key: str, call: Callable[[], Any], *, requests: int = 1
+        self,
+        asked: Asked,
+        key: str,
+        call: Callable[[], Any],
+        *,
+        requests: int = 1,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Serve one request, or a batch of requests that ask for the same.
 
@@ -259,6 +265,7 @@ class ServedPolicies:
             key: The name of the session, which ends with the call.
             call: Draws the picture.
             requests: How many requests are in the batch.
+            options: Options of the session that the engine knows; what the request says comes first.
 
         Returns:
             The result of the call, and the record of the request.
@@ -271,7 +278,7 @@ class ServedPolicies:
             self.counts["bare"] += requests
             with self.run.disabled():
                 return call(), {"policy": False, "session": key, "requests": requests}
-        with self._entered(asked, key, requests) as run:
+        with self._entered(asked, key, requests, options or {}) as run:
             try:
                 result = call()
                 return result, self._record(run, asked, key, requests)
@@ -279,10 +286,10 @@ class ServedPolicies:
                 run.reset(key)
 
     @contextlib.contextmanager
-    def _entered(self, asked: Asked, key: str, requests: int) -> Generator[cachepolicy.Run]:
+    def _entered(self, asked: Asked, key: str, requests: int, options: Mapping[str, Any]) -> Generator[cachepolicy.Run]:
         try:
             run = self._attach(asked.policy)
-            session = run.session(key, **asked.options, **asked.params)
+            session = run.session(key, **{**options, **asked.options}, **asked.params)
         except Exception as error:  # params are any JSON
             self.counts["refused"] += requests
             raise RequestRefusedError(refusal_of(error)) from error
@@ -356,6 +363,35 @@ def line_of(record: Mapping[str, Any]) -> str:
     audit = "" if record["audit_error"] is None else f", audited: {record['audit_error']:.2%} off at most"
     share = f"{100 * record['skipped_share']:.1f} % of the site calls skipped"
     return f"{record['session']}: {record['policy']}, {record['steps']} steps, {share}{shared}{audit}"
+
+
+def joint_group(groups: Sequence[Any]) -> Any:
+    """Return the process group of all processes that hold parts of the same sample, or None for one process.
+
+    The parts are of its tokens (sequence parallelism) or of its weights (tensor parallelism). Where a sample is divided
+    in both ways, every process of the program has to call this.
+
+    Args:
+        groups: The engine's groups, each with `ranks`, `world_size` and `device_group`, or None.
+    """
+    several = [group for group in groups if group is not None and group.world_size > 1]
+    if len(several) < 2:
+        return several[0].device_group if several else None
+    import torch
+
+    dist: Any = torch.distributed
+
+    mine = [sorted(group.ranks) for group in several]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    joined = {rank: {rank} for rank in range(len(told))}
+    for ranks in (set(ranks) for lists in told for ranks in lists):
+        union = set[int]().union(*(joined[rank] for rank in ranks))
+        for rank in union:
+            joined[rank] = union
+    made = {tuple(sorted(ranks)): None for ranks in joined.values()}
+    handles = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in made}
+    return handles[tuple(sorted(joined[dist.get_rank()]))]
 
 
 def alike(asked: Sequence[Asked | None]) -> Iterator[tuple[Asked, list[int]]]:

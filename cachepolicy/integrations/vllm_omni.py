@@ -28,6 +28,7 @@ from cachepolicy.integrations.served import (
     RequestRefusedError,
     ServedPolicies,
     alike,
+    joint_group,
     line_of,
     refusal_of,
     said_by,
@@ -177,32 +178,11 @@ def _denoiser_paths(pipeline: Any) -> dict[str, str]:
 
 
 def _deciding_together() -> Any:
-    """Return the group of the processes that hold parts of the same sample, or None if there is one process.
-
-    The parts are of its tokens (sequence parallelism) or of its weights (tensor parallelism).
-    """
-    import torch
-
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
+    """Return the group of the processes that hold parts of the same sample, or None if there is one process."""
     from vllm.distributed import parallel_state as weights
     from vllm_omni.diffusion.distributed import parallel_state as tokens
 
-    groups = [
-        group
-        for group in (getattr(tokens, "_SP", None), getattr(weights, "_TP", None))
-        if group is not None and group.world_size > 1
-    ]
-    if len(groups) < 2:
-        return groups[0].device_group if groups else None
-    # vLLM-Omni numbers tensor-parallel processes first and sequence-parallel ones next.
-    size = groups[0].world_size * groups[1].world_size
-    mine, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    made = {
-        start: torch.distributed.new_group(list(range(start, start + size)), backend="gloo")
-        for start in range(0, world, size)
-    }
-    return made[mine // size * size]
+    return joint_group([getattr(tokens, "_SP", None), getattr(weights, "_TP", None)])
 
 
 # --- the backend -----------------------------------------------------------------------------------------
@@ -252,10 +232,11 @@ class Requests:
 
     def _serve(self, asked: Asked, batch: Any, key: str, requests: int, call: Any) -> tuple[Any, dict[str, Any]]:
         params = getattr(batch, "sampling_params_list", None)
-        steps = params[0].num_inference_steps if params else None
-        if steps and self.denoisers.scheduler is None:  # requests of a batch have the same number
-            asked = replace(asked, options={"steps": steps, **asked.options})
-        result, record = self.served.serve(asked, key, functools.partial(call, batch), requests=requests)
+        steps = params[0].num_inference_steps if params else None  # requests of a batch have the same number
+        options = {"steps": steps} if steps and self.denoisers.scheduler is None else {}
+        result, record = self.served.serve(
+            asked, key, functools.partial(call, batch), requests=requests, options=options
+        )
         logger.info("%s", line_of(record))
         return result, record
 

@@ -114,7 +114,7 @@ def test_a_class_in_no_unit_asks_for_another_clock(class_name: str) -> None:
     assert [0, 1, 2] == [step for step, _ in plain(run)[0]]
 
 
-def test_only_classes_of_diffusers_and_their_subclasses_are_listed() -> None:
+def test_only_the_classes_of_the_table_and_their_subclasses_are_listed() -> None:
     """A class of the same name in another module is not listed; a subclass of a listed class is."""
     listed = type(named_root("FluxTransformer2DModel"))
     for module in ("sglang.multimodal_gen.runtime.models.dits.flux", "diffusers.models", __name__):

@@ -193,6 +193,58 @@ def test_quantised_projections_are_weights() -> None:
     assert kinds["blocks.0.attn"] == {"attention", "self_attention"}
 
 
+class BareAttention(nn.Module):
+    """The core of an attention, without anything inside."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+
+
+class ProjectingBlock(nn.Module):
+    """A block that projects for the attention core inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.attn1 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), BareAttention()
+        self.ff_a, self.ff_b = (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2))
+
+
+class FusedBlock(nn.Module):
+    """A block that is its own attention and its own feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv_mlp, self.proj_out, self.norm = nn.Linear(4, 28), nn.Linear(20, 4), nn.Sequential(nn.LayerNorm(4))
+
+
+class Engine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.t_embedder = nn.Module()
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
+        self.blocks = nn.ModuleList(ProjectingBlock() for _ in range(2))
+        self.single_blocks = nn.ModuleList(FusedBlock() for _ in range(2))
+        self.norms = nn.ModuleList(nn.Sequential(nn.LayerNorm(4)) for _ in range(2))
+
+
+def test_a_core_is_the_attention_of_a_block_that_projects_for_it() -> None:
+    """It has no weights, and there is no other module around its projections and itself."""
+    kinds = {each.name: each.kinds for each in describe(Engine()).modules}
+    assert {"blocks.0.attn1", "blocks.1.attn1"} == {name for name, found in kinds.items() if "attention" in found}
+    assert {"attention", "self_attention"} == kinds["blocks.0.attn1"]
+
+
+def test_both_streams_have_a_feed_forward_and_embedders_have_none() -> None:
+    """`ff_a` and `ff_b` are feed-forward; the network of a timestep's embedding is part of no block."""
+    found = [each.name for each in describe(Engine()).modules if "feedforward" in each.kinds]
+    assert [f"blocks.{block}.{name}" for block in range(2) for name in ("ff_a", "ff_b")] == found
+
+
+def test_blocks_that_are_their_own_attention_are_blocks() -> None:
+    """A layer for queries, keys, values and more shows them; a list of norms is none of blocks."""
+    assert ("blocks", "single_blocks") == describe(Engine()).block_lists
+
+
 def test_a_block_called_after_its_attention_is_no_attention() -> None:
     """It holds one, with weights or as a core."""
 

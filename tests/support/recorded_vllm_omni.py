@@ -141,12 +141,17 @@ def format_diffusion_outputs(
 
 
 _MODULES: dict[str, dict[str, Any]] = {
+    "vllm": {},
+    "vllm.distributed": {},
+    "vllm.distributed.parallel_state": {"_TP": None},
     "vllm_omni": {},
     "vllm_omni.diffusion": {},
     "vllm_omni.diffusion.cache": {},
     "vllm_omni.diffusion.cache.base": {"CacheBackend": CacheBackend},
     "vllm_omni.diffusion.cache.selector": {"get_cache_backend": get_cache_backend},
     "vllm_omni.diffusion.data": {"DiffusionOutput": DiffusionOutput, "DiffusionCacheConfig": DiffusionCacheConfig},
+    "vllm_omni.diffusion.distributed": {},
+    "vllm_omni.diffusion.distributed.parallel_state": {"_SP": None},
     "vllm_omni.diffusion.worker": {},
     "vllm_omni.diffusion.worker.diffusion_model_runner": {"get_cache_backend": get_cache_backend},
     "vllm_omni.diffusion.diffusion_engine": {"format_diffusion_outputs": format_diffusion_outputs},

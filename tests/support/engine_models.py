@@ -1,0 +1,315 @@
+"""Tiny models of five families as four programs build them, and their recorded module trees.
+
+`python -m tests.support.engine_models` records the trees of the engines that can be imported, into
+`tests/data/engine_trees.json`. A model has two to three blocks in each list.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+RECORDED = Path(__file__).parents[1] / "data" / "engine_trees.json"
+
+FAMILIES = ("flux", "wan", "qwen_image", "sd3", "z_image")
+ENGINES = ("vllm_omni", "sglang", "diffsynth")
+
+
+def _omni(path: str, name: str, *args: Any, **sizes: Any) -> Any:
+    """A model of vLLM-Omni, in the contexts that its constructor asks for."""
+    omni_world()
+    kind = getattr(importlib.import_module(f"vllm_omni.diffusion.models.{path}"), name)
+    return kind(*args, **sizes)
+
+
+@functools.cache
+def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any:
+    """Enter the contexts of vLLM-Omni for the rest of the process, and return its config."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, TransformerConfig
+    from vllm_omni.diffusion.distributed import parallel_state
+    from vllm_omni.diffusion.forward_context import set_forward_context
+    from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    omni = OmniDiffusionConfig(
+        model=None,
+        dtype=torch.float32,
+        num_gpus=processes,
+        tf_model_config=TransformerConfig.from_dict(dict(config)),
+        parallel_config=DiffusionParallelConfig(**parallel),
+    )
+    vllm = create_diffusion_vllm_config(torch.device("cpu"), omni)
+    # the contexts are never left
+    for context in (set_current_vllm_config(vllm), set_forward_context(vllm_config=vllm, omni_diffusion_config=omni)):
+        _ENTERED.append(context)
+        context.__enter__()
+    if not torch.distributed.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29571")
+        rank = int(os.environ.setdefault("RANK", "0"))
+        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        parallel_state.init_distributed_environment(world_size=processes, rank=rank)
+        parallel_state.initialize_model_parallel(**parallel)
+    return omni
+
+
+_ENTERED: list[Any] = []
+
+SD3 = {
+    "num_layers": 3,
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 16,
+    "joint_attention_dim": 16,
+    "patch_size": 2,
+    "pos_embed_max_size": 16,
+    "qk_norm": "rms_norm",
+}
+
+
+def _omni_sd3() -> Any:
+    config = omni_world(tuple(SD3.items()))
+    return _omni("sd3.sd3_transformer", "SD3Transformer2DModel", od_config=config)
+
+
+def _omni_flux() -> Any:
+    sizes = {"num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
+    return _omni(
+        "flux.flux_transformer",
+        "FluxTransformer2DModel",
+        od_config=omni_world((("num_layers", 2),)),
+        in_channels=4,
+        pooled_projection_dim=32,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 4, 8),
+        **sizes,
+    )
+
+
+def _omni_qwen() -> Any:
+    return _omni(
+        "qwen_image.qwen_image_transformer",
+        "QwenImageTransformer2DModel",
+        od_config=omni_world(),
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _omni_wan() -> Any:
+    return _omni(
+        "wan2_2.wan2_2_transformer",
+        "WanTransformer3DModel",
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+
+
+def _omni_z_image() -> Any:
+    return _omni(
+        "z_image.z_image_transformer",
+        "ZImageTransformer2DModel",
+        in_channels=4,
+        dim=64,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 12, 12],
+        axes_lens=[64, 32, 32],
+    )
+
+
+class _Arguments(SimpleNamespace):
+    """Server arguments of SGLang of which nothing was said."""
+
+    def is_arg_explicitly_set(self, name: str) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+@functools.cache
+def sglang_world() -> None:
+    """Set up what the models of SGLang ask for, for one process."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29573")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    from sglang.multimodal_gen.runtime.distributed import parallel_state
+    from sglang.multimodal_gen.runtime.server_args.server_args import set_global_server_args
+
+    parallel_state.maybe_init_distributed_environment_and_model_parallel(1, 1)
+    told = {"attention_backend": None, "enable_attention_backend_autotune": False, "kv_gather_degree": 1}
+    set_global_server_args(_Arguments(**told))
+
+
+def _sglang(module: str, name: str, config: str, **sizes: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        sglang_world()
+        configs, _, kind = config.rpartition(".")
+        made = getattr(importlib.import_module(f"sglang.multimodal_gen.configs.models.dits.{configs}"), kind)()
+        for key, value in sizes.items():
+            setattr(made.arch_config, key, value)
+        models = importlib.import_module(f"sglang.multimodal_gen.runtime.models.dits.{module}")
+        return getattr(models, name)(made, {})
+
+    return build
+
+
+def _diffsynth(module: str, name: str, **sizes: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        import torch
+
+        with torch.device("meta"):
+            made = getattr(importlib.import_module(f"diffsynth.models.{module}"), name)(**sizes)
+        if hasattr(made, "single_blocks"):  # their number is no argument
+            made.single_blocks = made.single_blocks[:2]
+        return made
+
+    return build
+
+
+_SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "hidden_size": 32}
+
+BUILDERS: dict[tuple[str, str], Callable[[], Any]] = {
+    ("vllm_omni", "flux"): _omni_flux,
+    ("vllm_omni", "wan"): _omni_wan,
+    ("vllm_omni", "qwen_image"): _omni_qwen,
+    ("vllm_omni", "sd3"): _omni_sd3,
+    ("vllm_omni", "z_image"): _omni_z_image,
+    ("sglang", "flux"): _sglang(
+        "flux",
+        "FluxTransformer2DModel",
+        "flux.FluxConfig",
+        **_SMALL,
+        num_layers=2,
+        num_single_layers=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=False,
+    ),
+    ("sglang", "wan"): _sglang(
+        "wanvideo",
+        "WanTransformer3DModel",
+        "wanvideo.WanVideoConfig",
+        **_SMALL | {"attention_head_dim": 12, "hidden_size": 24},
+        num_layers=3,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+    ),
+    ("sglang", "qwen_image"): _sglang(
+        "qwen_image",
+        "QwenImageTransformer2DModel",
+        "qwenimage.QwenImageDitConfig",
+        **_SMALL | {"in_channels": 16},
+        num_layers=3,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    ),
+    ("sglang", "sd3"): _sglang(
+        "stablediffusion3",
+        "SD3Transformer2DModel",
+        "stablediffusion3.StableDiffusion3TransformerConfig",
+        **_SMALL | SD3,
+    ),
+    ("sglang", "z_image"): _sglang(
+        "zimage",
+        "ZImageTransformer2DModel",
+        "zimage.ZImageDitConfig",
+        num_layers=2,
+        n_refiner_layers=1,
+        dim=64,
+        num_attention_heads=2,
+        n_kv_heads=2,
+        in_channels=4,
+        cap_feat_dim=16,
+        axes_dims=[8, 12, 12],
+        axes_lens=[64, 32, 32],
+        hidden_size=64,
+    ),
+    ("diffsynth", "flux"): _diffsynth("flux_dit", "FluxDiT", num_blocks=2),
+    ("diffsynth", "wan"): _diffsynth(
+        "wan_video_dit",
+        "WanModel",
+        dim=24,
+        in_dim=4,
+        ffn_dim=32,
+        out_dim=4,
+        text_dim=16,
+        freq_dim=16,
+        eps=1e-6,
+        patch_size=(1, 2, 2),
+        num_heads=2,
+        num_layers=3,
+        has_image_input=False,
+    ),
+    ("diffsynth", "qwen_image"): _diffsynth("qwen_image_dit", "QwenImageDiT", num_layers=3),
+    ("diffsynth", "z_image"): _diffsynth("z_image_dit", "ZImageDiT", n_layers=2, n_refiner_layers=1),
+}
+"""DiffSynth 2.1.12 has no Stable Diffusion 3."""
+
+
+def path_of(model: Any) -> str:
+    """Return the module path and the name of a model's class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def recorded() -> dict[tuple[str, str], tuple[str, str]]:
+    """Return the class path and the tree as JSON text of each recorded model, by engine and family."""
+    entries = json.loads(RECORDED.read_text("utf-8"))
+    return {(entry["engine"], entry["family"]): (entry["class"], json.dumps(entry["tree"])) for entry in entries}
+
+
+def record() -> None:
+    """Record the trees of the engines that can be imported; the others stay as they were."""
+    from cachepolicy.engine.introspection import describe
+    from cachepolicy.planning.module_tree import tree_to_json
+
+    kept = {(entry["engine"], entry["family"]): entry for entry in json.loads(RECORDED.read_text("utf-8"))}
+    for (engine, family), build in BUILDERS.items():
+        try:
+            model = build()
+        except ImportError:
+            continue
+        tree = json.loads(tree_to_json(describe(model)))
+        kept[engine, family] = {"engine": engine, "family": family, "class": path_of(model), "tree": tree}
+    lines = ",\n".join(json.dumps(kept[key], separators=(",", ":")) for key in BUILDERS if key in kept)
+    RECORDED.write_text(f"[\n{lines}\n]\n", "utf-8")
+
+
+if __name__ == "__main__":
+    if not RECORDED.exists():
+        RECORDED.write_text("[]", "utf-8")
+    record()

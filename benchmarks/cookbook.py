@@ -1,4 +1,4 @@
-"""Write the cookbook: a page for each shipped policy, with what it does to the pictures of the emoji model.
+"""Write the cookbook: a page for a shipped policy, with what it does to the pictures of the emoji model if measured.
 
     OMP_NUM_THREADS=1 python -m benchmarks.cookbook [NAME ...] [--pairs 3]
 
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import cachepolicy
+from benchmarks.cookbook_texts import TEXTS, Text
 from cachepolicy._resources import shipped_policies
 from cachepolicy.engine.introspection import describe
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
+from cachepolicy.language.presets import short_text
 from cachepolicy.planning.module_tree import Skeleton
 from cachepolicy.reports.text import draw
 from cachepolicy.tools.demo import Sampling, measure, save
@@ -26,7 +28,6 @@ from cachepolicy.tools.emoji import load_pipeline
 FOLDER = Path(__file__).parents[1] / "docs" / "cookbook"
 MEASURED = FOLDER / "measured.json"
 STEPS, PICTURES = 50, 12
-SIGNALS = {"fbc": "drift"}
 
 
 def digest(name: str) -> str:
@@ -42,23 +43,63 @@ def measured(name: str, pairs: int) -> dict[str, Any]:
     return {**outcome.to_json(), "digest": digest(name)}
 
 
-def page(name: str, numbers: dict[str, Any], skeleton: Skeleton) -> str:
-    """The page of a policy."""
-    policy = cachepolicy.load(name)
+def page(name: str, numbers: dict[str, Any] | None, skeleton: Skeleton) -> str:
+    """The page of a policy, with its numbers if it was measured."""
+    policy, text = cachepolicy.load(name), TEXTS.get(name)
     parts = [
         f"# {policy.title or name}",
         _source(policy),
+        "" if text is None else f"{text.works}\n\n## What it computes",
         _sites(name, skeleton),
         "## Its text",
-        f"`cachepolicy show {name}` prints it.",
-        f"```cachepolicy\n{cachepolicy.format(policy).rstrip()}\n```",
+        f"`cachepolicy show {name}` prints it. The rows of `expect` are tests of the file.",
+        f"```cachepolicy\n{cachepolicy.format(_without_presets(policy)).rstrip()}\n```",
         "## What can be set",
         _params(policy),
+        _presets(policy),
+        "" if text is None else f"## Limits\n\n{text.limits}",
         "## What it costs and saves",
-        _table(numbers),
-        f"```{{image}} {name}.png\n:alt: Twelve emoji drawn without the policy, and the same ones with it.\n```",
     ]
+    if numbers is None:
+        parts.append(
+            "Exact on tiny models, not measured for quality: tests compare its decisions with those of a plain\n"
+            "transcription of the method, on small models with random streams."
+        )
+    else:
+        picture = (
+            f"```{{image}} {name}.png\n:alt: Twelve emoji drawn without the policy, and the same ones with it.\n```"
+        )
+        parts += [_table(numbers), picture]
     return "\n\n".join(each for each in parts if each) + "\n"
+
+
+def _without_presets(policy: ir.Policy) -> ir.Policy:
+    kept = tuple(statement for statement in policy.statements if not isinstance(statement, ir.Preset))
+    return policy.model_copy(update={"statements": kept})
+
+
+def _presets(policy: ir.Policy) -> str:
+    presets = [statement for statement in policy.statements if isinstance(statement, ir.Preset)]
+    if not presets:
+        return ""
+    lines = [
+        "## Presets",
+        "",
+        "Published settings for models, which were not measured here. The one that fits a model is taken by itself;",
+        'those that its configuration does not tell are chosen by `preset="NAME"`. Figures are those of the source.',
+        "",
+        "| preset | class | taken | sets | source |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for preset in presets:
+        by_name = isinstance(preset.when, ir.Boolean)
+        when = "by name" if by_name else "for the class" if preset.when is None else f"`{format_node(preset.when)}`"
+        settings = ", ".join(f"{setting.name} = {short_text(setting.value)}" for setting in preset.settings)
+        where, _, claim = (preset.origin or "").partition(" (")
+        source = f"[{where.partition('/tree/')[0]}](https://{where})" + (f" ({claim}" if claim else "")
+        model = preset.for_class.removeprefix("^").removesuffix("$")
+        lines.append(f"| `{preset.name}` | `{model}` | {when} | `{settings}` | {source} |")
+    return "\n".join(lines)
 
 
 def _source(policy: ir.Policy) -> str:
@@ -73,14 +114,18 @@ def _link(source: str) -> str:
 
 def _sites(name: str, skeleton: Skeleton) -> str:
     """The grid on the emoji model; where a signal decides, for a made-up series that says so."""
-    plan = cachepolicy.plan(cachepolicy.load(name), skeleton=skeleton)
-    signal, text = SIGNALS.get(name), f"On the emoji model, over {STEPS} steps:"
-    signals = dict[str, list[float]]()
-    if signal is not None:
-        signals[signal] = [0.0, *([0.02, 0.04, 0.08] * STEPS)][:STEPS]
-        text = f"When it reuses depends on what `{signal}` measures. Were it 0.02, 0.04, 0.08 and again so:"
-    schedule = cachepolicy.simulate(plan, steps=STEPS, signals=signals)
-    return f"{text}\n\n```text\n{draw(schedule, width=110)}\n```"
+    text = TEXTS.get(name, Text("", ""))
+    plan = cachepolicy.plan(cachepolicy.load(name), skeleton=skeleton, **text.values)
+    values = ", ".join(f"`{param} = {value}`" for param, value in text.values.items())
+    given = f" with {values}" if values else ""
+    series = {signal: [0.0, *(list(numbers) * STEPS)][:STEPS] for signal, numbers in text.signals.items()}
+    schedule = cachepolicy.simulate(plan, steps=STEPS, signals=series)
+    says = f"On the emoji model, over {STEPS} steps{given}:"
+    if text.signals:
+        ((signal, numbers),) = text.signals.items()
+        shown = ", ".join(map(str, numbers))
+        says = f"When it reuses depends on what `{signal}` measures. Were it {shown} and again so{given}:"
+    return f"{says}\n\n```text\n{draw(schedule, width=110)}\n```"
 
 
 def _params(policy: ir.Policy) -> str:
@@ -111,20 +156,21 @@ def _table(numbers: dict[str, Any]) -> str:
     )
 
 
-def index(names: list[str]) -> str:
+def index(measured: list[str]) -> str:
     """The page that leads to the others."""
+    names = sorted({*measured, *TEXTS})
     lines = [
         "# Cookbook",
         "",
         "Policies that come with cachepolicy, a page each: where it is from, its text, what it computes and",
-        "reuses, and what it does to the pictures of the small emoji model. Which one fits a model of yours,",
-        "[`cachepolicy plan MODEL`](../planning.md) shows.",
+        "reuses, and, where that was measured, what it does to the pictures of the small emoji model. Which one fits",
+        "a model of yours, [`cachepolicy plan MODEL`](../planning.md) shows.",
         "",
         "```{toctree}",
         *names,
         "```",
         "",
-        "## Not measured",
+        "## Without a page",
         "",
         "These come with cachepolicy too. Tests compare their decisions with those of plain transcriptions of the",
         "methods, on small models with random streams. Their effect on pictures was not measured.",
@@ -142,8 +188,8 @@ def index(names: list[str]) -> str:
 def write(numbers: dict[str, dict[str, Any]]) -> None:
     """Write all pages."""
     skeleton = describe(load_pipeline().transformer)
-    for name, each in numbers.items():
-        (FOLDER / f"{name}.md").write_text(page(name, each, skeleton), "utf-8")
+    for name in {*numbers, *TEXTS}:
+        (FOLDER / f"{name}.md").write_text(page(name, numbers.get(name), skeleton), "utf-8")
     (FOLDER / "index.md").write_text(index(sorted(numbers)), "utf-8")
 
 

@@ -31,6 +31,13 @@ def test_a_page_shows_the_policy_as_it_is(name: str, measured: dict[str, Any]) -
     assert (cookbook.FOLDER / f"{name}.png").is_file()
 
 
+@pytest.mark.parametrize("name", sorted(cookbook.TEXTS))
+def test_a_page_with_words_is_that_of_its_policy(name: str, measured: dict[str, Any]) -> None:
+    """Its text, params, presets and grid are today's, whether it was measured or not."""
+    expected = cookbook.page(name, measured.get(name), describe(load_pipeline().transformer))
+    assert expected == (cookbook.FOLDER / f"{name}.md").read_text("utf-8"), "python -m benchmarks.cookbook --pages"
+
+
 def test_the_index_names_all(measured: dict[str, Any]) -> None:
     """Every shipped policy has a page or stands among those that were not measured, and no page lacks a policy."""
     index = cookbook.index(sorted(measured))

@@ -59,6 +59,14 @@ def by_name(preset: ir.Preset, model: ModelFacts) -> bool:
     )
 
 
+def short_text(value: ir.Expression) -> str:
+    """Returns the text of a value; of a list with more than eight items, its ends and its length."""
+    if isinstance(value, ir.ListOf) and len(value.items) > 8:
+        first, last = format_node(value.items[0]), format_node(value.items[-1])
+        return f"[{first}, ..., {last}] of {len(value.items)}"
+    return format_node(value)
+
+
 def choose(
     presets: Sequence[ir.Preset], model: ModelFacts | None, chosen: str | None, given: Mapping[str, object]
 ) -> tuple[str | None, dict[str, ir.Expression]]:

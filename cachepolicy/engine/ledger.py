@@ -164,7 +164,8 @@ class Ledger:
     def _numbers(self, site: int) -> Mapping[str, float]:
         """Return the numbers that the rules of a site read now."""
         assert self.measuring is not None
-        return {**self._externals, **self.measuring.numbers(site)}
+        numbers = self.measuring.numbers(site)
+        return {**self._externals, **numbers} if self._externals else numbers
 
     def recorded(self) -> Mapping[int, Mapping[str, float]]:
         """Return the numbers of the trace: those of measured sites, and at all sites the externals."""
@@ -263,7 +264,7 @@ class Ledger:
     def _hidden(self, group: int) -> bool:
         """Return whether a site around the sites of a group reuses."""
         parents = self._context.branch.partition.groups[group].parents
-        return any(hides(self.decisions[parent], self._context.tick.branch) for parent in parents)
+        return bool(parents) and any(hides(self.decisions[parent], self._context.tick.branch) for parent in parents)
 
     def _merge(self) -> None:
         """Merge the decisions made during the forward pass, and what they hide, into the earlier ones."""
@@ -273,5 +274,8 @@ class Ledger:
             if hidden:
                 self.decisions[index] = HIDDEN
             if hidden or site in self.signals:
-                inputs = self._inputs(site, branch.memories[index])
-                self.after[index] = group.decider.advance(inputs, self.decisions[index])
+                decision = self.decisions[index]
+                inputs = decision.inputs
+                if inputs is None or inputs.tick is not self._tick:
+                    inputs = self._inputs(site, branch.memories[index])
+                self.after[index] = group.decider.advance(inputs, decision)

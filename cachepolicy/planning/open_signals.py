@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
@@ -15,7 +15,7 @@ from cachepolicy.planning.schedule import FRESH, HIDDEN, Decision, Inputs, Memor
 from cachepolicy.planning.simulation import MeasuredNumbers, Schedule, replay, simulate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=TYPE_CHECKING, slots=True, unsafe_hash=True)
 class OpenDecision(Decision):
     """A decision that a signal makes in a run. Its verdict is that of the schedule with the least cost."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.errors import PolicyError, counted
@@ -49,7 +49,11 @@ Tables = Mapping[str, Sequence[int | float]]
 Verdict = Literal["compute", "reuse", "hidden"]
 
 
-@dataclass(frozen=True, slots=True)
+# The four classes below are frozen for the type checker only: several instances are made at each call of the root
+# model, and `__init__` of a frozen dataclass takes four times as long.
+
+
+@dataclass(frozen=TYPE_CHECKING, slots=True, unsafe_hash=True)
 class Tick:
     """The clock at one call of the root model.
 
@@ -75,9 +79,9 @@ class Tick:
         return self.uncond_skipped and self.branch not in COND_BRANCHES | UNCOND_BRANCHES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=TYPE_CHECKING, slots=True, unsafe_hash=True)
 class Memory:
-    """What a decision knows of the past of a site on one branch. It is immutable.
+    """What a decision knows of the past of a site on one branch. It is never changed.
 
     Attributes:
         last: Step of the last compute.
@@ -109,7 +113,7 @@ class Memory:
 FRESH = Memory()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=TYPE_CHECKING, slots=True, unsafe_hash=True)
 class Decision:
     """What happens to a site at one call, and why.
 
@@ -145,7 +149,7 @@ class Decision:
         return {"compute": "computes", "reuse": "reuses", "hidden": "is hidden"}[self.verdict]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=TYPE_CHECKING, slots=True, unsafe_hash=True)
 class Inputs:
     """All that one decision is made from.
 

@@ -3,7 +3,8 @@ policy adacache "AdaCache"
 source "arXiv:2411.02397"
 
 # Each computed step decides how many steps later the next one computes: the less the residual of one block changed per
-# step since the computed step before, the later. The first two and the last two steps compute.
+# step since the computed step before, the later. The first two steps compute, since no change is known before, and the last
+# two.
 #
 # Left out: the regularisation by motion, which needs the layout of the frames. The codebook is that for 100 steps. The
 # authors measure block 13 of 28; `probe` is to be set to the middle of a model.
@@ -17,7 +18,7 @@ signal r = residual(blocks[probe])
 signal change = relative_l1(kept(r), kept(r, 2))
 
 match attention or feedforward
-  when 1 < step < steps - 2
+  when step < steps - 2
   while age < (rates[0] if change / gap < limits[0] else rates[1] if change / gap < limits[1] else
     rates[2] if change / gap < limits[2] else rates[3] if change / gap < limits[3] else rates[4] if
     change / gap < limits[4] else rates[5])

@@ -153,7 +153,7 @@ preset hunyuan_video_1_5_40 for class "^HunyuanVideo15Transformer3DModel$" when 
   source "github.com/Zehong-Ma/ComfyUI-MagCache (40 steps)"
 
 match blocks
-  when step >= retention * steps + 0.5 - (retention * steps + 0.5) % 1
-  while sum(abs(1 - product(ratios[step]))) <= threshold at most skips in a row -> reuse residual
+  when step >= floor(retention * steps + 0.5) while sum(abs(1 - product(ratios[step]))) <= threshold
+  at most skips in a row -> reuse residual
 
 expect blocks over 10 steps: C C R R R C R R R C

@@ -31,4 +31,4 @@ signal change = poly(coefficients, relative_l1(modulated, prev(modulated)))
 
 match blocks when 0 < step < steps - 1 while sum(change) < threshold -> reuse residual
 
-expect blocks over 10 steps with change = 0.04, threshold = 0.1: C R R C R R C R R C
+expect blocks over 9 steps with change = 0.04, threshold = 0.1: C R R C R R C R C

@@ -20,3 +20,5 @@ match blocks
 
 expect blocks over 8 steps with t = [1000, 950, 900, 850, 800, 750, 700, 650],
   coefficients = [1, 0], threshold = 0.1: C R C R C R C C
+expect blocks over 9 steps with t = [1000, 950, 900, 850, 800, 750, 700, 650, 600],
+  coefficients = [1, 0], threshold = 0.1: C R C R C R C R C

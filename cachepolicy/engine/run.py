@@ -519,6 +519,8 @@ class Run:
         stated = {"timestep": timestep, "scheduler": scheduler, "steps": steps, "guidance": guidance, "audit": audit}
         options = {name: value for name, value in stated.items() if value is not None}
         session_config = self._offer.depart(options, params) if options or params else None
+        if scheduler is not None and self.attached:
+            self.follower_of(scheduler)  # before `scheduler.step(model(x, t), ...)` takes its method
         return self._inside(key, session_config)
 
     @contextlib.contextmanager

@@ -279,9 +279,11 @@ class ServedPolicies:
             with self.run.disabled():
                 return call(), {"policy": False, "session": key, "requests": requests}
         with self._entered(asked, key, requests, options or {}) as run:
+            earlier = frozenset(map(id, run.trace or ()))  # a key may come again
             try:
                 result = call()
-                return result, self._record(run, asked, key, requests)
+                mine = [each for each in run.trace or () if each.session == key and id(each) not in earlier]
+                return result, self._record(run, asked, key, requests, Trace.of(mine))
             finally:
                 run.reset(key)
 
@@ -300,8 +302,7 @@ class ServedPolicies:
             self.counts["failed"] += requests
             raise RequestRefusedError(refusal_of(error)) from error
 
-    def _record(self, run: cachepolicy.Run, asked: Asked, key: str, requests: int) -> dict[str, Any]:
-        trace = Trace() if run.trace is None else run.trace.of(key)
+    def _record(self, run: cachepolicy.Run, asked: Asked, key: str, requests: int, trace: Trace) -> dict[str, Any]:
         record = record_of(trace, policy=self._policy(asked), key=key, requests=requests)
         record["digests"] = {name: plan.resolved.digest for name, plan in run.plans.items()}
         calls = record["site_calls"]

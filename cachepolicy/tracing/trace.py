@@ -236,11 +236,11 @@ class Trace:
         same = [trajectory for trajectory in self.trajectories if trajectory.session == newest.session]
         return tuple({id(trajectory.plan): trajectory for trajectory in same}.values())
 
-    def of(self, session: object) -> Trace:
-        """Returns a trace with the recorded trajectories of one session."""
-        mine = [trajectory for trajectory in self.trajectories if trajectory.session == session]
-        trace = Trace(max(1, len(mine)))
-        trace._trajectories.extend(mine)
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> Trace:
+        """Returns a trace of these trajectories, such as those of one session."""
+        trace = cls(max(1, len(trajectories)))
+        trace._trajectories.extend(trajectories)
         return trace
 
     def to_html(self) -> str:

@@ -261,3 +261,18 @@ def test_guidance_that_ends_part_way_leaves_the_other_branch_as_it_was(stop: int
             x = x - 0.1 * got[-1]
     assert same(expected, got)
     assert reference.trace.rows() == run.trace.rows("")
+
+
+def test_a_sessions_scheduler_is_followed_from_its_first_step() -> None:
+    """Also in a loop that names `scheduler.step` before it calls the model: `scheduler.step(model(x, t), t, x)`."""
+    schedulers = pytest.importorskip("diffusers").schedulers
+    toy = Toy()
+    model, (x, y) = toy.build(), inputs(toy)
+    scheduler: Any = schedulers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(5)
+    policy = parse("match blocks[1:] when t > 100 every 2 -> reuse residual\n")
+    with torch.no_grad(), cachepolicy.apply(model, policy) as run, run.session("key", scheduler=scheduler):
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t[None], y), t, x, return_dict=False)[0]
+        ticks = [(call.tick.step, call.tick.t) for call in run.trace.last.calls]
+    assert list(enumerate(scheduler.timesteps.tolist())) == ticks

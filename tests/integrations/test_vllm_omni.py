@@ -326,3 +326,43 @@ def test_each_sample_of_a_batch_is_judged(config: dict[str, Any]) -> None:
     for options, expected in (({}, "max"), ({"samples": "mean"}, "mean")):
         runner = Runner({**FBC, "options": options})
         assert expected == runner.cache_backend.requests.served.run._terms.options.samples
+
+
+# --- the clock
+
+
+def test_the_scheduler_may_change_within_a_request(config: dict[str, Any]) -> None:
+    """As in Wan, whose pipeline makes the scheduler that a request asks for after its `forward` has begun."""
+    schedulers = pytest.importorskip("diffusers").schedulers
+
+    class Changing(TinyPipeline):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scheduler: Any = schedulers.FlowMatchEulerDiscreteScheduler()
+
+        def forward(self, req: Any) -> Any:
+            params = req.sampling_params_list[0]
+            if params.extra_args.get("flow_shift"):
+                self.scheduler = schedulers.FlowMatchEulerDiscreteScheduler(shift=params.extra_args["flow_shift"])
+            self.scheduler.set_timesteps(params.num_inference_steps)
+            x, y = omni.inputs(omni.TOY, seed=params.seed)
+            for t in self.scheduler.timesteps:
+                noise = self.transformer(x, t[None], y)
+                x = self.scheduler.step(noise, t, x, return_dict=False)[0]
+            return [omni.DiffusionOutput(output=x)]
+
+    runner = Runner(config, Changing())
+    lengths = set[int]()
+    for shift, steps in ((None, 6), (5.0, 6), (None, 8), (3.0, 4)):
+        asked = request("r", steps=steps)
+        asked.sampling_params.extra_args["flow_shift"] = shift
+        (output,) = runner.run([asked])
+        (row,) = output.cachepolicy["rows"][0]["first"].values()
+        plain = Changing()
+        plain.scheduler = runner.pipeline.scheduler
+        with torch.inference_mode(), cachepolicy.apply(plain.transformer, cachepolicy.parse(POLICY)) as run:
+            expected = plain.forward(omni.DiffusionRequestBatch([asked]))[0].output  # by the timestep argument
+            assert [row] == list(run.trace.rows().values())
+        assert torch.equal(expected, output.output)
+        lengths.add(len(row))
+    assert {4, 6, 8} == lengths

@@ -269,12 +269,12 @@ def test_a_reader_of_the_calls_may_be_interrupted_by_another() -> None:
     assert run.calls == trajectory.calls
 
 
-def test_the_trace_of_a_session_has_its_trajectories_alone() -> None:
-    """`of` leaves those of other sessions out, and keeps the order; an unknown session has an empty trace."""
+def test_a_trace_of_trajectories_has_these_alone() -> None:
+    """`of` keeps their order and leaves the others out; it may be saved and read as every trace."""
     schedule = simulate("fora", steps=3)
     trace = Trace()
-    made = {name: trace.begin(name, schedule.plan) for name in ("one", "two")}
-    again = trace.begin("one", schedule.plan)
-    assert (made["one"], again) == trace.of("one").trajectories
-    assert (made["two"],) == trace.of("two").trajectories
-    assert () == trace.of("three").trajectories
+    made = [trace.begin(name, schedule.plan) for name in ("one", "two", "one")]
+    picked = Trace.of([each for each in trace if each.session == "one"])
+    assert (made[0], made[2]) == picked.trajectories
+    assert ["one", "one"] == [each.session for each in from_json(picked.to_json())]
+    assert () == Trace.of([]).trajectories

@@ -120,7 +120,7 @@ def test_another_number_of_a_param_or_preset_is_noticed(name: str) -> None:
 # --- rules and signals
 
 
-def tests_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., None]]:
+def properties_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., None]]:
     """The properties beside this file that load a policy."""
     found = list[Callable[..., None]]()
     for module in MODULES:
@@ -172,7 +172,7 @@ def noticed(name: str, text: str, tests: list[Callable[..., None]], folder: Path
 @pytest.mark.parametrize("name", [each for each in shipped_policies() if numbers(each, of=("signal", "let", "match"))])
 def test_another_number_in_a_rule_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No number of a rule or signal escapes the expectations and the transcriptions."""
-    tests = tests_of(name, monkeypatch)
+    tests = properties_of(name, monkeypatch)
     survivors = [
         (number, other, shipped_policies()[name].read_text()[:place].count("\n") + 1)
         for place, number in numbers(name, of=("signal", "let", "match"))

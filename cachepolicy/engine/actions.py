@@ -296,26 +296,24 @@ Place = Callable[[int], float]
 """Gives the place of a step of this trajectory on the axis of a predictor."""
 
 
-def predicted(
-    slot: Slot, action: ir.Predict, arguments: PredictorArguments, step: int, place: Place, rows: BatchView = WHOLE
-) -> Any:
+Prediction = Callable[[Sequence[torch.Tensor], Sequence[int]], torch.Tensor]
+"""Gives the prediction of one tensor from its values and their steps, newest first."""
+
+
+def predicted(slot: Slot, action: ir.Predict, predict: Prediction, rows: BatchView = WHOLE) -> Any:
     """Return the output with each tensor predicted from the history.
 
     Args:
         slot: The history of the site.
         action: The action of the site.
-        arguments: The arguments of the predictor at this step.
-        step: The step of the call.
-        place: The places of the steps on the axis of the predictor.
+        predict: The prediction of one tensor at this step.
         rows: The rows of the batch that the call runs.
     """
     # Entries of half a batch cannot serve a whole batch.
     kept = [entry for entry in slot_history(slot, reach(action)) if entry.rows.serves(rows)]
     columns = [leaves(rows.cut(entry.output, entry.rows)) for entry in kept]
-    places = [place(entry.step) for entry in kept]
-    answers = [
-        predict(action.predictor, column, places, place(step), arguments) for column in zip(*columns, strict=True)
-    ]
+    steps = [entry.step for entry in kept]
+    answers = [predict(column, steps) for column in zip(*columns, strict=True)]
     return filled(kept[0].output, answers)
 
 

@@ -27,6 +27,7 @@ class ExecutionPlan:
         inside: The probes inside the first block of each site. The block has to begin before the site is decided.
         approximation: The action that rebuilds the unconditional half, or None.
         guidance: What the rules that rebuild it keep of steps that computed both halves.
+        reads_grid: Whether a predictor reads the grid of the tokens.
         takes_mean: Whether a rule answers with the mean of both halves of a guidance batch.
         itself: The site number of the root model itself, or None.
     """
@@ -41,6 +42,7 @@ class ExecutionPlan:
     inside: Mapping[int, frozenset[ir.Probe]]
     approximation: ir.ApproximateUncond | None
     guidance: GuidanceKeeping
+    reads_grid: bool
     takes_mean: bool
     itself: int | None
     livenesses: dict[tuple[Ahead, bool], Liveness] = field(
@@ -166,6 +168,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
         inside,
         approximation,
         GuidanceKeeping(bool(spectral), max(map(kept_pairs, approximations), default=0)),
+        any(isinstance(action, ir.Predict) and action.predictor == "band" for action in actions),
         any(map(is_mean, actions)),
         next((site.index for site in plan.sites if site.modules == ("",)), None),
     )

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine.batch_view import HALVES, WHOLE
 from cachepolicy.engine.cfg_cache import Problem
-from cachepolicy.engine.signals import Measuring
-from cachepolicy.engine.streams import layout_of
+from cachepolicy.engine.streams import Layout, layout_of
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined
 from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT
@@ -20,17 +19,29 @@ _FACTORS = frozenset({"low", "high", "cond", "uncond"})
 """Arguments that only a rebuilt step reads. A computed step does not evaluate them."""
 
 
-def describe(call: ForwardPass, measuring: Measuring) -> None:
-    """Tell the signals of a call what its arguments show: the grids of its tokens, and the halves of its batch."""
-    arguments, signals, model = call.arguments, call.context.execution.signals, call.owner.module
+def describe(call: ForwardPass) -> None:
+    """Tell a call and its signals what its arguments show: the grids of its tokens, and the halves of its batch."""
+    context, measuring = call.context, call.ledger.measuring
+    context.spread = call.state.agreement is not None
+    if context.execution.reads_grid:
+        context.layout = layout(call)
+    if measuring is None:
+        return
+    arguments, signals, model = call.arguments, context.execution.signals, call.owner.module
     if signals.reads_layout:
-        patch = getattr(getattr(model, "config", None), "patch_size", None)
-        measuring.layout = layout_of(arguments.named, arguments.named.get(arguments.latents or ""), patch)
+        measuring.layout = layout(call)
     guide = call.state.guide
-    if signals.crossed and not guide.named(call.context.tick.branch):
+    if signals.crossed and not guide.named(context.tick.branch):
         measuring.rows = guide.rows(arguments, call.source, model)
         if measuring.rows is not None:
             measuring.cond = int(call.source.layout("found", model) != "cond first")
+
+
+def layout(call: ForwardPass) -> Layout:
+    """Return what the arguments of a call show of the grids of its tokens."""
+    arguments = call.arguments
+    patch = getattr(getattr(call.owner.module, "config", None), "patch_size", None)
+    return layout_of(arguments.named, arguments.named.get(arguments.latents or ""), patch)
 
 
 def before(call: ForwardPass, site: int, action: ir.ApproximateUncond) -> None:

@@ -76,6 +76,7 @@ class Ledger:
         self.measuring = measuring
         self.facts = facts
         self.signals: dict[int, Mapping[str, float]] = {}
+        context.signals = self.signals
         self.decisions: list[Decision]
         self.after: list[Memory]
         self.table: StepTable | None = None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from cachepolicy.engine.actions import (
     ANSWER,
@@ -67,13 +70,18 @@ def _unsound(call: ForwardPass, site: int) -> str | None:
     if excess is not None or is_initialized():
         # With several processes, one might refuse what the others give, so values are not checked.
         return excess
-    output = call.foreseen[site] = _predicted(call, site, action)
+    output = call.foreseen[site] = prediction(call, site, action)
     return None if is_finite(output) else Fact.NOT_FINITE
 
 
-def _predicted(call: ForwardPass, site: int, action: ir.Predict) -> Any:
-    context, slot = call.context, call.slots[site]
-    return predicted(slot, action, context.arguments(action, site), call.step, context.places(action), context.rows)
+def prediction(call: ForwardPass, site: int, action: ir.Predict) -> Any:
+    """Return the output of a site as its history predicts it."""
+    context = call.context
+
+    def predict(column: Sequence[torch.Tensor], steps: Sequence[int]) -> torch.Tensor:
+        return context.predicted(action, site, column, steps)
+
+    return predicted(call.slots[site], action, predict, context.rows)
 
 
 def answered(call: ForwardPass, site: int) -> Any:
@@ -85,7 +93,7 @@ def answered(call: ForwardPass, site: int) -> Any:
         return reused(slot, rows, inference=call.inference)
     output = call.foreseen.pop(site, None)
     if output is None:
-        output = _predicted(call, site, action)
+        output = prediction(call, site, action)
     if feedback(action):
         if slot.shape is not None:
             slot.shape = rows.shape(slot.shape, slot.rows)

@@ -220,8 +220,7 @@ class RootModel(Handle):
         if execution.approximation is not None or execution.signals.crossed or execution.takes_mean:
             samples = sources.follower.rows if sources.follower is not None else None
             call.source = GuidanceSource(session_config.options.guidance, pipeline, samples)
-        if call.ledger.measuring is not None:
-            guidance_observer.describe(call, call.ledger.measuring)
+        guidance_observer.describe(call)
         if state.execution.takes_mean:
             call.context.guided = state.guide.rows(arguments, call.source, self.module) is not None
         self._open(call)

@@ -17,7 +17,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, finite
 from cachepolicy.language.traversal import children, close_signals, is_stream, replace_outermost, walk
 from cachepolicy.language.vocabulary import MEMORIES, NORMS
-from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.plan import Plan, measured_clauses
 from cachepolicy.planning.schedule import Inputs, Memory, Tick, clock_words
 
 
@@ -105,7 +105,7 @@ _OF_SITE = frozenset({"age", "gap", "computes"})
 def signals_of(plan: Plan) -> Signals:
     """Return the signals of a plan that have to be measured."""
     closed = close_signals(plan.resolved.signals)
-    conditions = [rule.rule.condition for rule in plan.rules if rule.rule.condition is not None]
+    conditions = [clause for rule in plan.rules for clause in measured_clauses(rule.rule)]
     read = {node.name for condition in conditions for node in walk(condition) if isinstance(node, ir.Name)}
     numbers = {name: value for name, value in closed.items() if name in read}
     nodes = [node for value in numbers.values() for node in walk(value)]

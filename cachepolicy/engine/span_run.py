@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachepolicy.engine.actions import predict
 from cachepolicy.engine.batch_view import WHOLE
 from cachepolicy.engine.block_chain import (
     Answers,
@@ -297,13 +296,12 @@ class SpanRun:
             entry = read[0]
             values = [entry.at(index, residual=residual) for index in range(len(entry.residuals))]
             return values if rows is WHOLE else [rows.cut(value, entry.rows) for value in values]
-        place, arguments = self._context.places(action), self._context.arguments(action, self.number)
-        places, here, values = [place(entry.step) for entry in read], place(self._context.tick.step), list[Any]()
+        steps, values = [entry.step for entry in read], list[Any]()
         for index in range(len(read[0].residuals)):
             # An older entry may hold only outputs, or only residuals.
             column = [rows.cut(entry.at(index, residual=residual), entry.rows) for entry in read]
             lacking = any(tensor is None for tensor in column)
-            values.append(None if lacking else predict(action.predictor, column, places, here, arguments))
+            values.append(None if lacking else self._context.predicted(action, self.number, column, steps))
         return values
 
     # --- computes ----------------------------------------------------------------------------------------

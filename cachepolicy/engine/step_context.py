@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -9,22 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot
+from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot, combine
 from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.execution_plan import ExecutionPlan, Trims
 from cachepolicy.engine.finite import is_too_large
 from cachepolicy.engine.memory_budget import Lease
 from cachepolicy.engine.signals import Remembered
+from cachepolicy.engine.streams import NO_LAYOUT, low_band
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.evaluate import Environment, Undefined
+from cachepolicy.language.linker import alignment
 from cachepolicy.language.traversal import names_in
-from cachepolicy.language.vocabulary import PREDICTORS
+from cachepolicy.language.vocabulary import NOT_LINEAR, PREDICTORS
 from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import axis, fewest_results, is_mean, is_scaled, reach
 from cachepolicy.planning.liveness import Liveness
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
-from cachepolicy.planning.predictors import Weights, weights
+from cachepolicy.planning.predictors import Inner, Weights, evaluated, weights
 from cachepolicy.planning.schedule import UNDEFINED_ARGUMENT, Decision, Memory, Partition, Tick, clock_words
 
 if TYPE_CHECKING:
@@ -75,13 +78,30 @@ class StepContext:
         guided: Whether the call is known to have a guidance batch. It is found out only where a rule asks.
         inference: Whether the call runs in inference mode.
         store: How a computed result is stored.
+        signals: The measured numbers of the sites that were decided by signals, by site number.
+        layout: The grids of the tokens, where a predictor reads them.
+        spread: Whether several processes hold parts of one sample.
         audit: Compares the answers with computed outputs, or None where the trajectory is not audited.
         externals: Numbers of the externals that a `while` reads, by name.
     """
 
     __slots__ = (
-        "_arguments", "_suppliers", "audit", "branch", "execution", "externals", "guided", "inference", "liveness",
-        "root", "rows", "store", "tick",
+        "_arguments",
+        "_suppliers",
+        "audit",
+        "branch",
+        "execution",
+        "externals",
+        "guided",
+        "inference",
+        "layout",
+        "liveness",
+        "root",
+        "rows",
+        "signals",
+        "spread",
+        "store",
+        "tick",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +126,9 @@ class StepContext:
         self.inference = torch.is_inference_mode_enabled()
         # Inference tensors have no `_version` counter, so in-place writes cannot be detected. Clones are stored.
         self.store: Op = STORE_CLONE if self.inference else STORE
+        self.signals: Mapping[int, Mapping[str, float]] = {}
+        self.layout = NO_LAYOUT
+        self.spread = False
         self._suppliers = suppliers
         self.externals: Mapping[str, float] = _NOTHING_READ
         if execution.program.externals:
@@ -134,6 +157,7 @@ class StepContext:
             newest = slot.output
             history = [(slot.step, slot.rows), *[(kept.step, kept.rows) for kept in slot.older]]
         steps = [step for step, rows in history[: reach(action)] if rows.serves(self.rows)]
+        kept = [rows for _, rows in history[: reach(action)]]
         try:
             self.arguments(action, site)
         except Undefined:
@@ -142,8 +166,29 @@ class StepContext:
             return Fact.NO_HISTORY
         if len(steps) < 2 and action.predictor in PREDICTORS and action.predictor != "weights":
             return None  # the answer is the newest value itself
-        numbers = self.weights(action, site, steps)
-        return Fact.TOO_LARGE if is_too_large(numbers, newest) else None
+        if action.predictor in NOT_LINEAR and any(rows.half is not None for rows in [self.rows, *kept]):
+            return Fact.HALF
+        if action.predictor == "band" and self.spread:
+            return Fact.SPREAD
+        numbers = self.bands(action, site, steps) if action.predictor == "band" else [self.weights(action, site, steps)]
+        return Fact.TOO_LARGE if any(is_too_large(each, newest) for each in numbers) else None
+
+    def predicted(
+        self, action: ir.Predict, site: int, column: Sequence[torch.Tensor], steps: Sequence[int]
+    ) -> torch.Tensor:
+        """Return the prediction of one tensor from its values at earlier steps, newest first."""
+        if action.predictor != "band":
+            return combine(column, self.weights(action, site, steps))
+        given = self.arguments(action, site)
+        low, high = (combine(column, numbers) for numbers in self.bands(action, site, steps))
+        return high + low_band(low - high, given["transform"], given["cut"], self.layout)
+
+    def bands(self, action: ir.Predict, site: int, steps: Sequence[int]) -> list[Weights]:
+        """Return the coefficients of the low and of the high band at this step."""
+        place, given = self.places(action), self.arguments(action, site)
+        places, here = [place(step) for step in steps], place(self.tick.step)
+        inner: list[Inner] = [given["low"], given["high"]]
+        return [each.weights(places, here) for each in inner]
 
     def weights(self, action: ir.Predict, site: int, steps: Sequence[int]) -> Weights:
         """Return the coefficients of the prediction at this step from results of other steps.
@@ -194,9 +239,21 @@ class StepContext:
                 if name in read
             }
         environment = Environment(names, self.execution.program.tables)
-        values = {argument.label: evaluate(argument.value, environment) for argument in wanted}
+        measured = alignment(action)
+        if measured is not None:
+            wanted = [argument for argument in wanted if argument.label == "feedback"]
+        values = {argument.label: evaluated(argument.value, environment) for argument in wanted}
+        if measured is not None:
+            values["weight"] = self._scale(site, measured, memory) - 1
         self._arguments[site, without] = values
         return values
+
+    def _scale(self, site: int, measured: ir.Signal, memory: Memory) -> float:
+        """Return the measured scale of `align`. With one result the answer is this result, whatever the scale."""
+        scale = self.signals.get(site, {}).get(measured.name, math.nan) if memory.computes > 1 else 1.0
+        if not math.isfinite(scale):
+            raise Undefined("the scale of `align` is not known")
+        return scale
 
     def _read_externals(self) -> dict[str, float]:
         """Call the externals that a `while` reads."""

@@ -96,6 +96,10 @@ class Layout:
     grids: tuple[tuple[int, ...], ...] = ()
 
 
+NO_LAYOUT = Layout()
+"""Stands for calls that tell nothing of their tokens."""
+
+
 def layout_of(named: Mapping[str, Any], latents: Any, patch: Any) -> Layout:
     """Return the layout of the token sequences of a root call.
 
@@ -272,3 +276,63 @@ def worst_norm(function: str, streams: Sequence[Stream]) -> torch.Tensor:
     samples = [[Stream(sample) for sample in stream.tensor] for stream in streams]
     norms = torch.stack([norm_of(function, sample) for sample in zip(*samples, strict=True)])
     return norms.min() if function == "cosine" else norms.max()
+
+
+def low_band(x: torch.Tensor, transform: str, cut: float, layout: Layout) -> torch.Tensor:
+    """Return the low frequencies of a tensor, up to a share of the highest one, as FreqCa does (arXiv:2510.08669).
+
+    Args:
+        x: Tokens `(B, S, C)`, or latents `(B, C, H, W)` or `(B, C, F, H, W)`. Other tensors have no frequency but 0.
+        transform: `"dct"` of the grid of the tokens, or of their sequence where nothing tells the grid; `"fft"` of the
+            sequence of the tokens. Latents are transformed along all axes of the picture.
+        cut: The share, 0 to 1.
+        layout: The layout of the root call.
+    """
+    if x.ndim < _SEQUENCE:
+        return x
+    grid: tuple[int, ...] = tuple(x.shape[1:2])
+    if transform == "dct":
+        grid = next((grid for grid in layout.grids if math.prod(grid) == x.shape[1]), grid)
+    values = x.unflatten(1, grid) if x.ndim == _SEQUENCE else x.movedim(1, -1)
+    values = values if values.element_size() > 2 else values.float()
+    low = _low_cosines(values, cut) if transform == "dct" else _low_waves(values, cut)
+    low = low.to(x.dtype)
+    return low.flatten(1, len(grid)) if x.ndim == _SEQUENCE else low.movedim(-1, 1)
+
+
+def _low_cosines(x: torch.Tensor, cut: float) -> torch.Tensor:
+    """Return the part of `(B, axes..., C)` whose cosines have a frequency up to a share of the highest one."""
+    axes = range(1, x.ndim - 1)
+    limit = cut * math.sqrt(sum((x.shape[axis] - 1) ** 2 for axis in axes))
+    square: Any = 0
+    waves = list[torch.Tensor]()
+    for axis in axes:
+        size = x.shape[axis]
+        count = min(size, int(limit + 1e-9) + 1)  # of the frequencies that can be within the limit
+        frequencies = torch.arange(count, device=x.device, dtype=x.dtype)
+        places = torch.arange(size, device=x.device, dtype=x.dtype) + 0.5
+        wave = torch.cos(math.pi / size * frequencies[:, None] * places) * math.sqrt(2 / size)
+        wave[0] = math.sqrt(1 / size)
+        waves.append(wave)
+        shape = [1] * x.ndim
+        shape[axis] = count
+        square = square + frequencies.reshape(shape) ** 2
+    for axis, wave in zip(axes, waves, strict=True):
+        x = torch.einsum("kn,n...->k...", wave, x.movedim(axis, 0)).movedim(0, axis)
+    x = x * (torch.sqrt(square) <= limit + 1e-9)
+    for axis, wave in zip(axes, waves, strict=True):
+        x = torch.einsum("kn,k...->n...", wave, x.movedim(axis, 0)).movedim(0, axis)
+    return x
+
+
+def _low_waves(x: torch.Tensor, cut: float) -> torch.Tensor:
+    """Return the part of `(B, axes..., C)` whose waves have a frequency up to a share of the highest one."""
+    axes = tuple(range(1, x.ndim - 1))
+    square: Any = 0
+    for axis in axes:
+        shape = [1] * x.ndim
+        shape[axis] = x.shape[axis]
+        square = square + torch.fft.fftfreq(x.shape[axis], device=x.device, dtype=torch.float64).reshape(shape) ** 2
+    magnitude = torch.sqrt(square)
+    kept = magnitude <= cut * magnitude.max() + 1e-12
+    return torch.fft.ifftn(torch.fft.fftn(x, dim=axes) * kept, dim=axes).real

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from graphlib import CycleError
 from typing import Any, TypeVar, cast
 
@@ -182,7 +183,35 @@ def _with_named_norms(
         rule if rule.condition is None else rule.model_copy(update={"condition": transform(rule.condition, name)})
         for rule in rules
     )
+    for rule in rules:
+        measured = alignment(rule.action)
+        if measured is not None:
+            named.setdefault(measured.value, measured)
     return written, (*signals, *named.values())
+
+
+def alignment(action: ir.Action) -> ir.Signal | None:
+    """Returns what `align` measures, as a signal that is called as the action is written; None for other actions.
+
+    It is how far the probe is from its value at the second last compute, over how far the values at the last two
+    computes are apart, within the limits of `clip`.
+    """
+    if not isinstance(action, ir.Predict) or action.predictor != "align":
+        return None
+    return _aligned(action)  # pyright: ignore[reportArgumentType] (frozen nodes have a hash)
+
+
+@lru_cache(maxsize=256)
+def _aligned(action: ir.Predict) -> ir.Signal | None:
+    given = {argument.label: argument.value for argument in action.arguments}
+    probe, clip = given["probe"], given["clip"]
+    if not isinstance(clip, ir.ListOf):
+        return None
+    newest, older = (ir.Call(function="kept", arguments=(probe, ir.Number(value=back))) for back in (1, 2))
+    moved, apart = (ir.Call(function="l1", arguments=(x, older)) for x in (probe, newest))
+    ratio = ir.Arithmetic(left=moved, operator="/", right=apart)
+    value = ir.Call(function="clamp", arguments=(ratio, *clip.items))
+    return ir.Signal(name=format_node(action), value=value, span=action.span)
 
 
 def is_measured(node: ir.Node) -> bool:

@@ -183,6 +183,13 @@ TABLES = (
         ),
         "bdf2()": "newest + (newest − the one before) · k / gap, a step of BDF2 with the last slope",
         "weights(of: [E, E, ...])": "a sum of the last results with these factors, newest first",
+        "align(probe: P, clip: [a, b])": (
+            "the one before + c · (newest − the one before), "
+            "c = l1(P, kept(P, 2)) / l1(kept(P), kept(P, 2)), from a to b"
+        ),
+        "band(transform: T, cut: E, low: P, high: P)": (
+            "the low frequencies of one prediction and the high ones of another"
+        ),
     }),
     ReferenceTable("type", "is", "params", {
         "int": "a whole number",

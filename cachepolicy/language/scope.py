@@ -251,6 +251,7 @@ LET = ExpressionPlace("`let`", _PURE, refusal="is a number of clock and paramete
 WHILE = ExpressionPlace("`while`", _MEASURED, memory=True, accumulators=True)
 SIGNAL = ExpressionPlace("`signal`", _STREAMS, memory=True, probes=True)
 ARGUMENT = ExpressionPlace("an action's argument", _WEIGHED, refusal="depends on the clock and externals alone")
+PROBED = ExpressionPlace("an action's probe", _STREAMS, memory=True, refusal="is measured by a signal")
 CONSTANT = ExpressionPlace("an action's constant", _FIXED, refusal="is the same at every step")
 POSITION = ExpressionPlace("the position of a block", _FIXED, refusal="is fixed when the policy meets its model")
 SETTING = ExpressionPlace("a setting", _FIXED, refusal="is fixed before the run")

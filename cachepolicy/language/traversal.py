@@ -112,6 +112,13 @@ def is_stream(node: ir.Node) -> bool:
             return False
 
 
+def inner_predictor(value: ir.Expression) -> ir.Predict | None:
+    """Returns the predictor that an argument names, as `low: taylor(order: 0)` does, or None."""
+    if isinstance(value, ir.Call) and not value.arguments:
+        return ir.Predict(predictor=value.function, arguments=value.labelled, span=value.span)
+    return None
+
+
 def stateful_calls(expression: ir.Expression, functions: frozenset[str]) -> tuple[ir.Call, ...]:
     """Returns the distinct calls of `functions` in `expression`, inner calls before the calls that contain them."""
     calls = dict[ir.Call, None]()

@@ -9,14 +9,17 @@ from typing import assert_never
 from cachepolicy.errors import PolicyError, nearest, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.installed_predictors import how_to_get, labels_of
-from cachepolicy.language.scope import ARGUMENT, CONSTANT, LET, SIGNAL, ExpressionPlace, Report, Scope, Sort
+from cachepolicy.language.scope import ARGUMENT, CONSTANT, LET, PROBED, SIGNAL, ExpressionPlace, Report, Scope, Sort
+from cachepolicy.language.traversal import inner_predictor
 from cachepolicy.language.validate import WholeNumber, label_fault, positions_of
 from cachepolicy.language.vocabulary import (
     ACCUMULATORS,
     CLOCK,
+    COMMON_LABELS,
     FUNCTIONS,
     KEPT_LIMIT,
     MEMORIES,
+    NOT_LINEAR,
     OVERS,
     PROBES,
     Label,
@@ -489,7 +492,10 @@ class Checker:
 
     def _labelled(self, argument: ir.Argument, label: Label, context: ExpressionPlace) -> None:
         value = argument.value
-        self.expect(value, label.type, context, f"`{argument.label}`")
+        if label.type == "predictor":
+            self._inner(argument)
+            return
+        self.expect(value, label.type, PROBED if label.type == "tensor" else context, f"`{argument.label}`")
         for item in value.items if label.items is not None and isinstance(value, ir.ListOf) else ():
             self.expect(item, "number", context, f"`{argument.label}`")
         if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
@@ -498,6 +504,21 @@ class Checker:
         message = label_fault(argument, label)
         if message is not None:
             self.report.add("E124", message, value)
+
+    def _inner(self, argument: ir.Argument) -> None:
+        """Checks a predictor of one band."""
+        value = argument.value
+        inner = inner_predictor(value)
+        if inner is None or inner.predictor in NOT_LINEAR or inner.predictor == "chebyshev":
+            message = f"`{argument.label}` takes a linear predictor other than `chebyshev`"
+            help = f"write `{argument.label}: taylor(order: 1)`, or another one"
+            self.report.add("E111", message, value, help=help)
+            return
+        self.check_predictor(value, inner.predictor, inner.arguments)
+        for given in inner.arguments:
+            if given.label in COMMON_LABELS:
+                message = f"`{given.label}` is an argument of `band`, for both bands"
+                self.report.add("E108", message, given, word=given.label)
 
     def _remembered(self, node: ir.Call, context: ExpressionPlace) -> Type:
         inner = ExpressionPlace("memory", context.knows, memory=True, probes=context.probes)

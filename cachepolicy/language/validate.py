@@ -13,7 +13,7 @@ from cachepolicy.language.installed_predictors import labels_of
 from cachepolicy.language.patterns import searcher
 from cachepolicy.language.scope import BOUND, POSITION, SCHEDULE, ExpressionPlace, Report
 from cachepolicy.language.source import is_writable
-from cachepolicy.language.traversal import children, walk
+from cachepolicy.language.traversal import children, inner_predictor, walk
 from cachepolicy.language.vocabulary import (
     DEPTH_LIMIT,
     NUMBER_LIMIT,
@@ -183,7 +183,8 @@ def label_fault(argument: ir.Argument, label: Label) -> str | None:
     if label.items is not None and isinstance(value, ir.ListOf):
         least, most = label.items
         count = len(value.items)
-        return None if least <= count <= most else f"{name} has {least} to {most} items, not {count}"
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        return None if least <= count <= most else f"{name} has {wanted} items, not {count}"
     if label.between is None or not isinstance(value, ir.Number):
         return None
     low, high = label.between
@@ -275,8 +276,13 @@ def resolved_faults(rule: ir.Rule) -> Iterator[Diagnostic]:
 
 def _argument_faults(action: ir.Action) -> Iterator[Diagnostic]:
     """Yields the arguments of a predictor that are out of range."""
-    labels = (labels_of(action.predictor) if isinstance(action, ir.Predict) else None) or {}
-    for argument in action.arguments if isinstance(action, ir.Predict) else ():
+    if not isinstance(action, ir.Predict):
+        return
+    labels = labels_of(action.predictor) or {}
+    for argument in action.arguments:
+        inner = inner_predictor(argument.value)
+        if inner is not None:
+            yield from _argument_faults(inner)
         message = label_fault(argument, labels[argument.label]) if argument.label in labels else None
         if message is not None:
             yield Diagnostic("E163", message, span=argument.value.span)

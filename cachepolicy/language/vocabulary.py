@@ -84,7 +84,7 @@ No param and no external can have one of these names. A test compares them with 
 
 # --- types -----------------------------------------------------------------------------------------------
 
-Type = Literal["number", "boolean", "text", "tensor", "list", "range", "off", "any"]
+Type = Literal["number", "boolean", "text", "tensor", "list", "range", "off", "any", "predictor"]
 
 CLOCK: Mapping[str, Type] = {
     "t": "number",
@@ -202,7 +202,21 @@ PREDICTORS: Mapping[str, Mapping[str, Label]] = {
     },
     "bdf2": COMMON_LABELS,
     "weights": {"of": Label("list", items=(1, WINDOW_LIMIT)), **COMMON_LABELS},
+    "align": {
+        "probe": Label("tensor"),
+        "clip": Label("list", constant=True, items=(2, 2)),
+        "feedback": _FEEDBACK,
+    },
+    "band": {
+        "transform": Label("text", constant=True, choices=("dct", "fft")),
+        "cut": Label("number", between=(0, 1)),
+        "low": Label("predictor"),
+        "high": Label("predictor"),
+        **COMMON_LABELS,
+    },
 }
+NOT_LINEAR = frozenset({"align", "band"})
+"""The predictors that are no sums of results with weights that the clock tells."""
 _BATCH: Mapping[str, Label] = {
     "layout": Label("text", required=False, constant=True, choices=("found", "uncond first", "cond first")),
     "inputs": Label("list", required=False, constant=True),

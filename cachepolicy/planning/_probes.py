@@ -12,7 +12,7 @@ from cachepolicy.language.formatter import format_node
 from cachepolicy.language.traversal import children
 from cachepolicy.language.vocabulary import MEMORIES
 from cachepolicy.planning.module_tree import Skeleton, ancestors
-from cachepolicy.planning.plan import ProbePlace
+from cachepolicy.planning.plan import ProbePlace, measured_clauses
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
 
 
@@ -50,10 +50,11 @@ class ProbeLocator:
     def locate(self, rule: ir.Rule, sites: tuple[Modules, ...]) -> list[Diagnostic]:
         """Adds the places of a rule's probes. Returns a finding for each that takes not exactly one site (E207)."""
         findings = list[Diagnostic]()
-        findings += self._find_members(rule.condition, set())
+        for clause in measured_clauses(rule):
+            findings += self._find_members(clause, set())
         if findings:
             return findings
-        for reading in dict.fromkeys(self._probes(rule.condition)):
+        for reading in dict.fromkeys(self._read_by(rule)):
             if isinstance(reading.probe.selector, ir.Itself):
                 findings += self._locate_own(reading, sites)
                 continue
@@ -121,7 +122,7 @@ class ProbeLocator:
             sites: Its sites; equal selectors share the tuple.
         """
         help = "probe what runs before, or read `prev(...)` or `kept(...)` of it"
-        for reading in self._probes(rule.condition):
+        for reading in self._read_by(rule):
             probe = reading.probe
             if reading.now and isinstance(probe.selector, ir.Itself) and reading.me is None:
                 if probe.stream in {"output", "residual"}:
@@ -138,7 +139,7 @@ class ProbeLocator:
 
     def read_now(self, rule: ir.Rule, site: Modules) -> Iterator[ir.Probe]:
         """Yields the probes whose values at this step a rule reads before it decides the site."""
-        for reading in self._probes(rule.condition):
+        for reading in self._read_by(rule):
             if reading.now:
                 me = site[0] if reading.me is None else reading.me
                 probe = self.own.get((reading.probe, me), reading.probe)
@@ -151,6 +152,11 @@ class ProbeLocator:
             if needs is not None:
                 return f"`{format_node(probe)}` {needs} `{modules[0] or 'model'}`, which the rule may skip"
         return None
+
+    def _read_by(self, rule: ir.Rule) -> Iterator[_Reading]:
+        """Yields the probes that a rule reads."""
+        for clause in measured_clauses(rule):
+            yield from self._probes(clause)
 
     def _probes(self, condition: ir.Expression | None) -> tuple[_Reading, ...]:
         """Returns every probe below a clause and its signals, and whether the value of this step is read."""

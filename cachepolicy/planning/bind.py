@@ -16,7 +16,7 @@ from cachepolicy.planning._probes import ProbeLocator
 from cachepolicy.planning.doubtful_rules import doubts
 from cachepolicy.planning.history_spec import axis, is_mean, is_scaled
 from cachepolicy.planning.module_tree import Skeleton, ancestors
-from cachepolicy.planning.plan import BoundRule, Plan, Site, label
+from cachepolicy.planning.plan import BoundRule, Plan, Site, label, measured_clauses
 from cachepolicy.planning.selectors import Modules, Selection, why_nothing
 from cachepolicy.planning.unreachable_rules import shadowed
 
@@ -264,7 +264,7 @@ def _read_now(
     """Returns the probes that have to be measured before a site is decided, for the sites that wait for any."""
     read = dict[int, set[ir.Probe]]()
     for bound in rules:
-        if bound.rule.condition is not None:
+        if measured_clauses(bound.rule):
             for site in bound.sites:
                 read.setdefault(site, set()).update(probes.read_now(bound.rule, sites[site].modules))
     return {site: frozenset(found) for site, found in read.items() if found}

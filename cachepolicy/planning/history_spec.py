@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from cachepolicy.language import ir
 from cachepolicy.language.installed_predictors import installed
+from cachepolicy.language.traversal import inner_predictor
 from cachepolicy.language.vocabulary import PREDICTORS
 
 
@@ -78,6 +79,9 @@ def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
 def history_depth(action: ir.Predict) -> int:
     """Returns the largest number of computed results that a predictor reads."""
     given = {argument.label: argument.value for argument in action.arguments}
+    inner = [predictor for value in given.values() if (predictor := inner_predictor(value)) is not None]
+    if inner:
+        return max(map(history_depth, inner))
     match action.predictor, given:
         case "weights", {"of": ir.ListOf(items=items)}:
             return len(items)
@@ -98,6 +102,9 @@ def chebyshev_window(order: int) -> int:
 
 def fewest_results(action: ir.Predict) -> int:
     """Returns the smallest number of results that a predictor can answer from. With fewer, the site computes."""
+    inner = [predictor for each in action.arguments if (predictor := inner_predictor(each.value)) is not None]
+    if inner:
+        return max(map(fewest_results, inner))
     return history_depth(action) if action.predictor == "weights" else 1
 
 

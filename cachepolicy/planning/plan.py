@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from cachepolicy.errors import Diagnostic, PolicyError, counted, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
-from cachepolicy.language.linker import Resolved
+from cachepolicy.language.linker import Resolved, alignment
 from cachepolicy.language.parser import parse_selector
-from cachepolicy.language.traversal import stateful_calls, walk
+from cachepolicy.language.traversal import inner_predictor, stateful_calls, walk
 from cachepolicy.language.vocabulary import ACCUMULATORS, CLOCK, MEMORIES
 from cachepolicy.planning.module_tree import Skeleton, ancestors
 from cachepolicy.planning.selectors import Modules, select
@@ -57,7 +57,24 @@ class BoundRule:
             object.__setattr__(self, name, calls)
         action = self.rule.action
         given = action.arguments if isinstance(action, ir.Predict | ir.ApproximateUncond) else ()
-        object.__setattr__(self, "arguments", tuple(filter(_told_by_the_clock, given)))
+        object.__setattr__(self, "arguments", tuple(filter(_told_by_the_clock, _leaves(given))))
+
+
+def measured_clauses(rule: ir.Rule) -> tuple[ir.Expression, ...]:
+    """Returns the parts of a rule that read what a run measures: its `while`, and the signal of `align`."""
+    clauses = () if rule.condition is None else (rule.condition,)
+    measured = alignment(rule.action)
+    return clauses if measured is None else (*clauses, ir.Name(name=measured.name))
+
+
+def _leaves(arguments: Iterable[ir.Argument]) -> Iterator[ir.Argument]:
+    """Yields the arguments of an action and of the predictors in it."""
+    for argument in arguments:
+        inner = inner_predictor(argument.value)
+        if inner is not None:
+            yield from _leaves(inner.arguments)
+        else:
+            yield argument
 
 
 def _told_by_the_clock(argument: ir.Argument) -> bool:

@@ -9,9 +9,12 @@ from itertools import accumulate, pairwise
 from typing import Any, Protocol, Self, TypeVar
 
 from cachepolicy.errors import PolicyError, counted
+from cachepolicy.language import ir
+from cachepolicy.language.evaluate import Environment, evaluate
 from cachepolicy.language.installed_predictors import how_to_get, installed
+from cachepolicy.language.traversal import inner_predictor
 from cachepolicy.language.vocabulary import COMMON_LABELS
-from cachepolicy.planning.history_spec import chebyshev_window
+from cachepolicy.planning.history_spec import chebyshev_window, history_depth
 
 PredictorArguments = Mapping[str, Any]
 
@@ -61,6 +64,32 @@ def weights(predictor: str, steps: Sequence[float], step: float, arguments: Pred
         return known(steps, step, arguments) if known is not None else _of_package(predictor, steps, step, arguments)
     except (OverflowError, ZeroDivisionError):
         return TOO_LARGE
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """A predictor of one band: its name, its arguments at this step, and how many results it reads."""
+
+    predictor: str
+    arguments: PredictorArguments
+    depth: int
+
+    def weights(self, steps: Sequence[float], step: float) -> Weights:
+        """Returns the coefficients of the band at `step` from values at `steps`, newest first."""
+        return weights(self.predictor, steps[: self.depth], step, self.arguments)
+
+
+def evaluated(value: ir.Expression, environment: Environment) -> Any:
+    """Returns the value of an argument: that of an expression, or the predictor of a band.
+
+    Raises:
+        Undefined: It has no value.
+    """
+    inner = inner_predictor(value)
+    if inner is None:
+        return evaluate(value, environment)
+    arguments = {argument.label: evaluate(argument.value, environment) for argument in inner.arguments}
+    return Inner(inner.predictor, arguments, history_depth(inner))
 
 
 def amplification(numbers: Weights) -> float:
@@ -276,4 +305,5 @@ _PREDICTORS: Mapping[str, Callable[[Sequence[float], float, PredictorArguments],
     "bdf2": _bdf2,
     "chebyshev": _chebyshev,
     "weights": _given,
+    "align": _linear,
 }

@@ -15,7 +15,7 @@ from cachepolicy.language.traversal import names_in
 from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING
 from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import feedback, is_mean, needed_results
-from cachepolicy.planning.plan import BoundRule, Plan
+from cachepolicy.planning.plan import BoundRule, Plan, measured_clauses
 
 DUE = "its schedule says so"
 """The reason of a decision at a step at which the schedule of its rule computes."""
@@ -573,7 +573,11 @@ def prepare(plan: Plan, decider: Callable[[Sequence[BoundRule]], Decider] = Deci
     """
     rules = [plan.groups.rules[plan.groups.group_of[site.index]] for site in plan.sites]
     names = {signal.name for signal in plan.resolved.signals}
-    read = {bound.index: names_in(bound.rule.condition) for bound in plan.rules if bound.rule.condition is not None}
+    read = {
+        bound.index: set[str]().union(*(names_in(clause) for clause in clauses))
+        for bound in plan.rules
+        if (clauses := measured_clauses(bound.rule))
+    }
     measured = frozenset(rule for rule, known in read.items() if names & known)
     externals = tuple(name for name in plan.resolved.externals if any(name in known for known in read.values()))
     deciders = {id(bound): decider(bound) for bound in plan.groups.rules}

@@ -227,6 +227,7 @@ ACTIONS = (
     "predict linear(weight: 1 / (3 - gap))",
     "predict hermite(order: 1, scale: computes / age)",
     "predict newton(order: 2) of residual",
+    'predict band(transform: "dct", cut: 0.3, low: taylor(order: 0), high: taylor(order: 1)) of residual',
     "predict chebyshev(order: 2, ridge: 0.1)",
     "predict weights(of: [2, -1, 0.5 / (3 - gap)])",
 )
@@ -252,6 +253,7 @@ def reusing(draw: st.DrawFn, follow: str | None, *, approximate: bool) -> cachep
     lines += [
         "signal s = prev(residual(self)) + input(self)",
         "signal i = input(self)",
+        f"signal seen = {probe}",
         "signal mine = relative_l1(input(self), kept(input(self)))",
     ]
     if approximate:
@@ -276,7 +278,8 @@ def reusing(draw: st.DrawFn, follow: str | None, *, approximate: bool) -> cachep
                 "while any(kept(mine) < 3 over block)",
             ]
             clauses[2] = draw(st.sampled_from([clauses[2], clauses[2], *own, "while l1(s, 2 * i) < 3"]))
-        action = draw(st.sampled_from([each for each in ACTIONS if each != "compute"]))
+        aligned = "predict align(probe: seen, clip: [0.5, 2]) of residual"
+        action = draw(st.sampled_from([aligned, *(each for each in ACTIONS if each != "compute")]))
         followed = f"follow {follow}" if follow is not None and draw(st.booleans()) else ""
         lines.append(" ".join(["match optional", selector, *filter(None, clauses), f"-> {action}", followed]))
     return parse("\n".join(["policy drawn", *lines, ""]))

@@ -113,7 +113,14 @@ STATIC = {
     "two periods": Case("match attention every 2 -> reuse\nmatch feedforward every 3 -> reuse", 4, 4),
     "residuals": Case("match attention every 2 -> reuse residual", 2, 2, shown=True),
     "predict": Case("match attention every 3 -> predict taylor(order: 1)", 3, 3),
-    "factors of values": Case("match attention every 3 -> predict chebyshev(order: 1, ridge: 0.1, mix: 0.5)", 3, 3),
+    "factors of values": Case('match attention every 3 -> predict chebyshev(order: 1, ridge: 0.1, along: "t")', 3, 3),
+    "bands": Case(
+        'match attention every 3 -> predict band(transform: "fft", cut: 0.3, low: taylor(order: 0), high: bdf2())', 2, 2
+    ),
+    "bands of a span's residual": Case(
+        "match blocks[1:] every 3 -> predict band("
+        'transform: "dct", cut: 0.3, low: bdf2(), high: newton(order: 2)) of residual', 2, 1, shown=True
+    ),
     "feedback": Case("match attention every 4 -> predict linear(weight: 0.5, feedback: true)", 3, 3),
     "predicted residuals": Case("match attention every 3 -> predict hermite(order: 1, scale: 0.5) of residual", 3, 3,
                                 shown=True),

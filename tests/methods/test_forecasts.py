@@ -16,7 +16,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
 from tests.methods import transcriptions as reference  # noqa: E402
-from tests.methods.scripted import letters  # noqa: E402
+from tests.methods.scripted import Scripted, letters, run  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
@@ -55,7 +55,7 @@ class Played(nn.Module):
         super().__init__()
         self.transformer_blocks = nn.ModuleList([Block()])
 
-    def forward(self, hidden_states: Tensor, timestep: Any, **_: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, timestep: Any, height: int = 0, width: int = 0) -> Tensor:
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states)
         return hidden_states
@@ -66,13 +66,13 @@ def play(policy: Any, stream: Sequence[Tensor], *, call: dict[str, Any] | None =
     """Samples once. Returns the row of the only site that is no part of another, and the outputs."""
     model, steps = Played(), len(stream)
     outputs = list[Tensor]()
-    with cachepolicy.apply(model, policy, steps=steps, **params) as run:
+    with cachepolicy.apply(model, policy, steps=steps, **params) as applied:
         for step, tensor in enumerate(stream):
             model.transformer_blocks[0].ff.played = tensor
             given = {"timestep": torch.tensor(999 - 999 * step / max(1, steps - 1)), **(call or {})}
             outputs.append(model(torch.zeros_like(tensor), **given))
-        assert run.trace is not None
-        rows = run.trace.rows()
+        assert applied.trace is not None
+        rows = applied.trace.rows()
     return next(iter(rows.values())), outputs
 
 
@@ -134,3 +134,68 @@ def test_spectrum(seed: int) -> None:
                 kept = history[-settings["results"] :]
                 expected = reference.chebyshev_value(kept, place, order, settings["ridge"], settings["mix"])
             assert expected == pytest.approx(found[step], rel=1e-6, abs=1e-6)
+
+
+@given(SEEDS)
+def test_freqca(seed: int) -> None:
+    """FreqCa reuses the low frequencies of the tokens' grid, or of their sequence, and forecasts the high ones."""
+    draw = random.Random(seed)
+    steps, interval, first = draw.randint(4, 16), draw.randint(2, 6), draw.randint(1, 3)
+    order, scale, cut = draw.randint(0, 2), draw.uniform(0.3, 1), draw.uniform(0, 0.9)
+    transform, (height, width) = draw.choice(["dct", "fft"]), (draw.randint(1, 4), draw.randint(2, 4))
+    stream = walk(draw, steps, 1, height * width, 1)
+    computed = reference.taylorseer(steps, interval, first)
+    row, outputs = play(
+        "freqca", stream, call={"height": height, "width": width},
+        interval=interval, first=first, order=order, scale=scale, cut=cut, transform=transform,
+    )  # fmt: skip
+    assert letters(computed) == row
+    lows, highs = list[list[float]](), list[list[float]]()
+    for tensor in stream:
+        tokens = tensor.flatten().tolist()
+        if transform == "dct":
+            grid = [tokens[start : start + width] for start in range(0, len(tokens), width)]
+            low, high = ([number for line in band for number in line] for band in reference.grid_bands(grid, cut))
+        else:
+            low, high = reference.fft_bands(tokens, cut)
+        lows.append(low)
+        highs.append(high)
+    for low, high, true, found in zip(
+        zip(*lows, strict=True), zip(*highs, strict=True), elements(stream), elements(outputs), strict=True
+    ):
+        forecasts, kept = reference.hermite_values(high, computed, order, scale), 0.0
+        for step, forecast in enumerate(forecasts):
+            kept = low[step] if computed[step] else kept
+            expected = true[step] if forecast is None else kept + forecast
+            assert expected == pytest.approx(found[step], rel=1e-6, abs=1e-6)
+
+
+ALIGNED = """
+param interval: int = 3
+param low: float = 1
+param high: float = 1.5
+signal head = residual(blocks[0])
+match blocks[1:] every interval -> predict align(probe: head, clip: [low, high]) of residual
+"""
+
+
+@given(SEEDS)
+def test_align(seed: int) -> None:
+    """DiCache moves the last residual along its last change, as far as the first block's residual has moved."""
+    draw = random.Random(seed)
+    steps, interval = draw.randint(4, 16), draw.randint(2, 5)
+    low, high = sorted((draw.uniform(0, 2), draw.uniform(0, 2)))
+    heads, tails = ([tensor.flatten().tolist() for tensor in walk(draw, steps, 1, 1, 4)] for _ in range(2))
+    rows, outputs = run(
+        Scripted([heads, tails]), cachepolicy.parse(ALIGNED), [[0.5] * 4] * steps, interval=interval, low=low, high=high
+    )
+    assert "".join("R" if step % interval else "C" for step in range(steps)) == next(iter(rows.values()))
+    for step, output in enumerate(outputs):
+        newest = step - step % interval
+        before = max(0, newest - interval)
+        tail = tails[newest]
+        if step % interval and newest:
+            scale = reference.align_scale(heads[step], heads[newest], heads[before], low, high)
+            tail = [old + scale * (new - old) for new, old in zip(tails[newest], tails[before], strict=True)]
+        expected = [0.5 + head + moved for head, moved in zip(heads[step], tail, strict=True)]
+        assert expected == pytest.approx(output.flatten().tolist(), rel=1e-9, abs=1e-9)

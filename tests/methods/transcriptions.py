@@ -518,17 +518,52 @@ def wiener_filter(grid: Sequence[Vector], sigma: float, beta: float) -> list[lis
     return [[value.real / (height * width) for value in row] for row in back]
 
 
+def align_scale(probe: Vector, newest: Vector, before: Vector, low: float, high: float) -> float:
+    """DiCache's scale: how far the probe moved from the older anchor, over how far the anchors are apart."""
+    apart = mean_abs(minus(newest, before))
+    ratio = mean_abs(minus(probe, before)) / apart if apart else math.nan
+    return min(max(ratio, low), high)
+
+
+def _cosine_wave(size: int, k: int, n: int) -> float:
+    """Element n of wave k of the orthonormal DCT-II."""
+    return math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (n + 0.5) * k / size)
+
+
 def dct_bands(vector: Vector, cut: float) -> tuple[list[float], list[float]]:
-    """FreqCa's split (arXiv:2510.08669) of one axis by the orthonormal DCT-II: the low band and the high band."""
+    """FreqCa's split (arXiv:2510.08669) of one axis by the DCT: the low band and the high band."""
+    low, high = grid_bands([vector], cut)
+    return low[0], high[0]
+
+
+def grid_bands(grid: Sequence[Vector], cut: float) -> tuple[list[list[float]], list[list[float]]]:
+    """FreqCa's split of a grid by the DCT of both axes: the low band and the high band.
+
+    The low band has the waves whose distance from the frequency 0 is at most the share `cut` of the largest one.
+    """
+    height, width = len(grid), len(grid[0])
+    limit = cut * math.hypot(height - 1, width - 1)
+    low = [[0.0] * width for _ in range(height)]
+    for i in range(height):
+        for j in range(width):
+            if math.hypot(i, j) > limit + 1e-9:
+                continue
+            strength = sum(
+                grid[m][n] * _cosine_wave(height, i, m) * _cosine_wave(width, j, n)
+                for m in range(height)
+                for n in range(width)
+            )
+            for m in range(height):
+                for n in range(width):
+                    low[m][n] += strength * _cosine_wave(height, i, m) * _cosine_wave(width, j, n)
+    return low, [minus(full, part) for full, part in zip(grid, low, strict=True)]
+
+
+def fft_bands(vector: Vector, cut: float) -> tuple[list[float], list[float]]:
+    """FreqCa's split of a sequence of tokens by the Fourier transform: the low band and the high band."""
     size = len(vector)
-
-    def weight(k: int) -> float:
-        return math.sqrt((1 if k == 0 else 2) / size)
-
-    def wave(k: int, n: int) -> float:
-        return weight(k) * math.cos(math.pi * (n + 0.5) * k / size)
-
-    spectrum = [sum(vector[n] * wave(k, n) for n in range(size)) for k in range(size)]
-    kept = max(1, int(size * cut))
-    low = [sum(spectrum[k] * wave(k, n) for k in range(kept)) for n in range(size)]
+    limit = cut * (size // 2)
+    spectrum = _transformed([complex(x) for x in vector], -1)
+    kept = [value if min(k, size - k) <= limit + 1e-9 else 0j for k, value in enumerate(spectrum)]
+    low = [value.real / size for value in _transformed(kept, 1)]
     return low, minus(vector, low)

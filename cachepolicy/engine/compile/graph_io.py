@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cachepolicy.engine import module_run
 from cachepolicy.engine.actions import (
     ANSWER,
     COMPUTE,
@@ -113,6 +114,9 @@ def _answer(action: ir.Action) -> Answer:
     match action:
         case ir.Reuse():
             return Answer(residual=action.residual)
+        case ir.Predict(predictor="band"):
+            # A graph is given the prediction itself.
+            return Answer(residual=action.residual, feedback=feedback(action))
         case ir.Predict():
             return Answer(residual=action.residual, predicts=True, feedback=feedback(action))
         case _:
@@ -122,11 +126,13 @@ def _answer(action: ir.Action) -> Answer:
 def _give(call: ForwardPass, site: int, part: Part, slot: Slot, action: ir.Action) -> None:
     kept = slot_history(slot, reach(action))
     first = _first(kept[0].output)
-    if isinstance(action, ir.Predict):
+    if isinstance(action, ir.Predict) and part.answer.predicts:
         # Entries of half a batch cannot serve a full batch.
         kept = [entry for entry in kept if entry.rows.serves(call.context.rows)]
         part.weights = _weights(call, site, action, [entry.step for entry in kept], first)
     part.history = tuple(call.context.rows.cut(entry.output, entry.rows) for entry in kept)
+    if isinstance(action, ir.Predict) and not part.answer.predicts:
+        part.history = (module_run.prediction(call, site, action),)
     if is_mean(action):
         part.history = (mean_of_halves(slot, call.context.rows),)
     part.clones = slot.clones or call.inference
@@ -149,10 +155,18 @@ def _give_chain(call: ForwardPass, site: int, part: Part, chain: Chain | None, a
             [rows.cut(entry.at(index, residual=part.answer.residual), entry.rows) for entry in entries]
             for index in range(len(entries[0].residuals))
         ]
+        if isinstance(action, ir.Predict) and not part.answer.predicts:
+            steps = [entry.step for entry in entries]
+            columns = [
+                column
+                if any(tensor is None for tensor in column)
+                else [call.context.predicted(action, site, column, steps)]
+                for column in columns
+            ]
         histories.append(
             tuple(None if any(tensor is None for tensor in column) else tuple(column) for column in columns)
         )
-        if isinstance(action, ir.Predict):
+        if isinstance(action, ir.Predict) and part.answer.predicts:
             kept = next((column[0] for column in histories[-1] if column is not None), None)
             numbers.append(_weights(call, site, action, [entry.step for entry in entries], kept))
     part.history, part.weights = tuple(histories), tuple(numbers)

@@ -53,7 +53,14 @@ class Played(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transformer_blocks = nn.ModuleList([Block()])
+        block = Block()
+        self.transformer_blocks = nn.ModuleList([block])
+        self._played = [block.ff]  # a list, so that it is no second place of the module
+
+    @property
+    def feed_forward(self) -> FeedForward:
+        """The module that gives what is played."""
+        return self._played[0]
 
     def forward(self, hidden_states: Tensor, timestep: Any, height: int = 0, width: int = 0) -> Tensor:
         for block in self.transformer_blocks:
@@ -68,7 +75,7 @@ def play(policy: Any, stream: Sequence[Tensor], *, call: dict[str, Any] | None =
     outputs = list[Tensor]()
     with cachepolicy.apply(model, policy, steps=steps, **params) as applied:
         for step, tensor in enumerate(stream):
-            model.transformer_blocks[0].ff.played = tensor
+            model.feed_forward.played = tensor
             given = {"timestep": torch.tensor(999 - 999 * step / max(1, steps - 1)), **(call or {})}
             outputs.append(model(torch.zeros_like(tensor), **given))
         assert applied.trace is not None

@@ -113,7 +113,9 @@ STATIC = {
     "two periods": Case("match attention every 2 -> reuse\nmatch feedforward every 3 -> reuse", 4, 4),
     "residuals": Case("match attention every 2 -> reuse residual", 2, 2, shown=True),
     "predict": Case("match attention every 3 -> predict taylor(order: 1)", 3, 3),
-    "factors of values": Case('match attention every 3 -> predict chebyshev(order: 1, ridge: 1, window: 2, along: "t")', 3, 3),
+    "factors of values": Case(
+        'match attention every 3 -> predict chebyshev(order: 1, ridge: 1, window: 2, along: "t")', 3, 3
+    ),
     "bands": Case(
         'match attention every 3 -> predict band(transform: "fft", cut: 0.3, low: taylor(order: 0), high: bdf2())', 2, 2
     ),

@@ -1,4 +1,4 @@
-"""Policies of the cache nodes in workflows of ComfyUI (API format).
+"""Policies of the cache nodes in workflows of ComfyUI, as the API takes them or as the editor saves them.
 
 The nodes are those of Comfy-WaveSpeed 8253745, ComfyUI-TeaCache 91dff8e, ComfyUI-MagCache 47bdd2a, and of ComfyUI
 itself in August 2026. None of them was run.
@@ -14,12 +14,64 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.methods.settings import Conversion, Fields, preset_values, using, written
 
+_WIDGETS = {
+    "ApplyFBCacheOnModel": (
+        "object_to_patch",
+        "residual_diff_threshold",
+        "start",
+        "end",
+        "max_consecutive_cache_hits",
+    ),
+    "TeaCache": ("model_type", "rel_l1_thresh", "start_percent", "end_percent", "cache_device"),
+    "MagCache": ("model_type", "magcache_thresh", "retention_ratio", "magcache_K", "start_step", "end_step"),
+    "EasyCache": ("reuse_threshold", "start_percent", "end_percent", "verbose"),
+    "LazyCache": ("reuse_threshold", "start_percent", "end_percent", "verbose"),
+    "KSampler": ("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
+    "KSamplerAdvanced": ("add_noise", "noise_seed", "control_after_generate", "steps"),
+    "BasicScheduler": ("scheduler", "steps", "denoise"),
+    "LTXVScheduler": ("steps",),
+    "ModelSamplingSD3": ("shift",),
+    "ModelSamplingAuraFlow": ("shift",),
+    "ModelSamplingFlux": ("max_shift", "base_shift", "width", "height"),
+}
+"""The names of the values that the editor saves as a list."""
+
+_OFF = (2, 4)
+"""Modes of nodes that are muted or bypassed in the editor."""
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    """Returns the mappings of a list."""
+    items = cast("list[Any]", value) if isinstance(value, list) else list[Any]()
+    return [cast("Mapping[str, Any]", item) for item in items if isinstance(item, Mapping)]
+
+
+def _saved(values: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns class and inputs of the nodes that the editor saved and that are on."""
+    definitions: Any = values.get("definitions")
+    named = cast("Mapping[str, Any]", definitions) if isinstance(definitions, Mapping) else dict[str, Any]()
+    inner = _mappings(named.get("subgraphs"))
+    found = list[tuple[str, Mapping[str, Any]]]()
+    for node in (node for graph in (values, *inner) for node in _mappings(graph.get("nodes"))):
+        kind, given = str(node.get("type")), node.get("widgets_values")
+        if kind not in _WIDGETS or node.get("mode") in _OFF:
+            continue
+        names = _WIDGETS[kind]
+        if isinstance(given, Mapping):
+            found.append((kind, dict(cast("Mapping[str, Any]", given))))
+            continue
+        items = cast("list[Any]", given) if isinstance(given, list) else list[Any]()
+        more = {f"widgets_values[{place}]": value for place, value in enumerate(items) if place >= len(names)}
+        of_cache = kind in _NODES
+        found.append((kind, {**dict(zip(names, items, strict=False)), **(more if of_cache else {})}))
+    return found
+
 
 class Workflow:
     """The nodes of a workflow by their class."""
 
     def __init__(self, nodes: Mapping[str, Any]) -> None:
-        self._nodes = [
+        self._nodes = _saved(nodes) + [
             (str(node["class_type"]), _inputs(node))
             for node in (cast("Mapping[str, Any]", each) for each in nodes.values() if isinstance(each, Mapping))
             if "class_type" in node
@@ -70,11 +122,12 @@ def _flux_shift(inputs: Mapping[str, Any]) -> float | None:
 
 def is_workflow(values: Mapping[str, Any]) -> bool:
     """Returns whether a mapping is a workflow of ComfyUI."""
-    return any(isinstance(node, Mapping) and "class_type" in node for node in values.values())
+    of_api = any(isinstance(node, Mapping) and "class_type" in node for node in values.values())
+    return of_api or any("type" in node for node in _mappings(values.get("nodes")))
 
 
 def of_workflow(nodes: Mapping[str, Any]) -> Conversion:
-    """Returns the policy of the cache node in a workflow of ComfyUI (API format).
+    """Returns the policy of the cache node in a workflow of ComfyUI.
 
     Raises:
         PolicyError: There is no known node or there are several (E169), or no policy expresses a field (E168).
@@ -180,7 +233,9 @@ _TEACACHE_MODELS = {
 _PER_HALF = ("ltxv", "hidream_i1_dev", "hidream_i1_fast")
 
 
-def teacache(threshold: float, coefficients: object, probe: str, *, positive: bool, end: float = 1) -> ir.Policy:
+def teacache(
+    threshold: float, coefficients: object, probe: str, *, positive: bool, first: int = 0, end: float = 1
+) -> ir.Policy:
     """Returns the policy of a port of TeaCache that computes no step without need.
 
     Args:
@@ -188,6 +243,7 @@ def teacache(threshold: float, coefficients: object, probe: str, *, positive: bo
         coefficients: The polynomial, highest power first.
         probe: The expression of the tensor whose change is measured; empty for the timestep.
         positive: Whether each term is made positive.
+        first: The first step that may reuse. The sum goes on before it, and starts anew where it reaches the threshold.
         end: The share of the steps after which all compute.
     """
     measured = (
@@ -197,30 +253,62 @@ def teacache(threshold: float, coefficients: object, probe: str, *, positive: bo
     )
     change = "change" if probe else "poly(coefficients, abs(t - prev(t)) / prev(t))"
     term = f"abs({change})" if positive else change
+    total = f"sum({term}) < threshold"
+    if first > 1:
+        # All steps before the first one compute, and with each the sum of the rule starts anew.
+        before = _sum_at(first - 1, term)
+        total = f"step >= {first} and sum({term}) + ({before} if computes == {first} else 0) < threshold"
     guard = "" if end >= 1 else " when step / steps <= end"
     ends = "" if end >= 1 else "param end: float = 1\n"
     text = (
         'policy teacache "TeaCache"\nsource "arXiv:2411.19108"\n'
         "param threshold: float = 0.2 in [0, inf)\nparam coefficients: list = [1]\n"
-        f"{ends}{measured}match blocks{guard} while sum({term}) < threshold -> reuse residual\n"
+        f"{ends}{measured}match blocks{guard} while {total} -> reuse residual\n"
     )
     values: dict[str, object] = {"threshold": threshold, "coefficients": coefficients}
     return written(text, values if end >= 1 else {**values, "end": end})
 
 
-def _teacache_node(node: Fields, _workflow: Workflow) -> Conversion:
+def _sum_at(step: int, term: str) -> str:
+    """Returns the sum that starts anew where it reaches the threshold, as an expression of the terms up to a step."""
+    total = f"at_step({step}, {term})" if step == 1 else f"{_sum_at(step - 1, term)} + at_step({step}, {term})"
+    return f"({total} if {total} < threshold else 0)"
+
+
+_LONGEST = 7
+"""Steps before the range at most, since each doubles the expression of their sum."""
+
+
+def _first(node: Fields, workflow: Workflow) -> int:
+    """Returns the first step of the node's range."""
+    share = node.number("start_percent", 0, low=0, high=1)
+    steps = workflow.steps()
+    if share <= 0:
+        return 0
+    if steps is None:
+        why = "the sum of the changes before the range depends on the number of steps, which the workflow does not tell"
+        node.refuse("start_percent", why)
+    first = next((step for step in range(steps) if share <= step / steps), steps)
+    if first > _LONGEST:
+        node.refuse("start_percent", f"more than {_LONGEST} steps before the range make a rule too long")
+    return first
+
+
+def _teacache_node(node: Fields, workflow: Workflow) -> Conversion:
     kind = node.choice("model_type", "flux", tuple(_TEACACHE_MODELS))
     threshold = node.number("rel_l1_thresh", 0.4, low=0)
     if threshold == 0:
         node.refuse("rel_l1_thresh", "0 never reuses, which is the bare model")
-    if node.number("start_percent", 0, low=0, high=1) > 0:
-        node.refuse("start_percent", "the node adds up changes before its range too; a sum of a rule begins with it")
+    first = _first(node, workflow)
     end = node.number("end_percent", 1, low=0, high=1)
     node.ignore("cache_device")
     name, preset, probe = _TEACACHE_MODELS[kind]
     coefficients = preset_values(name, preset)["coefficients"]
-    policy = teacache(threshold, coefficients, probe, positive=kind.startswith("flux"), end=end)
+    policy = teacache(threshold, coefficients, probe, positive=kind.startswith("flux"), first=first, end=end)
     notes = ("In a batch with both halves of guidance the node measures each half.",) if kind in _PER_HALF else ()
+    if first > 1:
+        steps = workflow.steps()
+        return Conversion(policy, (*notes, f"The first step of the range is that of {steps} steps."), steps)
     return Conversion(policy, notes)
 
 

@@ -62,13 +62,14 @@ def skeleton_of(name: str) -> Any:
 
 @given(SEEDS)
 def test_teacache_node(seed: int) -> None:
-    """Terms are positive for FLUX alone, the last step is not forced, and steps after the range compute."""
+    """Terms are positive for FLUX alone, the last step is not forced, and the sum goes on before the range."""
     choose = random.Random(seed)
     kind, model = choose.choice(
         [("flux", "flux"), ("flux-kontext", "flux"), ("wan2.1_t2v_14B_ret_mode", "wan"), ("hidream_i1_fast", "hidream")]
     )
     threshold, end = choose.uniform(0.05, 0.6), choose.choice([1.0, choose.uniform(0.3, 1)])
     changes = [choose.uniform(-0.05, 0.25) for _ in range(choose.randint(2, 30))]
+    start = choose.choice([0, choose.uniform(0, min(0.3, 7 / len(changes)))])
     row, total = "", 0.0
     for step, change in enumerate(changes):
         computes = True
@@ -78,8 +79,9 @@ def test_teacache_node(seed: int) -> None:
                 computes = False
             else:
                 total = 0.0
-        row += "C" if computes or step / len(changes) > end else "R"
-    policy = converted(workflow("TeaCache", model_type=kind, rel_l1_thresh=threshold, end_percent=end))
+        row += "R" if not computes and start <= step / len(changes) <= end else "C"
+    inputs = {"model_type": kind, "rel_l1_thresh": threshold, "start_percent": start, "end_percent": end}
+    policy = converted(workflow("TeaCache", len(changes), **inputs))
     rows = cachepolicy.simulate(
         policy, steps=len(changes), signals={"change": changes}, skeleton=skeleton_of(model)
     ).rows
@@ -209,6 +211,41 @@ def test_a_range_of_noise_levels_is_that_of_the_workflow(node: str, inputs: dict
     assert row == only(
         cachepolicy.simulate(cachepolicy.parse(text), steps=100, timesteps=times, signals={"drift": 0}).rows
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "widgets", "inputs"),
+    [
+        ("TeaCache", ["flux", 0.4, 0, 1, "cuda"], {"model_type": "flux", "rel_l1_thresh": 0.4}),
+        ("ApplyFBCacheOnModel", ["diffusion_model", 0.1], {"residual_diff_threshold": 0.1}),
+        (
+            "ApplyFBCacheOnModel",
+            ["diffusion_model", 0.12, 0.1, 1, -1],
+            {"residual_diff_threshold": 0.12, "start": 0.1},
+        ),
+        (
+            "MagCache",
+            ["flux_kontext", 0.05, 0.2, 4, 0, -1],
+            {"model_type": "flux_kontext", "magcache_thresh": 0.05, "retention_ratio": 0.2, "magcache_K": 4},
+        ),
+        ("EasyCache", [0.2, 0.15, 0.95, False], {"reuse_threshold": 0.2}),
+    ],
+)
+def test_workflows_that_the_editor_saved(kind: str, widgets: list[Any], inputs: dict[str, Any]) -> None:
+    """Values in a list are those of the inputs in their order; a node that is muted or bypassed is left out."""
+    nodes = [
+        {"id": 1, "type": kind, "mode": 0, "widgets_values": widgets},
+        {"id": 2, "type": kind, "mode": 4, "widgets_values": widgets},
+        {"id": 3, "type": "KSampler", "mode": 0, "widgets_values": [7, "fixed", 20, 1, "euler", "simple", 1]},
+        {"id": 4, "type": "ModelSamplingSD3", "mode": 0, "widgets_values": [3.0]},
+        {"id": 5, "type": "Note", "mode": 0, "widgets_values": ["a note"]},
+    ]
+    api = workflow(kind, 20, **inputs)
+    api["4"] = {"class_type": "ModelSamplingSD3", "inputs": {"shift": 3.0}}
+    assert cachepolicy.convert(api) == cachepolicy.convert({"last_node_id": 5, "nodes": nodes, "links": []})
+    nodes[0]["widgets_values"] = [*widgets, *[0] * 7]
+    with pytest.raises(PolicyError, match=r"E168"):
+        cachepolicy.convert({"nodes": nodes})
 
 
 # --- SmoothCache by block

@@ -18,7 +18,7 @@ import torch
 
 from cachepolicy.diffusers.argument_names import GRID_IDS, GRID_SHAPES, GRID_SIZES
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
-from cachepolicy.engine.distributed.norms import Sum, summed
+from cachepolicy.engine.distributed.norms import Sum, differing, summed
 from cachepolicy.engine.history_packing import is_whole
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined
@@ -267,6 +267,8 @@ def norm_of(function: str, streams: Sequence[Stream]) -> torch.Tensor:
             return (x - y).abs().mean() / streams[1].magnitude
         case "cosine":
             return torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+        case "differing":
+            return differing(x, y).mean()
         case _:
             raise Undefined(f"`{function}(...)` is not a norm")
 

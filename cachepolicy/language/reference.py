@@ -150,6 +150,7 @@ TABLES = (
         "l2(x), l2(x, y)": "the root mean square of x, of x − y",
         "relative_l1(x, y)": "mean|x − y| / mean|y|",
         "cosine(x, y)": "the cosine of the angle between them: 1 where they point the same way",
+        "differing(x, y)": "the share of the elements that differ: 0 where x and y are equal",
         "sum(x)": "the sum of x over the steps since this site last computed, this one included",
         "product(x)": "the product of x over the same steps",
         "sum(x, decay: d)": "the same sum, which is multiplied by d at each step before x is added",

@@ -147,6 +147,7 @@ FUNCTIONS: Mapping[str, Signature] = {
     "l2": Signature(("tensor", "tensor"), 1),
     "relative_l1": Signature(("tensor", "tensor"), 2),
     "cosine": Signature(("tensor", "tensor"), 2),
+    "differing": Signature(("tensor", "tensor"), 2),
     "abs": Signature(("number",), 1),
     "min": Signature(("number", "number"), 2, more=True),
     "max": Signature(("number", "number"), 2, more=True),
@@ -169,7 +170,7 @@ FUNCTIONS: Mapping[str, Signature] = {
 }
 PURE_FUNCTIONS = frozenset({"abs", "min", "max", "sqrt", "exp", "log", "clamp", "floor", "poly"})
 """The functions of numbers alone."""
-NORMS = frozenset({"l1", "l2", "relative_l1", "cosine"})
+NORMS = frozenset({"l1", "l2", "relative_l1", "cosine", "differing"})
 LASTING = frozenset({"total", "ema", "latch", "at_step"})
 """The accumulators that a compute does not reset."""
 ACCUMULATORS = LASTING | {"sum", "product"}
@@ -178,7 +179,9 @@ SUMS = frozenset({"sum", "product", "total"})
 MEMORIES = frozenset({"prev", "kept"})
 OVERS: Mapping[str, Type] = {"mean": "number", "min": "number", "max": "number", "any": "boolean"}
 """What `NAME(x over S)` takes of x and gives."""
-ADDED_WORDS = frozenset({"self", "wiener", "cross", "gap", "computes", "floor", "total", "ema", "latch", "at_step"})
+ADDED_WORDS = frozenset({
+    "self", "wiener", "cross", "gap", "computes", "floor", "total", "ema", "latch", "at_step", "differing",
+})  # fmt: skip
 """Clock words and functions that were added after policies existed. A policy may declare such a name as its own."""
 
 

@@ -136,6 +136,7 @@ _drift = st.sampled_from([
     "l1(x, prev(x))", "relative_l1(x, kept(x))", "l2(prev(y), kept(y))", "kept(step) / (1 + l1(prev(y)))",
     "1 - cosine(x, kept(x, 2))", "l1(x - prev(x))", "l2(2 * prev(y) - kept(y), x)", "1 - cosine(cross(cond, x), x)",
     "relative_l1(cross(cond, prev(y)), cross(uncond, prev(y)))", "cross(cond, l1(x, prev(x)))", "l1(x) / gap",
+    "differing(x, kept(x))",
 ])  # fmt: skip
 _SIGNAL_NAMES = ("drift", "change", "rate")
 _combined = st.sampled_from(["{0} + prev({0})", "abs({0} - kept({0}))", "max({0}, {1})", "{0} * {1}"])

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import assume, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from cachepolicy.engine import signals  # noqa: E402
+from cachepolicy.engine import streams  # noqa: E402
 from cachepolicy.engine.distributed.norms import MESSAGE_WIDTH, TERMS, dtype_of, norm_of, numbers_of, share, summed  # noqa: E402
 
 FUNCTIONS = [*((name, 2) for name in TERMS), ("l1", 1), ("l2", 1)]
@@ -33,9 +33,9 @@ def combined(function: str, pieces: list[list[torch.Tensor]], *, by_sample: bool
 
 def whole(function: str, given: list[torch.Tensor], *, by_sample: bool) -> float:
     """What one process without others makes of the whole tensors."""
-    streams = [signals.Stream(each) for each in given]
-    norm = signals._worst if by_sample else signals._norm
-    return float(norm(function, streams).item())
+    measured = [streams.Stream(each) for each in given]
+    norm = streams.worst_norm if by_sample else streams.norm_of
+    return float(norm(function, measured).item())
 
 
 CASES = {
@@ -90,6 +90,22 @@ def test_one_nan_makes_the_norm_nan(function):
     for by_sample in (False, True):
         pieces = [[each[:, :3] for each in given], [each[:, 3:] for each in given]]
         assert math.isnan(combined(function, pieces, by_sample=by_sample))
+
+
+@given(st.integers(0, 24), st.sampled_from([torch.float32, torch.float16]), st.integers(1, 3))
+def test_differing_counts_elements(count, dtype, cut):
+    """However small a difference is, it counts, and it is not rounded away among many elements."""
+    x = torch.ones(1, 4, 6, dtype=dtype)
+    y = x.clone().view(-1)
+    y[:count] += torch.finfo(dtype).eps
+    y = y.view(1, 4, 6)
+    pieces = [[x[:, :cut], y[:, :cut]], [x[:, cut:], y[:, cut:]]]
+    assert count / 24 == pytest.approx(combined("differing", pieces, by_sample=False))
+    assert count / 24 == pytest.approx(whole("differing", [x, y], by_sample=False))
+    many = torch.ones(1, 2**17, dtype=dtype)
+    other = many.clone()
+    other[0, 5] += torch.finfo(dtype).eps
+    assert 2**-17 == whole("differing", [many, other], by_sample=False)
 
 
 def test_nothing_at_all_has_no_norm():

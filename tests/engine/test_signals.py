@@ -314,6 +314,7 @@ NORMS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "l2(x, y)": lambda x, y: float((x - y).square().mean().sqrt()),
     "relative_l1(x, y)": _relative,
     "cosine(x, y)": lambda x, y: float(nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0)),
+    "differing(x, y)": lambda x, y: float((x != y).float().mean()),
     "l1(x) - l2(y)": lambda x, y: _l1(x) - float(y.square().mean().sqrt()),
 }
 

@@ -26,7 +26,7 @@ from cachepolicy._resources import shipped_policies  # noqa: E402
 from cachepolicy.language import ir, loader  # noqa: E402
 from cachepolicy.language.formatter import format_node  # noqa: E402
 from cachepolicy.planning.check import run_expectations  # noqa: E402
-from tests.methods import test_forecasts, test_policies, test_rebuilt_half  # noqa: E402
+from tests.methods import test_forecasts, test_policies, test_policies_by_kind, test_rebuilt_half  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
@@ -35,7 +35,7 @@ pytestmark = [
 
 RECORD = Path(__file__).parents[1] / "data" / "published.json"
 NUMBER = re.compile(r"(?<![\w.\"])\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
-MODULES = (test_policies, test_forecasts, test_rebuilt_half)
+MODULES = (test_policies, test_policies_by_kind, test_forecasts, test_rebuilt_half)
 
 
 def statements(text: str) -> Iterator[tuple[str, int, str]]:

@@ -27,7 +27,9 @@ PRESETS = {
 ELSEWHERE = ["OpenSoraT2V", "STDiT3"]
 """Classes of models that diffusers does not have."""
 
-CLASSES = sorted(name for name in dir(diffusers) if name.endswith(("Transformer2DModel", "Transformer3DModel")))
+CLASSES = sorted(
+    name for name in dir(diffusers) if name.endswith(("Transformer2DModel", "Transformer3DModel", "2DConditionModel"))
+)
 MODELS = {
     "FluxTransformer2DModel": "flux",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
@@ -39,6 +41,7 @@ MODELS = {
     "WanTransformer3DModel": "wan",
     "LTXVideoTransformer3DModel": "ltx",
     "LatteTransformer3DModel": "latte",
+    "HiDreamImageTransformer2DModel": "hidream",
 }
 """Models of the zoo with the classes of TeaCache's presets."""
 
@@ -51,8 +54,10 @@ def names(policy: str, class_name: str, **config: Any) -> list[str]:
 
 @pytest.mark.parametrize("policy", PRESETS)
 def test_presets_are_for_one_class(policy: str) -> None:
-    """The regex of a preset takes exactly one class, of diffusers with two exceptions."""
+    """The regex takes one class, of diffusers with two exceptions, or any where a preset is chosen by name alone."""
     for preset in PRESETS[policy]:
+        if (preset.for_class, preset.when) == (".", ir.Boolean(value=False)):
+            continue
         assert 1 == len([name for name in [*CLASSES, *ELSEWHERE] if searcher(preset.for_class)(name)]), preset.name
 
 
@@ -64,6 +69,7 @@ def test_at_most_one_preset_fits(policy: str) -> None:
         "in_channels": (16, 36, 48),
         "sample_height": (60, 300),
         "patch_size_t": (None, 2),
+        "cross_attention_dim": (768, 2048),
     }
     for class_name in CLASSES:
         for drawn in itertools.product(*values.values()):
@@ -89,6 +95,14 @@ def test_at_most_one_preset_fits(policy: str) -> None:
 def test_presets_of_published_configurations(class_name: str, config: dict[str, Any], preset: str) -> None:
     """The published configurations get the polynomial of their model."""
     assert [preset] == names("teacache", class_name, **config)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(768, ["stable_diffusion"]), (1024, ["stable_diffusion"]), (2048, ["sdxl"]), (512, [])]
+)
+def test_presets_of_u_nets(width: int, expected: list[str]) -> None:
+    """The width of the prompt tells the published U-Nets apart."""
+    assert expected == names("deepcache", "UNet2DConditionModel", cross_attention_dim=width)
 
 
 @pytest.mark.parametrize("config", [{"num_layers": 40, "in_channels": 36}, {"num_layers": 30, "in_channels": 48}])

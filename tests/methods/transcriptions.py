@@ -272,6 +272,59 @@ def easycache(inputs: Stream, outputs: Stream, threshold: float, warmup: int) ->
     return computed
 
 
+def ucache(
+    inputs: Stream,
+    outputs: Stream,
+    threshold: float,
+    *,
+    decay: float = 1.0,
+    window: tuple[float, float] = (0.15, 0.95),
+    multipliers: tuple[float, float] = (0.5, 1.5),
+    gain: float = 1.6,
+) -> list[bool]:
+    """UCache of stable-diffusion.cpp: EasyCache anchored at the last computed step, with penalties.
+
+    It knows the computed steps of its window alone. Each estimate is divided by the geometric mean of the output's size
+    and of the moving average of its changes, and grows by half for each cached step in a row. The threshold depends on
+    how many steps of the window have been computed.
+    """
+    steps = len(inputs)
+    start = min(int(window[0] * steps), steps - 1)
+    end = min(int(window[1] * steps), steps - 1)
+    computed = list[bool]()
+    anchor: tuple[Vector, Vector] | None = None
+    rate: float | None = None
+    average: float | None = None
+    total, hits, active = 0.0, 0, 0
+    for step, (x, v) in enumerate(zip(inputs, outputs, strict=True)):
+        if not start <= step < end:
+            computed.append(True)
+            continue
+        moved: float | None = None
+        if anchor is not None:
+            moved = mean_abs(minus(x, anchor[0]))
+            if rate is not None:
+                size = max(mean_abs(anchor[1]), 1e-6)
+                scale = math.sqrt(size * (size if average is None else max(gain * average, 1e-6)))
+                total = total * decay + rate * moved / scale * (1 + 0.5 * hits)
+                share = active / steps
+                limit = threshold * (multipliers[0] if share < 0.2 else multipliers[1] if share > 0.8 else 1.0)
+                if total < limit:
+                    hits += 1
+                    computed.append(False)
+                    continue
+                total = 0.0
+        computed.append(True)
+        hits, active = 0, active + 1
+        if anchor is not None:
+            assert moved is not None
+            change = mean_abs(minus(v, anchor[1]))
+            average = change if average is None else 0.8 * average + 0.2 * change
+            rate = change / moved
+        anchor = x, v
+    return computed
+
+
 def seacache(
     probes: Stream, threshold: float, *, retention: int = 1, end: int = 1, streak: int | None = None
 ) -> list[bool]:
@@ -372,6 +425,135 @@ def adaptive_guidance(cond: Stream, uncond: Stream, gamma: float) -> list[bool]:
         if not alike:
             alike = cosine(positive, negative) >= gamma
     return computed
+
+
+def guidance_interval(steps: int, first: int, last: int) -> list[bool]:
+    """Guidance at the steps from `first` to `last` (arXiv:2404.07724)."""
+    return [first <= step <= last for step in range(steps)]
+
+
+def guider_window(steps: int, start: float, stop: float) -> list[bool]:
+    """Guidance as the guiders of diffusers limit it to a share of the steps."""
+    return [int(start * steps) <= step < int(stop * steps) for step in range(steps)]
+
+
+def dicache(probes: Stream, threshold: float, retention: float) -> list[bool]:
+    """DiCache (arXiv:2508.17356): the change of the first block's output since the previous step, added up."""
+    computed = list[bool]()
+    total = 0.0
+    for step, probe in enumerate(probes):
+        full = step == 0 or step < retention * len(probes)
+        if not full:
+            total += relative_l1(probe, probes[step - 1])
+            full = not total < threshold
+        if full:
+            total = 0.0
+        computed.append(full)
+    return computed
+
+
+# --- schedules of several kinds of modules ---------------------------------------------------------------
+
+
+def tgate(steps: int, gate: int, warmup: int, interval: int, late: int) -> tuple[list[bool], list[bool], list[bool]]:
+    """T-GATE (arXiv:2404.02747): steps with guidance, and those that compute self-attention and cross-attention."""
+    guided, own, other = list[bool](), list[bool](), list[bool]()
+    for step in range(steps):
+        if step < gate - 1:
+            own.append(step <= warmup or step % interval == 0)
+        elif step == gate - 1:
+            own.append(True)
+        else:
+            own.append(step % late == 0)
+        guided.append(step < gate)
+        other.append(step < gate)
+    return guided, own, other
+
+
+def tgate_values(
+    own: tuple[Stream, Stream], other: tuple[Stream, Stream], gate: int, warmup: int, interval: int, late: int
+) -> tuple[list[Vector], list[Vector]]:
+    """What T-GATE's self-attention and cross-attention give the conditional half.
+
+    Both are given as streams of the unconditional and of the conditional half. Before the gate the results of both
+    halves are kept as they are, at the last step before it the mean of both, and later those of the conditional half.
+    """
+    steps = len(own[0])
+    _, runs, _ = tgate(steps, gate, warmup, interval, late)
+    given, crossed = list[Vector](), list[Vector]()
+    kept: Vector = ()
+    settled: Vector = ()
+    for step in range(steps):
+        if runs[step]:
+            given.append(own[1][step])
+            halves = zip(own[0][step], own[1][step], strict=True)
+            kept = [(a + b) / 2 for a, b in halves] if step == gate - 1 else own[1][step]
+        else:
+            given.append(kept)
+        if step < gate:
+            settled = [(a + b) / 2 for a, b in zip(other[0][step], other[1][step], strict=True)]
+            crossed.append(other[1][step])
+        else:
+            crossed.append(settled)
+    return given, crossed
+
+
+def deepcache(steps: int, interval: int) -> list[bool]:
+    """DeepCache (arXiv:2312.00858): the steps at which the whole U-Net runs."""
+    return [step % interval == 0 for step in range(steps)]
+
+
+def deepcache_modules(down: Sequence[int], up: Sequence[int], branch: int) -> set[str]:
+    """The layers below DeepCache's cut, from the numbers of layers of the blocks: what its helper skips."""
+    layer, block = branch % 3, branch // 3
+    skipped = {"mid_block"}
+    for number, layers in enumerate(down):
+        for index in range(layers):
+            if number > block or (number == block and index >= layer):
+                skipped.add(f"down_blocks.{number}.{index}")
+    for number, layers in enumerate(up):
+        from_end = len(up) - 1 - number
+        for index in range(layers):
+            if from_end > block or (from_end == block and layers - 1 - index > layer):
+                skipped.add(f"up_blocks.{number}.{index}")
+    return skipped
+
+
+def smoothcache(errors: Sequence[Sequence[float]], limit: float) -> list[bool]:
+    """SmoothCache (arXiv:2411.10510): after a computed step, as many steps reuse as keep the error below the limit.
+
+    `errors` has for each step the errors of its output one, two and three steps later. The last step computes.
+    """
+    steps = len(errors)
+    computed = [False] * steps
+    step = 0
+    while step < steps:
+        computed[step] = True
+        reach = 0
+        for distance, error in enumerate(errors[step], 1):
+            if error <= limit:
+                reach = distance
+        step += reach + 1
+    computed[-1] = True
+    return computed
+
+
+def learning_to_cache(scores: Sequence[Sequence[float]], threshold: float, *, alternate: bool) -> list[list[bool]]:
+    """Learning-to-Cache (arXiv:2406.01733), and HarmoniCa (arXiv:2410.01723) without alternation.
+
+    `scores` has for each module its score at each step, the number of the step counted from the end.
+    """
+    rows = list[list[bool]]()
+    for module in scores:
+        row, kept = list[bool](), False
+        for step in range(len(module)):
+            left = len(module) - 1 - step
+            if alternate and left % 2 == 1:
+                kept = False
+            row.append(not kept or module[left] > threshold)
+            kept = True
+        rows.append(row)
+    return rows
 
 
 # --- what is answered ------------------------------------------------------------------------------------

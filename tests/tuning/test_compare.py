@@ -158,12 +158,20 @@ def test_half_a_guidance_batch_is_half_the_cost(pipe):
     assert pytest.approx(3 / 4) == shares(pipe, cachepolicy.parse(policy), 6).cost
 
 
-SHALLOW = {"dbcache": {"first": 2}, "dbprune": {"first": 2}, "delta_dit": {"split": 4}}
-"""Settings of the policies whose defaults are made for models of more blocks."""
+SHALLOW = {
+    "dbcache": {"first": 2},
+    "dbprune": {"first": 2},
+    "delta_dit": {"split": 4},
+    "smoothcache": {"feedforward_mask": "10110101"},
+}
+"""Settings of the policies whose defaults are made for models of more blocks, or that need a schedule."""
+
+OTHERS = {"double_fbc", "deepcache", "l2c", "textkv", "tgate"}
+"""Policies for models with two lists of blocks, a U-Net's blocks or cross-attention, or with a mask for each module."""
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in shipped_policies() if name != "double_fbc"])  # it needs two lists
+@pytest.mark.parametrize("name", sorted({*shipped_policies()} - OTHERS))
 def test_every_shipped_policy_runs_on_the_emoji_model(pipe, name):
     """Whatever ships can be tried, with its default settings."""
     row = shares(pipe, Variant(name, SHALLOW.get(name, {})), 8, pictures=1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-TERMS = {"l1": 1, "l2": 1, "relative_l1": 2, "cosine": 3}
+TERMS = {"l1": 1, "l2": 1, "relative_l1": 2, "cosine": 3, "differing": 1}
 """The number of sums per norm."""
 MESSAGE_WIDTH = 6
 """Numbers per sample in a message: up to three sums, and the element count of each."""
@@ -58,7 +58,7 @@ def share(
     """Return the share of `function(x)` or `function(x, y)`.
 
     Args:
-        function: `"l1"`, `"l2"`, `"relative_l1"` or `"cosine"`.
+        function: `"l1"`, `"l2"`, `"relative_l1"`, `"cosine"` or `"differing"`.
         x: The first tensor.
         y: The second tensor, or None.
         by_sample: Whether each sample is measured separately.
@@ -70,11 +70,18 @@ def share(
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(_wide(x.dtype)), y.to(_wide(y.dtype))
         return Share([summed(term, by_sample=by_sample) for term in (x * y, x.square(), y.square())], dtype)
+    if function == "differing":
+        return Share([summed(differing(x, y), by_sample=by_sample)], torch.float32)
     apart = x - y
     first = summed(apart.square() if function == "l2" else apart.abs(), by_sample=by_sample)
     if function != "relative_l1":
         return Share([first], apart.dtype)
     return Share([first, magnitude or summed(y.abs(), by_sample=by_sample)], apart.dtype)
+
+
+def differing(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return 1 where two tensors differ, 0 where they are equal, and NaN where a number is not finite, in float32."""
+    return (x != y).float() + 0 * (x.float() - y.float())
 
 
 def summed(term: torch.Tensor, *, by_sample: bool) -> Sum:
@@ -151,7 +158,7 @@ def norm_of(function: str, numbers: Sequence[float], dtype: torch.dtype) -> floa
     """Return the largest norm over the samples, or the smallest cosine.
 
     Args:
-        function: `"l1"`, `"l2"`, `"relative_l1"` or `"cosine"`.
+        function: `"l1"`, `"l2"`, `"relative_l1"`, `"cosine"` or `"differing"`.
         numbers: The summed numbers of all processes, `MESSAGE_WIDTH` per sample.
         dtype: The dtype to which the norm is rounded.
     """

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy can never"),
 ]
 
+
 class Guided(nn.Module):
     """A model with the given predictions of both halves of a guidance batch, the unconditional one first."""
 

@@ -22,7 +22,7 @@ _FACTORS = frozenset({"low", "high", "cond", "uncond"})
 def describe(call: ForwardPass) -> None:
     """Tell a call and its signals what its arguments show: the grids of its tokens, and the halves of its batch."""
     context, measuring = call.context, call.ledger.measuring
-    context.spread = call.state.agreement is not None
+    context.spread = call.state.spread
     if context.execution.reads_grid:
         context.layout = layout(call)
     if measuring is None:

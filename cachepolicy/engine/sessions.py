@@ -53,6 +53,7 @@ class State:
     audited: bool = False
     trajectory: Trajectory | None = None
     agreement: Agreement | None = None
+    spread: bool = False
     company: Agreement | None = None
     liveness: Liveness | None = None
     account: Account | None = None

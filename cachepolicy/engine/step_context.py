@@ -162,14 +162,14 @@ class StepContext:
             self.arguments(action, site)
         except Undefined:
             return UNDEFINED_ARGUMENT
-        if len(steps) < fewest_results(action):
-            return Fact.NO_HISTORY
-        if len(steps) < 2 and action.predictor in PREDICTORS and action.predictor != "weights":
-            return None  # the answer is the newest value itself
         if action.predictor in NOT_LINEAR and any(rows.half is not None for rows in [self.rows, *kept]):
             return Fact.HALF
         if action.predictor == "band" and self.spread:
             return Fact.SPREAD
+        if len(steps) < fewest_results(action):
+            return Fact.NO_HISTORY
+        if len(steps) < 2 and action.predictor in PREDICTORS and action.predictor != "weights":
+            return None  # the answer is the newest value itself
         numbers = self.bands(action, site, steps) if action.predictor == "band" else [self.weights(action, site, steps)]
         return Fact.TOO_LARGE if any(is_too_large(each, newest) for each in numbers) else None
 

@@ -35,6 +35,8 @@ def outputs(model: nn.Module, toy: Toy, dtype: torch.dtype = torch.float32) -> T
         "hermite(order: 4, scale: 1e200)",
         "linear(weight: 1e39)",
         "linear(weight: 1e33, feedback: true)",
+        "weights(of: [1e39, -1e39])",
+        'band(transform: "fft", cut: 0.3, low: taylor(order: 0), high: linear(weight: 1e39))',
     ],
 )
 def test_weights_that_overflow_compute(form: str, of: str, predictor: str) -> None:

@@ -68,7 +68,8 @@ signal moved = relative_l1(first, kept(first))
 """
 ACTIONS = (
     "reuse", "reuse residual", "skip", "predict linear(weight: 0.5)", "predict taylor(order: 2) of residual",
-    "predict linear(weight: 1, feedback: true)", "predict taylor(order: 1)",
+    "predict linear(weight: 1, feedback: true)", "predict taylor(order: 1)", "predict weights(of: [2, -1.5, 0.5])",
+    'predict band(transform: "dct", cut: 0.3, low: taylor(order: 0), high: newton(order: 2)) of residual',
 )  # fmt: skip
 
 

@@ -24,6 +24,10 @@ def meet(root: RootModel, state: State) -> None:
     peers, holders = _others(root, state.execution)
     state.agreement = Agreement(peers, policy) if peers is not None else None
     state.company = Agreement(holders, policy) if holders is not None else None
+    group = root.session_config.options.process_group
+    if peers is None and state.execution.reads_grid and group is not False:
+        peers = peers_of(group, root.module, known=False)
+    state.spread = peers is not None
 
 
 def compare_externals(state: State, tick: Tick, externals: Mapping[str, float]) -> None:

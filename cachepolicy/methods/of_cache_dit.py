@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -121,7 +122,7 @@ def dbcache(
         values["end"] = -last
     values |= {
         "threshold": _threshold(config, threshold),
-        "warmup": _warmup(config, warmup),
+        "warmup": config.whole("max_warmup_steps", warmup),
         "streak": config.limit("max_continuous_cached_steps"),
         "most": config.limit("max_cached_steps"),
         "order": order,
@@ -151,7 +152,9 @@ def _dynamic(config: Fields, values: Mapping[str, object], total: float, *, foll
     if total > 0 and any(values.get(name) is not None for name in ("streak", "most", "steps_mask")):
         why = "cache-dit adds no change at a step at which another bound or the mask computes, and a rule adds all"
         config.refuse("max_accumulated_residual_diff_threshold", why)
-    if total <= 0 and not follows:
+    # All ones at the beginning of a mask compute, in a warm-up or not.
+    interval = _pause(config) if values.get("steps_mask") is None and values["warmup"] else 1
+    if total <= 0 and not follows and interval == 1:
         return using("dbcache", values, ("first", "threshold", "warmup"))
     text = f"param drift: float = 0\nmatch blocks while total(drift) - drift < {total} -> reuse"
     bound = parse(text).statements[-1]
@@ -160,7 +163,8 @@ def _dynamic(config: Fields, values: Mapping[str, object], total: float, *, foll
         condition = rule.condition
         if total > 0 and condition is not None and isinstance(bound, ir.Rule) and bound.condition is not None:
             condition = ir.Both(operands=(condition, bound.condition))
-        return rule.model_copy(update={"condition": condition, "follow": "cond" if follows else rule.follow})
+        changed = rule.model_copy(update={"condition": condition, "follow": "cond" if follows else rule.follow})
+        return _with_pauses(changed, interval)
 
     return inlined("dbcache", values, change)
 
@@ -173,16 +177,22 @@ def _threshold(config: Fields, default: float) -> float:
     return _ABOVE_ALL if threshold >= 1 else threshold
 
 
-def _warmup(config: Fields, default: int) -> int:
-    warmup = config.whole("max_warmup_steps", default)
-    if config.whole("warmup_interval", 1, low=1) != 1 and warmup > 1:
-        config.refuse("warmup_interval", "all steps of a warm-up compute; a `steps_computation_mask` can say which do")
-    return warmup
+def _pause(config: Fields) -> int:
+    """Returns the interval of the steps of a warm-up that compute; the others of it are decided as later ones."""
+    return config.whole("warmup_interval", 1, low=1)
+
+
+def _with_pauses(rule: ir.Rule, interval: int) -> ir.Rule:
+    """Returns the rule owning the steps of the warm-up that are no multiple of the interval."""
+    text = f"param warmup: int = 0\nmatch blocks when step >= warmup or step % {interval} != 0 -> reuse"
+    other = parse(text).statements[-1]
+    when = other.when if isinstance(other, ir.Rule) else None
+    return rule.model_copy(update={"when": when}) if interval > 1 else rule
 
 
 def _rest(config: Fields) -> None:
     config.only("force_refresh_step_hint", why="a trajectory cannot begin anew at a step")
-    config.ignore("cfg_compute_first", "cfg_diff_compute_separate", *_WITHOUT_EFFECT)
+    config.ignore("cfg_compute_first", "cfg_diff_compute_separate", "warmup_interval", *_WITHOUT_EFFECT)
     for name, harmless in _EXTRAS.items():
         config.only(name, *harmless, why="it changes how the change is measured")
 
@@ -212,7 +222,7 @@ def dbprune(config: Fields) -> ir.Policy:
     values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", 8, low=1)}
     if last := config.whole("Bn_compute_blocks", 0):
         values["end"] = -last
-    values |= {"threshold": _threshold(config, 0.08), "warmup": _warmup(config, 8)}
+    values |= {"threshold": _threshold(config, 0.08), "warmup": config.whole("max_warmup_steps", 8)}
     for name in ("max_continuous_cached_steps", "max_cached_steps"):
         config.only(name, -1, why="cache-dit counts the steps of all blocks together, a rule those of each block")
     config.only("steps_computation_mask", why="the policy `dbprune` has no mask")
@@ -225,7 +235,11 @@ def dbprune(config: Fields) -> ir.Policy:
     config.ignore("max_dynamic_prune_threshold", "dynamic_prune_threshold_relax_ratio", "force_reduce_calibrator_vram")
     config.ignore("steps_computation_policy")
     _rest(config)
-    policy = using("dbprune", values, ("first", "threshold", "warmup"))
+    interval = _pause(config) if values["warmup"] else 1
+    if interval > 1:
+        policy = inlined("dbprune", values, lambda rule: _with_pauses(rule, interval))
+    else:
+        policy = using("dbprune", values, ("first", "threshold", "warmup"))
     if not kept:
         return policy
     rules = parse("".join(f"match optional each blocks[{block}:{block + 1}] -> compute\n" for block in kept))
@@ -241,15 +255,27 @@ def _blocks(config: Fields) -> list[int]:
     return sorted(set(blocks))
 
 
-def _order(calibrator: Fields, *, enabled: str, encoder: str, cache_type: str) -> int:
-    """Returns the order of a TaylorSeer calibrator, 0 where it is off."""
-    on = calibrator.switch(enabled, default=False)
-    both = calibrator.switch(encoder, default=False)
-    order = calibrator.whole("taylorseer_order", 1)
-    calibrator.only(cache_type, "residual", why="the residual of the blocks is forecast")
-    if on != both:
-        calibrator.refuse(encoder, f"all streams of a block are forecast, or none; give `{enabled}` the same value")
-    return order if on else 0
+@dataclass(frozen=True)
+class _Calibrator:
+    """A TaylorSeer calibrator.
+
+    Attributes:
+        order: The order of the forecast; 0 where it is off.
+        without: The field that keeps the second stream of the blocks from being forecast, if it is not.
+    """
+
+    order: int = 0
+    without: str | None = None
+
+
+def _calibrator(setting: Fields, *, enabled: str, encoder: str, cache_type: str) -> _Calibrator:
+    on = setting.switch(enabled, default=False)
+    both = setting.switch(encoder, default=False)
+    order = setting.whole("taylorseer_order", 1)
+    setting.only(cache_type, "residual", why="the residual of the blocks is forecast")
+    if both and not on:
+        setting.refuse(encoder, f"no second stream is forecast without the first one, `{enabled}`")
+    return _Calibrator(order, None if both else encoder) if on else _Calibrator()
 
 
 def of_objects(config: Any, calibrator: Any = None) -> Conversion:
@@ -272,36 +298,40 @@ def of_objects(config: Any, calibrator: Any = None) -> Conversion:
         if config is None:
             setting.refuse("cache_config", "it has no config of a cache")
     setting = Fields.of(config, type(config).__name__)
-    order = 0 if calibrator is None else _order_of(calibrator)
-    return _finished(setting, order)
+    return _finished(setting, _Calibrator() if calibrator is None else _of_object(calibrator))
 
 
-def _order_of(calibrator: Any) -> int:
+def _of_object(calibrator: Any) -> _Calibrator:
     setting = Fields.of(calibrator, type(calibrator).__name__)
     setting.only("calibrator_type", "taylorseer", why="of cache-dit's calibrators, TaylorSeer alone is expressed")
     setting.ignore("calibrator_kwargs")
-    order = _order(
+    found = _calibrator(
         setting,
         enabled="enable_calibrator",
         encoder="enable_encoder_calibrator",
         cache_type="calibrator_cache_type",
     )
     setting.finish()
-    return order
+    return found
 
 
-def _finished(setting: Fields, order: int) -> Conversion:
+_ONE_STREAM = ("cache-dit forecasts the first stream of the blocks alone; no block after them reads the other one.",)
+
+
+def _finished(setting: Fields, calibrator: _Calibrator) -> Conversion:
     kind = str(setting.get("cache_type", "DBCache"))
     if kind == "DBPrune":
-        if order:
+        if calibrator.order:
             setting.refuse("cache_type", "the policy `dbprune` reuses residuals, and forecasts none")
         policy = dbprune(setting)
     elif kind == "DBCache":
-        policy = dbcache(setting, order)
+        policy = dbcache(setting, calibrator.order)
     else:
         setting.refuse("cache_type", "it is `DBCache` or `DBPrune`")
+    if calibrator.without is not None and setting.whole("Bn_compute_blocks", 0):
+        setting.refuse(calibrator.without, "all streams of a block are forecast, and the last blocks read them")
     setting.finish()
-    return Conversion(policy)
+    return Conversion(policy, () if calibrator.without is None else _ONE_STREAM)
 
 
 _BESIDE = ("parallelism_config", "attention_backend", "quantize_config")
@@ -323,13 +353,13 @@ def of_mapping(values: Mapping[str, Any]) -> Conversion:
     setting = Fields("the cache-dit setting", values)
     for name in ("enable_dmd", "enable_foca", "enable_encoder_dmd", "enable_encoder_foca"):
         setting.only(name, False, why="of cache-dit's calibrators, TaylorSeer alone is expressed")
-    order = _order(
+    calibrator = _calibrator(
         setting,
         enabled="enable_taylorseer",
         encoder="enable_encoder_taylorseer",
         cache_type="taylorseer_cache_type",
     )
-    return _finished(setting, order)
+    return _finished(setting, calibrator)
 
 
 KEYS = frozenset({"Fn_compute_blocks", "Bn_compute_blocks", "residual_diff_threshold", "max_warmup_steps"})

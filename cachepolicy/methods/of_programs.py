@@ -317,7 +317,8 @@ def of_xdit(values: Mapping[str, Any]) -> Conversion:
             fields.refuse("scm_policy", "its mask depends on `num_inference_steps`, which is missing")
         fields.default("steps_computation_mask", policy_name)
     order = 1 if fields.switch("enable_taylorseer", default=True) else 0
-    fields.only("enable_encoder_calibrator", True, why="all streams of a block are forecast")
+    if not fields.switch("enable_encoder_calibrator", default=True) and order and fields.whole("Bn_compute_blocks", 0):
+        fields.refuse("enable_encoder_calibrator", "all streams of a block are forecast, and the last blocks read them")
     policy = dbcache(fields, order)
     fields.finish()
     return Conversion(policy, ("Fields that are not given have the defaults of xDiT, not those of its models.",))

@@ -63,7 +63,8 @@ def of_routers(values: Mapping[str, Any]) -> Conversion:
 def _scores(path: Path) -> list[list[float]]:
     """Returns the scores of all routers, from the one of the last step on."""
     tensors = _tensors(path)
-    inner: Any = tensors.get("routers", tensors)
+    # A router of U-ViT, which is for the steps of another solver, is not in an entry of this name.
+    inner: Any = tensors if path.suffix == ".safetensors" else tensors.get("routers")
     named = cast("Mapping[Any, Any]", inner) if isinstance(inner, Mapping) else dict[Any, Any]()
     found: dict[int, list[float]] = {}
     for name, tensor in named.items():
@@ -73,7 +74,11 @@ def _scores(path: Path) -> list[list[float]]:
             found[int(number)] = [_sigmoid(float(value)) for value in cast("list[float]", tolist())]
     widths = {len(scores) for scores in found.values()}
     if sorted(found) != list(range(len(found))) or len(widths) != 1 or widths.pop() % 2:
-        raise PolicyError.of("E169", f"`{path}` has no routers of Learning-to-Cache", help="they are named `0.prob` on")
+        raise PolicyError.of(
+            "E169",
+            f"`{path}` has no routers of Learning-to-Cache",
+            help="those of DiT are `0.prob` on, in the entry `routers`",
+        )
     return [found[number] for number in range(len(found))]
 
 

@@ -72,6 +72,7 @@ def test_dbcache_of_cache_dit(seed: int) -> None:
         Bn_compute_blocks=1,
         residual_diff_threshold=choose.choice([choose.uniform(0.01, 0.4), 1.5]),
         max_warmup_steps=choose.randint(0, 6),
+        warmup_interval=choose.randint(1, 3),
         max_cached_steps=choose.choice([-1, 3]),
         max_continuous_cached_steps=choose.choice([-1, 1, 2]),
         num_inference_steps=choose.choice([None, draw.steps]),
@@ -160,6 +161,16 @@ def test_a_branch_that_shares_its_change_follows() -> None:
     assert ("E168", True) == (code, "`cfg_compute_first`" in message)
 
 
+def test_a_forecast_of_the_first_stream_alone() -> None:
+    """It is the same as one of all streams unless blocks after the span read them."""
+    setting = {"Fn_compute_blocks": 1, "enable_taylorseer": True}
+    text = cachepolicy.convert(setting)
+    assert text.startswith("# cache-dit forecasts the first stream of the blocks alone;")
+    assert "use dbcache with first = 1, threshold = 0.08, warmup = 8, order = 1" == last(text)
+    code, message = refused({**setting, "Bn_compute_blocks": 2})
+    assert ("E168", True) == (code, "`enable_encoder_taylorseer`" in message)
+
+
 def test_modifiers_and_kept_blocks_of_cache_dit() -> None:
     """A `ParamsModifier` is read as its configs, and blocks that are never pruned get rules of their own."""
     cache_dit = pytest.importorskip("cache_dit")
@@ -175,12 +186,11 @@ def test_modifiers_and_kept_blocks_of_cache_dit() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("warmup_interval", 2),
         ("force_refresh_step_hint", 10),
         ("downsample_factor", 4),
         ("important_condition_threshold", 0.1),
         ("max_cached_steps", 0),
-        ("enable_taylorseer", True),
+        ("enable_encoder_taylorseer", True),
         ("enable_foca", True),
         ("enable_dmd", True),
         ("residual_diff_threshold", 0),
@@ -191,9 +201,8 @@ def test_modifiers_and_kept_blocks_of_cache_dit() -> None:
 def test_what_no_policy_says_is_refused_by_its_field(field: str, value: Any) -> None:
     """The error names the field, and is of one code."""
     code, message = refused({"Fn_compute_blocks": 1, field: value})
-    named = {"enable_taylorseer": "enable_encoder_taylorseer"}.get(field, field)
     assert "E168" == code
-    assert f"`{named}` of" in message
+    assert f"`{field}` of" in message
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_routers_are_loaded_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A file that would run something, or holds other tensors, is refused, and nothing runs."""
     monkeypatch.chdir(tmp_path)
     torch.save({"routers": Harm()}, tmp_path / "harm.pt")
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save({"0.prob": torch.zeros(4)}, tmp_path / "other.pt")  # as for U-ViT
     (tmp_path / "text.pt").write_text("no tensors")
     for name, code in (("harm.pt", "E169"), ("other.pt", "E169"), ("text.pt", "E169"), ("missing.pt", "E152")):
         with pytest.raises(PolicyError) as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from benchmarks import compile as compiling
-from benchmarks import emoji, fbc, headline, overhead, pab, processes, tracing
+from benchmarks import emoji, fbc, gpu, headline, overhead, pab, processes, tracing
 from benchmarks._measure import Spread, spread, table
 
 
@@ -119,3 +121,30 @@ def test_tracing_compares_three_ways(capsys):
     assert 2 == printed.count("by the clock")
     assert 2 == printed.count("by a signal")
     assert "profiled, %" in printed
+
+
+def test_gpu_runs_in_its_small_form(capsys, tmp_path):
+    """On a CPU with tiny models: ours and diffusers' decide and answer alike, and the figures are written."""
+    gpu.main(["--small", "--device", "cpu", "--eager", "--rounds", "1", "--json", str(tmp_path / "gpu.json")])
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "gpu.json").read_text())["models"]
+    assert {"flux", "wan"} == figures.keys()
+    for name, figure in figures.items():
+        found = {way["way"]: way for way in figure["ways"]}
+        assert gpu.WAYS.keys() == found.keys(), name
+        for method in ("PAB", "FBC", "TaylorSeer"):
+            ours, theirs = found[f"{method}, ours"], found[f"{method}, diffusers"]
+            assert (None, None, True) == (ours["error"], theirs["error"], theirs["equal"]), (name, method)
+            assert ours["computed"] == theirs["computed"]
+        assert "CCC" != found["FBC, ours"]["computed"][:3]
+        assert found["PAB, ours"]["waits"] == 0
+    assert 2 == printed.count("planned list, ours")
+
+
+@pytest.mark.deep
+def test_gpu_compiles_blocks(capsys):
+    """The ways that are compiled have figures of their own."""
+    gpu.main(["--small", "--device", "cpu", "--rounds", "1", "--models", "flux", "--budget", "3600"])
+    compiled = capsys.readouterr().out.partition("blocks compiled")[2]
+    assert all(f"\n{way} " in compiled for way in gpu.COMPILED)
+    assert "Error" not in compiled

@@ -31,23 +31,25 @@ from cachepolicy.diffusers.hook_names import (
 from cachepolicy.engine.class_swap import Method, Override, is_swapped, plain
 from cachepolicy.engine.compile.graph_ops import exporting
 from cachepolicy.engine.hooks import site_override
+from cachepolicy.engine.introspection import walk
 from cachepolicy.errors import PolicyError
 
 # --- other caches ----------------------------------------------------------------------------------------
 
 
-def refuse(root: nn.Module, pipeline: Any = None) -> None:
+def refuse(root: nn.Module, pipeline: Any = None, modules: Iterable[nn.Module] | None = None) -> None:
     """Refuse a model that has another cache. Two caches would decide over the same calls without knowing each other.
 
     Args:
         root: The root model.
         pipeline: The pipeline that holds it, if any.
+        modules: All modules of the root model, if they are known.
 
     Raises:
         PolicyError: A cache of diffusers or cache-dit is attached (E340).
     """
     if HOOKS_MODULE in sys.modules:
-        for module in root.modules():
+        for module in [module for _, module in walk(root)] if modules is None else modules:
             if REGISTRY in vars(module):
                 for name in CACHES.keys() & hooks_of(module).keys():
                     _refuse(f"diffusers' {CACHES[name]}", "`model.disable_cache()` takes it off; a policy can do both")
@@ -245,12 +247,15 @@ def traced() -> bool:
 
 def checkpointing(root: nn.Module) -> tuple[nn.Module, ...]:
     """Return the modules with a switch for gradient checkpointing, as in diffusers and transformers."""
-    # `hasattr` of a module takes longer than both lookups where there is no such attribute.
-    return tuple(
+    # `hasattr` takes long where there is no such attribute, so it is asked once for each class.
+    modules = [module for _, module in walk(root)]
+    types = list(map(type, modules))
+    classes = {kind for kind in set(types) if hasattr(kind, "gradient_checkpointing")}
+    return tuple([
         module
-        for module in root.modules()
-        if "gradient_checkpointing" in vars(module) or hasattr(type(module), "gradient_checkpointing")
-    )
+        for module, kind in zip(modules, types, strict=True)
+        if "gradient_checkpointing" in vars(module) or kind in classes
+    ])  # fmt: skip
 
 
 def refuse_call(switches: Iterable[nn.Module]) -> None:

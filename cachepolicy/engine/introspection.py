@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -77,8 +77,25 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     # The module inside comes after its wrapper, and takes its place.
     return {
         name if "_orig_mod" not in name else ".".join(part for part in name.split(".") if part != "_orig_mod"): module
-        for name, module in model.named_modules()
+        for name, module in walk(model)
     }
+
+
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `model.named_modules()` yields, in less time: `apply` visits all modules several times."""
+    found, seen = list[tuple[str, nn.Module]](), set[nn.Module]()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((path, module))
+        children: Mapping[str, nn.Module | None] = module._modules  # noqa: SLF001 (as torch's own functions)  # pyright: ignore[reportPrivateUsage]
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+    return found
 
 
 def denoisers(target: Any) -> dict[str, nn.Module]:
@@ -119,44 +136,77 @@ def describe(model: nn.Module) -> Skeleton:
     """Return the module tree of a live model: names, classes and kinds of its modules, and the lists of its blocks."""
     paths = modules_by_path(model)
     named = list(paths.items())
-    native = any(is_one_of(module, ATTENTION_CLASSES) for _, module in named)
+    # Read once, because another thread may swap the class of a module meanwhile.
+    types = [type(module) for _, module in named]
+    classes = {kind: _ClassFacts.of(kind) for kind in set(types)}
+    native = any(facts.attention for facts in classes.values())
     modules = list[Module]()
     attentions = set[str]()
-    for name, module in named:
-        kinds = set[Kind]()
+    for (name, module), kind in zip(named, types, strict=True):
+        facts, kinds = classes[kind], _NO_KINDS
         if name == "":
-            kinds.add("model")
+            kinds = frozenset[Kind]({"model"})
         elif (
-            is_one_of(module, ATTENTION_CLASSES)
+            facts.attention
             if native
             else _looks_like_attention(module)
             or (_projects(module) and attentions.isdisjoint(ancestors(name)))
             or _is_core_in_a_block(module, paths.get(name.rpartition(".")[0]))
         ):
             if _has_weights(module) or attentions.isdisjoint(ancestors(name)):  # not the core of another attention
-                kinds |= {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
+                kinds = frozenset[Kind](
+                    {"attention", "cross_attention" if _is_cross(name, module) else "self_attention"}
+                )
                 attentions.add(name)
-        elif is_one_of(module, FEEDFORWARD_CLASSES) or _looks_like_feedforward(name, module):
-            kinds.add("feedforward")
-        container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
-        is_list = isinstance(module, nn.ModuleList)
-        modules.append(Module(name, type(module).__name__, frozenset(kinds), is_list, not container))
+        elif facts.feedforward or (
+            not facts.is_list
+            and (facts.is_called_feedforward or _is_called_feedforward(name.rpartition(".")[2]))
+            and _has_children(module)
+            and not EMBEDDER.search(name)
+        ):
+            kinds = frozenset[Kind]({"feedforward"})
+        modules.append(Module(name, facts.name, kinds, facts.is_list, not facts.is_container))
     lists = _block_lists(model, modules)
     # A module that a list holds twice has one name, so the elements are not numbered from 0 without gaps.
     blocks = {f"{name}.{index}" for name in lists for index, _ in model.get_submodule(name).named_children()}
-    marked = tuple(
-        Module(entry.name, entry.class_name, entry.kinds | frozenset[Kind]({"block"}), entry.is_list, entry.callable)
-        if entry.name in blocks
-        else entry
-        for entry in modules
-    )
+    block = frozenset[Kind]({"block"})
+    for index, entry in enumerate(modules):
+        if entry.name in blocks:
+            modules[index] = replace(entry, kinds=entry.kinds | block)
     sharing = tuple(
         name
         for name, module in named
-        if isinstance(module, nn.ModuleList) and not {f"{name}.{index}" for index in range(len(module))} <= set(paths)
+        if isinstance(module, nn.ModuleList) and not {f"{name}.{index}" for index in range(len(module))} <= paths.keys()
     )
-    skeleton = Skeleton(type(model).__name__, marked, tuple(lists), sharing=sharing)
+    skeleton = Skeleton(type(model).__name__, tuple(modules), tuple(lists), sharing=sharing)
     return replace(skeleton, facts=_facts(model, list(skeleton.block_order)))
+
+
+_NO_KINDS = frozenset[Kind]()
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassFacts:
+    """What `describe` reads of a class of modules. Models have many modules of few classes."""
+
+    name: str
+    attention: bool
+    feedforward: bool
+    is_called_feedforward: bool
+    is_list: bool
+    is_container: bool
+
+    @staticmethod
+    def of(kind: type[nn.Module]) -> _ClassFacts:
+        paths = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
+        return _ClassFacts(
+            kind.__name__,
+            not ATTENTION_CLASSES.isdisjoint(paths),
+            not FEEDFORWARD_CLASSES.isdisjoint(paths),
+            FEEDFORWARD_CLASS.search(kind.__name__) is not None,
+            issubclass(kind, nn.ModuleList),
+            issubclass(kind, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict),
+        )
 
 
 _ENTRIES = 2000  # number of entries of a configuration that are read
@@ -191,15 +241,7 @@ def is_one_of(module: nn.Module, paths: frozenset[str]) -> bool:
 
     Paths are compared instead of classes, so that nothing is imported.
     """
-    kind = type(module)
-    known = _CLASS_PATHS.get(kind)
-    if known is None:
-        known = _CLASS_PATHS[kind] = frozenset(f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
-    return not known.isdisjoint(paths)
-
-
-_CLASS_PATHS: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-"""The paths of a class and its bases. Models have many modules of few classes."""
+    return any(f"{base.__module__}.{base.__qualname__}" in paths for base in type(module).__mro__)
 
 
 def _has_children(module: nn.Module) -> bool:
@@ -232,14 +274,21 @@ def _is_core_in_a_block(module: nn.Module, parent: nn.Module | None) -> bool:
 
 def _has_weights(module: nn.Module) -> bool:
     """Return True if a module has parameters, or layers that keep their weights elsewhere, as quantised ones do."""
-    return any(True for _ in module.parameters()) or any("Linear" in type(layer).__name__ for layer in module.modules())
+    # `parameters` takes ten times as long, because it finds parameters that occur twice.
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        layer = waiting.pop()
+        if layer is None:
+            continue
+        if "Linear" in type(layer).__name__ or any([value is not None for value in layer._parameters.values()]):  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            return True
+        waiting += layer._modules.values()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return False
 
 
-def _looks_like_feedforward(name: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList) or not _has_children(module) or EMBEDDER.search(name):
-        return False
-    last = name.rpartition(".")[2]
-    return bool(FEEDFORWARD_CLASS.search(type(module).__name__) or FEEDFORWARD.search(last))
+@functools.cache
+def _is_called_feedforward(last: str) -> bool:
+    return FEEDFORWARD.search(last) is not None
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
@@ -298,10 +347,15 @@ def _has_projections(module: nn.Module) -> bool:
     return bool(words & FUSED_WORDS or (words & QUERY_WORDS and words & KEY_WORDS))
 
 
-def _words_of_projections(module: nn.Module) -> list[set[str]]:
+def _words_of_projections(module: nn.Module) -> list[frozenset[str]]:
     """Return the words in the names of each child with weights that is no norm."""
     children = [name for name, child in module.named_children() if "norm" not in name and _has_weights(child)]
-    return [set(re.split(r"[_\W]|(?<=\D)(?=\d)", name)) for name in children]
+    return list(map(_words, children))
+
+
+@functools.cache
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.split(r"[_\W]|(?<=\D)(?=\d)", name))
 
 
 def _width(projection: Any) -> int | None:

@@ -26,7 +26,7 @@ from cachepolicy.engine.distributed.groups import member_ranks
 from cachepolicy.engine.history_packing import packing_of
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.engine.hooks import LOCAL
-from cachepolicy.engine.introspection import denoisers, describe, is_pipeline, unwrapped
+from cachepolicy.engine.introspection import denoisers, describe, is_pipeline, unwrapped, walk
 from cachepolicy.engine.memory_budget import Budget, MemoryUsage
 from cachepolicy.engine.options import MOST_SESSIONS, RunOptions, is_disabled, supplier
 from cachepolicy.engine.pipeline_calls import PipelineCall, pipeline_override
@@ -158,8 +158,6 @@ def apply(  # noqa: PLR0913 (all that can be said of a run)
     if chosen.process_group is not None and chosen.process_group is not False:
         member_ranks(chosen.process_group)
     attaches = not is_disabled()
-    if attaches:
-        _require_free(target, roots)
     plans = {name: bind(resolved[name], skeleton) for name, skeleton in skeletons.items()}
     if not any(bound.sites for bound in plans.values()):
         names = ", ".join(f"`{type(module).__name__}`" for module in roots.values())
@@ -715,9 +713,10 @@ _ROOT_METHODS = {
 def _require_free(target: Any, roots: Mapping[str, torch.nn.Module]) -> None:
     """Raise if a model has a run (E301) or another cache (E340)."""
     for name, root in roots.items():
-        if any([vars(module).get(ATTRIBUTE) is not None for module in root.modules()]):
+        modules = [module for _, module in walk(root)]
+        if any([vars(module).get(ATTRIBUTE) is not None for module in modules]):
             raise _already(f"`{name}`" if name else "the model")
-        compat.refuse(root, target)
+        compat.refuse(root, target, modules)
     if is_swapped(target):
         raise _already("the pipeline")
 

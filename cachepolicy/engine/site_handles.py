@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cachepolicy.engine.execution_plan import ExecutionPlan
 from cachepolicy.engine.history_storage import ANYHOW
@@ -58,8 +58,9 @@ def handles_of(root: RootModel) -> dict[str, SiteHandle]:
 
 def _parameters(module: Any, known: dict[Any, tuple[str, ...]]) -> tuple[str, ...]:
     """Return the parameter names of the module's forward, which modules of one class share."""
-    forward = getattr(cast("Any", type(module)), "forward", None)  # pyright: ignore[reportUnknownArgumentType]
-    if "forward" in vars(module) or not isinstance(forward, FunctionType) or unwrapped(module) is not module:
+    # A method of the instance that a removed hook of diffusers has put back is the function of the class.
+    forward = getattr(module.forward, "__func__", None)
+    if not isinstance(forward, FunctionType) or unwrapped(module) is not module:
         return parameters_of(module)
     if forward not in known:
         known[forward] = parameters_of(module)

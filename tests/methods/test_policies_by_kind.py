@@ -14,7 +14,7 @@ from torch import Tensor, nn  # noqa: E402
 import cachepolicy  # noqa: E402
 from cachepolicy.testing import models  # noqa: E402
 from tests.methods import transcriptions as reference  # noqa: E402
-from tests.methods.scripted import Scripted, letters, tensor  # noqa: E402
+from tests.methods.scripted import Scripted, letters, run, tensor  # noqa: E402
 from tests.methods.test_policies import SEEDS, Draw, Stream, row, totals  # noqa: E402
 
 pytestmark = [
@@ -100,6 +100,25 @@ def test_ucache(seed: int) -> None:
     params = {"threshold": threshold, "first": window[0], "last": window[1], **settings}
     params |= {"early": multipliers[0], "late": multipliers[1]}
     assert letters(expected) == row(Scripted(streams), "ucache", inputs, **params)
+
+
+@given(SEEDS)
+def test_dicache(seed: int) -> None:
+    """DiCache adds up the changes of its probe, and moves residuals on as far as the probe's residual has moved."""
+    draw = Draw(seed)
+    choose = draw.random
+    inputs, probes, rest = draw.stream(), draw.stream(choose.choice([0.15, 0.6])), draw.stream()
+    retention, late, last = choose.uniform(0, 0.5), choose.randint(0, 2), choose.randint(0, 2)
+    threshold, most, difference = choose.uniform(0.02, 0.8), choose.uniform(1, 3), choose.choice([False, True])
+    outputs = totals(inputs, probes)
+    full = int(retention * draw.steps) + late
+    expected = reference.dicache(inputs, outputs, threshold, full=full, last=last, difference=difference)
+    params = {"retention": retention, "late": late, "last": last, "threshold": threshold, "most": most}
+    rows, answers = run(Scripted([probes, rest]), "dicache", inputs, minus=difference, **params)
+    assert {letters(expected)} == set(rows.values())
+    values = totals(outputs, [*map(list, reference.dicache_values(probes, rest, expected, most))])
+    for value, answer in zip(values, answers, strict=True):
+        torch.testing.assert_close(tensor(value), answer)
 
 
 @given(SEEDS)

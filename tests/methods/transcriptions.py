@@ -437,19 +437,44 @@ def guider_window(steps: int, start: float, stop: float) -> list[bool]:
     return [int(start * steps) <= step < int(stop * steps) for step in range(steps)]
 
 
-def dicache(probes: Stream, threshold: float, retention: float) -> list[bool]:
-    """DiCache (arXiv:2508.17356): the change of the first block's output since the previous step, added up."""
+def dicache(
+    inputs: Stream, outputs: Stream, threshold: float, *, full: int, last: int, difference: bool = False
+) -> list[bool]:
+    """DiCache (arXiv:2508.17356): the change of the first blocks' output since the previous step, added up.
+
+    `full` is the number of steps that compute at the beginning, `last` at the end. With `difference` the change of the
+    input is taken off.
+    """
+    steps = len(inputs)
     computed = list[bool]()
     total = 0.0
-    for step, probe in enumerate(probes):
-        full = step == 0 or step < retention * len(probes)
-        if not full:
-            total += relative_l1(probe, probes[step - 1])
-            full = not total < threshold
-        if full:
+    for step in range(steps):
+        runs = step == 0 or step < full or step >= steps - last
+        if not runs:
+            change = relative_l1(outputs[step], outputs[step - 1])
+            total += abs(change - relative_l1(inputs[step], inputs[step - 1])) if difference else change
+            runs = not total < threshold
+        if runs:
             total = 0.0
-        computed.append(full)
+        computed.append(runs)
     return computed
+
+
+def dicache_values(probes: Stream, residuals: Stream, computed: Sequence[bool], most: float) -> list[Vector]:
+    """What DiCache adds to the hidden states: residuals that move on as far as those of the probe have moved."""
+    answers, kept = list[Vector](), list[int]()
+    for step, runs in enumerate(computed):
+        if runs:
+            kept.append(step)
+            answers.append(residuals[step])
+        elif len(kept) < 2:
+            answers.append(residuals[kept[-1]])
+        else:
+            new, old = kept[-1], kept[-2]
+            far = mean_abs(minus(probes[step], probes[old])) / mean_abs(minus(probes[new], probes[old]))
+            far = min(max(far, 1.0), most)
+            answers.append([b + far * (a - b) for a, b in zip(residuals[new], residuals[old], strict=True)])
+    return answers
 
 
 # --- schedules of several kinds of modules ---------------------------------------------------------------

@@ -1,3 +1,4 @@
+# pyright: reportOptionalMemberAccess=false
 """`band` and `align`: the split by frequency, and the calls in which they compute."""
 
 from __future__ import annotations

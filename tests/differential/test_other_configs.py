@@ -239,6 +239,22 @@ def test_a_lite_mode_without_a_projection() -> None:
         run_ours(name, model, config)
 
 
+@pytest.mark.parametrize(("name", "runs"), [("latte", "ours"), ("omnigen", "theirs")])
+def test_a_lite_mode_that_runs_blocks(name: str, runs: str) -> None:
+    """Predictions are equal, but blocks run whose results are not read: here those of Latte, whose lists take turns, in
+    diffusers those of lists with other names."""
+    model, config = zoo.build(name), taylorseer(random.Random(name), use_lite_mode=True, disable_cache_before_step=2)
+    theirs, ours = (
+        run_theirs(name, model, taylorseer_cache.apply_taylorseer_cache, config),
+        run_ours(name, model, config),
+    )
+    for expected, actual in zip(theirs.outputs, ours.outputs, strict=True):
+        assert torch.equal(expected, actual)
+    busy, idle = (ours, theirs) if runs == "ours" else (theirs, ours)
+    assert len(set(busy.computed)) == 1
+    assert len(set(idle.computed)) > 1
+
+
 # --- MagCache
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,11 @@ def _sites(name: str, skeleton: Skeleton) -> str:
     says = f"On the emoji model, over {STEPS} steps{given}:"
     if text.signals:
         ((signal, numbers),) = text.signals.items()
-        shown = ", ".join(map(str, numbers))
-        says = f"When it reuses depends on what `{signal}` measures. Were it {shown} and again so{given}:"
+        shown, again = ", ".join(map(str, numbers)), " and again so"
+        if len(numbers) >= STEPS:
+            runs = [(number, len(list(run))) for number, run in groupby(numbers)]
+            shown, again = ", then ".join(f"{number} at {length} steps" for number, length in runs), ""
+        says = f"When it reuses depends on what `{signal}` measures. Were it {shown}{again}{given}:"
     return f"{says}\n\n```text\n{draw(schedule, width=110)}\n```"
 
 

@@ -132,5 +132,21 @@ blocks are left out while the sum is below the threshold.""",
   is that form.""",
         signals={"change": (0.1, 0.14, 0.08)},
     ),
+    "adaptive_guidance": Text(
+        works="""\
+Classifier-free guidance computes two predictions a step. They come to point in nearly the same
+direction. While their cosine is below `gamma`, both are computed; from the next step on, for good, the
+conditional one alone is computed and stands for both, so that guidance adds nothing. Two other forms are
+params of it: an interval of steps with guidance (`first`, `last`), and a gate at a share of the steps
+(`start`, `stop`). `gamma = 2` leaves the cosine out.""",
+        limits="""\
+- A guidance-distilled model has one prediction a step, and nothing to save.
+- Where guidance runs in two calls, the conditional one has to come first; otherwise both compute.
+- The pipeline still applies its guidance scale, to two equal predictions. Guidance with a rescale or a
+  projection of its own can differ from a run without guidance.
+- LinearAG, which estimates the unconditional prediction, is `approximate uncond affine` with factors of
+  a model; none are published.""",
+        signals={"alike": (0.9,) * 19 + (0.995,) * 31},
+    ),
 }
 """The pages with words of their own."""

@@ -130,17 +130,8 @@ def seacache(config: Fields) -> Conversion:
     return Conversion(written(_SEACACHE, values))
 
 
-_TEXT_KV = """policy text_kv "Keys and values of the prompt, once"
-source "github.com/huggingface/diffusers"
-match "\\.(encoder_proj|add_k_proj|add_v_proj|norm_added_k)$"
-  within class "^NucleusMoEImageTransformerBlock$" -> reuse
-"""
-"""The modules that NucleusMoE's blocks call with the prompt alone. In other models the prompt's stream is another at
-each step."""
-
-
 def _text_kv(_config: Fields) -> Conversion:
-    return Conversion(written(_TEXT_KV, {}))
+    return Conversion(using("textkv", {}))
 
 
 _CONVERSIONS: dict[str, Callable[[Fields], Conversion]] = {

@@ -189,6 +189,8 @@ def of_command_line(text: str) -> Conversion:
     setting = Fields("`--cache-option`", given)
     if mode == "easycache":
         conversion = _easycache(setting)
+    elif mode == "ucache":
+        conversion = _ucache(setting)
     elif mode in _MODES:
         setting.rename({field: name for name, field in _CACHE_DIT.items()})
         for field, option in (("steps_computation_mask", "--scm-mask"), ("steps_computation_policy", "--scm-policy")):
@@ -202,7 +204,6 @@ def of_command_line(text: str) -> Conversion:
 
 
 _REFUSED_MODES = {
-    "ucache": "its average of changes goes on at computed steps alone, and a moving average of a rule at all",
     "spectrum": "it forecasts what the sampler made of the guided prediction, which no rule reaches",
     "disabled": "it is the bare model",
 }
@@ -218,6 +219,20 @@ def _easycache(setting: Fields) -> Conversion:
         setting.refuse("start", "the range is empty, because `end` is not above it")
     notes = ("The range is one of noise levels. `shift` is that of the model's; 1 is a model without a shift.",)
     return Conversion(written(EASYCACHE, values), notes)
+
+
+def _ucache(setting: Fields) -> Conversion:
+    setting.only("relative", 1, True, why="the threshold is relative to the size of the output")
+    setting.only("reset", 1, True, why="a compute starts the sum of a rule anew")
+    values = {
+        "threshold": setting.number("threshold", 1.0, low=0),
+        "first": setting.number("start", 0.15, low=0, high=1),
+        "last": setting.number("end", 0.95, low=0, high=1),
+        "decay": setting.number("decay", 1.0, low=0, high=1),
+    }
+    if values["first"] >= values["last"]:
+        setting.refuse("start", "the range is empty, because `end` is not above it")
+    return Conversion(using("ucache", values, ("threshold",)))
 
 
 # --- SmoothCache -----------------------------------------------------------------------------------------------

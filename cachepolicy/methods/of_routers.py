@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from cachepolicy.errors import PolicyError
-from cachepolicy.methods.settings import Conversion, Fields, written
+from cachepolicy.methods.settings import Conversion, Fields, using
 
 SUFFIXES = frozenset({".pt", ".pth", ".safetensors"})
 """Suffixes of files with tensors."""
 
 _LIMIT = 64 * 2**20
 """Bytes of a file that are read at most."""
-
-_TEXT = """policy l2c "Learning-to-Cache"
-source "arXiv:2406.01733"
-param attention_masks: list = ["1"]
-param feedforward_masks: list = ["1"]
-match attention mask attention_masks by site -> reuse
-match feedforward mask feedforward_masks by site -> reuse
-"""
 
 
 def is_setting(values: Mapping[str, Any]) -> bool:
@@ -55,9 +47,9 @@ def of_routers(values: Mapping[str, Any]) -> Conversion:
         for step, left in enumerate(range(steps - 1, -1, -1))
     ]
     masks = ["".join("1" if row[place] else "0" for row in computed) for place in range(width)]
-    values = {"attention_masks": masks[::2], "feedforward_masks": masks[1::2]}
+    given = {"attention_masks": masks[::2], "feedforward_masks": masks[1::2]}
     note = f"The routers are for {steps} steps and {width // 2} blocks; the threshold is {threshold:g}."
-    return Conversion(written(_TEXT, values), (note,), steps)
+    return Conversion(using("l2c", given), (note,), steps)
 
 
 def _scores(path: Path) -> list[list[float]]:

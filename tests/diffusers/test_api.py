@@ -280,7 +280,7 @@ def test_other_caches_of_diffusers_are_refused_by_name() -> None:
     with pytest.raises(PolicyError, match=r"E168.*`calibrate` of `MagCacheConfig`"):
         cachepolicy.apply(zoo.build("flux"), theirs.MagCacheConfig(num_inference_steps=4, calibrate=True))
     with pytest.raises(PolicyError, match="E200"):
-        ours.enable_cache(zoo.build("flux"), theirs.TextKVCacheConfig())
+        ours.enable_cache(zoo.build("dit"), theirs.TextKVCacheConfig())
     with pytest.raises(PolicyError, match="`dict`"):
         ours.enable_cache(zoo.build("flux"), {})
 

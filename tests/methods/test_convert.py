@@ -302,6 +302,10 @@ TABLE: list[tuple[Any, str]] = [
         "--cache-mode=taylorseer --cache-option=fn=2,threshold=0.1",
         "use dbcache with first = 2, threshold = 0.1, warmup = 8, order = 1",
     ),
+    (
+        '--cache-mode ucache --cache-option "threshold=1.5,end=0.9,reset=1"',
+        "use ucache with threshold = 1.5, last = 0.9",
+    ),
     # vLLM-Omni's other caches
     (
         {"cache_backend": "mag_cache", "cache_config": {"mag_ratios": [1, 1.1], "num_inference_steps": 2}},
@@ -392,7 +396,7 @@ def test_smoothcache(first: list[int], second: list[int]) -> None:
         ({"SGLANG_CACHE_DIT_SCM_PRESET": "fast"}, "SGLANG_CACHE_DIT_SCM_PRESET"),
         ({"SGLANG_CACHE_DIT_COLOUR": "1"}, "SGLANG_CACHE_DIT_COLOUR"),
         ({"SGLANG_CACHE_DIT_TAYLORSEER": "maybe"}, "SGLANG_CACHE_DIT_TAYLORSEER"),
-        ("--cache-mode ucache", "--cache-mode"),
+        ("--cache-mode ucache --cache-option reset=0", "reset"),
         ("--cache-mode dbcache --cache-option start=0.1", "start"),
         ({"1": {"class_type": "LazyCache", "inputs": {}}}, "class_type"),
         ({"1": {"class_type": "TeaCache", "inputs": {"start_percent": 0.1}}}, "start_percent"),

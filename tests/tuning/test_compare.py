@@ -163,8 +163,10 @@ SHALLOW = {
     "dbprune": {"first": 2},
     "delta_dit": {"split": 4},
     "smoothcache": {"feedforward_mask": "10110101"},
+    "teacache_inline": {"coefficients": [1, 0], "threshold": 0.2},
+    "freqca": {"interval": 2},
 }
-"""Settings of the policies whose defaults are made for models of more blocks, or that need a schedule."""
+"""Settings of policies whose defaults are made for more blocks or steps, or that need a schedule or a polynomial."""
 
 OTHERS = {"double_fbc", "deepcache", "l2c", "textkv", "tgate"}
 """Policies for models with two lists of blocks, a U-Net's blocks or cross-attention, or with a mask for each module."""

@@ -40,3 +40,6 @@ match model
 # The terms of reuses in a row are 0.1, 0.15, 0.2, 0.25 and 0.3. The limit is 0.5, and 1 once the window has computed four times.
 expect model over 20 steps with change = 1, size = 1.6, error = 0.16:
   C C C C C R R R C R R R C R R R R C R C
+# Once 17 of the 20 steps have computed, a term of 1.25 is below the limit of 1.5.
+expect model over 20 steps with first = 0, last = 1, change = 1, size = 1.6, error = 2:
+  C C C C C C C C C C C C C C C C C R C C

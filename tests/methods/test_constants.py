@@ -124,7 +124,7 @@ def properties_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Callable[.
     """The properties beside this file that load a policy."""
     found = list[Callable[..., None]]()
     for module in MODULES:
-        for key, test in vars(module).items():
+        for key, test in list(vars(module).items()):
             if key.startswith("test_") and hasattr(test, "hypothesis"):
                 with monkeypatch.context() as patch:
                     loaded = set[str]()

@@ -34,12 +34,14 @@ _OTHER_NAMES = {
     "firstblock": "fbc",
     "pyramidattentionbroadcast": "pab",
     "fastforwardcaching": "fora",
+    "learningtocache": "l2c",
+    "textkvcache": "textkv",
 }
 """Shipped policies by other names of their methods."""
 _NOT_SHIPPED = {
     method.lower().replace("-", ""): method
     for method in (
-        "DeepCache", "DiTFastAttn", "Learning-to-Cache", "SmoothCache", "T-GATE", "TextKVCache", "ToCa",
+        "ClusCa", "DiTFastAttn", "DuCa", "LazyDiT", "MeanCache", "SpeCa", "ToCa",
     )
 }  # fmt: skip
 """Published methods by their names in lower case."""

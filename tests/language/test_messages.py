@@ -110,6 +110,8 @@ class Model:
             "`cachepolicy list` shows the shipped policies",
         ),
         ("first_block_cache", "no shipped policy and no file `first_block_cache`", "its name here is `fbc`"),
+        ("Learning-to-Cache", "no shipped policy and no file `Learning-to-Cache`", "its name here is `l2c`"),
+        ("TextKVCacheConfig", "no shipped policy and no file `TextKVCacheConfig`", "its name here is `textkv`"),
         ("FirstBlockCacheConfig", "no shipped policy and no file `FirstBlockCacheConfig`", "its name here is `fbc`"),
         (
             Model(),
@@ -128,7 +130,7 @@ def test_sources_that_are_no_policy(source: Any, message: str, help: str | None)
     assert help == found.help
 
 
-@pytest.mark.parametrize("name", ["toca", "T-GATE", "deep_cache.cp", "ToCa"])
+@pytest.mark.parametrize("name", ["toca", "Lazy-DiT", "mean_cache.cp", "ToCa"])
 def test_methods_that_are_not_shipped(name: str) -> None:
     """A method that exists and has no shipped policy is called by its name, with those that are shipped."""
     with pytest.raises(PolicyError) as raised:

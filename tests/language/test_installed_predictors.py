@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,25 @@ def test_the_package_is_imported_only_where_a_policy_names_it() -> None:
     assert "cachepolicy_damped" not in sys.modules
     parse("match attention every 4 -> predict damped(damping: 1)")
     assert "cachepolicy_damped" in sys.modules
+
+
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize("selector", ["attention", "blocks[1:]", "model"])
+def test_the_engine_answers_with_it(selector: str) -> None:
+    """A trend that is not damped is linear extrapolation."""
+    torch = pytest.importorskip("torch")
+    import cachepolicy
+    from cachepolicy.testing.models import Toy, inputs, sample
+
+    found = list[Any]()
+    for predictor in ("damped(damping: 1)", "taylor(order: 1)"):
+        policy = parse(f"match {selector} every 3 -> predict {predictor}")
+        with torch.no_grad(), cachepolicy.apply(Toy().build(), policy) as run:
+            found.append(
+                torch.stack(list(sample(run.target, [900.0 - 100 * step for step in range(8)], *inputs(Toy()))))
+            )
+            assert "R" in next(iter(run.trace.rows().values()))
+    assert torch.allclose(*found, atol=1e-5)
 
 
 def test_an_unknown_name_says_what_to_install() -> None:

@@ -239,13 +239,12 @@ def _fits(part: Part, states: torch.Tensor | None) -> bool:
 
 def _answered(part: Part) -> Any:
     newest = part.history[0]
-    if not part.answer.predicts:
-        if part.clones:
-            return cloned(newest)
-        return rebuilt_containers(newest)
-    columns = [leaves(entry) for entry in part.history]
-    values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
-    output = filled(newest, values)
+    if part.answer.predicts:
+        columns = [leaves(entry) for entry in part.history]
+        values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
+        output = filled(newest, values)
+    else:
+        output = cloned(newest) if part.clones else rebuilt_containers(newest)
     if part.answer.feedback:
         part.places[0].value = cloned(output)
     return output

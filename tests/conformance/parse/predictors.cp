@@ -19,4 +19,4 @@ match model
   -> predict band(transform: "dct", cut: 0.1, low: taylor(order: 0), high: hermite(order: order,
     scale: 0.71))
 
-expect model over 6 steps with push = 1: C R R R R C
+expect model over 6 steps with push = 1, sigma = 0.5: C R R R R C

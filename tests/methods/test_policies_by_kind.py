@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -24,18 +26,28 @@ pytestmark = [
 
 
 class Guided(nn.Module):
-    """A model with the given predictions of both halves of a guidance batch, the unconditional one first."""
+    """A model with given predictions: of both halves of a batch, the unconditional one first, or of a branch."""
 
     def __init__(self, cond: Stream, uncond: Stream) -> None:
         super().__init__()
         self.cond, self.uncond, self.step = cond, uncond, 0
-        self.rows = list[int]()
+        self.branch = "cond"
+        self.guided = set[int]()
         self.inner = nn.Identity()
 
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Generator[None]:
+        """The context by which pipelines of diffusers name a branch."""
+        self.branch = name
+        yield
+
     def forward(self, hidden_states: Tensor, timestep: Any) -> Tensor:
-        self.rows.append(len(hidden_states))
-        cond = self.inner(tensor(self.cond[self.step]))
-        return cond if len(hidden_states) == 1 else torch.cat([tensor(self.uncond[self.step]), cond])
+        cond, uncond = self.inner(tensor(self.cond[self.step])), tensor(self.uncond[self.step])
+        if len(hidden_states) == 2 or self.branch == "uncond":
+            self.guided.add(self.step)
+        if len(hidden_states) == 2:
+            return torch.cat([uncond, cond])
+        return uncond if self.branch == "uncond" else cond
 
 
 class Attention(models.Attention):
@@ -65,15 +77,25 @@ class Attentive(nn.Module):
 
 
 @torch.no_grad()
-def guided(policy: str, cond: Stream, uncond: Stream, **params: Any) -> tuple[list[bool], list[Tensor]]:
-    """At which steps both halves of a batch ran, and what was answered."""
+def guided(
+    policy: str, cond: Stream, uncond: Stream, *, batched: bool, **params: Any
+) -> tuple[list[bool], list[Tensor]]:
+    """At which steps both predictions were computed, and what was answered, the unconditional prediction first."""
     model, steps = Guided(cond, uncond), len(cond)
     answers = list[Tensor]()
-    with cachepolicy.apply(model, policy, steps=steps, guidance=True, **params):
+    with cachepolicy.apply(model, policy, steps=steps, guidance=batched, **params):
         for step in range(steps):
             model.step = step
-            answers.append(model(torch.ones(2, 1, 4, dtype=torch.float64), timestep=999 - 9 * step))
-    return [rows == 2 for rows in model.rows], answers
+            states, t = torch.ones(1, 1, 4, dtype=torch.float64), 999 - 9 * step
+            if batched:
+                answers.append(model(states.repeat(2, 1, 1), timestep=t))
+                continue
+            called = list[Tensor]()
+            for branch in ("cond", "uncond"):
+                with model.cache_context(branch):
+                    called.insert(0, model(states, timestep=t))
+            answers.append(torch.cat(called))
+    return [step in model.guided for step in range(steps)], answers
 
 
 def simulated(policy: str, sites: list[str], steps: int, **settings: Any) -> list[str]:
@@ -132,7 +154,7 @@ def test_adaptive_guidance(seed: int) -> None:
     ]
     gamma = draw.random.choice([0.99, draw.random.uniform(0.8, 1)])
     expected = reference.adaptive_guidance(cond, uncond, gamma)
-    ran, answers = guided("adaptive_guidance", cond, uncond, gamma=gamma)
+    ran, answers = guided("adaptive_guidance", cond, uncond, gamma=gamma, batched=draw.random.choice([True, False]))
     assert expected == ran
     for step, answer in enumerate(answers):
         both = [uncond[step] if expected[step] else cond[step], cond[step]]
@@ -145,12 +167,15 @@ def test_limited_guidance(seed: int) -> None:
     draw = Draw(seed)
     cond, uncond = draw.stream(), draw.stream()
     first, last = draw.random.randint(0, 6), draw.random.randint(0, draw.steps)
-    expected = reference.guidance_interval(draw.steps, first, last)
-    # A batch computes both halves at the first step, before it is known that a step has one call.
-    assert [True, *expected[1:]] == guided("adaptive_guidance", cond, uncond, gamma=2, first=first, last=last)[0]
     start, stop = draw.random.uniform(0, 0.6), draw.random.uniform(0.3, 1)
-    expected = reference.guider_window(draw.steps, start, stop)
-    assert [True, *expected[1:]] == guided("adaptive_guidance", cond, uncond, gamma=2, start=start, stop=stop)[0]
+    batched = draw.random.choice([True, False])
+    for expected, limits in (
+        (reference.guidance_interval(draw.steps, first, last), {"first": first, "last": last}),
+        (reference.guider_window(draw.steps, start, stop), {"start": start, "stop": stop}),
+    ):
+        # A batch computes both halves at the first step, before it is known that a step has one call.
+        both = [True, *expected[1:]] if batched else expected
+        assert both == guided("adaptive_guidance", cond, uncond, batched=batched, gamma=2, **limits)[0]
 
 
 @given(SEEDS)

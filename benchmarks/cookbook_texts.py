@@ -35,7 +35,7 @@ number a step, and no calibration.""",
   smaller.
 - Without `streak` or `window`, a threshold that is too large can reuse for many steps in a row.
 - On models for editing the tokens of reference pictures are counted, too
-  ([W517](../diagnostics/W517.md) shows a form without them).
+  ([W517](../diagnostics/W517.md)); `fbc_edit` leaves them out.
 - ParaAttention and WaveSpeed reuse below the threshold, this file and diffusers at the threshold too.""",
         signals={"drift": (0.02, 0.04, 0.08)},
     ),

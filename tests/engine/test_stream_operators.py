@@ -269,3 +269,29 @@ def test_halves() -> None:
     for branch, rows in (("uncond", 8), ("other", 4)):
         with pytest.raises(Undefined):
             half_of(branch, x, rows, 0)
+
+
+@pytest.mark.parametrize(("policy", "row"), [("fbc", "CRRR"), ("fbc_edit", "CCCC")])
+def test_reference_tokens_do_not_hide_a_change_of_the_picture(policy: str, row: str) -> None:
+    """Many tokens that stay the same make the change over all tokens small, and not that of the picture."""
+    from tests.support import zoo
+
+    model: Any = zoo.build("flux")
+    inputs = zoo.entry("flux").inputs(batch=1)
+    tokens, references = inputs["hidden_states"].shape[1], 3000
+    kept = torch.randn(1, references, inputs["hidden_states"].shape[2], generator=torch.Generator().manual_seed(1))
+    ids = torch.zeros(references, 3)
+    ids[:, 0] = 1
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad(), cachepolicy.apply(model, policy, steps=4, threshold=0.3) as session:
+        for step in range(4):
+            picture = torch.randn(1, tokens, kept.shape[2], generator=generator)
+            call = {
+                **inputs,
+                "hidden_states": torch.cat([picture, kept], dim=1),
+                "img_ids": torch.cat([inputs["img_ids"], ids]),
+                "timestep": torch.tensor([0.9 - 0.0001 * step]),
+            }
+            model(**call)
+        assert session.trace is not None
+        assert {row} == set(session.trace.rows().values())

@@ -73,6 +73,7 @@ def test_rules_that_measure_all_tokens_are_named(tmp_path: Path) -> None:
     assert ["W517"] == warned(kontext, "fbc")
     assert ["W517"] == warned(kontext, "teacache")
     assert ["W517"] == warned(kontext, "easycache")
+    assert [] == warned(kontext, "fbc_edit")
     assert [] == warned(kontext, LATENT)
     assert [] == warned(kontext, "magcache")
     assert [] == warned(kontext, "fora")

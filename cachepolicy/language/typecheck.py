@@ -497,7 +497,9 @@ class Checker:
             return
         self.expect(value, label.type, PROBED if label.type == "tensor" else context, f"`{argument.label}`")
         for item in value.items if label.items is not None and isinstance(value, ir.ListOf) else ():
-            self.expect(item, "number", context, f"`{argument.label}`")
+            if isinstance(item, ir.Text | ir.Boolean):  # the items are of one type, or that is reported already
+                self._fits(item, self.infer(item, context), "number", f"`{argument.label}`")
+                break
         if label.choices and isinstance(value, ir.Text) and value.value not in label.choices:
             help = "one of " + ", ".join(f'`"{choice}"`' for choice in label.choices)
             self.report.add("E124", f"`{argument.label}` cannot be `{value.value}`", value, help=help)

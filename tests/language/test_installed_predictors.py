@@ -106,6 +106,7 @@ def test_the_engine_answers_with_it(selector: str) -> None:
             found.append(
                 torch.stack(list(sample(run.target, [900.0 - 100 * step for step in range(8)], *inputs(Toy()))))
             )
+            assert run.trace is not None
             assert "R" in next(iter(run.trace.rows().values()))
     assert torch.allclose(*found, atol=1e-5)
 

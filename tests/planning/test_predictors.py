@@ -9,6 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachepolicy.errors import PolicyError
+from cachepolicy.language import ir
+from cachepolicy.language.linker import resolve
+from cachepolicy.language.parser import parse
+from cachepolicy.planning.history_spec import history_depth
 from cachepolicy.planning.predictors import amplification, coefficients, extrapolate, weights
 from tests.methods import transcriptions as reference
 
@@ -146,3 +151,76 @@ def test_the_amplification_bounds_the_factors(predictor: tuple, steps: list[int]
 def test_two_values_at_one_place_have_no_prediction(name: str) -> None:
     """The bound is infinite, so that the site computes."""
     assert math.inf == amplification(weights(name, [3, 3], 5, {"order": 1}))
+
+
+@pytest.mark.parametrize(
+    ("predictor", "code"),
+    [
+        ("weights()", "E108"),
+        ("weights(of: [])", "E124"),
+        ("weights(of: 1)", "E111"),
+        ('weights(of: ["1"])', "E111"),
+        ("newton(order: 9)", "E124"),
+        ("newton(order: age)", "E121"),
+        ("chebyshev(order: 1, ridge: -1)", "E124"),
+        ("chebyshev(order: 1, ridge: 1, window: 17)", "E124"),
+        ("bdf2(order: 1)", "E108"),
+        ("align(probe: step, clip: [1, 2])", "E111"),
+        ("align(probe: x, clip: [1, 2, 3])", "E124"),
+        ("align(probe: x, clip: [1, step])", "E121"),
+        ('band(transform: "dst", cut: 0.5, low: bdf2(), high: bdf2())', "E124"),
+        ('band(transform: "dct", cut: 2, low: bdf2(), high: bdf2())', "E124"),
+        ('band(transform: "dct", cut: 0.5, low: 1, high: bdf2())', "E111"),
+        ('band(transform: "dct", cut: 0.5, low: chebyshev(order: 1, ridge: 1), high: bdf2())', "E111"),
+        ('band(transform: "dct", cut: 0.5, low: bdf2(along: "t"), high: bdf2())', "E108"),
+        ('band(transform: "dct", cut: 0.5, low: taylr(order: 1), high: bdf2())', "E107"),
+        ('band(transform: "dct", cut: 0.5, low: taylor(order: 9), high: bdf2())', "E124"),
+        ("linear(weight: bdf2())", "E105"),
+    ],
+)
+def test_faulty_arguments_are_found_when_the_policy_is_read(predictor: str, code: str) -> None:
+    """One finding each."""
+    with pytest.raises(PolicyError) as caught:
+        parse(f"signal x = input(model)\nmatch attention every 2 while l1(x) > 0 -> predict {predictor}")
+    assert [code] == [finding.code for finding in caught.value.diagnostics]
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        "newton(order: many)",
+        "chebyshev(order: 1, ridge: 0 - many)",
+        'band(transform: "fft", cut: many, low: bdf2(), high: bdf2())',
+        'band(transform: "fft", cut: 0.1, low: bdf2(), high: newton(order: many))',
+        "weights(of: none)",
+    ],
+)
+def test_params_out_of_the_range_of_an_argument_are_refused(predictor: str) -> None:
+    """Where they are set, since a param may have other values."""
+    policy = parse(f"param many: int = 9\nparam none: list = []\nmatch attention every 2 -> predict {predictor}")
+    with pytest.raises(PolicyError) as caught:
+        resolve(policy)
+    assert ["E163"] == [finding.code for finding in caught.value.diagnostics]
+
+
+@pytest.mark.parametrize(
+    ("predictor", "reads"),
+    [
+        ("linear(weight: 1)", 2),
+        ("taylor(order: 3)", 4),
+        ("newton(order: 0)", 1),
+        ("chebyshev(order: 2, ridge: 1)", 6),
+        ("chebyshev(order: 7, ridge: 1)", 8),
+        ("chebyshev(order: 7, ridge: 1, window: 3)", 3),
+        ("bdf2()", 2),
+        ("weights(of: [1, 2, 3, 4, 5])", 5),
+        ("align(probe: x, clip: [1, 2])", 2),
+        ('band(transform: "fft", cut: 0.1, low: bdf2(), high: newton(order: 4))', 5),
+    ],
+)
+def test_how_many_results_are_kept(predictor: str, reads: int) -> None:
+    """As many as the predictor reads at most."""
+    rule = parse(f"signal x = input(model)\nmatch attention every 2 -> predict {predictor}").statements[1]
+    assert isinstance(rule, ir.Rule)
+    assert isinstance(rule.action, ir.Predict)
+    assert reads == history_depth(rule.action)

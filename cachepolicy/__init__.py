@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         reset_stateful_cache,
     )
     from cachepolicy.diffusers.configs import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+    from cachepolicy.engine.apply import apply, remove
     from cachepolicy.engine.options import RunOptions
-    from cachepolicy.engine.run import Run, apply, remove
+    from cachepolicy.engine.run import Run
     from cachepolicy.errors import PolicyError
     from cachepolicy.language.formatter import format
     from cachepolicy.language.ir import Policy
@@ -90,7 +91,7 @@ _MODULES = {
     "PyramidAttentionBroadcastConfig": "diffusers.configs",
     "Run": "engine.run",
     "RunOptions": "engine.options",
-    "apply": "engine.run",
+    "apply": "engine.apply",
     "apply_faster_cache": "diffusers.api",
     "apply_first_block_cache": "diffusers.api",
     "apply_pyramid_attention_broadcast": "diffusers.api",
@@ -107,7 +108,7 @@ _MODULES = {
     "load_trace": "tracing.trace",
     "parse": "language.parser",
     "plan": "planning.simulation",
-    "remove": "engine.run",
+    "remove": "engine.apply",
     "reset_stateful_cache": "diffusers.api",
     "simulate": "planning.simulation",
     "tune": "tuning.tuner",

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cachepolicy.cli import output
+from cachepolicy.engine.apply import apply
 from cachepolicy.engine.class_swap import plain
 from cachepolicy.engine.introspection import denoisers
-from cachepolicy.engine.run import Run, apply
+from cachepolicy.engine.run import Run
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.planning.cost_model import Work, forecast

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from cachepolicy.diffusers.configs import (
@@ -86,7 +85,7 @@ def _apply(module: Any, candidate: object, kind: type) -> Run:
 
 def _attach(model: Any, config: CacheConfig) -> Run:
     """Attach a config, and report identifiers that match no attention, which are optional in the shipped policies."""
-    from cachepolicy.engine.run import apply
+    from cachepolicy.engine.apply import apply
 
     run = apply(model, config)
     if isinstance(config, FasterCacheConfig):
@@ -134,8 +133,8 @@ def disable_cache(model: Any) -> None:
     Raises:
         PolicyError: A forward pass of the model is running (E305).
     """
+    from cachepolicy.engine.apply import run_of
     from cachepolicy.engine.options import is_disabled
-    from cachepolicy.engine.run import run_of
 
     run = run_of(model)
     if run is None:
@@ -148,13 +147,12 @@ def disable_cache(model: Any) -> None:
 
 def is_cache_enabled(model: Any) -> bool:
     """Return True if a policy is attached to the model, by any function of this package."""
-    from cachepolicy.engine.run import run_of
+    from cachepolicy.engine.apply import run_of
 
     return run_of(model) is not None
 
 
-@contextlib.contextmanager
-def cache_context(model: Any, name: str, **kwargs: Any) -> Generator[None]:
+def cache_context(model: Any, name: str, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
     """Return a context manager: calls inside belong to the guidance branch `name`. Contexts can be nested.
 
     Args:
@@ -162,27 +160,23 @@ def cache_context(model: Any, name: str, **kwargs: Any) -> Generator[None]:
         name: The name of the branch, such as `"cond"` or `"uncond"`.
         **kwargs: `step_index`, `num_inference_steps`, `timestep` (training units, 0..1000) and `sigma` of the calls.
     """
-    from cachepolicy.engine.clock import CONTEXT, Context
+    from cachepolicy.engine.contexts import CONTEXT, Context, setting
 
     del model
-    token = CONTEXT.set(Context(name, **kwargs))
-    try:
-        yield
-    finally:
-        CONTEXT.reset(token)
+    return setting(CONTEXT, Context(name, **kwargs))
 
 
 def reset_stateful_cache(model: Any) -> None:
     """End the current trajectory of a model. The next call starts a new one without history."""
+    from cachepolicy.engine.attachment import PipelineHandle
     from cachepolicy.engine.class_swap import ATTRIBUTE
     from cachepolicy.engine.root_model import RootModel
-    from cachepolicy.engine.run import PipelineHandle
 
     handle = getattr(model, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(handle, RootModel):
-        handle.sessions.end_current()
+        handle.attachment.sessions.end_current()
     elif isinstance(handle, PipelineHandle):
-        handle.run.reset()
+        handle.attachment.sessions.clear()
 
 
 class CacheMixin:

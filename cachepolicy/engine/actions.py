@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,10 +15,9 @@ from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.block_chain import Chain
 from cachepolicy.engine.history_packing import compact, is_whole, leaves, map_leaves, map_once, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
-from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import Keeping, reach
-from cachepolicy.planning.predictors import PredictorArguments, Weights, extrapolate, weights
+from cachepolicy.planning.history_spec import Keeping
+from cachepolicy.planning.predictors import Weights, extrapolate
 
 
 class Op(Enum):
@@ -99,6 +98,14 @@ class Slot:
             self.chain.clear()
 
 
+def chain_of(slot: Slot) -> Chain:
+    """Return the history of a span, and create it if needed."""
+    chain = slot.chain
+    if chain is None:
+        chain = slot.chain = Chain(slot.storing)
+    return chain
+
+
 def _drop(slot: weakref.ref[Slot]) -> None:
     target = slot()
     if target is not None:
@@ -133,21 +140,6 @@ def combine(history: Sequence[torch.Tensor], numbers: Weights) -> torch.Tensor:
     return answer.clone() if answer is history[0] else answer
 
 
-def predict(
-    predictor: str, history: Sequence[torch.Tensor], steps: Sequence[float], step: float, arguments: PredictorArguments
-) -> torch.Tensor:
-    """Predict the value at `step` from a history.
-
-    Args:
-        predictor: The name of the predictor.
-        history: Computed values, newest first. A short history lowers the order.
-        steps: The steps of the values, or their places on another axis.
-        step: The step of the prediction, on the same axis.
-        arguments: The arguments of the predictor, such as `order`.
-    """
-    return combine(history, weights(predictor, steps, step, arguments))
-
-
 # --- outputs ---------------------------------------------------------------------------------------------
 
 
@@ -180,15 +172,18 @@ def unfit(slot: Slot, states: torch.Tensor | None, rows: BatchView = WHOLE) -> F
         states: The hidden states of the call, or None.
         rows: The rows of the batch that the call runs. A stored whole batch also fits a half of it.
     """
-    if slot.output is None:
-        return slot.storing.lacking
     if states is None or slot.shape is None:
         fits = states is None and slot.shape is None
     else:
         fits = states.dtype is slot.dtype and states.device == slot.device
         fits = fits and states.shape == rows.shape(slot.shape, slot.rows)
-    if not fits:
-        return Fact.MISFIT
+    return Fact.MISFIT if slot.output is not None and not fits else lacks(slot)
+
+
+def lacks(slot: Slot) -> Fact | None:
+    """Return why a site has no stored output that can answer, whatever it is called with, or None."""
+    if slot.output is None:
+        return slot.storing.lacking
     if not slot.clones and overwritten(slot):
         # Downstream code modifies outputs of this site in place, so the site uses copies from now on.
         spoil(slot)
@@ -210,16 +205,25 @@ def spoil(slot: Slot) -> None:
     slot.clones, slot.output, slot.older = True, None, []
 
 
+class TensorForm(NamedTuple):
+    """What must be equal of the hidden states of a compute and of a reuse."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 def keep(
-    slot: Slot, keeping: Keeping, code: Op, states: torch.Tensor | None, output: Any, step: int, rows: BatchView
-) -> None:
+    slot: Slot, keeping: Keeping, code: Op, states: torch.Tensor | TensorForm | None, output: Any, step: int,
+    rows: BatchView,
+) -> None:  # fmt: skip
     """Store a computed output with the shape, dtype and device of its hidden states.
 
     Args:
         slot: The history of the site.
         keeping: What the history has to hold.
         code: The code of the site. `STORE_CLONE` stores a copy.
-        states: The hidden states of the call, or None.
+        states: The hidden states of the call, or their form, or None.
         output: The computed output.
         step: The step of the call.
         rows: The rows of the batch that were computed.
@@ -290,39 +294,6 @@ def mean_of_halves(slot: Slot, rows: BatchView) -> Any:
         return value if rows.half is not None else torch.cat([value, value])
 
     return map_tensors(mean, stored)
-
-
-Place = Callable[[int], float]
-"""Gives the place of a step of this trajectory on the axis of a predictor."""
-
-
-Prediction = Callable[[Sequence[torch.Tensor], Sequence[int]], torch.Tensor]
-"""Gives the prediction of one tensor from its values and their steps, newest first."""
-
-
-def predicted(slot: Slot, action: ir.Predict, predict: Prediction, rows: BatchView = WHOLE) -> Any:
-    """Return the output with each tensor predicted from the history.
-
-    Args:
-        slot: The history of the site.
-        action: The action of the site.
-        predict: The prediction of one tensor at this step.
-        rows: The rows of the batch that the call runs.
-    """
-    # Entries of half a batch cannot serve a whole batch.
-    kept = [entry for entry in slot_history(slot, reach(action)) if entry.rows.serves(rows)]
-    columns = [leaves(rows.cut(entry.output, entry.rows)) for entry in kept]
-    steps = [entry.step for entry in kept]
-    answers = [predict(column, steps) for column in zip(*columns, strict=True)]
-    return filled(kept[0].output, answers)
-
-
-def slot_history(slot: Slot, many: int) -> list[Kept]:
-    """Return up to `many` stored outputs, newest first and unpacked."""
-    history = [Kept(slot.output, slot.step, slot.rows), *slot.older][:many]
-    return (
-        history if slot.packing is None else [Kept(opened(entry.output), entry.step, entry.rows) for entry in history]
-    )
 
 
 def _of_inference(output: Any) -> bool:

@@ -193,7 +193,7 @@ class Audits:
         if call.compares and itself is not None:
             audit.compare(itself, output, call.computed)
         errors = audit.errors()
-        prefix = f"{root.name}: " if len(root.run.plans) > 1 else ""
+        prefix = f"{root.name}: " if len(root.attachment.modules) > 1 else ""
         sites = root.execution.plan.sites
         self.add(call.context.tick.step, {f"{prefix}{sites[site].name}": error for site, error in errors.items()})
         return errors

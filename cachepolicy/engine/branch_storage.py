@@ -1,4 +1,4 @@
-"""The memory of one root model's branches: empty histories, and the memory limit."""
+"""The state of one root model's branches: it is created, released when no step reads it, and limited."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from cachepolicy.engine import guidance_observer, step_effects
 from cachepolicy.engine.actions import Slot
+from cachepolicy.engine.cfg_cache import Guide
 from cachepolicy.engine.history import held, storage_bytes
 from cachepolicy.engine.history_storage import Saving, Storing
 from cachepolicy.engine.introspection import modules_by_path
@@ -14,12 +16,15 @@ from cachepolicy.engine.memory_budget import Account, Lease
 from cachepolicy.engine.signals import Remembered
 from cachepolicy.engine.step_context import Branch
 from cachepolicy.planning.cost_model import Reuses, Weight, operations, site_weights
+from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.possible_decisions import Ahead
 from cachepolicy.planning.schedule import Tick
 
 if TYPE_CHECKING:
+    from cachepolicy.engine.clock import Reading
+    from cachepolicy.engine.forward_pass import ForwardPass
     from cachepolicy.engine.root_model import RootModel
-    from cachepolicy.engine.sessions import State
+    from cachepolicy.engine.session_state import State
 
 _MOST_CLOCKS = 32  # number of clock forecasts whose planned reuses are cached
 
@@ -40,9 +45,9 @@ class BranchStorage:
         }
         return site_weights(self._root.execution.plan, counts)
 
-    def slots(self, state: State, tick: Tick, ahead: Ahead) -> list[Slot]:
+    def _slots(self, state: State, tick: Tick, ahead: Ahead) -> list[Slot]:
         """Return an empty history for each site of a branch."""
-        storing = self._root.storing
+        storing = self._root.attachment.storing
         if state.account is None:
             return [Slot(storing) for _ in state.execution.plan.sites]
         program = state.execution.program
@@ -62,7 +67,51 @@ class BranchStorage:
             for site, keeping in enumerate(state.execution.keepings)
         ]
 
-    def limit(self, state: State, branch: Branch, account: Account) -> None:
+    def branch(self, state: State, reading: Reading, *, again: bool) -> tuple[Branch, dict[int, str]]:
+        """Return the branch of a call, and per site the reason where its history does not fit."""
+        known = reading.known
+        branch = known.state
+        if branch is not None and not (again or known.stale or known.doubtful):
+            return branch, {}
+        slots, execution = self._slots(state, reading.tick, reading.ahead), state.execution
+        if branch is None:
+            known.state = Branch(execution.program.coarse, execution.recall.start, slots)
+            return known.state, {}
+        # The history is discarded, the memories stay. `Calls.doubted` keeps an uncertain branch aside.
+        reason = Fact.RERUN if again else Fact.MISFIT if known.stale else Fact.UNKNOWN_BRANCH
+        known.state = Branch(branch.partition, branch.memories, slots)
+        state.guide = Guide()
+        return known.state, dict.fromkeys(range(len(slots)), reason)
+
+    def release(self, call: ForwardPass) -> None:
+        """Release the history that no later step of the trajectory reads, and count the rest."""
+        state, branch = call.state, call.context.branch
+        if state.execution.approximation is not None:
+            guidance_observer.release(call)
+        changed = step_effects.release(call)
+        if state.account is not None:
+            self._limit(state, branch, state.account)
+        if changed:
+            branch.held = held(branch.slots, branch.remembered)
+
+    def over(self, call: ForwardPass) -> None:
+        """Release the history of a branch, and of earlier root models, after the last step."""
+        state, branch = call.state, call.context.branch
+        state.over = True
+        crossed = branch.remembered.crossed
+        branch.forget()
+        if len(state.calls.present) < len(state.branches):
+            branch.remembered.crossed = crossed  # the other branches have not run in this step
+        elif crossed:
+            for other in state.branches.values():
+                other.remembered = Remembered()
+        if not guidance_observer.to_come(call):
+            state.guide = Guide()
+        for other in call.session.states.values():
+            if other.step < call.context.tick.step - 1:
+                other.release()
+
+    def _limit(self, state: State, branch: Branch, account: Account) -> None:
         """Apply the memory limit to the state of signals and guidance. Rules that lose this state compute."""
         if branch.remembered:
             branch.signals = branch.signals or Lease(account)

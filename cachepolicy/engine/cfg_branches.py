@@ -167,7 +167,6 @@ class Calls:
         matching: Sequence[StateKey],
     ) -> Known:  # fmt: skip
         """Assign the next call of the current step to a branch, and record it."""
-        matching = [key for key in matching if key in self.known]
         match = self._found(name, conditioning, latents, matching)
         key = match.key
         before = self.known.get(key) if match.revives is None else self.doubted.pop(match.revives)

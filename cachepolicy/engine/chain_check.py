@@ -31,7 +31,7 @@ class Tracker:
     """Tracks a compute of a span that has computed before on the same branch.
 
     Each block must receive the outputs of the previous block as before, unmodified. Otherwise nothing is stored, and
-    the next compute uses `block_chain.Recorder`. The tracker does not check whether inner outputs are used elsewhere.
+    the next compute uses `Recorder`. The tracker does not check whether inner outputs are used elsewhere.
 
     Attributes:
         calls: The number of blocks that have run.
@@ -82,27 +82,20 @@ class Tracker:
             self._close(position, link)
 
     def _close(self, position: int, link: Link) -> None:
-        keeps, ending = self._keeps, self._chain.endings[position]
+        ending = self._chain.endings[position]
         if _versions(self._bases) != self._written or ending.segment != link.segment:
             self._spoilt = True
             return
-        residuals, outputs = list[Any](), list[Any]()
-        for base, index in zip(self._bases, ending.outputs, strict=True):
-            output = None if index is None else self._last[index]
-            if output is None or base is None or not keeps.residuals:
-                residuals.append(None)
-            else:
-                residuals.append((output - base).detach())
-            outputs.append(output.detach().clone() if output is not None and keeps.outputs else None)
-        self._entries.append(ChainEntry(tuple(residuals), tuple(outputs), keeps.step, keeps.rows))
+        last = self._last
+        self._entries.append(self._keeps.entry(self._bases, [None if i is None else last[i] for i in ending.outputs]))
 
     def finish(self) -> None:
         """Store the entries of the completed span, or reset the chain if a check failed."""
         chain = self._chain
         if self._spoilt or self.calls != self._number or len(self._entries) != len(chain.history):
-            chain.links, chain.endings, chain.history, chain.signature = {}, {}, [], None
-            return
-        chain.put(self._entries, chain.history, self._keeps.depth)
+            chain.forget()
+        else:
+            chain.put(self._entries, self._keeps.depth)
 
 
 def _versions(values: list[Any]) -> list[int]:

@@ -10,7 +10,7 @@ times and do not identify it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class _Part:
         elif value is None or isinstance(value, _PLAIN):
             self._value = (type(value), value)
         else:
-            self._value = _reference(value)
+            self._value = _Same(value)
 
     @property
     def overwritten(self) -> bool:
@@ -92,38 +92,22 @@ class _Part:
 _PLAIN = (str, bytes, int, float, complex, torch.dtype, torch.device, torch.layout)
 
 
-def _reference(value: object) -> object:
-    """Return a stand-in for an object. Its `id` is not used, because Python reuses ids of dead objects."""
-    try:
-        return _Alive(weakref.ref(value))
-    except TypeError:
-        return _Held(value)
+class _Same:
+    """Stands for an object, and is equal only to what stands for the same live object.
 
-
-class _Alive:
-    """A weakly referenced object, equal only to the same live object."""
+    Its `id` is not used, because Python reuses ids of dead objects.
+    """
 
     __slots__ = ("_of",)
 
-    def __init__(self, of: weakref.ref[Any]) -> None:
-        self._of = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Alive) and self._of() is not None and self._of() is other._of()
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-class _Held:
-    """An object without support for weak references, equal only to the same object."""
-
-    __slots__ = ("_value",)
-
     def __init__(self, value: object) -> None:
-        self._value = value
+        try:
+            self._of: Callable[[], object] = weakref.ref(value)
+        except TypeError:
+            self._of = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self._value is other._value
+        return isinstance(other, _Same) and self._of() is not None and self._of() is other._of()
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 

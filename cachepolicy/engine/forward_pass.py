@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from cachepolicy.diffusers.hook_names import REGISTRY
 from cachepolicy.engine import module_run
-from cachepolicy.engine.actions import (
-    ANSWER,
-    COMPUTE,
-    Op,
-    hidden_states,
-)
+from cachepolicy.engine.actions import ANSWER, COMPUTE, Op, hidden_states
 from cachepolicy.engine.audit import run_bare
 from cachepolicy.engine.batch_view import WHOLE
-from cachepolicy.engine.block_chain import Begun, Names, Passage, bind_names
+from cachepolicy.engine.block_chain import Names, Passage, bind_names
 from cachepolicy.engine.chain_check import Tracker
+from cachepolicy.engine.chain_recording import Begun
 from cachepolicy.engine.compat import left, split_arguments
-from cachepolicy.engine.compile.graph_io import fill, lacking, problem
+from cachepolicy.engine.compile.graph_io import fill, problem
 from cachepolicy.engine.compile.graph_ops import Part, Stage
 from cachepolicy.engine.guidance_batch import GuidanceSource
 from cachepolicy.engine.hooks import LOCAL, Leave, SiteHandle
@@ -30,9 +26,10 @@ from cachepolicy.engine.step_context import StepContext
 from cachepolicy.planning.schedule import WAITING
 
 if TYPE_CHECKING:
+    from cachepolicy.engine.call_arguments import CallArguments
     from cachepolicy.engine.cfg_branches import Calls
-    from cachepolicy.engine.clock import CallArguments, Clock, Reading
-    from cachepolicy.engine.sessions import Session, State
+    from cachepolicy.engine.clock import Clock, Reading
+    from cachepolicy.engine.session_state import Session, State
 
 _NO_GUIDANCE_SOURCE = GuidanceSource()
 _NO_PARTS: Mapping[int, Part] = {}
@@ -65,50 +62,15 @@ class ForwardPass:
         stage: State that compiled graphs read. Blocks that are compiled alone read theirs in `blocks`.
         spans_calls: Whether it belongs to a `run.step` context, so that a call of the root model is part of it.
         profile: Times of the modules, where the run is profiled.
+        opened: What the span of the root model itself has recorded of its inputs.
         remembers: Whether this call has changed the remembered signals.
     """
 
     __slots__ = (
-        "_again",
-        "_before",
-        "_gated",
-        "_opened",
-        "_probing",
-        "_waiting",
-        "answered",
-        "args",
-        "arguments",
-        "before",
-        "blocks",
-        "called",
-        "codes",
-        "compares",
-        "computed",
-        "context",
-        "foreseen",
-        "guidance",
-        "inference",
-        "kwargs",
-        "learns",
-        "ledger",
-        "output",
-        "owner",
-        "parts",
-        "passages",
-        "profile",
-        "reading",
-        "remembers",
-        "session",
-        "slots",
-        "source",
-        "spans",
-        "spans_calls",
-        "stage",
-        "started",
-        "state",
-        "step",
-        "store",
-        "unfit",
+        "_again", "_before", "_gated", "_probing", "_waiting", "answered", "args", "arguments", "before",
+        "blocks", "called", "codes", "compares", "computed", "context", "foreseen", "guidance", "inference", "kwargs",
+        "learns", "ledger", "opened", "output", "owner", "parts", "passages", "profile", "reading", "remembers",
+        "session", "slots", "source", "spans", "spans_calls", "stage", "started", "state", "step", "store", "unfit",
     )  # fmt: skip
 
     def __init__(
@@ -149,7 +111,7 @@ class ForwardPass:
         """The spans whose first block runs before they are decided, with its inputs."""
         self._gated: set[SiteHandle] = set()
         self._before: dict[str, int | None] = {}
-        self._opened: Begun | None = None
+        self.opened: Begun | None = None
         self.foreseen: dict[int, Any] = {}
         """Predictions of sites that were made before they were called, in order to check them."""
 
@@ -187,12 +149,12 @@ class ForwardPass:
         for site, part in self.parts.items():
             if self.ledger.of(site) is not WAITING or not self._probing.has_all(read_now.get(site, ())):
                 continue
-            refusal = lacking(self, site, self.ledger.action(site)) if self.ledger.shared(site) else None
-            self.ledger.resolve(site, refusal)
-            reason = problem(self, site)
+            refusal = problem(self, site, self.ledger.action(site)) if self.ledger.shared(site) else None
+            decision = self.ledger.resolve(site, refusal)
+            reason = problem(self, site, decision.action) if decision.verdict == "reuse" else None
             if reason is not None:
                 self.ledger.refuse(site, reason)
-            fill(self, site, part, refused=reason is not None)
+            fill(self, site, part)
 
     # --- probes --------------------------------------------------------------------------------------------
 
@@ -263,7 +225,7 @@ class ForwardPass:
         position = 0
         for number, position in site.members:
             span = self.span(number)
-            phase = self._enter_span(span, position, names)
+            phase = self.enter_span(span, position, names)
             if phase is Phase.ANSWERING:
                 answering = span
                 break
@@ -352,7 +314,8 @@ class ForwardPass:
     def _is_done(self, number: int) -> bool:
         return number in self.spans and self.spans[number].phase is Phase.DONE
 
-    def _enter_span(self, span: SpanRun, position: int, names: Names) -> Phase:
+    def enter_span(self, span: SpanRun, position: int, names: Names) -> Phase:
+        """Decide a span when one of its blocks is called. Return where the span is then."""
         if span.phase is Phase.ANSWERING or span.phase is Phase.COMPUTING:
             return span.phase
         phase = span.enter(position, names, measured=self._probing.has_all(self.context.execution.inside[span.number]))
@@ -395,30 +358,6 @@ class ForwardPass:
         self.leave(site, module, names, output, before)
         self._probing.forget()
         return output
-
-    # --- the root model as a site --------------------------------------------------------------------------
-
-    def open(self, site: SiteHandle) -> None:
-        """Begin the root model as a site: it is answered, or its forward runs."""
-        names = self.arguments.named
-        for number, position in site.members:
-            span = self.span(number)
-            if self._enter_span(span, position, names) is Phase.ANSWERING:
-                self.answered, self.output = True, span.linked(position, names)
-                return
-            self._opened = span.begin(position, names)
-        if module_run.operation(self, site, self.args, self.kwargs) is ANSWER:
-            self.answered, self.output = True, module_run.answered(self, site.index)
-        elif self.ledger.facts:
-            self.ledger.plan()
-
-    def shut(self, site: SiteHandle, output: Any) -> None:
-        """Store the results of the root model as a site."""
-        for number, position in site.members:
-            self.span(number).end(position, self.owner.module, self.arguments.named, self._opened, output)
-        keeping = self.context.execution.keepings[site.index]
-        if not keeping.streams and self.context.wanted(site.index).outputs:
-            module_run.store(self, site.index, self.store, hidden_states(self.args, self.kwargs), output)
 
     # --- the end of the call -------------------------------------------------------------------------------
 

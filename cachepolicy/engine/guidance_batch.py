@@ -26,7 +26,7 @@ from cachepolicy.diffusers.guidance import (
     Order,
     orders_of,
 )
-from cachepolicy.engine.clock import CONTEXT
+from cachepolicy.engine.contexts import CONTEXT
 from cachepolicy.engine.introspection import is_one_of
 from cachepolicy.errors import PolicyError
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cachepolicy.diffusers.guidance import COND_BRANCHES, UNCOND_BRANCHES
 from cachepolicy.engine.batch_view import HALVES, WHOLE
 from cachepolicy.engine.cfg_cache import Problem
@@ -60,7 +62,7 @@ def before(call: ForwardPass, site: int, action: ir.ApproximateUncond) -> None:
     if not guide.named(tick.branch) and call.source.require():
         settings["layout"] = call.source.layout(settings["layout"], model)
     call.guidance = settings
-    problem = guide.problem(tick, call.arguments, call.source, model, calls=len(state.calls.present), action=action)
+    problem = guide.problem(call, action)
     factors = dict[str, Any]()
     if problem is None and ledger.resolve(site).verdict == "reuse":
         try:
@@ -92,16 +94,7 @@ def after(call: ForwardPass, output: Any) -> Any:
     """Complete the output of a halved call, or store what later steps rebuild from. Return the output."""
     if call.guidance is None or call.answered or not _is_read(call):
         return output
-    halved = None if call.context.rows is WHOLE else call.guidance["method"]
-    return call.state.guide.ended(
-        call.context.tick,
-        call.arguments,
-        call.guidance,
-        output,
-        call.owner.channels,
-        halved=halved,
-        keeping=call.context.execution.guidance,
-    )
+    return call.state.guide.ended(call, call.guidance, output, _channels(call.owner.module))
 
 
 def release(call: ForwardPass) -> None:
@@ -126,3 +119,13 @@ def _is_read(call: ForwardPass) -> bool:
     if context.tick.branch in COND_BRANCHES:
         return to_come(call) and context.liveness.approximates(context.tick, now=True)
     return context.liveness.approximates(context.tick, now=False)
+
+
+def _channels(module: torch.nn.Module) -> int | None:
+    """Return the number of channels of the prediction from the model's config, or None."""
+    config = getattr(module, "config", None)
+    for name in ("out_channels", "in_channels", "out_visual_dim", "in_visual_dim"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

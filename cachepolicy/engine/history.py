@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from cachepolicy.engine.actions import Slot
-from cachepolicy.engine.block_chain import Chain, ChainEntry
 from cachepolicy.engine.history_storage import flat
 from cachepolicy.engine.signals import Remembered
 from cachepolicy.engine.streams import Stream
@@ -26,26 +25,18 @@ def trim(slot: Slot, reads: Reads) -> None:
         slot.storing.emptied()
         return
     if slot.chain is not None:
-        _trim_chain(slot.chain, reads)
+        # The links stay: they hold no tensors, and `skip` needs only them.
+        for entries in slot.chain.history:
+            del entries[reads.depth :]
+            for age, entry in enumerate(entries):
+                if age >= reads.residuals:
+                    entry.residuals = (None,) * len(entry.residuals)
+                if age >= reads.outputs:
+                    entry.outputs = (None,) * len(entry.outputs)
     if not reads.outputs:
         slot.output, slot.older, slot.version, slot.versions = None, [], None, None
     elif slot.older:
         slot.older = slot.older[: reads.outputs - 1]
-
-
-def _trim_chain(chain: Chain, reads: Reads) -> None:
-    """Trim the entries of a chain. Its links stay: they hold no tensors, and `skip` needs only them."""
-    for entries in chain.history:
-        del entries[reads.depth :]
-        for age, entry in enumerate(entries):
-            _strip(entry, residuals=age < reads.residuals, outputs=age < reads.outputs)
-
-
-def _strip(entry: ChainEntry, *, residuals: bool, outputs: bool) -> None:
-    if not residuals:
-        entry.residuals = (None,) * len(entry.residuals)
-    if not outputs:
-        entry.outputs = (None,) * len(entry.outputs)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------

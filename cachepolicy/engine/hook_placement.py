@@ -22,7 +22,7 @@ class Placement:
 
     def __init__(self, root: nn.Module, sites: Mapping[str, SiteHandle], *, profiled: bool = False) -> None:
         self._root = root
-        self._profiled = profiled
+        self.profiled = profiled
         self._sites = {path: site for path, site in sites.items() if path}
         self._modules: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class Placement:
 
     def _override(self, module: nn.Module) -> Override:
         override = compat.override_of(module)
-        return timed(override) if self._profiled else override
+        return timed(override) if self.profiled else override
 
     def _move(self, path: str, site: SiteHandle, module: nn.Module) -> None:
         if is_swapped(module) and module not in self._modules.values():

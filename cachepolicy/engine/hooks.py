@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -50,6 +50,7 @@ A `threading.local` is used because Dynamo can trace it. Dynamo cannot trace a C
 """
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class SiteHandle(Handle):
     """State of one intercepted module.
 
@@ -66,27 +67,21 @@ class SiteHandle(Handle):
         alone: Whether exactly one span, and no probe, sees the calls.
     """
 
-    __slots__ = (
-        "alone", "block", "index", "inputs", "inside", "keeping", "members", "name", "outputs", "owner", "parameters",
-        "plain", "special", "starts", "within",
-    )  # fmt: skip
-
-    def __init__(self, owner: RootModel, name: str, parameters: Sequence[str]) -> None:
-        self.owner = owner
-        self.name = name
-        self.parameters = tuple(parameters)
-        self.index = -1
-        self.keeping = Keeping(0, 0, streams=False, halves=False)
-        self.plain = False
-        self.members: list[tuple[int, int]] = []
-        self.inputs: list[ir.Probe] = []
-        self.outputs: list[ir.Probe] = []
-        self.starts: list[ir.Probe] = []
-        self.special = False
-        self.alone = False
-        self.block = -1
-        self.within = -1
-        self.inside: list[tuple[int, int]] = []
+    owner: RootModel
+    name: str
+    parameters: tuple[str, ...]
+    index: int = -1
+    keeping: Keeping = field(default_factory=lambda: Keeping(0, 0, streams=False, halves=False))
+    plain: bool = False
+    members: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    inputs: list[ir.Probe] = field(default_factory=list[ir.Probe])
+    outputs: list[ir.Probe] = field(default_factory=list[ir.Probe])
+    starts: list[ir.Probe] = field(default_factory=list[ir.Probe])
+    special: bool = False
+    alone: bool = False
+    block: int = -1
+    within: int = -1
+    inside: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
     @property
     def watched(self) -> bool:

@@ -23,8 +23,6 @@ from cachepolicy.planning.schedule import (
     hides,
 )
 
-_NO_NUMBERS: Mapping[str, float] = {}
-
 
 class Ledger:
     """Decisions of the sites in one root call.
@@ -35,7 +33,6 @@ class Ledger:
         measuring: The signals of this call, or None if no rule can read one.
         facts: Reasons why sites have to compute, by site number.
         company: The processes that hold shards of the parameters, or None.
-        externals: Numbers of the externals that a `while` reads, by name.
 
     Attributes:
         decisions: The decisions, by group of the branch's partition. `WAITING` where signals are missing.
@@ -46,30 +43,17 @@ class Ledger:
     """
 
     __slots__ = (
-        "_company",
-        "_context",
-        "_externals",
-        "_leaders",
-        "_tick",
-        "after",
-        "decisions",
-        "facts",
-        "measuring",
-        "signals",
-        "table",
-    )
+        "_branch", "_company", "_context", "_externals", "_leaders", "_tick", "after", "decisions", "facts",
+        "measuring", "signals", "table",
+    )  # fmt: skip
 
     def __init__(
-        self,
-        context: StepContext,
-        leaders: Mapping[str, Sequence[Decision]],
-        measuring: Measuring | None,
-        facts: dict[int, str],
-        company: Agreement | None = None,
-        externals: Mapping[str, float] = _NO_NUMBERS,
-    ) -> None:
+        self, context: StepContext, leaders: Mapping[str, Sequence[Decision]], measuring: Measuring | None,
+        facts: dict[int, str], company: Agreement | None,
+    ) -> None:  # fmt: skip
         self._context = context
-        self._externals = externals
+        self._branch = context.branch
+        self._externals = context.externals
         self._leaders = leaders
         self._company = company
         self._tick = context.tick
@@ -80,7 +64,7 @@ class Ledger:
         self.decisions: list[Decision]
         self.after: list[Memory]
         self.table: StepTable | None = None
-        execution, branch = context.execution, context.branch
+        execution, branch = context.execution, self._branch
         if facts or (leaders and self._leaders_part()):
             self.plan()
         elif execution.is_static and branch.partition is execution.program.coarse:
@@ -94,26 +78,20 @@ class Ledger:
         return any(
             decided[site] is not decided[group.sites[0]]
             for decided in self._leaders.values()
-            for group in self._context.branch.partition.groups
+            for group in self._branch.partition.groups
             for site in group.sites[1:]
         )
 
     def _planned(self) -> tuple[list[Decision], list[Memory]]:
-        program, branch = self._context.execution.program, self._context.branch
+        program, branch = self._context.execution.program, self._branch
         return decide_all(
-            program,
-            branch.partition,
-            branch.memories,
-            self._context.tick,
-            signals=self._externals,
-            signals_of=self.signals if program.measured else None,
-            followed=self._leaders,
-            facts=self.facts,
-        )
+            program, branch.partition, branch.memories, self._context.tick, signals=self._externals,
+            signals_of=self.signals if program.measured else None, followed=self._leaders, facts=self.facts,
+        )  # fmt: skip
 
     def plan(self) -> None:
         """Decide again with the facts known so far, site by site."""
-        branch, program = self._context.branch, self._context.execution.program
+        branch, program = self._branch, self._context.execution.program
         if branch.partition is not program.fine:
             branch.memories = program.split(branch.memories)
             branch.partition = program.fine
@@ -129,11 +107,11 @@ class Ledger:
 
     def of(self, site: int) -> Decision:
         """Return the current decision of the site, `WAITING` if its signals are missing."""
-        return self.decisions[self._context.branch.partition.group_of[site]]
+        return self.decisions[self._branch.partition.group_of[site]]
 
     def by_site(self) -> list[Decision]:
         """Return the decisions by site number."""
-        return self._context.branch.partition.spread(self.decisions)
+        return self._branch.partition.spread(self.decisions)
 
     def resolve(self, site: int, problem: str | None = None) -> Decision:
         """Return the decision of the site, and make it now if it waits for signals.
@@ -157,7 +135,7 @@ class Ledger:
     def _decide(self, site: int) -> None:
         if site not in self.signals:
             self.signals[site] = self._numbers(site)
-        branch = self._context.branch
+        branch = self._branch
         group = branch.partition.group_of[site]
         decider = branch.partition.groups[group].decider
         self.decisions[group] = decider.decide(self._inputs(site, branch.memories[group]))
@@ -194,7 +172,7 @@ class Ledger:
 
     def _subject(self, site: int) -> tuple[str, str]:
         """Return what is decided, and the non-signal inputs of the decision, as text equal on all processes."""
-        branch = self._context.branch
+        branch = self._branch
         memory = branch.memories[branch.partition.group_of[site]]
         name = self._context.execution.plan.sites[site].name
         return f"`{name}`", f"{self._context.tick.branch} {memory.last} {memory.computes}"
@@ -213,7 +191,7 @@ class Ledger:
 
     def action(self, site: int) -> ir.Action | None:
         """Return the action of the site if it reuses. It depends only on the clock."""
-        branch = self._context.branch
+        branch = self._branch
         group = branch.partition.group_of[site]
         owner = branch.partition.groups[group].decider.owner(self._inputs(site, branch.memories[group]))
         return None if owner is None else owner.rule.action
@@ -240,7 +218,7 @@ class Ledger:
             self.measuring.agree("what did not run", "", waiting)
         for site in waiting:
             self._decide(site)
-            if not self._hidden(self._context.branch.partition.group_of[site]):
+            if not self._hidden(self._branch.partition.group_of[site]):
                 self._consent(site, self.facts.get(site))
         for site in uncalled:
             around = [outer for outer in self._context.execution.plan.sites[site].parents if outer not in self.facts]
@@ -253,30 +231,27 @@ class Ledger:
                 self.signals |= {site: self._numbers(site) for site in waiting}
                 self.plan()
         elif self.signals:
-            self._merge()
+            # Merge the decisions made during the forward pass, and what they hide, into the earlier ones.
+            branch = self._branch
+            for index, group in enumerate(branch.partition.groups):
+                site, hidden = group.sites[0], self._hidden(index)
+                if hidden:
+                    self.decisions[index] = HIDDEN
+                if hidden or site in self.signals:
+                    decision = self.decisions[index]
+                    inputs = decision.inputs
+                    if inputs is None or inputs.tick is not self._tick:
+                        inputs = self._inputs(site, branch.memories[index])
+                    self.after[index] = group.decider.advance(inputs, decision)
 
     def _waiting(self) -> list[int]:
         """Return the sites that wait for their signals."""
         if not self._context.execution.program.measured:
             return []
-        return [site for site, group in enumerate(self._context.branch.partition.group_of)
+        return [site for site, group in enumerate(self._branch.partition.group_of)
                 if self.decisions[group] is WAITING]  # fmt: skip
 
     def _hidden(self, group: int) -> bool:
         """Return whether a site around the sites of a group reuses."""
-        parents = self._context.branch.partition.groups[group].parents
+        parents = self._branch.partition.groups[group].parents
         return bool(parents) and any(hides(self.decisions[parent], self._context.tick.branch) for parent in parents)
-
-    def _merge(self) -> None:
-        """Merge the decisions made during the forward pass, and what they hide, into the earlier ones."""
-        branch = self._context.branch
-        for index, group in enumerate(branch.partition.groups):
-            site, hidden = group.sites[0], self._hidden(index)
-            if hidden:
-                self.decisions[index] = HIDDEN
-            if hidden or site in self.signals:
-                decision = self.decisions[index]
-                inputs = decision.inputs
-                if inputs is None or inputs.tick is not self._tick:
-                    inputs = self._inputs(site, branch.memories[index])
-                self.after[index] = group.decider.advance(inputs, decision)

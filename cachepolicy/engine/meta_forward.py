@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachepolicy.engine.block_chain import Chain, ChainForm, Continuations, Keeps, Recorder, bind_names
+from cachepolicy.engine.block_chain import Chain, ChainForm, Keeps, bind_names
+from cachepolicy.engine.chain_recording import Continuations, Recorder
 from cachepolicy.engine.compile.graph_ops import UNCOMPILED
 from cachepolicy.engine.distributed.groups import is_initialized
 from cachepolicy.engine.history_packing import leaves

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from cachepolicy.engine.actions import (
     ANSWER,
@@ -13,12 +10,11 @@ from cachepolicy.engine.actions import (
     Op,
     hidden_states,
     keep,
-    mean_of_halves,
-    predicted,
     push,
     reused,
     unfit,
 )
+from cachepolicy.engine.answers import output_of, outputs_read
 from cachepolicy.engine.block_chain import Names
 from cachepolicy.engine.distributed.groups import is_initialized
 from cachepolicy.engine.finite import is_finite
@@ -70,30 +66,18 @@ def _unsound(call: ForwardPass, site: int) -> str | None:
     if excess is not None or is_initialized():
         # With several processes, one might refuse what the others give, so values are not checked.
         return excess
-    output = call.foreseen[site] = prediction(call, site, action)
+    output = call.foreseen[site] = output_of(*outputs_read(call.context, site, action))
     return None if is_finite(output) else Fact.NOT_FINITE
-
-
-def prediction(call: ForwardPass, site: int, action: ir.Predict) -> Any:
-    """Return the output of a site as its history predicts it."""
-    context = call.context
-
-    def predict(column: Sequence[torch.Tensor], steps: Sequence[int]) -> torch.Tensor:
-        return context.predicted(action, site, column, steps)
-
-    return predicted(call.slots[site], action, predict, context.rows)
 
 
 def answered(call: ForwardPass, site: int) -> Any:
     """Return the answer of a site from its stored outputs."""
     slot, action, rows = call.slots[site], call.ledger.of(site).action, call.context.rows
-    if is_mean(action):
-        return mean_of_halves(slot, rows)
-    if not isinstance(action, ir.Predict):
+    if not (isinstance(action, ir.Predict) or is_mean(action)):
         return reused(slot, rows, inference=call.inference)
     output = call.foreseen.pop(site, None)
     if output is None:
-        output = prediction(call, site, action)
+        output = output_of(*outputs_read(call.context, site, action))
     if feedback(action):
         if slot.shape is not None:
             slot.shape = rows.shape(slot.shape, slot.rows)

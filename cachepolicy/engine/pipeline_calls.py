@@ -129,7 +129,7 @@ def pipeline_override(original: Method) -> Method:
             return original(self, *args, **kwargs)
         # The arguments are read only where a policy says what it was tuned for.
         guidance = functools.partial(guidance_numbers, self, original, (self, *args), kwargs)
-        call: PipelineCall = handle.run.pipeline_call(self, guidance)
+        call: PipelineCall = handle.attachment.call_of(self, guidance)
         if deferred:
             return _steered(call, original(self, *args, **kwargs))
         try:

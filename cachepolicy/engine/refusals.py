@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from cachepolicy.diffusers.guidance import distilled_by
 from cachepolicy.engine.class_swap import plain
 from cachepolicy.engine.hooks import SiteHandle, runs
 from cachepolicy.errors import PolicyError, counted, warn
+from cachepolicy.reports.nothing_reused import why_nothing_was_reused
 
 if TYPE_CHECKING:
     from cachepolicy.engine.root_model import RootModel
+    from cachepolicy.engine.session_state import State
 
 
 def refuse_again(root: RootModel, reason: str) -> NoReturn:
@@ -100,3 +104,15 @@ def _repeated(root: RootModel) -> str:
     names = list(dict.fromkeys([*sites, *probed]))
     rest = f" and {counted(len(names) - 3, 'other')}" if names[3:] else ""
     return ", ".join(f"`{name}`" for name in names[:3]) + rest
+
+
+def warn_of_no_reuse(root: RootModel, state: State) -> None:
+    """Warn that a trajectory has reused nothing, and say why as far as its record tells."""
+    message = f"the policy reused nothing in a trajectory of {counted(state.count, 'call')}"
+    if state.trajectory is not None:
+        distilled = distilled_by(getattr(root.module, "config", None)) is not None
+        why = why_nothing_was_reused(state.trajectory, distilled=distilled)
+        ts = [call.tick.t for call in state.trajectory.calls if call.tick.t is not None]
+        seen = f" (t went from {ts[0]:g} to {ts[-1]:g})" if ts else ""
+        message = f"{message}: {why or 'no rule allows it'}{seen}"
+    warnings.warn(message, UserWarning, stacklevel=3)

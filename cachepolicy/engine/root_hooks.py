@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch._dynamo
 
+from cachepolicy.engine import compat
 from cachepolicy.engine.class_swap import ATTRIBUTE, Method
 from cachepolicy.engine.compile.graph_ops import UNCOMPILED, exporting
+from cachepolicy.engine.contexts import CONTEXT, Context, setting
 from cachepolicy.engine.hooks import LOCAL, Decorator, eager
+from cachepolicy.engine.refusals import refuse_again, refuse_step
+from cachepolicy.errors import PolicyError
 
 if TYPE_CHECKING:
     from cachepolicy.engine.forward_pass import ForwardPass
@@ -167,3 +172,82 @@ def _decided(original: Method) -> Method:
             LOCAL.frame, LOCAL.stage, LOCAL.root = outer
 
     return decided
+
+
+# --- forward passes of code that calls the blocks itself ----------------------------------------------------
+
+
+def denoiser_of(roots: Mapping[str, RootModel], model: str | torch.nn.Module | None) -> RootModel | None:
+    """Return the root model of a `run.step`, or None if the run was removed."""
+    every = dict(roots)
+    matching = [root for name, root in every.items() if model is None or model == name or model is root.module]
+    if len(matching) > 1 or (every and not matching):
+        names = " and ".join(f"`{name or type(root.module).__name__}`" for name, root in every.items())
+        raise PolicyError.of(
+            "E324",
+            f"`run.step` is for one denoiser, and the run has {names}",
+            help="pass the denoiser or its name first, as in `run.step(pipe.transformer_2, t=t)`",
+        )
+    return matching[0] if matching else None
+
+
+@contextlib.contextmanager
+def stepped(root: RootModel, context: Context) -> Generator[None]:
+    """Return a context manager: the modules that run inside are one forward pass of the root model."""
+    refuse_step(root)
+    with setting(CONTEXT, context):
+        call = root.begin((), {})
+    if call is None:
+        yield
+        return
+    outer, thread = (LOCAL.frame, LOCAL.stage), threading.get_ident()
+    call.spans_calls = True
+    LOCAL.frame, LOCAL.stage = call, None
+    try:
+        with UNCOMPILED if call.learns else contextlib.nullcontext():
+            yield
+        if root.end(call, None) is AGAIN:
+            refuse_again(root, "it is a `run.step` of the caller")
+    except BaseException as error:
+        root.fail(call, error)
+        raise
+    finally:
+        call.spans_calls = False
+        # A generator that was given up inside may be closed in another thread, which may be in a call of its own.
+        if threading.get_ident() == thread:
+            LOCAL.frame, LOCAL.stage = outer
+
+
+# --- the other methods of a root model ----------------------------------------------------------------------
+
+
+def _cache_context_override(original: Method) -> Method:
+    """Override of diffusers' `model.cache_context(name, ...)`: names the guidance branch of the calls inside."""
+
+    @contextlib.contextmanager
+    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Generator[Any]:
+        clock = {key: value for key, value in kwargs.items() if key in Context.__slots__}
+        with setting(CONTEXT, Context(name, **clock)), original(self, name, *args, **kwargs) as inner:
+            yield inner
+
+    return cache_context
+
+
+def _reset_override(original: Method) -> Method:
+    """Override of `_reset_stateful_cache`, which diffusers pipelines call at their end: ends the session."""
+
+    def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        root = self.__dict__.get(ATTRIBUTE)
+        if root is not None:
+            root.attachment.sessions.end_current()
+        return original(self, *args, **kwargs)
+
+    return _reset_stateful_cache
+
+
+ROOT_METHODS = {
+    "cache_context": _cache_context_override,
+    "_reset_stateful_cache": _reset_override,
+    "enable_cache": compat.enable_cache_override,
+}
+"""Overrides by the name of the method. Classes without the method get none."""

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachepolicy.engine.clock import Sources
 from cachepolicy.engine.execution_plan import ExecutionPlan, lay_out
@@ -16,6 +16,9 @@ from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from cachepolicy.engine.attachment import Attachment
 
 MOST_EXECUTIONS = 64
 """The number of cached execution plans, one per set of params. The least recently used is dropped."""
@@ -37,6 +40,20 @@ class SessionConfig:
             timestep=self.options.timestep, steps=self.options.steps, reads_t=reads_t, lengths=frozenset(lengths)
         )
         object.__setattr__(self, "bare", bare)
+
+    def sources(self, attachment: Attachment, pipeline: Any) -> Sources:
+        """Return what the clock of a root call reads, in a call of `pipeline` or outside of any (None)."""
+        if self.options.timestep is not None:
+            return self.bare
+        scheduler = self.options.scheduler
+        if scheduler is None and pipeline is not None:
+            scheduler = getattr(pipeline, "scheduler", None)
+        follower = None if scheduler is None else attachment.follower_of(scheduler)
+        if follower is None or getattr(scheduler, "timesteps", None) is None:
+            return self.bare
+        return replace(
+            self.bare, scheduler=scheduler, follower=follower, pipeline=None if pipeline is None else type(pipeline)
+        )
 
     def differs(self, other: SessionConfig) -> bool:
         """Return True if a running trajectory cannot change to `other`. A change of functions is allowed."""

@@ -34,7 +34,7 @@ def handles_of(root: RootModel) -> dict[str, SiteHandle]:
         if len(site.modules) == 1:
             handle = at(site.modules[0])
             handle.index, handle.keeping = site.index, keeping
-            handle.plain = keeping.plain and root.storing is ANYHOW
+            handle.plain = keeping.plain and root.attachment.storing is ANYHOW
     for probe, location in plan.probes.items():
         before = probe.stream in {"input", "argument"}
         handle = at(location.modules[0 if before else -1])

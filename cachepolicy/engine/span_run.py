@@ -5,24 +5,24 @@ UNDECIDED -> FIRST_BLOCK -> ANSWERING | COMPUTING -> DONE
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachepolicy.engine.batch_view import WHOLE
+from cachepolicy.engine.actions import chain_of
+from cachepolicy.engine.answers import lacking, of_residual, segment_read, values_of
 from cachepolicy.engine.block_chain import (
     Answers,
-    Begun,
-    Chain,
     ChainEntry,
     Keeps,
     Link,
     Names,
     Passage,
-    Recorder,
+    fed_back,
     handed_on,
+    led,
     parts,
     passage,
     passed,
@@ -30,6 +30,7 @@ from cachepolicy.engine.block_chain import (
     signature,
 )
 from cachepolicy.engine.chain_check import Tracker, is_trackable
+from cachepolicy.engine.chain_recording import Begun, Recorder
 from cachepolicy.engine.distributed.groups import is_initialized
 from cachepolicy.engine.finite import is_finite
 from cachepolicy.engine.hooks import SiteHandle
@@ -37,7 +38,7 @@ from cachepolicy.engine.ledger import Ledger
 from cachepolicy.engine.step_context import StepContext
 from cachepolicy.language import ir
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import feedback, reach
+from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.schedule import WAITING
 
 if TYPE_CHECKING:
@@ -80,18 +81,15 @@ class SpanRun:
         self._context = context
         self._ledger = ledger
         self.number = number
-        slot = context.branch.slots[number]
-        if slot.chain is None:
-            slot.chain = Chain(slot.storing)
-        self.chain = slot.chain
+        self.chain = chain_of(context.branch.slots[number])
         self.phase = Phase.UNDECIDED
         self.links: dict[int, Link] = {}
         self.passages: Mapping[SiteHandle, Passage] = {}
         self.recorder: Recorder | Tracker | None = None
         self._inputs: Names | None = None
         """The inputs of the first block, while the span is undecided."""
-        self._ready: dict[int, _Answer] = {}
-        """Answers by segment that were made before the span was decided, in order to check them."""
+        self._ready: dict[int, tuple[list[Any], list[Any] | None]] = {}
+        """Values by segment, and their sums with its inputs, that were made early in order to check them."""
 
     # --- the decision ------------------------------------------------------------------------------------
 
@@ -148,18 +146,9 @@ class SpanRun:
 
     def problem(self, names: Names, action: ir.Action | None) -> str | None:
         """Return why the span cannot answer, or None. A `skip` needs only the structure of its blocks."""
-        chain, skips = self.chain, isinstance(action, ir.Skip)
-        if skips and not chain.links:
-            # What a skipped block returns does not depend on the trajectory or the branch.
-            chain.links, chain.endings = self._context.root.continuations.links_of(self.number, names)
-        if not chain.links:
-            return Fact.UNKNOWN_FORM if skips else chain.storing.lacking
-        if not skips and not chain.holds(residual=_of_residual(action)):
-            return chain.storing.lacking
-        if len(chain.links) < len(self._context.execution.names[self.number]):
-            return Fact.INCOMPLETE
-        if skips or chain.signature is None:
-            return None  # without a signature, a graph stored it, and the root model has checked the arguments
+        chain, reason = self.chain, lacking(self._context, self.number, action, names)
+        if reason is not None or isinstance(action, ir.Skip) or chain.signature is None:
+            return reason  # without a signature, a graph stored it, and the root model has checked the arguments
         if self._ledger.shared(self.number) and (excess := self._context.excess(self.number, action)) is not None:
             return excess
         present = signature(names)
@@ -186,19 +175,18 @@ class SpanRun:
             return excess
         if isinstance(action, ir.Predict):
             for segment in range(len(self.chain.history)):
-                answer = self._ready[segment] = _Answer(self._values(segment, action))
-                if not is_finite(answer.values):
+                values = self._values(segment, action)
+                self._ready[segment] = values, None
+                if not is_finite(values):
                     return Fact.NOT_FINITE
-        if names is None or not _of_residual(action):
+        if names is None or not of_residual(action):
             return None
-        answer = self._ready.get(0)
-        if answer is None:
-            answer = self._ready[0] = _Answer(self._values(0, action))
-        answer.sums = [
-            None if stream is None or value is None else stream + value
-            for stream, value in zip(passed(self._structure().lead.shape, names), answer.values, strict=True)
-        ]
-        return None if is_finite(answer.sums) else Fact.NOT_FINITE
+        values = self._ready[0][0] if self._ready else self._values(0, action)
+        sums = led(passed(self._structure().lead.shape, names), values, residual=True)
+        self._ready[0] = values, sums
+        # Streams that pass through are not checked.
+        checked = [value for value, added in zip(sums, values, strict=True) if added is not None]
+        return None if is_finite(checked) else Fact.NOT_FINITE
 
     # --- answers -----------------------------------------------------------------------------------------
 
@@ -257,52 +245,19 @@ class SpanRun:
 
     def _led(self, segment: int, inputs: list[Any], action: ir.Action | None) -> list[Any]:
         """Return the answer of the first block of a segment, which carries the result of the whole segment."""
-        residual = _of_residual(action)
-        ready = self._ready.pop(segment, None) or _Answer(self._values(segment, action))
-        answers = list[Any]()
-        for index, (stream, value) in enumerate(zip(inputs, ready.values, strict=True)):
-            if stream is None or value is None:
-                answers.append(stream)
-            elif not residual:
-                answers.append(value.clone())
-            else:
-                answers.append(stream + value if ready.sums is None else ready.sums[index])
+        values, sums = self._ready.pop(segment, None) or (self._values(segment, action), None)
+        answers = led(inputs, values, residual=of_residual(action)) if sums is None else sums
         if feedback(action):
-            self._feed(segment, inputs, answers, ready.values)
+            context, entries = self._context, self.chain.history[segment]
+            keeping = context.execution.keepings[self.number]
+            fed = fed_back(inputs, values, answers, residuals=keeping.residuals > 0, outputs=keeping.outputs > 0)
+            older = [entry for entry in entries if entry.rows.serves(context.rows)]
+            self.chain.push(segment, ChainEntry(*fed, context.tick.step, context.rows), older, keeping.depth)
         return answers
-
-    def _feed(self, segment: int, inputs: Sequence[Any], answers: Sequence[Any], values: Sequence[Any]) -> None:
-        """Store an answer as the newest result of a segment."""
-        context = self._context
-        keeping = context.execution.keepings[self.number]
-        known = [stream is not None and value is not None for stream, value in zip(inputs, values, strict=True)]
-        residuals = tuple(
-            answer - stream if there and keeping.residuals else None
-            for answer, stream, there in zip(answers, inputs, known, strict=True)
-        )
-        # Clone, because the caller may modify the answer in place.
-        outputs = tuple(
-            answer.clone() if there and keeping.outputs else None for answer, there in zip(answers, known, strict=True)
-        )
-        older = [entry for entry in self.chain.history[segment] if entry.rows.serves(context.rows)]
-        newest = ChainEntry(residuals, outputs, context.tick.step, context.rows)
-        self.chain.push(segment, newest, older, keeping.depth)
 
     def _values(self, segment: int, action: ir.Action | None) -> list[Any]:
         """Return the residuals or outputs with which a segment is answered, by index."""
-        residual, rows = _of_residual(action), self._context.rows
-        read = [entry for entry in self.chain.history[segment][: reach(action)] if entry.rows.serves(rows)]
-        if not isinstance(action, ir.Predict):
-            entry = read[0]
-            values = [entry.at(index, residual=residual) for index in range(len(entry.residuals))]
-            return values if rows is WHOLE else [rows.cut(value, entry.rows) for value in values]
-        steps, values = [entry.step for entry in read], list[Any]()
-        for index in range(len(read[0].residuals)):
-            # An older entry may hold only outputs, or only residuals.
-            column = [rows.cut(entry.at(index, residual=residual), entry.rows) for entry in read]
-            lacking = any(tensor is None for tensor in column)
-            values.append(None if lacking else self._context.predicted(action, self.number, column, steps))
-        return values
+        return values_of(*segment_read(self._context, self.number, self.chain.history[segment], action))
 
     # --- computes ----------------------------------------------------------------------------------------
 
@@ -336,8 +291,8 @@ class SpanRun:
         if recorder.calls == len(self._context.execution.names[self.number]):
             self.finish()
             self.phase = Phase.DONE
-            if len(self.chain.links) == recorder.calls:
-                self._context.root.continuations.keep_links(self.number, self.chain.links, self.chain.endings)
+            if type(recorder) is Recorder and (form := self.chain.form(recorder.calls)) is not None:
+                self._context.root.continuations.forms[self.number] = form
 
     def finish(self) -> None:
         """Store what was recorded."""
@@ -351,17 +306,3 @@ class SpanRun:
         self.links, self.passages = {}, {}
         if self.phase is Phase.FIRST_BLOCK or self.phase is Phase.ANSWERING:
             self.phase = Phase.COMPUTING
-
-
-class _Answer:
-    """Values with which a segment is answered, and their sums with its inputs where they have been made."""
-
-    __slots__ = ("sums", "values")
-
-    def __init__(self, values: list[Any]) -> None:
-        self.values = values
-        self.sums: list[Any] | None = None
-
-
-def _of_residual(action: ir.Action | None) -> bool:
-    return isinstance(action, ir.Reuse | ir.Predict) and action.residual

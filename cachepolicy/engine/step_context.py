@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Place, Slot, combine
+from cachepolicy.engine.actions import STORE, STORE_CLONE, Op, Slot, combine
 from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.execution_plan import ExecutionPlan, Trims
 from cachepolicy.engine.finite import is_too_large
@@ -86,22 +86,8 @@ class StepContext:
     """
 
     __slots__ = (
-        "_arguments",
-        "_suppliers",
-        "audit",
-        "branch",
-        "execution",
-        "externals",
-        "guided",
-        "inference",
-        "layout",
-        "liveness",
-        "root",
-        "rows",
-        "signals",
-        "spread",
-        "store",
-        "tick",
+        "_arguments", "_suppliers", "_weights", "audit", "branch", "execution", "externals", "guided", "inference",
+        "layout", "liveness", "root", "rows", "signals", "spread", "store", "tick",
     )  # fmt: skip
 
     def __init__(
@@ -134,7 +120,8 @@ class StepContext:
         if execution.program.externals:
             # A call that is prepared anew is decided from what was read before.
             self.externals = earlier.externals if earlier is not None else self._read_externals()
-        self._arguments: dict[tuple[int, frozenset[str]], dict[str, Any]] | None = None
+        self._arguments: dict[tuple[int, frozenset[str]], dict[str, Any]] = {}
+        self._weights: dict[tuple[int, ...], Weights] = {}
 
     def wanted(self, site: int) -> Reads:
         """Return what later steps may read of a result that the site computes now."""
@@ -173,20 +160,17 @@ class StepContext:
         numbers = self.bands(action, site, steps) if action.predictor == "band" else [self.weights(action, site, steps)]
         return Fact.TOO_LARGE if any(is_too_large(each, newest) for each in numbers) else None
 
-    def predicted(
+    def banded(
         self, action: ir.Predict, site: int, column: Sequence[torch.Tensor], steps: Sequence[int]
     ) -> torch.Tensor:
-        """Return the prediction of one tensor from its values at earlier steps, newest first."""
-        if action.predictor != "band":
-            return combine(column, self.weights(action, site, steps))
+        """Return the prediction of `band` for one tensor from its values at earlier steps, newest first."""
         given = self.arguments(action, site)
         low, high = (combine(column, numbers) for numbers in self.bands(action, site, steps))
         return high + low_band(low - high, given["transform"], given["cut"], self.layout)
 
     def bands(self, action: ir.Predict, site: int, steps: Sequence[int]) -> list[Weights]:
         """Return the coefficients of the low and of the high band at this step."""
-        place, given = self.places(action), self.arguments(action, site)
-        places, here = [place(step) for step in steps], place(self.tick.step)
+        (here, *places), given = self._places(action, steps), self.arguments(action, site)
         inner: list[Inner] = [given["low"], given["high"]]
         return [each.weights(places, here) for each in inner]
 
@@ -198,17 +182,23 @@ class StepContext:
             site: The number of the site that is answered.
             steps: The steps of the results, newest first.
         """
-        place = self.places(action)
-        places = [place(step) for step in steps]
-        return weights(action.predictor, places, place(self.tick.step), self.arguments(action, site))
+        key = site, id(action), *steps
+        numbers = self._weights.get(key)
+        if numbers is None:
+            here, *places = self._places(action, steps)
+            numbers = self._weights[key] = weights(action.predictor, places, here, self.arguments(action, site))
+        return numbers
 
-    def places(self, action: ir.Predict) -> Place:
-        """Return the function that gives the place of a step on the axis of a predictor."""
+    def _places(self, action: ir.Predict, steps: Sequence[int]) -> list[float]:
+        """Return the places of this step and of other steps on the axis of a predictor."""
         word, ticks = axis(action), self.branch.ticks
+        places: list[float] = [self.tick.step, *steps]
+        if word != "step":
+            places = [getattr(ticks[step], word) for step in (self.tick.step, *steps)]
         if is_scaled(action):
             whole = {"step": self.tick.steps or 1, "t": 1000, "sigma": 1}[word]
-            return lambda step: 2 * getattr(ticks[step], word) / whole - 1
-        return int if word == "step" else lambda step: getattr(ticks[step], word)
+            places = [2 * place / whole - 1 for place in places]
+        return places
 
     def arguments(
         self, action: ir.Predict | ir.ApproximateUncond, site: int, *, without: frozenset[str] = frozenset()
@@ -223,8 +213,6 @@ class StepContext:
         Raises:
             Undefined: An argument has no value at this step.
         """
-        if self._arguments is None:
-            self._arguments = {}
         known = self._arguments.get((site, without))
         if known is not None:
             return known

@@ -1,20 +1,22 @@
-"""What follows from the decisions of one root call: the operations of its sites, and what it releases at its end."""
+"""What follows from the decisions of one root call: the operations of its sites, what it releases, and its record."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from itertools import compress, count
 from typing import TYPE_CHECKING, TypeVar
 
-from cachepolicy.engine.actions import ANSWER, COMPUTE, PENDING, REUSE, UNCALLED, Op
+from cachepolicy.engine.actions import COMPUTE, PENDING, UNCALLED, Op
+from cachepolicy.engine.answers import operation
 from cachepolicy.engine.execution_plan import UNKNOWN_TRIMS, Trims
 from cachepolicy.engine.history import trim
+from cachepolicy.engine.profiling import now
 from cachepolicy.engine.signals import Remembered
 from cachepolicy.engine.span_run import Phase
-from cachepolicy.language import ir
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.possible_decisions import NOTHING, Reads
-from cachepolicy.planning.schedule import WAITING, Decision
+from cachepolicy.tracing.trace import Trajectory
 
 if TYPE_CHECKING:
     from cachepolicy.engine.forward_pass import ForwardPass
@@ -80,20 +82,14 @@ def planned_codes(call: ForwardPass) -> list[Op]:
 
 def _ops(call: ForwardPass) -> list[Op]:
     partition = call.context.branch.partition
-    by_group = [
-        _op(call, decision, group.sites[0])
-        for decision, group in zip(call.ledger.decisions, partition.groups, strict=True)
-    ]
+    if call.context.audit is not None:
+        return [PENDING] * len(partition.group_of)
+    by_group = list[Op]()
+    for decision, group in zip(call.ledger.decisions, partition.groups, strict=True):
+        op = operation(decision, call.store)
+        # A result is stored only if a later step may read it.
+        by_group.append(COMPUTE if op is call.store and not call.context.wanted(group.sites[0]).outputs else op)
     return [by_group[group] for group in partition.group_of]
-
-
-def _op(call: ForwardPass, decision: Decision, site: int) -> Op:
-    """Return what a site does by its decision. A result is stored only if a later step may read it."""
-    if decision is WAITING or call.context.audit is not None:
-        return PENDING
-    if decision.verdict != "reuse":
-        return call.store if call.context.wanted(site).outputs else COMPUTE
-    return REUSE if isinstance(decision.action, ir.Reuse) and not decision.action.mean else ANSWER
 
 
 def uncalled(call: ForwardPass) -> list[int]:
@@ -109,6 +105,29 @@ def uncalled(call: ForwardPass) -> list[int]:
         and (site not in call.spans or call.spans[site].phase is Phase.UNDECIDED)
         and (keepings[site].streams or handles[names[site][0]] not in call.called)
     ]
+
+
+def record(call: ForwardPass, trajectory: Trajectory, errors: Mapping[int, float]) -> None:
+    """Add the call to the trace.
+
+    Args:
+        call: The call, after its commit.
+        trajectory: The record of the trajectory.
+        errors: The errors of its answers by site number, where it is audited.
+    """
+    size = trajectory.size
+    if size >= _MOST_CALLS:
+        return
+    context, ledger = call.context, call.ledger
+    seconds = (now() if call.owner.placement.profiled else time.perf_counter()) - call.started
+    trajectory.record((
+        context.tick, context.branch.partition, ledger.decisions, ledger.facts, seconds, ledger.recorded(),
+        call.state.held, call.started, call.profile if size < _MOST_PROFILED else (), errors,
+    ))  # fmt: skip
+
+
+_MOST_CALLS = 10_000  # calls per trajectory in the trace, which bounds trajectories whose end is unknown
+_MOST_PROFILED = 1_000  # calls per trajectory with the times of their modules
 
 
 def _put(known: dict[K, V], key: K, value: V) -> V:

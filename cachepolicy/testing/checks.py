@@ -21,7 +21,7 @@ from cachepolicy.planning.simulation import replay
 if TYPE_CHECKING:
     from torch import nn
 
-    from cachepolicy.engine.run import PolicyLike
+    from cachepolicy.engine.apply import PolicyLike
     from cachepolicy.tracing.trace import Trace, Trajectory
 
 __all__ = [

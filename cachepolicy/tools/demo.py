@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cachepolicy.engine.run import apply
+from cachepolicy.engine.apply import apply
 from cachepolicy.errors import counted
 from cachepolicy.language import ir
 from cachepolicy.tools.emoji import NAMES, EmojiPipeline, load_pipeline

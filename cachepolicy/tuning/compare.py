@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from cachepolicy.engine.run import Run, apply
+from cachepolicy.engine.apply import apply
+from cachepolicy.engine.run import Run
 from cachepolicy.errors import counted
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.ir import Policy

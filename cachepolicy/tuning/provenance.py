@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cachepolicy.engine.clock import arguments_of, inspect_root
+from cachepolicy.engine.call_arguments import arguments_of, inspect_root
 from cachepolicy.engine.introspection import unwrapped
 from cachepolicy.engine.tuned_for import active_adapters, config_hash, guidance_numbers, numbers_of
 from cachepolicy.language import ir

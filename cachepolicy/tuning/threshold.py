@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from cachepolicy.engine.run import Run, apply
+from cachepolicy.engine.apply import apply
+from cachepolicy.engine.run import Run
 from cachepolicy.errors import PolicyError, suggestion
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import constant

@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from cachepolicy.engine.apply import apply
 from cachepolicy.engine.introspection import is_pipeline
-from cachepolicy.engine.run import Run, apply
+from cachepolicy.engine.run import Run
 from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language.formatter import format as format_policy
 from cachepolicy.language.formatter import format_node

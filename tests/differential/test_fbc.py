@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cachepolicy
+from cachepolicy.engine.apply import run_of
 from cachepolicy.engine.introspection import describe
-from cachepolicy.engine.run import run_of
 from cachepolicy.testing import models
 from tests.support import zoo
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
-from cachepolicy.engine.run import run_of
+from cachepolicy.engine.apply import run_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Toy, inputs, sample

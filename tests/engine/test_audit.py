@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy import RunOptions
-from cachepolicy.engine.cfg_cache import Frames, difference, rebuild
+from cachepolicy.engine.guidance_tensors import Frames, difference, rebuild
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from cachepolicy.testing import checks, models, strategies

@@ -17,7 +17,7 @@ from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
-from cachepolicy.engine.cfg_cache import (  # noqa: E402
+from cachepolicy.engine.guidance_tensors import (  # noqa: E402
     Frames,
     conditional,
     difference,

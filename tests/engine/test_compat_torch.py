@@ -519,7 +519,7 @@ def of_ours():
 
 torch.compiler.__dict__.pop("is_exporting", None)
 import cachepolicy
-import cachepolicy.engine.run
+import cachepolicy.engine.apply
 from cachepolicy.testing.models import Toy, inputs, sample
 
 torch.compiler.is_exporting = of_ours  # newer versions ask it themselves

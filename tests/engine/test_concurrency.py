@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 
 from benchmarks import concurrency
 from benchmarks.concurrency import KINDS, Count, Setting, Way, tasks, threads, trajectory
-from cachepolicy.engine.run import run_of
+from cachepolicy.engine.apply import run_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the policy reused nothing")
 

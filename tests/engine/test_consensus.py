@@ -280,7 +280,7 @@ TIMESTEPS = (950.0, 900.0, 850.0, 600.0, 550.0, 500.0, 450.0, 100.0)
 def meeting(monkeypatch):
     """`apply(..., process_group=thread)` decides with the other threads."""
     monkeypatch.setattr(meetings, "peers_of", lambda given, _, known=False: given or None)
-    monkeypatch.setattr("cachepolicy.engine.run.member_ranks", lambda given: given.ranks)
+    monkeypatch.setattr("cachepolicy.engine.apply.member_ranks", lambda given: given.ranks)
 
 
 def run(peers: Any, policy: Any = POLICY, *, half: int | None = None, model: Any = None, **options: Any) -> Any:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import cachepolicy
 from cachepolicy.engine.actions import Slot
-from cachepolicy.engine.sessions import Owner, Session, State
+from cachepolicy.engine.session_state import Session, State
+from cachepolicy.engine.sessions import Owner
 from cachepolicy.engine.step_context import Branch
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
@@ -296,13 +297,16 @@ def test_externals_are_a_sessions_own() -> None:
 def test_params_are_bound_once() -> None:
     """The same params again, in whatever order, are the same execution plan; few are kept."""
     with cachepolicy.apply(Toy().build(), parse(INTERVALS)) as run:
-        first = run._offer.depart({}, {"threshold": 0.1, "every_block": 2}).executions
-        assert first is run._offer.depart({"steps": 3}, {"every_block": 2, "threshold": 0.1}).executions
-        assert first is not run._offer.depart({}, {"threshold": 0.2}).executions
-        assert run._terms.executions is run._offer.depart({}, {"threshold": 0.05}).executions
+        first = run._attachment.bound.depart({}, {"threshold": 0.1, "every_block": 2}).executions
+        assert first is run._attachment.bound.depart({"steps": 3}, {"every_block": 2, "threshold": 0.1}).executions
+        assert first is not run._attachment.bound.depart({}, {"threshold": 0.2}).executions
+        assert (
+            run._attachment.session_config.executions
+            is run._attachment.bound.depart({}, {"threshold": 0.05}).executions
+        )
         for number in range(100):
-            run._offer.depart({}, {"threshold": 1.0 + number})
-        assert 64 == len(run._offer._executions)
+            run._attachment.bound.depart({}, {"threshold": 1.0 + number})
+        assert 64 == len(run._attachment.bound._executions)
 
 
 def test_a_session_has_a_scheduler_of_its_own() -> None:

@@ -14,7 +14,7 @@ import torch
 
 import cachepolicy
 from cachepolicy.engine import clock
-from cachepolicy.engine.clock import Context
+from cachepolicy.engine.contexts import Context
 from cachepolicy.language.parser import parse
 from cachepolicy.testing.models import Probes
 from tests.support import zoo

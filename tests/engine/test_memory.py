@@ -371,7 +371,7 @@ def test_nonsense_is_refused_before_anything_is_attached(options: dict[str, Any]
     with pytest.raises(cachepolicy.PolicyError, match="E309") as caught:
         applied(model, "match attention -> reuse", None, **options)
     assert said in str(caught.value)
-    assert cachepolicy.engine.run.run_of(model) is None
+    assert cachepolicy.engine.apply.run_of(model) is None
 
 
 # --- the limit -------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_threads_share_a_limit() -> None:
             with torch.no_grad():
                 for t in TIMESTEPS * 4:
                     model(x, torch.tensor(t), y)
-                    seen.append(attached._budget.held)
+                    seen.append(attached._attachment.budget.held)
         except BaseException as error:  # noqa: BLE001 (it is looked at below)
             errors.append(error)
 
@@ -507,7 +507,7 @@ def test_threads_share_a_limit() -> None:
         for trajectory in attached.trace.trajectories:
             checks.trace_agrees(trajectory)
         del threads, thread
-        assert 0 == attached._budget.held
+        assert 0 == attached._attachment.budget.held
     assert [] == errors
     assert 6 * 32 == len(seen)
     assert max(seen) <= limit

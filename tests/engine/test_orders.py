@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import cachepolicy
+from cachepolicy.engine.apply import run_of
 from cachepolicy.engine.hooks import parameters_of
-from cachepolicy.engine.run import run_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.language.parser import parse
 from tests.support import zoo

@@ -72,7 +72,7 @@ def test_a_followed_pipeline_is_not_kept_alive() -> None:
             del mine
         gc.collect()
         assert [None] * 6 == [each() for each in gone]
-        assert 2 >= len(run._pipelines._references)
+        assert 2 >= len(run._attachment.pipelines._references)
         stays = request(tiny, 4, run)
         assert run.follow(stays.pipe) is stays.pipe
         stays()

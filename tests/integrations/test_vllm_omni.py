@@ -325,7 +325,7 @@ def test_each_sample_of_a_batch_is_judged(config: dict[str, Any]) -> None:
     """Signals take the largest change of any sample, unless the config says otherwise."""
     for options, expected in (({}, "max"), ({"samples": "mean"}, "mean")):
         runner = Runner({**FBC, "options": options})
-        assert expected == runner.cache_backend.requests.served.run._terms.options.samples
+        assert expected == runner.cache_backend.requests.served.run._attachment.session_config.options.samples
 
 
 # --- the clock

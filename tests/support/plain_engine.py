@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachepolicy.engine.actions import predict
+from cachepolicy.engine.actions import combine
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import evaluate
 from cachepolicy.planning.history_spec import feedback
 from cachepolicy.planning.plan import Plan, Site
+from cachepolicy.planning.predictors import weights
 from cachepolicy.planning.schedule import Decision
 from cachepolicy.testing.models import ToyDiT
 
@@ -114,8 +115,8 @@ class PlainEngine:
             value = column[0]
             if isinstance(action, ir.Predict):
                 arguments = {each.label: evaluate(each.value) for each in action.arguments}
-                places = self._places(action.predictor, history, arguments)
-                value = predict(action.predictor, column, *places, arguments)
+                places, here = self._places(action.predictor, history, arguments)
+                value = combine(column, weights(action.predictor, places, here, arguments))
             answers.append(args[place] + value if residual else value.clone())
         if feedback(action):
             given = [each.clone() for each in args if isinstance(each, Tensor)]

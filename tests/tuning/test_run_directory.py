@@ -15,7 +15,7 @@ import diffusers
 import pytest
 import torch
 
-from cachepolicy.engine.run import run_of
+from cachepolicy.engine.apply import run_of
 from cachepolicy.errors import PolicyError
 from cachepolicy.tools.emoji import load_pipeline
 from cachepolicy.tuning.recording import record

@@ -21,13 +21,13 @@ from cachepolicy.engine.actions import (
     PENDING,
     REUSE,
     STORE,
+    Op,
     cloned,
-    combine,
-    filled,
     hidden_states,
     rebuilt_containers,
 )
-from cachepolicy.engine.block_chain import ChainForm, Names, bind_names, parts, passed, rebuilt
+from cachepolicy.engine.answers import output_of, values_of
+from cachepolicy.engine.block_chain import ChainForm, Names, bind_names, fed_back, led, parts, passed, rebuilt, results
 from cachepolicy.engine.history_packing import leaves
 
 
@@ -61,14 +61,12 @@ class _Uncompiled:
 UNCOMPILED = _Uncompiled()
 
 
+@dataclass(slots=True, eq=False)
 class OutputPlace:
     """Destination of one result of a graph, with the shape, dtype and device of its hidden states."""
 
-    __slots__ = ("states", "value")
-
-    def __init__(self) -> None:
-        self.value: Any = None
-        self.states: Any = None
+    value: Any = None
+    states: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,7 @@ class Answer:
     feedback: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class Part:
     """Data of one site in a graph: its inputs, set before the call, and its results.
 
@@ -97,35 +96,27 @@ class Part:
         repeats: Set by the graph if the site was called again.
     """
 
-    __slots__ = (
-        "answer", "bases", "calls", "clones", "code", "form", "history", "outputs", "places", "repeats", "residuals",
-        "square", "unfit", "weights",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.code = COMPUTE
-        self.answer = Answer()
-        self.history: Any = ()
-        self.weights: Any = None
-        self.form: ChainForm | None = None
-        self.places: list[OutputPlace] = []
-        self.bases: list[OutputPlace] = []
-        self.calls: list[OutputPlace] = []
-        self.residuals = False
-        self.outputs = True
-        self.clones = False
-        self.square = False
-        self.unfit = False
-        self.repeats = False
+    code: Op = COMPUTE
+    answer: Answer = Answer()
+    history: Any = ()
+    weights: Any = None
+    form: ChainForm | None = None
+    places: Sequence[OutputPlace] = ()
+    bases: Sequence[OutputPlace] = ()
+    calls: Sequence[OutputPlace] = ()
+    residuals: bool = False
+    outputs: bool = True
+    clones: bool = False
+    square: bool = False
+    unfit: bool = False
+    repeats: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class Stage:
     """The parts of the sites in one graph: of the root model, or of one block that is compiled alone."""
 
-    __slots__ = ("parts",)
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
+    parts: Sequence[Part]
 
 
 tracing = torch.compiler.is_dynamo_compiling
@@ -181,7 +172,7 @@ def call_in_graph(
         part = stage.parts[span]
         if _repeats(part, position):
             continue
-        if part.code is ANSWER and not part.unfit:
+        if (part.code is ANSWER or part.code is REUSE) and not part.unfit:
             if _suits(part, position, names):
                 return _linked(part, position, names)
             part.unfit = True
@@ -240,9 +231,7 @@ def _fits(part: Part, states: torch.Tensor | None) -> bool:
 def _answered(part: Part) -> Any:
     newest = part.history[0]
     if part.answer.predicts:
-        columns = [leaves(entry) for entry in part.history]
-        values = [combine([column[i] for column in columns], part.weights) for i in range(len(columns[0]))]
-        output = filled(newest, values)
+        output = output_of(part.history, part.weights)
     else:
         output = cloned(newest) if part.clones else rebuilt_containers(newest)
     if part.answer.feedback:
@@ -270,14 +259,8 @@ def _end(part: Part, position: int, output: Any) -> None:
         return
     outputs = parts(output)[0]
     reached = [None if index is None else outputs[index] for index in ending.outputs]
-    residuals: list[Any] = [None] * len(reached)
-    kept: list[Any] = [None] * len(reached)
-    for index, value in enumerate(reached):
-        if value is not None and part.residuals:
-            residuals[index] = (value - part.bases[ending.segment].value[index]).detach()
-        if value is not None and part.outputs:
-            kept[index] = value.detach().clone()
-    part.places[ending.segment].value = (tuple(residuals), tuple(kept))
+    bases = part.bases[ending.segment].value if part.residuals else reached
+    part.places[ending.segment].value = results(bases, reached, residuals=part.residuals, outputs=part.outputs)
 
 
 def _suits(part: Part, position: int, names: Names) -> bool:
@@ -306,20 +289,9 @@ def _linked(part: Part, position: int, names: Names) -> Any:
 
 def _led(part: Part, segment: int, inputs: list[Any]) -> list[Any]:
     """Return the answer of the first block of a segment, which carries the result of the whole segment."""
-    answers: list[Any] = list(inputs)
-    residuals: list[Any] = [None] * len(inputs)
-    outputs: list[Any] = [None] * len(inputs)
-    for index in range(len(inputs)):
-        column, stream = part.history[segment][index], inputs[index]
-        if column is None:
-            continue
-        value = combine(column, part.weights[segment]) if part.answer.predicts else column[0]
-        answer = stream + value if part.answer.residual else value.clone()
-        answers[index] = answer
-        if part.residuals:
-            residuals[index] = answer - stream
-        if part.outputs:
-            outputs[index] = answer.clone()
+    values = values_of(part.history[segment], part.weights[segment])
+    answers = led(inputs, values, residual=part.answer.residual)
     if part.answer.feedback:
-        part.places[segment].value = (tuple(residuals), tuple(outputs))
+        fed = fed_back(inputs, values, answers, residuals=part.residuals, outputs=part.outputs)
+        part.places[segment].value = fed
     return answers

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo
 
-from cachepolicy.engine.actions import ANSWER, REUSE
-from cachepolicy.engine.block_chain import ChainForm
-from cachepolicy.engine.clock import CallArguments
+from cachepolicy.engine.actions import ANSWER, REUSE, chain_of
+from cachepolicy.engine.call_arguments import CallArguments
 from cachepolicy.engine.compile.graph_io import autocast, commit, problem, staged
 from cachepolicy.engine.compile.graph_ops import Stage
 from cachepolicy.engine.execution_plan import ExecutionPlan
@@ -34,7 +33,6 @@ class Graphs:
 
     def __init__(self, host: RootModel) -> None:
         self.host = host
-        self.forms: dict[int, ChainForm] = {}
         self.surprised = False
         self._prepared = False
         self._learnt: dict[Any, int] = {}
@@ -97,16 +95,10 @@ class Graphs:
 
     def learnt(self, call: ForwardPass) -> None:
         """Record the structure of the spans after a call outside graphs."""
-        known = True
-        for site, keeping in enumerate(self.host.execution.keepings):
-            if keeping.streams and site not in self.forms:
-                chain = call.slots[site].chain
-                if chain is not None:
-                    chain.autocast = autocast()
-                form = None if chain is None else chain.form(len(self.host.execution.names[site]))
-                known &= form is not None
-                if form is not None:
-                    self.forms[site] = form
+        spans = [site for site, keeping in enumerate(self.host.execution.keepings) if keeping.streams]
+        for site in spans:
+            chain_of(call.slots[site]).autocast = autocast()
+        known = self.host.continuations.forms.keys() >= set(spans)
         kind = _kind(call.arguments)
         tries = self._learnt.get(kind, 0) + 1
         self._learnt[kind] = -1 if known or tries >= _MOST_TRIES else tries
@@ -115,10 +107,8 @@ class Graphs:
         """Derive once what the spans with a `skip` return, so that they need no compute to show it."""
         with self._deriving:
             if self.derives:
-                for span, form in forms_of(self.host.module, (args, kwargs), execution.skipped).items():
-                    endings = {position: end for position, end in enumerate(form.endings) if end is not None}
-                    self.host.continuations.keep_links(span, dict(enumerate(form.links)), endings)
-                    self.forms.setdefault(span, form)
+                derived = forms_of(self.host.module, (args, kwargs), execution.skipped)
+                self.host.continuations.forms |= derived
                 self.derives = False
 
     def prepare(self, call: ForwardPass, *, whole: bool) -> None:
@@ -128,7 +118,7 @@ class Graphs:
             warn_of_compilers(self.host)
         everything = whole or self.surprised
         sites = range(len(call.slots)) if everything else [number for block in self._blocks for number in block]
-        while problems := {site: reason for site in sites if (reason := problem(call, site)) is not None}:
+        while problems := self._problems(call, sites):
             for site, reason in problems.items():
                 call.ledger.refuse(site, reason)
             call.ledger.plan()
@@ -140,6 +130,12 @@ class Graphs:
             call.stage = Stage([parts[site] for site in range(len(parts))])
         call.blocks = [Stage([parts[site] for site in block]) for block in self._blocks]
 
+    def _problems(self, call: ForwardPass, sites: Iterable[int]) -> dict[int, str]:
+        """Return why sites that are decided to reuse cannot answer."""
+        decided = {site: call.ledger.of(site) for site in sites}
+        found = {site: problem(call, site, one.action) for site, one in decided.items() if one.verdict == "reuse"}
+        return {site: reason for site, reason in found.items() if reason is not None}
+
     def _count(self, signature: Any) -> None:
         """Raise torch's recompile limit as needed.
 
@@ -147,10 +143,11 @@ class Graphs:
         """
         self._signatures.add(signature)
         wanted = len(self._signatures) + _MARGIN
-        if wanted <= allowed_graphs():
+        config: Any = torch._dynamo.config  # noqa: SLF001
+        if wanted <= getattr(config, _LIMIT):
             return
         if wanted <= MOST_GRAPHS:
-            allow_graphs(wanted)
+            setattr(config, _LIMIT, wanted)
         elif not self._warned:
             self._warned = True
             warnings.warn(
@@ -180,16 +177,6 @@ _MOST_TRIES = 3  # calls after which an unlearned span breaks the graph instead
 _MARGIN = 4  # reserve for recompiles of one code object by dtype, shape or gradient mode
 MOST_GRAPHS = 64
 """The largest recompile limit that the engine sets."""
-
-
-def allowed_graphs() -> int:
-    """Return the number of graphs per code object that torch compiles before it stops."""
-    return getattr(torch._dynamo.config, _LIMIT)  # noqa: SLF001
-
-
-def allow_graphs(number: int) -> None:
-    """Set the number of graphs per code object that torch compiles."""
-    setattr(torch._dynamo.config, _LIMIT, number)  # noqa: SLF001
 
 
 _LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # noqa: SLF001

@@ -12,7 +12,7 @@ from cachepolicy.planning.schedule import Tick
 
 if TYPE_CHECKING:
     from cachepolicy.engine.root_model import RootModel
-    from cachepolicy.engine.sessions import State
+    from cachepolicy.engine.session_state import State
 
 
 def meet(root: RootModel, state: State) -> None:

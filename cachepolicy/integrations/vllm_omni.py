@@ -125,6 +125,8 @@ class Denoisers:
         self._pipeline = pipeline
         self._forward = pipeline.forward
         self._paths = _denoiser_paths(pipeline)
+        for denoiser in self.components.values():
+            unpack(denoiser)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -144,6 +146,24 @@ class Denoisers:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Draw, as the pipeline's own `forward`."""
         return self._forward(*args, **kwargs)
+
+
+_UNPACKED = {"vllm_omni.diffusion.models.sd3.sd3_transformer.SD3Transformer2DModel": "context_embedder"}
+"""Layers by class of denoiser that return a tensor and None, which the first block takes apart.
+
+A span of blocks has to find the stream among the arguments of its first block.
+"""
+
+
+def unpack(denoiser: Any) -> None:
+    """Let a denoiser hand its first block the stream itself, where it hands over a pair. No result changes."""
+    layer = _UNPACKED.get(f"{type(denoiser).__module__}.{type(denoiser).__qualname__}")
+    if layer is not None:
+        getattr(denoiser, layer).register_forward_hook(_first_of)
+
+
+def _first_of(layer: Any, args: Any, output: Any) -> Any:  # noqa: ARG001 (a forward hook of torch)
+    return output[0] if isinstance(output, tuple) else output
 
 
 _NAMES = ("transformer", "transformer_2", "transformer_3", "unet", "dit")

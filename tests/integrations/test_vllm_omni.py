@@ -366,3 +366,23 @@ def test_the_scheduler_may_change_within_a_request(config: dict[str, Any]) -> No
         assert torch.equal(expected, output.output)
         lengths.add(len(row))
     assert {4, 6, 8} == lengths
+
+
+def test_a_pair_for_the_first_block_becomes_the_stream() -> None:
+    """Stable Diffusion 3 of vLLM-Omni hands its first block what a layer returned, a tensor and None."""
+    name, layer = next(iter(plugin._UNPACKED.items()))
+
+    class Pairing(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x, None
+
+    module, _, last = name.rpartition(".")
+    denoiser = type(last, (nn.Module,), {"__module__": module})()
+    denoiser.add_module(layer, Pairing())
+    other = nn.Module()
+    other.add_module(layer, Pairing())
+    x = torch.ones(2)
+    for each in (denoiser, other):
+        plugin.unpack(each)
+    assert denoiser.get_submodule(layer)(x) is x
+    assert (x, None) == other.get_submodule(layer)(x)

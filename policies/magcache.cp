@@ -17,7 +17,8 @@ param ratios: list = [1]
 
 # The authors' code leaves out one step of FLUX.1's table. For models with guidance the authors have a table for each
 # branch; the ratios here are those of the conditional one. A preset that configurations do not tell from another one
-# is chosen by name alone: Kontext, Qwen-Image-Edit, Wan's I2V models.
+# is chosen by name alone: Kontext, Qwen-Image-Edit, Wan's I2V models. The experts of Wan 2.2's 14B have the configuration
+# of Wan 2.1's and get its table, which was not made for them.
 preset flux for class "^FluxTransformer2DModel$" with threshold = 0.24, skips = 5, retention = 0.1,
   ratios = [1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125,
     1.02344, 0.98047, 1.01562, 1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cachepolicy._resources import shipped_policies
+from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir, scope
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.installed_predictors import installed_names, labels_of
@@ -156,11 +157,19 @@ def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterato
         case "match" if "->" in read:
             methods = {**PREDICTORS, **APPROXIMATIONS}
             named = next((text for text in reversed(read) if text in methods or text in installed_names()), "")
-            labels = (methods.get(named) or labels_of(named) if named else None) or dict[str, Label]()
+            labels = methods.get(named) or _installed_labels(named)
             candidates = {name: Completion(name, "label", f"{name}: {label.type}") for name, label in labels.items()}
         case _:
             return
     yield from (completion for name, completion in candidates.items() if name not in read)
+
+
+def _installed_labels(name: str) -> Mapping[str, Label]:
+    """Returns the arguments of an installed predictor. A package that cannot be used has none here."""
+    try:
+        return (labels_of(name) if name else None) or {}
+    except PolicyError:
+        return {}
 
 
 def _labels_of_function(ahead: Lookahead) -> Iterator[Completion]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,13 +189,15 @@ def test_the_predictors_of_the_language_are_not_replaced() -> None:
 
 def test_the_example_is_installed_and_used_without_torch(tmp_path: Path) -> None:
     """`pip install` of the example, then a check and a plan in a process that has no torch."""
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path)]
-    done = subprocess.run([*pip, str(EXAMPLE)], capture_output=True, text=True, check=False)
+    source = shutil.copytree(EXAMPLE, tmp_path / "source")  # building leaves files in it
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    done = subprocess.run([*pip, str(source)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"pip cannot build it here: {done.stderr.strip().splitlines()[-1]}")
     code = f"""
         import sys
-        sys.path.insert(0, {str(tmp_path)!r})
+        sys.path.insert(0, {str(target)!r})
         sys.modules["torch"] = None
         import cachepolicy
         policy = cachepolicy.parse("match attention every 3 -> predict damped(damping: 0.8)")

@@ -139,7 +139,7 @@ class Draw:
         return run_theirs(self.name, self.model, self.config, **{"order": self.order, **self.options, **more})
 
     def ours(self, lists: list[str]) -> Run:
-        """The run under the converted setting, or under `dbcache` with its rules for each of cache-dit's lists."""
+        """The run under the converted setting, or under the policy for two lists, or for one of several lists."""
         config, policy = self.config, cachepolicy.convert(self._objects())
         if not lists:
             return run_ours(self.name, self.model, cachepolicy.parse(policy), **self.options)
@@ -148,7 +148,7 @@ class Draw:
         params = params_of(config, self.order)
         if params["threshold"] >= 1:
             params["threshold"] = ALWAYS
-        text = cachepolicy.parse(shipped("dbcache", lists))
+        text = "double_dbcache" if len(lists) == 2 else cachepolicy.parse(shipped("dbcache", lists))
         return run_ours(self.name, self.model, text, params, **self.options)
 
     def _objects(self) -> Any:
@@ -222,8 +222,7 @@ def test_each_list_and_branch_records_what_it_cached() -> None:
     name, model = "chroma", zoo.build("chroma")
     config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.9, max_warmup_steps=2)
     theirs = run_theirs(name, model, config, guidance="sequential")
-    policy = cachepolicy.parse(shipped("dbcache", lists_of(model)))
-    with cachepolicy.apply(model, policy, **params_of(config)) as run:
+    with cachepolicy.apply(model, "double_dbcache", **params_of(config)) as run:
         for _ in zoo.trajectory(name, model, TIMESTEPS, guidance="sequential"):
             pass
         assert run.trace is not None
@@ -419,6 +418,7 @@ def test_tokens_that_a_block_is_given_anew() -> None:
     with cachepolicy.apply(twin, cachepolicy.parse(shipped("dbcache", lists_of(model))), **params_of(never)) as run:
         for _ in zoo.trajectory(name, twin, TIMESTEPS):
             pass
+        assert run.trace is not None
         (trajectory,) = run.trace
     measured = [
         [

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from cachepolicy._resources import shipped_policies  # noqa: E402
 from cachepolicy.language import ir, loader  # noqa: E402
 from cachepolicy.language.formatter import format_node  # noqa: E402
 from cachepolicy.planning.check import run_expectations  # noqa: E402
-from tests.methods import test_forecasts, test_policies, test_policies_by_kind, test_rebuilt_half  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
@@ -35,7 +35,12 @@ pytestmark = [
 
 RECORD = Path(__file__).parents[1] / "data" / "published.json"
 NUMBER = re.compile(r"(?<![\w.\"])\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
-MODULES = (test_policies, test_policies_by_kind, test_forecasts, test_rebuilt_half)
+MODULES = [
+    import_module(f"tests.methods.{file.stem}")
+    for file in sorted(Path(__file__).parent.glob("test_*.py"))
+    if file != Path(__file__)
+]
+"""The files beside this one."""
 
 
 def statements(text: str) -> Iterator[tuple[str, int, str]]:
@@ -162,7 +167,7 @@ def noticed(name: str, text: str, tests: list[Callable[..., None]], folder: Path
         context.setattr(loader, "shipped_policies", lambda: {**shipped_policies(), name: file})
         for test in tests:
             try:
-                drawn(test, 60)()
+                drawn(test, 300)()
             except Exception:  # noqa: BLE001 - whatever fails, the change is noticed
                 return True
     return False

@@ -168,7 +168,7 @@ SHALLOW = {
 }
 """Settings of policies whose defaults are made for more blocks or steps, or that need a schedule or a polynomial."""
 
-OTHERS = {"double_fbc", "deepcache", "l2c", "textkv", "tgate"}
+OTHERS = {"double_dbcache", "double_fbc", "deepcache", "l2c", "textkv", "tgate"}
 """Policies for models with two lists of blocks, a U-Net's blocks or cross-attention, or with a mask for each module."""
 
 

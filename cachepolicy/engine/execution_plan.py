@@ -30,6 +30,7 @@ class ExecutionPlan:
         reads_grid: Whether a predictor reads the grid of the tokens.
         takes_mean: Whether a rule answers with the mean of both halves of a guidance batch.
         itself: The site number of the root model itself, or None.
+        within: The numbers of the sites inside each site that has any.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class ExecutionPlan:
     reads_grid: bool
     takes_mean: bool
     itself: int | None
+    within: Mapping[int, Sequence[int]]
     livenesses: dict[tuple[Ahead, bool], Liveness] = field(
         default_factory=dict[tuple[Ahead, bool], Liveness], repr=False, compare=False
     )
@@ -144,14 +146,18 @@ def lay_out(plan: Plan) -> ExecutionPlan:
     spectral = [action for action in approximations if action.method == "spectral"]
     approximation = next(iter(spectral + approximations), None)
     inside = {site.index: _inside(plan, site) for site in plan.sites}
-    keepings = [
-        keeping(
-            [bound.rule for bound in plan.rules if site.index in bound.sites],
-            span=len(site.modules) > 1 or bool(inside[site.index]),
-            halves=approximation is not None,
-        )
-        for site in plan.sites
-    ]
+    within = dict[int, list[int]]()
+    for site in plan.sites:
+        for outer in site.parents:
+            within.setdefault(outer, []).append(site.index)
+    kept = dict[tuple[int, bool], Keeping]()
+    keepings = list[Keeping]()
+    for site in plan.sites:
+        key = group, span = plan.groups.group_of[site.index], len(site.modules) > 1 or bool(inside[site.index])
+        if key not in kept:
+            rules = [bound.rule for bound in plan.groups.rules[group]]
+            kept[key] = keeping(rules, span=span, halves=approximation is not None)
+        keepings.append(kept[key])
     return ExecutionPlan(
         plan,
         prepare(plan, Lowering(plan.resolved.tables)),
@@ -171,6 +177,7 @@ def lay_out(plan: Plan) -> ExecutionPlan:
         any(isinstance(action, ir.Predict) and action.predictor == "band" for action in actions),
         any(map(is_mean, actions)),
         next((site.index for site in plan.sites if site.modules == ("",)), None),
+        within,
     )
 
 

@@ -199,9 +199,8 @@ class Ledger:
     def refuse(self, site: int, reason: str) -> None:
         """Force a site and the sites inside it to compute."""
         self.facts[site] = reason
-        for other in self._context.execution.plan.sites:
-            if site in other.parents:
-                self.facts.setdefault(other.index, Fact.OUTER)
+        for inner in self._context.execution.within.get(site, ()):
+            self.facts.setdefault(inner, Fact.OUTER)
 
     # --- the end of the call -----------------------------------------------------------------------------
 

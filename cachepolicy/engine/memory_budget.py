@@ -104,11 +104,12 @@ class Account:
             self._held.pop(lease.number, None)
             room, fair = self.budget.room(self)
             needed = self.held + size - room
-            worse = [pair for pair in self._by_worth() if pair[0].worth < lease.worth]
-            if needed > sum(size for _, size in worse):
-                self.waits = self.held + size <= fair
-                return False
-            self._give_up(worse, needed)
+            if needed > 0:
+                worse = [pair for pair in self._by_worth() if pair[0].worth < lease.worth]
+                if needed > sum(size for _, size in worse):
+                    self.waits = self.held + size <= fair
+                    return False
+                self._give_up(worse, needed)
             # The callback frees the bytes when the lease dies. It refers to the dict only, so it does not keep the
             # account alive.
             number, held = lease.number, self._held

@@ -11,6 +11,7 @@ from typing import Any
 from cachepolicy.diffusers.guidance import UNCOND_BRANCHES
 from cachepolicy.errors import counted
 from cachepolicy.language import ir
+from cachepolicy.planning.module_tree import ancestors
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.possible_decisions import Ahead, Moment, Outlooks
 from cachepolicy.planning.schedule import Decision, Program, Tick
@@ -201,19 +202,19 @@ def site_weights(plan: Plan, parameters: Mapping[str, int]) -> list[Weight]:
         plan: The plan.
         parameters: Number of parameters of each module, without those of its children.
     """
-    attentions = [module.name for module in plan.skeleton.modules if "attention" in module.kinds]
-    outermost = [name for name in attentions if not any(name.startswith(f"{outer}.") for outer in attentions)]
+    attentions = {module.name for module in plan.skeleton.modules if "attention" in module.kinds}
+    counts, inside = Counter[str](), Counter[str]()
+    for name, count in parameters.items():
+        for outer in (name, *ancestors(name)):
+            counts[outer] += count
+    for name in attentions:
+        around = tuple(ancestors(name))
+        if attentions.isdisjoint(around):
+            inside.update((name, *around))
     return [
-        Weight(
-            sum(count for name, count in parameters.items() if _inside(name, site.modules)),
-            sum(1 for name in outermost if _inside(name, site.modules)),
-        )
+        Weight(sum(counts[name] for name in site.modules), sum(inside[name] for name in site.modules))
         for site in plan.sites
     ]
-
-
-def _inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name == outer or not outer or name.startswith(f"{outer}.") for outer in modules)
 
 
 @dataclass(slots=True)

@@ -184,17 +184,22 @@ def grown(work: Callable[[int], Callable[[], object]], sizes: Sequence[int]) -> 
     return large / small
 
 
+def many_rules(rules: int) -> str:
+    """Rules that take a tenth of the blocks each, and a last one that takes all."""
+    lines = [f'match "blocks.[0-9]*{number % 10}$" when step == {number} -> reuse' for number in range(rules - 1)]
+    return "\n".join([*lines, STATIC.replace("1000", "2")])
+
+
 def _bound(sites: int, rules: int = 20) -> Callable[[], object]:
-    text = "\n".join(f'match "blocks.[0-9]*{number % 10}$" when step == {number} -> reuse' for number in range(rules))
-    policy, skeleton = resolve(cachepolicy.parse(text), {}), describe(Stack(sites))
+    policy, skeleton = resolve(cachepolicy.parse(many_rules(rules)), {}), describe(Stack(sites))
     return lambda: bind(policy, skeleton)
 
 
-def _attached(sites: int) -> Callable[[], object]:
-    model, policy = Stack(sites), cachepolicy.parse(STATIC)
+def _attached(sites: int, rules: int = 20) -> Callable[[], object]:
+    model, policy = Stack(sites), cachepolicy.parse(many_rules(rules))
 
     def attach() -> None:
-        cachepolicy.apply(model, policy).remove()
+        cachepolicy.apply(model, policy, memory_limit=10**9).remove()
 
     return attach
 
@@ -232,3 +237,46 @@ def test_costs_grow_linearly(work: Callable[[int], Callable[[], object]], sizes:
         warnings.simplefilter("ignore")
         work(10)()  # imports and caches
         assert 2.3 > grown(work, sizes)
+
+
+EACH = "match each blocks[1:] while drift <= {limit} -> reuse"
+GROWING = {
+    "facts": 'match "^blocks.[0-9]+$" every 2 -> reuse\nmatch "inner" every 3 -> reuse',
+    "one signal": FIRST_BLOCK.split("match", maxsplit=1)[0] + EACH.format(limit="1e9"),
+    "own signals": "signal drift = relative_l1(input(self), prev(input(self)))\n" + EACH.format(limit="0.5"),
+    "accumulators": FIRST_BLOCK.split("match", maxsplit=1)[0] + EACH.format(limit="1e9").replace("drift", "sum(drift)"),
+    "predictions": "match each blocks every 3 -> predict taylor(order: 2)",
+    "spans": FIRST_BLOCK.replace("1e9", "-1"),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_a_call_of_the_root_model_grows_linearly(name: str, limit: int | None) -> None:
+    """Twice the blocks take twice the functions, also where sites have facts and where the memory does not suffice."""
+
+    def work(blocks: int) -> Callable[[], object]:
+        _, step = steps(GROWING[name], blocks, memory_limit=limit)
+
+        def several() -> None:
+            for number in range(1, 8):
+                step(number)
+
+        return several
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        work(10)()
+        assert 2.3 > grown(work, (60, 120))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("work", [_bound, _attached, _traced, _stepped])
+def test_costs_grow_linearly_up_to_ten_thousand(work: Callable[..., Callable[[], object]]) -> None:
+    """The same for 10,000 sites, with 100 rules where the rules matter, and for 1,000 steps."""
+    sizes = (500, 1000) if work is _stepped else (5000, 10_000)
+    scaled = (lambda size: work(size, 100)) if work in (_bound, _attached) else work
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        work(10)()
+        assert 2.3 > grown(scaled, sizes)

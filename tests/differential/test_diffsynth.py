@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,3 +84,33 @@ def test_a_step_context_is_a_call_of_the_model(text: str) -> None:
     assert torch.equal(expected, got)
     assert rows == rows_too
     assert "R" in "".join(rows[0].values())
+
+
+def test_the_example_of_the_documents_follows_a_pipeline() -> None:
+    """A pipeline calls its `model_fn` with the prompt, then with the negative prompt, at each timestep."""
+    page = (Path(__file__).parents[2] / "docs" / "engines" / "diffsynth.md").read_text("utf-8")
+    example = re.search(r"^```text\n(import cachepolicy\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    text = example[1].replace('"fbc", threshold=0.1', "policy")
+    policy = parse('match "_attn$" every 2 -> reuse')
+    pipe = SimpleNamespace(dit=build(WanModel), model_fn=model_fn_wan_video)
+    names: dict[str, Any] = {"pipe": pipe, "policy": policy}
+    exec(text, names)
+    dit, plain = build(WanModel), build(WanModel)
+    with torch.no_grad(), cachepolicy.apply(dit, policy) as run:
+        expected = sample(stepped, dit, run)
+        rows = [run.trace.rows(name) for name in ("cond", "uncond")]
+        for _ in range(2):  # the second picture is a trajectory of its own
+            got = sample(
+                lambda dit, run, x, t, name: pipe.model_fn(
+                    dit=pipe.dit, latents=x, timestep=torch.tensor([t]), context=PROMPTS[name]
+                ),
+                pipe.dit,
+                None,
+            )
+            assert torch.equal(expected, got)
+            assert rows == [names["run"].trace.rows(name) for name in ("cond", "uncond")]
+        assert not torch.equal(
+            expected,
+            sample(lambda *given: evaluate(plain, given[2], torch.tensor([given[3]]), PROMPTS[given[4]]), plain, None),
+        )

@@ -96,7 +96,7 @@ def test_the_example_of_the_documents_follows_a_pipeline() -> None:
     pipe = SimpleNamespace(dit=build(WanModel), model_fn=model_fn_wan_video)
     names: dict[str, Any] = {"pipe": pipe, "policy": policy}
     exec(text, names)
-    dit, plain = build(WanModel), build(WanModel)
+    dit = build(WanModel)
     with torch.no_grad(), cachepolicy.apply(dit, policy) as run:
         expected = sample(stepped, dit, run)
         rows = [run.trace.rows(name) for name in ("cond", "uncond")]
@@ -110,7 +110,4 @@ def test_the_example_of_the_documents_follows_a_pipeline() -> None:
             )
             assert torch.equal(expected, got)
             assert rows == [names["run"].trace.rows(name) for name in ("cond", "uncond")]
-        assert not torch.equal(
-            expected,
-            sample(lambda *given: evaluate(plain, given[2], torch.tensor([given[3]]), PROMPTS[given[4]]), plain, None),
-        )
+    assert "R" in "".join(rows[0].values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from cachepolicy.diffusers.argument_names import HIDDEN_STATES
 from cachepolicy.engine.batch_view import WHOLE, BatchView
 from cachepolicy.engine.block_chain import Chain
-from cachepolicy.engine.history_packing import compact, is_whole, leaves, map_leaves, map_once, opened, packed
+from cachepolicy.engine.history_packing import Packing, compact, is_whole, leaves, map_leaves, map_once, opened, packed
 from cachepolicy.engine.history_storage import ANYHOW, Storing
 from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import Keeping
@@ -51,6 +51,20 @@ UNCALLED = frozenset({COMPUTE, STORE, STORE_CLONE, REUSE, ANSWER, PENDING})
 """The operations of sites that were not called, or whose calls leave no mark."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An earlier output, its step, and the rows of the batch that it has.
+
+    `versions` are the `_version` counters of its tensors when stored, or None for a copy.
+    """
+
+    output: Any
+    step: int
+    rows: BatchView
+    versions: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Slot:
     """History of one site on one branch: its stored outputs, newest first, or the chain of its segments.
 
@@ -66,30 +80,28 @@ class Slot:
         storing: How results are stored, and the memory limit.
     """
 
-    __slots__ = (
-        "__weakref__", "chain", "clones", "device", "dtype", "flat", "older", "output", "packing", "rows", "shape",
-        "step",
-        "storing", "version", "versions", "whole",
-    )  # fmt: skip
+    storing: Storing = field(default_factory=lambda: ANYHOW)
+    packing: Packing | None = None
+    output: Any = None
+    older: list[Kept] = field(default_factory=list[Kept])
+    chain: Chain | None = None
+    shape: Any = None
+    dtype: Any = None
+    device: Any = None
+    version: int | None = None
+    versions: tuple[int, ...] | None = None
+    flat: bool = False
+    clones: bool = False
+    step: int = -1
+    rows: BatchView = WHOLE
+    whole: bool = False
 
-    def __init__(self, storing: Storing = ANYHOW) -> None:
-        # A weak reference, because the slot owns the lease that calls `_drop`: a strong one would be a cycle.
-        mine: weakref.ref[Slot] = weakref.ref(self)
-        self.storing = storing if storing is ANYHOW else storing.of_its_own(lambda: _drop(mine))
-        self.packing = storing.packing
-        self.output: Any = None
-        self.older: list[Kept] = []
-        self.chain: Chain | None = None
-        self.shape: Any = None
-        self.dtype: Any = None
-        self.device: Any = None
-        self.version: int | None = None
-        self.versions: tuple[int, ...] | None = None
-        self.flat = False
-        self.clones = False
-        self.step = -1
-        self.rows = WHOLE
-        self.whole = False
+    def __post_init__(self) -> None:
+        self.packing = self.storing.packing
+        if self.storing is not ANYHOW:
+            # A weak reference, because the slot owns the lease that calls `_drop`: a strong one would be a cycle.
+            mine: weakref.ref[Slot] = weakref.ref(self)
+            self.storing = self.storing.of_its_own(lambda: _drop(mine))
 
     def clear(self) -> None:
         """Release all outputs. The structure of a span stays."""
@@ -110,19 +122,6 @@ def _drop(slot: weakref.ref[Slot]) -> None:
     target = slot()
     if target is not None:
         target.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """An earlier output, its step, and the rows of the batch that it has.
-
-    `versions` are the `_version` counters of its tensors when stored, or None for a copy.
-    """
-
-    output: Any
-    step: int
-    rows: BatchView
-    versions: tuple[int, ...] | None = None
 
 
 # --- predictors ------------------------------------------------------------------------------------------

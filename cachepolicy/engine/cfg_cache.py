@@ -10,7 +10,7 @@ slowly in a low and a high frequency band. On a skipped step it is added to the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,7 @@ class Problem:
     final: bool
 
 
+@dataclass(slots=True, eq=False)
 class Guide:
     """Guidance state of one trajectory: the stored difference, and the conditional prediction of this step.
 
@@ -56,24 +57,20 @@ class Guide:
         over_limit: Whether the memory limit did not admit the stored difference, or the prediction of this step.
     """
 
-    __slots__ = (
-        "_alone", "_apart", "_called", "_clones", "_cond", "_examined", "_kept", "_pairs", "_rows", "_step",
-        "_versions", "over_limit",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[Bands, Frames]] = []
-        self._pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        self._cond: Any = None
-        self._versions: tuple[int, ...] | None = None
-        self._clones = False
-        self._rows = 0
-        self._step = -1
-        self._called: tuple[int, int] = (-1, 0)
-        self._alone = False
-        self._apart = False
-        self.over_limit = False
-        self._examined: tuple[object, str | None] | None = None
+    over_limit: bool = False
+    _kept: list[tuple[Bands, Frames]] = field(default_factory=list[tuple[Bands, Frames]])
+    _pairs: list[Sequence[tuple[torch.Tensor, torch.Tensor]]] = field(
+        default_factory=list[Sequence[tuple[torch.Tensor, torch.Tensor]]]
+    )
+    _cond: Any = None
+    _versions: tuple[int, ...] | None = None
+    _clones: bool = False
+    _rows: int = 0
+    _step: int = -1
+    _called: tuple[int, int] = (-1, 0)
+    _alone: bool = False
+    _apart: bool = False
+    _examined: tuple[object, str | None] | None = None
 
     def release(self, *, kept: bool, cond: bool) -> None:
         """Release the stored difference (`kept`) or the conditional prediction (`cond`)."""

@@ -172,7 +172,9 @@ def _stepped_samples(result: Any) -> Any:
     """Return the samples in the result of `scheduler.step`, which is a tensor, a tuple or an output object."""
     if isinstance(result, torch.Tensor):
         return result
-    return result[0] if isinstance(result, tuple) and result else getattr(result, "prev_sample", None)
+    if isinstance(result, tuple):
+        return next(iter(cast("tuple[Any, ...]", result)), None)
+    return getattr(result, "prev_sample", None)
 
 
 def follow(scheduler: Any, user: object) -> SchedulerFollower | None:

@@ -92,6 +92,7 @@ class State:
 Lost = tuple[float | None, int]
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Session:
     """One request: its clock, its settings (None before the first call), and the state of each root model.
 
@@ -102,20 +103,15 @@ class Session:
         audited: Whether that trajectory is audited.
     """
 
-    __slots__ = (
-        "__weakref__", "_depth", "_thread", "audited", "clock", "drawn", "key", "lost", "session_config", "states",
-    )  # fmt: skip
-
-    def __init__(self, key: object) -> None:
-        self.key = key
-        self.clock = Clock()
-        self.session_config: SessionConfig | None = None
-        self.states: dict[str, State] = {}
-        self.lost: Lost | None = None
-        self.drawn = -1
-        self.audited = False
-        self._thread: int | None = None
-        self._depth = 0
+    key: object
+    clock: Clock = field(default_factory=Clock)
+    session_config: SessionConfig | None = None
+    states: dict[str, State] = field(default_factory=dict[str, State])
+    lost: Lost | None = None
+    drawn: int = -1
+    audited: bool = False
+    _thread: int | None = None
+    _depth: int = 0
 
     @property
     def under_way(self) -> bool:

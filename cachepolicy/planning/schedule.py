@@ -485,6 +485,10 @@ class Decider:
     def __init__(self, rules: Sequence[BoundRule]) -> None:
         self.rules = rules
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Lowered rules are closures, which cannot be pickled. A copy interprets the rules.
+        return Decider, (self.rules,)
+
     def owner(self, inputs: Inputs) -> BoundRule | None:
         """Returns the first rule whose `when` holds."""
         return owner_of(self.rules, inputs)

@@ -93,9 +93,12 @@ class RootModel(Handle):
     # --- around calls ------------------------------------------------------------------------------------
 
     def finished(self, state: State) -> None:
-        """Handle the end of a trajectory: warn once per root model if it has reused nothing."""
+        """Handle the end of a trajectory: warn once per root model if it has reused nothing, unless that is meant."""
         if state.count > 1 and not state.reused and not self._warned:
             self._warned = True
+            rules = state.execution.plan.rules
+            if rules and all(isinstance(bound.rule.action, ir.Compute) for bound in rules):
+                return
             warn_of_no_reuse(self, state)
 
     def runs_outside(self, site: SiteHandle, module: torch.nn.Module) -> None:

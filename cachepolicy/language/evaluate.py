@@ -125,6 +125,11 @@ def _named(name: str, environment: Environment) -> Any:
     return value
 
 
+def reads_steps(node: ir.Node) -> bool:
+    """Returns True for a lookup whose index is `step`, which is scaled to the number of steps."""
+    return isinstance(node, ir.Lookup) and node.index == ir.Name(name="step")
+
+
 def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
     """Looks up a value of a table.
 
@@ -135,7 +140,7 @@ def _looked_up(expression: ir.Lookup, environment: Environment) -> float:
     if values is None:
         raise Undefined(f"table `{expression.table}` is not known here")
     index = evaluate(expression.index, environment)
-    steps = environment.names.get("steps") if expression.index == ir.Name(name="step") else None
+    steps = environment.names.get("steps") if reads_steps(expression) else None
     return entry_of(expression.table, values, index, steps)
 
 

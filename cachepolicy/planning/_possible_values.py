@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import Environment, Undefined, evaluate
+from cachepolicy.language.evaluate import Environment, Undefined, evaluate, reads_steps
 from cachepolicy.language.linker import is_measured
 from cachepolicy.language.traversal import walk
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
@@ -74,7 +74,7 @@ def _reads(expression: ir.Node) -> tuple[frozenset[str], bool]:
         or (isinstance(node, ir.Call) and node.function in ACCUMULATORS | MEMORIES)
         for node in nodes
     )
-    looks_up = any(isinstance(node, ir.Lookup) for node in nodes)
+    looks_up = any(reads_steps(node) for node in nodes)
     return names | {"steps"} if looks_up else names, stateful
 
 

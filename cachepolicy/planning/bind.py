@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from cachepolicy.errors import Diagnostic, PolicyError, counted
 from cachepolicy.language import ir
+from cachepolicy.language.evaluate import reads_steps
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import Resolved, RuleSource
 from cachepolicy.language.loader import located
@@ -243,7 +244,7 @@ def _read(rule: ir.Rule, signals: Sequence[ir.Signal]) -> set[str]:
         if signal.name in read:
             read |= names_in(signal.value)
             nodes.append(signal.value)
-    if any(isinstance(part, ir.Lookup) for node in nodes for part in walk(node)):
+    if any(reads_steps(part) for node in nodes for part in walk(node)):
         read.add("steps")
     if isinstance(rule.schedule, ir.Every) and rule.schedule.anchor == "end":
         read.add("steps")

@@ -17,7 +17,7 @@ import torch
 from cachepolicy.tuning.planner import PlanningProblem, Recorded
 from cachepolicy.tuning.recording import OutputRecord
 from cachepolicy.tuning.sampling import STEPS, ModelCall, Sampler
-from cachepolicy.tuning.schedulers import SOLVERS, with_solver
+from cachepolicy.tuning.schedulers import SOLVERS, adapted, with_solver
 from cachepolicy.tuning.solver import SolverTrace, SolverWeights, sample_scale, solver_weights
 
 POINTS = 4
@@ -80,6 +80,18 @@ def candidate_bases(sampler: Sampler, steps: int) -> list[Base]:
     return [*kept, *(Base(scheduler, 2 * steps, type(scheduler).__name__) for scheduler in made)]
 
 
+def runs_alone(sampler: Sampler, base: Base, steps: Sequence[int]) -> Base | None:
+    """Return a base whose scheduler runs some steps of another base alone, None where that is not possible.
+
+    Args:
+        sampler: What samples.
+        base: The base.
+        steps: The steps.
+    """
+    scheduler = adapted(sampler.scheduler if base.scheduler is None else base.scheduler, steps)
+    return None if scheduler is None else replace(base, scheduler=scheduler)
+
+
 def _adds_noise(scheduler: Any, steps: int) -> bool:
     """Return whether steps with other random numbers give another result."""
     results = list[torch.Tensor]()
@@ -138,10 +150,15 @@ class Predictor:
     Attributes:
         order: The order of the Taylor series, 0 for reuse.
         along: The axis, `"step"` or `"t"`.
+        residual: Whether the outputs minus the latents are extrapolated, to which the latents of the skipped call are
+            added.
+        alone: Whether nothing is extrapolated, because the scheduler runs the computed steps alone, without a policy.
     """
 
     order: int
     along: str = "step"
+    residual: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,12 +200,17 @@ class Evidence:
         """Return what is planned: the means over the runs."""
         outputs = list[Recorded]()
         for records, weights in zip(self.outputs, self.weights, strict=True):
-            gram = torch.stack([one.gram for one in records]).mean(0)
+            gram = torch.stack([_gram(one, predictor) for one in records]).mean(0)
             scale = torch.tensor([one.scale for one in records], dtype=torch.float64).mean(0).tolist()
             outputs.append(Recorded(gram.tolist(), weights.error_weights(scale), tuple(scale)))
         first = self.outputs[0][0]
         places = first.timesteps if predictor.along == "t" else None
         return PlanningProblem(outputs, predictor.order, gap, first.starts, places)
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether residuals were recorded."""
+        return all(one.residual is not None for records in self.outputs for one in records)
 
     def carried_to(self, base: Base, scheduler: Any) -> Evidence:
         """Return what the runs tell of another base.
@@ -215,6 +237,7 @@ class Evidence:
             replace(
                 one,
                 gram=matrix @ one.gram @ matrix.T,
+                residual=None if one.residual is None else matrix @ one.residual @ matrix.T,
                 scale=scale,
                 solver=moved,
                 models=tuple(one.models[call] for call in nearest),
@@ -224,6 +247,14 @@ class Evidence:
             for one in records
         ]
         return Evidence(base, [carried], self.work)
+
+
+def _gram(record: OutputRecord, predictor: Predictor) -> torch.Tensor:
+    """Return the inner products of what is extrapolated."""
+    if not predictor.residual:
+        return record.gram
+    assert record.residual is not None
+    return record.residual
 
 
 def _start_size(scheduler: Any) -> float:

@@ -26,6 +26,10 @@ MEMORY_LIMIT = 1 << 30
 """Bytes of the outputs of one run above which they are kept in a file, in float16."""
 
 
+SAME = 0.01
+"""Largest deviation of a denoiser's latents from a multiple of the sample, relative to the largest one."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutputRecord:
     """One recorded run, of one output: a picture, or the sound beside it.
@@ -38,6 +42,8 @@ class OutputRecord:
         models: Index of the denoiser that ran before each call of the scheduler, `(N,)`.
         timesteps: The timestep of each call, `(N,)`.
         rows: Rows of the batches that the denoisers ran before each call, both halves of guidance counted, `(N,)`.
+        residual: The inner products of the outputs minus the latents that the denoiser was called with, `(N, N)`. None
+            where the denoiser's latents and outputs are no tensors of one shape, or are not the scheduler's.
     """
 
     gram: torch.Tensor
@@ -47,6 +53,7 @@ class OutputRecord:
     models: tuple[int, ...]
     timesteps: tuple[float, ...]
     rows: tuple[float, ...]
+    residual: torch.Tensor | None = None
 
     @property
     def starts(self) -> frozenset[int]:
@@ -82,7 +89,7 @@ def record(
         for cls in dict.fromkeys(_stepping_class(scheduler) for scheduler in schedulers):
             stack.enter_context(recorder.patched(cls))
         for index, model in enumerate(models):
-            stack.callback(model.register_forward_pre_hook(recorder.seen(index), with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(recorder.seen(index), with_kwargs=True).remove)
         stack.callback(recorder.close)
         run()
         records = [stream.finished() for stream in recorder.streams.values()]
@@ -110,6 +117,7 @@ class _Recorder:
         self._stepped = stepped
         self._model = 0
         self._rows = 0
+        self._latents: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def patched(self, cls: type) -> Generator[None]:
@@ -122,7 +130,7 @@ class _Recorder:
                 return original(scheduler, *args, **kwargs)
             stream = self.streams.setdefault(id(scheduler), _Stream())
             bound = signature.bind(scheduler, *args, **kwargs)
-            stream.before(scheduler, bound.arguments, self._model, self._rows)
+            stream.before(scheduler, bound.arguments, self._model, self._rows, self._latents)
             self._rows = 0
             result = original(scheduler, *args, **kwargs)
             stream.after(result)
@@ -137,12 +145,15 @@ class _Recorder:
             cls.step = original
 
     def seen(self, index: int) -> Callable[..., None]:
-        """Return a hook that notes which denoiser ran last."""
+        """Return a hook that notes which denoiser ran last, and on which latents."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> None:
             latents = hidden_states(args, kwargs)
             self._model = index
             self._rows += 1 if latents is None or not latents.ndim else len(latents)
+            output = _first_tensor(answer)
+            fits = latents is not None and output is not None and latents.shape == output.shape
+            self._latents = latents if fits else None
 
         return hook
 
@@ -150,6 +161,7 @@ class _Recorder:
         """Remove the files of all streams."""
         for stream in self.streams.values():
             stream.outputs.close()
+            stream.residuals.close()
 
 
 class _Outputs:
@@ -161,6 +173,9 @@ class _Outputs:
         self._bytes = 0
         self._kept = list[torch.Tensor]()
         self._files = list[Any]()
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def append(self, output: torch.Tensor) -> None:
         """Keep an output."""
@@ -205,6 +220,7 @@ class _Stream:
 
     scheduler: Any = None
     outputs: _Outputs = field(default_factory=_Outputs)
+    residuals: _Outputs = field(default_factory=_Outputs)
     timesteps: list[Any] = field(default_factory=list[Any])
     arguments: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     scale: list[float] = field(default_factory=list[float])
@@ -214,7 +230,9 @@ class _Stream:
     start: torch.Tensor | None = None
     _index: torch.Tensor | None = None
 
-    def before(self, scheduler: Any, arguments: dict[str, Any], model: int, rows: int) -> None:
+    def before(
+        self, scheduler: Any, arguments: dict[str, Any], model: int, rows: int, latents: torch.Tensor | None
+    ) -> None:
         inputs = {name: value for name, value in arguments.items() if name not in ("self", "return_dict")}
         output, timestep, sample = (inputs.pop(name) for name in ("model_output", "timestep", "sample"))
         if self._index is None or self.start is None:
@@ -224,6 +242,9 @@ class _Stream:
             self._index = torch.randint(sample.numel(), (ELEMENTS,), generator=generator).to(sample.device)
             self.start = self._pick(sample)
         self.outputs.append(output)
+        given = None if output.shape != sample.shape else scaled(sample, latents)
+        if given is not None:
+            self.residuals.append(output.float() - given.float())
         self.picked.append(self._pick(output))
         self.timesteps.append(timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep)
         self.arguments.append({name: value for name, value in inputs.items() if isinstance(value, bool | int | float)})
@@ -252,4 +273,31 @@ class _Stream:
             # Where a step has no call of its own, as those of the sound, whose outputs come with the picture's, all
             # steps count alike.
             rows=tuple(self.rows) if all(self.rows) else (1.0,) * len(self.rows),
+            residual=self.residuals.gram() if len(self.residuals) == len(self.outputs) else None,
         )
+
+
+def _first_tensor(answer: Any) -> torch.Tensor | None:
+    """Return what a denoiser answers: a tensor, or the first one of a tuple or of an output of diffusers."""
+    parts = [*answer.values()] if isinstance(answer, Mapping) else answer
+    first = parts[0] if isinstance(parts, list | tuple) and parts else parts
+    return first if isinstance(first, torch.Tensor) else None
+
+
+def scaled(sample: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the rows of a denoiser's latents that are a multiple of a scheduler's sample, None if none are.
+
+    Args:
+        sample: The sample, `(B, ...)`.
+        latents: The latents, which may have the sample twice, for guidance.
+    """
+    if latents is None or latents.shape[1:] != sample.shape[1:]:
+        return None
+    wanted = sample.detach().float()
+    for rows in latents.detach().split(len(sample)):
+        if rows.shape == sample.shape:
+            given = rows.float()
+            factor = (given * wanted).sum() / wanted.square().sum().clamp(min=1e-12)
+            if (given - factor * wanted).abs().max() <= SAME * given.abs().max():
+                return rows
+    return None

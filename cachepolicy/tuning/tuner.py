@@ -26,7 +26,16 @@ from cachepolicy.reports.comparison import decibels
 from cachepolicy.reports.html.comparison import Summary
 from cachepolicy.tools.quality import each_psnr, percentile
 from cachepolicy.tools.sampling import Progress, Sample
-from cachepolicy.tuning.bases import Base, Evidence, Predictor, candidate_bases, own_base, prepared, why_fixed
+from cachepolicy.tuning.bases import (
+    Base,
+    Evidence,
+    Predictor,
+    candidate_bases,
+    own_base,
+    prepared,
+    runs_alone,
+    why_fixed,
+)
 from cachepolicy.tuning.compare import compare
 from cachepolicy.tuning.found_policy import MeasuredPolicy
 from cachepolicy.tuning.planner import PlanningProblem, Recorded, plan_steps, schedule_error
@@ -45,10 +54,14 @@ from cachepolicy.tuning.sampling import STEPS, ModelCall, SampleFunction, Sample
 
 MOST_RUNS = 6
 """Most schedules that are sampled to reach a target of quality or speed."""
-ROUND = 4
+ROUND = 2
 """Recorded calls that each round of the choice between schedules samples."""
-BASE_ROUND = 2
-"""The same of the choice between bases, which differ more."""
+DECIDING = 8
+"""Recorded calls on which a schedule is compared with an evenly spaced one, and scales with none."""
+NEAR = 4.0
+"""Ratio of the errors of two predictors up to which both are measured."""
+PREDICTORS = 3
+"""Most predictors that are measured."""
 FEW_SAMPLES = 8
 """Of fewer samples, a 10th percentile says less than their mean."""
 SCALES = 7
@@ -101,9 +114,11 @@ class SchedulePoint:
     Args:
         steps: The computed calls of the trajectory.
         cost: Their share of the denoiser's FLOPs in an uncached run, both halves of guidance counted.
-        forecast: The PSNR in dB that the recording forecasts, infinite where every call is computed.
+        forecast: The PSNR in dB that the recording forecasts, infinite where every call is computed. That of the chosen
+            schedule is the mean PSNR of the recorded calls, sampled with it.
         predictor: How skipped calls are extrapolated.
         scales: The table of factors of the extrapolation over the trajectory; empty where all are 1.
+        index: The index at which a step reads the table.
         psnr: The measured mean PSNR in dB over the held-out samples, None where it was not sampled.
         psnr_p10: The 10th percentile of the same, None where it was not sampled.
         psnr_interval: The 95 % confidence interval of the mean over all calls like these, None where it is not known.
@@ -116,6 +131,7 @@ class SchedulePoint:
     forecast: float
     predictor: Predictor = field(default_factory=lambda: Predictor(1))
     scales: tuple[float, ...] = ()
+    index: str = "step"
     psnr: float | None = None
     psnr_p10: float | None = None
     psnr_interval: tuple[float, float] | None = None
@@ -192,7 +208,7 @@ class Tuning(MeasuredPolicy):
             frontier=[(point.cost, point.forecast) for point in self.frontier],
             measured=[] if chosen.psnr is None else [(chosen.cost, chosen.psnr)],
             reference=against,
-            schedule="".join("C" if call in chosen.steps else "R" for call in range(calls)),
+            schedule="".join("C" if _computes(chosen, call) else "R" for call in range(calls)),
         )
 
 
@@ -294,12 +310,16 @@ def tune(  # noqa: PLR0913 (one target of five, and how to sample)
     (name, value), *_ = wanted.items()
     search = _Search(bench, evidence, order, gap, name, value)
     chosen = search.chosen()
-    base = search.evidence.base
+    base = bench.placed(chosen, search.evidence.base)
     made = {"target": f"{name} {value:g}", "cost": chosen.cost, "samples": len(training), "held_out": len(testing)}
     first = search.evidence.outputs[0][0]
-    text = _policy_text(
-        chosen, search.evidence, tuned_statement(first, sampler.models, bench.seen, {**made, **_quality(chosen)})
-    )
+    if chosen.predictor.alone:
+        models = tuple(first.models[step] for step in chosen.steps)
+        first = replace(
+            first, models=models, solver=replace(first.solver, scheduler=prepared(sampler, base, training[0]))
+        )
+        notes.append(f"no cache is best: {base} runs the steps {', '.join(map(str, chosen.steps))} alone")
+    text = _policy_text(chosen, base, tuned_statement(first, sampler.models, bench.seen, {**made, **_quality(chosen)}))
     frontier = [point for _, point in sorted(search.frontier.items())]
     return Tuning(
         policy=parse(text, source="<tuned>"),
@@ -370,13 +390,31 @@ def _even(evidence: Evidence, predictor: Predictor, gap: int) -> Frontier:
     return _frontier(evidence, predictor, problem, possible)
 
 
-def _best_predictor(evidence: Evidence, steps: tuple[int, ...], order: int, gap: int) -> Predictor:
-    """Return the predictor with the lowest error for a schedule."""
+def _alone(frontier: Frontier) -> Frontier:
+    """Return the same schedules, run by the scheduler alone."""
+    return {count: replace(point, predictor=replace(point.predictor, alone=True)) for count, point in frontier.items()}
+
+
+def _predictors(evidence: Evidence, schedules: Sequence[tuple[int, ...]], order: int, gap: int) -> list[Predictor]:
+    """Return the predictors whose error is near the lowest one, which comes first.
+
+    Args:
+        evidence: What was recorded.
+        schedules: Schedules of which the one with the lower error counts.
+        order: The highest order.
+        gap: The gap limit.
+    """
     found = [Predictor(order)]
     if order:
         found += [Predictor(0), *([Predictor(order, "t")] if evidence.uneven else [])]
-    # `min` returns the first of equal ones.
-    return min(found, key=lambda predictor: schedule_error(evidence.problem(predictor, gap), steps))
+    if evidence.has_residuals:
+        found += [replace(predictor, residual=True) for predictor in found]
+    errors = list[float]()
+    for predictor in found:
+        problem = evidence.problem(predictor, gap)
+        errors.append(min(schedule_error(problem, steps) for steps in schedules))
+    near = [index for index, error in enumerate(errors) if error <= NEAR * min(errors)]
+    return [found[index] for index in sorted(near, key=lambda index: errors[index])][:PREDICTORS]
 
 
 def _point(evidence: Evidence, predictor: Predictor, problem: PlanningProblem, steps: tuple[int, ...]) -> SchedulePoint:
@@ -514,6 +552,13 @@ class _Bench:
         """Return the seconds of an uncached call of the user, from those of a reference."""
         return sample.seconds - sample.model_seconds * (1 - 1 / self._longer)
 
+    def on_recorded(self, point: SchedulePoint, base: Base) -> SchedulePoint:
+        """Return a schedule whose forecast is the mean PSNR of as many recorded calls as may be sampled with it."""
+        reserved = point.cost * len(self.held_out)
+        count = int((self.left - reserved) / point.cost)
+        mean = _mean_psnr(self.tried(point, base, self.training[: max(count, DECIDING // 2)]))
+        return replace(point, forecast=mean)
+
     def measured(self, point: SchedulePoint, base: Base) -> SchedulePoint:
         """Sample the held-out calls with a schedule."""
         found = self.tried(point, base, self.held_out)
@@ -529,13 +574,20 @@ class _Bench:
             metric=statistics.fmean(metrics) if metrics else None,
         )
 
-    def best(self, points: Sequence[tuple[SchedulePoint, Base]], size: int = ROUND) -> int:
+    def best(self, points: Sequence[tuple[SchedulePoint, Base]], size: int, *, defaults: int = 0) -> int:
         """Return the index of the best schedule on recorded calls, by successive halving.
 
         Each round samples `size` more calls with the better half of the schedules that are left.
+
+        Args:
+            points: The schedules and their bases.
+            size: The calls of a round.
+            defaults: How many of the first schedules are evenly spaced. The best of these is returned unless another
+                schedule is clearly better.
         """
         left = [index for index, point in enumerate(points) if point not in points[:index]]
         scores = dict[int, float]()
+        default: int | None = None
         end = 0
         while len(left) > 1 and end < len(self.training):
             end = min(end + size, len(self.training))
@@ -543,8 +595,26 @@ class _Bench:
                 break
             for index in left:
                 scores[index] = self.score(self.tried(*points[index], self.training[:end]))
-            left = sorted(left, key=lambda index: scores[index], reverse=True)[: math.ceil(len(left) / 2)]
-        return left[0]
+            ranked = sorted(left, key=lambda index: scores[index], reverse=True)
+            default = next((index for index in ranked if index < defaults), default)
+            left = ranked[: math.ceil(len(left) / 2)]
+        first = left[0]
+        if default is None or first < defaults:
+            return first
+        gains = self._gains(*points[first], *points[default], self.training[: max(end, DECIDING)])
+        return first if _clear(gains) else default
+
+    def _gains(
+        self,
+        one: SchedulePoint,
+        base: Base,
+        two: SchedulePoint,
+        of_two: Base,
+        calls: Sequence[tuple[ModelCall, Sample]],
+    ) -> list[float]:
+        """Return by how much the first schedule is better than the second one, for each call."""
+        pairs = zip(self.tried(one, base, calls), self.tried(two, of_two, calls), strict=True)
+        return [self.score([first]) - self.score([second]) for first, second in pairs]
 
     def score(self, found: Sequence[_Measured]) -> float:
         """Return the number by which schedules are compared."""
@@ -555,24 +625,40 @@ class _Bench:
 
     def tried(self, point: SchedulePoint, base: Base, calls: Sequence[tuple[ModelCall, Sample]]) -> list[_Measured]:
         """Sample calls with a schedule."""
-        rule = _rule(point)
         found = list[_Measured]()
+        # Where no policy is needed, the scheduler has the steps.
+        rule = None if point.predictor.alone else _rule(point)
+        policy = rule or f"only {point.steps}"
+        placed = self.placed(point, base)
         for call, reference in calls:
 
             def measure(call: ModelCall, reference: Sample = reference) -> _Measured:
-                sampled = self._sampled(call, base, rule)
+                sampled = self._sampled(call, placed, rule)
                 metric = None if self.metric is None else float(self.metric(reference.pictures, sampled.pictures))
                 return _Measured(each_psnr(reference.pictures, sampled.pictures), metric, sampled.seconds)
 
-            key = rule, str(base), id(call)
+            key = policy, str(base), id(call)
             if key not in self._seen:
                 self.total += 1
                 label = f"{len(point.steps)} computed"
                 self._seen[key] = self._recall(
-                    "measured", call, base, measure, _MEASURED, label, policy=rule, cost=point.cost
+                    "measured", call, base, measure, _MEASURED, label, policy=policy, cost=point.cost
                 )
             found.append(self._seen[key])
         return found
+
+    def may_run_alone(self, base: Base) -> bool:
+        """Return whether the scheduler of a base is worth running on a few steps: a multi-step solver that can be."""
+        scheduler = self.sampler.scheduler if base.scheduler is None else base.scheduler
+        # Solvers of order 1 are far from converged on few steps.
+        order = getattr(getattr(scheduler, "config", None), "solver_order", 1)
+        return base.steps is not None and order > 1 and runs_alone(self.sampler, base, (0,)) is not None
+
+    def placed(self, point: SchedulePoint, base: Base) -> Base:
+        """Return what a schedule is sampled on: the base, or one whose scheduler runs its steps alone."""
+        made = runs_alone(self.sampler, base, point.steps) if point.predictor.alone else base
+        assert made is not None
+        return made
 
     def fitted(self, point: SchedulePoint, evidence: Evidence) -> SchedulePoint:
         """Return the schedule with scales of the extrapolation that bring the results nearer to the references.
@@ -585,28 +671,29 @@ class _Bench:
         bins = [_bin(step, calls) for step in range(calls)]
         free = sorted({bins[step] for step in range(point.steps[0] + 1, calls) if step not in point.steps})
         distinct = len({*evidence.outputs[0][0].timesteps}) == calls
-        reserved = point.cost * (len(self.held_out) + 2 * ROUND)
+        reserved = point.cost * (len(self.held_out) + DECIDING)
         count = min(len(self.training) - 1, int((self.left - reserved) / (point.cost * (len(free) + 1))))
-        # A denoiser alone does not know the number of steps, which the table of scales needs.
-        if (
-            point.predictor.order == 0
-            or not free
-            or not distinct
-            or count < FEWEST_FITTED
-            or not is_pipeline(self.sampler.target)
-        ):
+        if point.predictor.alone or not free or not distinct or count < FEWEST_FITTED:
             return point
-        ones = (1.0,) * (bins[-1] + 1)
+        # Reuse is an extrapolation whose scales are 0.
+        plain = float(point.predictor.order > 0)
+        start = replace(
+            point,
+            predictor=replace(point.predictor, order=max(1, point.predictor.order)),
+            scales=(plain,) * (bins[-1] + 1),
+            # A denoiser alone does not know the number of steps, by which `scales[step]` is read.
+            index="step" if is_pipeline(self.sampler.target) else f"floor(step * {bins[-1]} / {calls - 1} + 0.5)",
+        )
 
         def equations(call: ModelCall, reference: Sample) -> _Equations:
             def pictures(scales: tuple[float, ...]) -> torch.Tensor:
-                rule = _rule(replace(point, scales=scales))
+                rule = _rule(replace(start, scales=scales))
                 return self._sampled(call, base, rule).pictures.double().flatten()
 
-            plain = pictures(ones)
-            moved = [tuple(1 + NUDGE * (index == one) for index in range(len(ones))) for one in free]
-            effects = torch.stack([(pictures(scales) - plain) / NUDGE for scales in moved])
-            error = reference.pictures.double().flatten() - plain
+            before = pictures(start.scales)
+            moved = [tuple(at + NUDGE * (place == one) for place, at in enumerate(start.scales)) for one in free]
+            effects = torch.stack([(pictures(scales) - before) / NUDGE for scales in moved])
+            error = reference.pictures.double().flatten() - before
             size = error.square().sum().clamp(min=1e-12)
             return effects @ effects.T / size, effects @ error / size
 
@@ -627,14 +714,17 @@ class _Bench:
         matrix, vector = (torch.stack(part).sum(0) for part in zip(*found, strict=True))
         diagonal = matrix.diagonal().clamp(min=1e-12)
         change = torch.linalg.solve(matrix + RIDGE * torch.diag(diagonal), vector).tolist()
-        scales = dict.fromkeys(range(len(ones)), 1.0)
-        scales |= {index: round(min(max(1 + by, 0.0), 4.0), 2) for index, by in zip(free, change, strict=True)}
-        scaled = replace(point, scales=tuple(scales.values()))
-        others = self.training[: max(ROUND, len(self.training) - count)][: 2 * ROUND]
-        before, after = (self.tried(one, base, others) for one in (point, scaled))
-        if self.score(after) <= self.score(before):
-            return point
-        return replace(scaled, forecast=point.forecast + _mean_psnr(after) - _mean_psnr(before))
+        others = self.training[: max(DECIDING // 2, len(self.training) - count)][:DECIDING]
+        # The effects are those of small changes, so that a half of a large change may be better than all of it.
+        best = max(
+            (
+                replace(start, scales=_moved(start.scales, dict(zip(free, change, strict=True)), share))
+                for share in (1.0, 0.5)
+            ),
+            key=lambda scaled: self.score(self.tried(scaled, base, others)),
+        )
+        gains = self._gains(best, base, point, base, others)
+        return best if _clear(gains) else point
 
     def _sampled(self, call: ModelCall, base: Base, rule: str | None = None) -> Sample:
         """Sample a call on a base, with a policy or without."""
@@ -668,6 +758,18 @@ class _Bench:
         if self.progress is not None:
             self.progress(self._done, max(self.total, self._done), label)
         return result
+
+
+def _moved(scales: Sequence[float], change: Mapping[int, float], share: float) -> tuple[float, ...]:
+    """Return scales with a share of a change, within 0 to 4."""
+    return tuple(round(min(max(at + share * change.get(place, 0.0), 0.0), 4.0), 2) for place, at in enumerate(scales))
+
+
+def _clear(gains: Sequence[float]) -> bool:
+    """Return whether the mean gain is above its standard error."""
+    if len(gains) < 2:
+        return gains[0] > 0
+    return statistics.fmean(gains) > statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 def _mean_psnr(found: Sequence[_Measured]) -> float:
@@ -721,33 +823,43 @@ class _Search:
         frontiers = [_planned(one, predictor, self._gap_of(one), WAYS[0]) for one in self._all]
         self.frontier = frontiers[0]
         count = self._first_guess()
-        options = [index for index, frontier in enumerate(frontiers) if count in frontier]
-        pairs = [(frontiers[index][count], self._all[index].base) for index in options]
-        base = options[self._bench.best(pairs, BASE_ROUND)]
-        self.evidence, self.frontier = self._all[base], frontiers[base]
+        options = [(one, frontier) for one, frontier in zip(self._all, frontiers, strict=True) if count in frontier]
+        options += [(one, _alone(frontier)) for one, frontier in options if self._bench.may_run_alone(one.base)]
+        pairs = [(frontier[count], one.base) for one, frontier in options]
+        self.evidence, self.frontier = options[self._bench.best(pairs, ROUND)]
+        alone = self.frontier[count].predictor.alone
         gap = self._gap_of(self.evidence)
-        predictor = _best_predictor(self.evidence, self.frontier[count].steps, self._order, gap)
+        even = _even(self.evidence, predictor, gap)
+        schedules = [frontier[count].steps for frontier in (self.frontier, even) if count in frontier]
+        first, *others = [predictor] if alone else _predictors(self.evidence, schedules, self._order, gap)
         # No way to weigh the errors is the best for all models: an early error is enlarged by some and corrected by
-        # others. Which way suits the model is measured. With evenly spaced schedules among the candidates, the result
-        # is not worse than they are on the calls that are measured.
-        ways = [_planned(self.evidence, predictor, gap, way) for way in WAYS]
-        ways.append(_even(self.evidence, predictor, gap))
+        # others. How errors of neighbouring calls add up differs between schedulers, so that the recording does not
+        # tell which of two near predictors is better. Both are measured.
+        ways = [_planned(self.evidence, first, gap, way) for way in WAYS]
+        ways += [_planned(self.evidence, other, gap, WAYS[0]) for other in others]
+        evens = [_even(self.evidence, each, gap) for each in (first, *others)]
+        ways, evens = (
+            [_alone(frontier) if alone else frontier for frontier in group if count in frontier]
+            for group in (ways, evens)
+        )
         self.frontier = ways[0]
-        ways = [frontier for frontier in ways if count in frontier]
-        best = self._bench.best([(frontier[count], self.evidence.base) for frontier in ways])
+        pairs = [(frontier[count], self.evidence.base) for frontier in (*evens, *ways)]
+        ways = [*evens, *ways]
+        best = self._bench.best(pairs, ROUND, defaults=len(evens))
         # The even schedules may lack some counts, for which those of the first way are taken.
         self.frontier = {**self.frontier, **ways[best]}
         self._adjust(self.frontier[count])
         if self._name != "cost":
             count = self._bisected(self._first_guess())
-        return self._bench.measured(self._bench.fitted(self.frontier[count], self.evidence), self.evidence.base)
+        point = self._bench.fitted(self.frontier[count], self.evidence)
+        return self._bench.measured(self._bench.on_recorded(point, self.evidence.base), self.evidence.base)
 
     def _gap_of(self, evidence: Evidence) -> int:
         return max(1, round(self._gap * len(evidence.rows) / len(self._all[0].rows)))
 
     def _adjust(self, point: SchedulePoint) -> None:
         """Add to all forecasts what the recorded calls have shown to be missing."""
-        found = self._bench.tried(point, self.evidence.base, self._bench.training[:ROUND])
+        found = self._bench.tried(point, self.evidence.base, self._bench.training[: DECIDING // 2])
         offset = _mean_psnr(found) - point.forecast
         if math.isfinite(offset):
             self.frontier = {
@@ -824,11 +936,12 @@ def _rule(point: SchedulePoint) -> str:
     """Return the rule of a schedule, and the table of its scales before it."""
     numbers = ", ".join(str(step) for step in point.steps)
     table = f"table scales = [{', '.join(f'{scale:g}' for scale in point.scales)}]\n" if point.scales else ""
-    scale = ", scale: scales[step]" if point.scales else ""
+    scale = f", scale: scales[{point.index}]" if point.scales else ""
     along = "" if point.predictor.along == "step" else f', along: "{point.predictor.along}"'
     order = point.predictor.order
     answer = f"predict taylor(order: {order}{scale}{along})" if order else "reuse"
-    return f"{table}match model on {{{numbers}}} -> {answer}\n"
+    residual = "" if not point.predictor.residual else " of residual" if order else " residual"
+    return f"{table}match model on {{{numbers}}} -> {answer}{residual}\n"
 
 
 def _quality(point: SchedulePoint) -> dict[str, float]:
@@ -837,16 +950,25 @@ def _quality(point: SchedulePoint) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _policy_text(point: SchedulePoint, evidence: Evidence, tuned: Tuned) -> str:
+def _policy_text(point: SchedulePoint, base: Base, tuned: Tuned) -> str:
     """Return the policy with an expectation of its schedule, and with what it was tuned for."""
-    calls = len(evidence.rows)
-    row = " ".join("C" if call in point.steps else "R" for call in range(calls))
-    steps = evidence.base.steps
-    note = "" if steps is None else f"# for {evidence.base}: call the pipeline with {STEPS}={steps}\n"
+    row = " ".join("C" if _computes(point, call) else "R" for call in range(tuned.steps))
+    steps = base.steps
+    note = "" if steps is None else f"# for {base}: call the pipeline with {STEPS}={steps}\n"
+    rule = _rule(point)
+    if point.predictor.alone:
+        numbers = ", ".join(map(str, point.steps))
+        note += f"# No cache is best: the scheduler runs its steps {numbers} alone.\n"
+        rule = "match model -> compute\n"
     text = f"""\
 {note}policy tuned
-{_rule(point)}
-expect model over {calls} steps: {row}
+{rule}
+expect model over {tuned.steps} steps: {row}
 {format_node(tuned)}
 """
     return format_policy(parse(text))
+
+
+def _computes(point: SchedulePoint, call: int) -> bool:
+    """Return whether a call of a trajectory is computed."""
+    return point.predictor.alone or call in point.steps

@@ -288,6 +288,14 @@ def test_steps_and_progress_are_known_by_the_budget() -> None:
         drive([900.0], text)
 
 
+def test_a_table_is_read_without_the_number_of_steps_unless_its_index_is_scaled() -> None:
+    """An index other than `step` itself counts from the start of the table."""
+    text = 'table limits = [0, 1, 0]\nmatch "lin" when step > 0 and limits[{}] > 0 -> reuse'
+    assert "CRC" == drive([900.0, 600.0, 300.0], text.format("step + 0")).trace.rows()["lin"]
+    with pytest.raises(PolicyError, match="E250"):
+        drive([900.0], text.format("step"))
+
+
 def test_a_run_that_was_given_up_after_its_first_call_does_not_count() -> None:
     """The first timestep again is a new run: second-order samplers repeat all but the first."""
     assert [[(0, 900.0)], [(0, 900.0), (1, 800.0)]] == plain(drive([900.0, 900.0, 800.0]))

@@ -96,8 +96,6 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "unet": unet,
 }
 FAST = ("no guidance", "unet")
-# New noise at each step leaves nothing to extrapolate: the best that was found is evenly spaced reuse itself.
-AT_LEAST_AS_GOOD = ("ancestral",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.deep) for name in KINDS])
@@ -110,8 +108,7 @@ def test_the_tuned_policy_beats_uniform_ones_on_other_seeds(name: str) -> None:
     seeds = range(20, 26)
     best = kind.quality(found.policy, seeds)
     for uniform in UNIFORM:
-        equal = 1e-9 if name in AT_LEAST_AS_GOOD else 0.0
-        assert best + equal > kind.quality(cachepolicy.parse(uniform), seeds)
+        assert best > kind.quality(cachepolicy.parse(uniform), seeds)
 
 
 @pytest.mark.deep

@@ -52,6 +52,46 @@ def test_the_inner_products_are_those_of_what_reaches_the_scheduler() -> None:
     assert found.timesteps == pytest.approx([float(timestep) for timestep in scheduler.timesteps])
 
 
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EulerAncestralDiscreteScheduler()]
+)
+@pytest.mark.parametrize("halves", [1, 2])
+def test_the_residuals_are_the_outputs_minus_the_latents_of_the_model(scheduler, halves: int) -> None:
+    """Also where the scheduler scales the latents, and where guidance has them twice in a batch."""
+    model, residuals = Model(), []
+    scheduler.set_timesteps(STEPS)
+
+    def run() -> None:
+        sample = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+        sample = sample * getattr(scheduler, "init_noise_sigma", 1.0)
+        for timestep in scheduler.timesteps:
+            given = sample
+            if hasattr(scheduler, "scale_model_input"):
+                given = scheduler.scale_model_input(sample, timestep)
+            output = model(torch.cat([given] * halves)).chunk(halves)[0]
+            residuals.append((output - given).detach().clone())
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+
+    (found,) = record(run, [scheduler], [model])
+    rows = torch.stack(residuals).double().flatten(1)
+    torch.testing.assert_close(rows @ rows.T / 12, found.residual, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_other_latents_has_no_residuals() -> None:
+    """Further input channels, or an output that is no tensor of their shape, leave nothing to add."""
+    model, scheduler = nn.Linear(8, 4), diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+
+    def run() -> None:
+        sample = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+        for timestep in scheduler.timesteps:
+            output = model(torch.cat([sample, sample], 1))
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+
+    (found,) = record(run, [scheduler], [model])
+    assert found.residual is None
+
+
 def test_recording_changes_nothing_and_leaves_nothing() -> None:
     """The recorded run gives the bare run's result, and the class of the scheduler is as before."""
     model, scheduler = Model(), diffusers.UniPCMultistepScheduler()
@@ -61,6 +101,7 @@ def test_recording_changes_nothing_and_leaves_nothing() -> None:
     assert torch.equal(expected, found[0])
     assert type(scheduler).step is original
     assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 def test_a_failing_run_leaves_nothing() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from cachepolicy.language.ir import Tuned
 from cachepolicy.planning.check import check_text
 from cachepolicy.tools.emoji import load_pipeline
 from cachepolicy.tools.quality import each_psnr
-from cachepolicy.tuning.tuner import Tuning, tune
+from cachepolicy.tuning.bases import Base
+from cachepolicy.tuning.tuner import SchedulePoint, Tuning, _Bench, tune
 
 STEPS = 12
 
@@ -211,6 +214,35 @@ def test_the_chosen_policy_beats_the_same_solvers_with_as_many_calls(pipe, free:
     comparison = cachepolicy.compare(pipe, [call(seed) for seed in range(30, 34)], {"tuned": free})
     rows = {row.name: row for row in comparison.rows}
     assert rows["tuned"].converged.mean > rows["UniPC, 6 steps"].converged.mean
+
+
+def test_no_cache_is_the_result_where_a_solver_alone_is_best(
+    pipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The policy computes every call, the scheduler runs the planned steps alone, and the result says so."""
+    considered = list[bool]()
+
+    def last(_: _Bench, points: Sequence[tuple[SchedulePoint, Base]], *__: object, **___: object) -> int:
+        considered.extend(point.predictor.alone for point, _ in points)
+        return len(points) - 1
+
+    monkeypatch.setattr(_Bench, "best", last)
+    found, own = tune(pipe, [call(seed, num_inference_steps=8) for seed in range(3)], cost=0.5), pipe.scheduler
+    assert {True, False} == {*considered}
+    assert "match model -> compute" in found.text
+    assert any("no cache is best" in note for note in found.notes)
+    found.save(str(tmp_path / "mine.cp"))
+    assert not check_text((tmp_path / "mine.cp").read_bytes(), source="mine.cp")
+    (other,) = found.compared({"tuned": found}, converged=None, baselines=False).rows[1:]
+    assert 0.5 == found.chosen.cost == other.cost
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with found.apply(pipe) as run:
+                pipe(**{**call(3), **found.arguments})
+        assert ["CCCC"] == list(run.trace.rows().values())
+    finally:
+        pipe.scheduler = own
 
 
 def test_the_scheduler_is_kept_where_a_call_states_sigmas(pipe) -> None:

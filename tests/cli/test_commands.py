@@ -647,4 +647,5 @@ def test_list_of_a_model_shows_its_presets(run, tmp_path):
     assert len({name for name, _ in taken}) == len(taken)
     assert ("teacache", "wan_t2v_14b") not in taken
     (tmp_path / "wan" / "config.json").write_text(json.dumps(config | {"_class_name": "SD3Transformer2DModel"}))
-    assert "no shipped policy has a preset for `SD3Transformer2DModel`\n" == run("list", "--model", "wan").stdout
+    others = json.loads(run("list", "--model", "wan", "--json").stdout)
+    assert [] == [each["preset"] for each in others if not each["by_name"]]

@@ -45,6 +45,8 @@ class Continuations:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], str] = {}
+        self.settled: set[type] = set()
+        """The classes of which it is known how each output continues."""
         self.forms: dict[int, ChainForm] = {}
         """The structure of each span after a complete compute, by site number."""
 

@@ -43,8 +43,9 @@ class Probing:
     # --- how blocks continue -----------------------------------------------------------------------------
 
     def ran(self, module: Any, names: Names, output: Any) -> None:
-        """Remember the module that has just run."""
-        self._last = (module, names, output) if isinstance(output, torch.Tensor | tuple) else None
+        """Remember the module that has just run, unless it is known how its class continues."""
+        known = type(module) in self._context.root.continuations.settled
+        self._last = (module, names, output) if not known and isinstance(output, torch.Tensor | tuple) else None
 
     def forget(self) -> None:
         """Forget the module that ran before: it says nothing about the next one."""
@@ -56,10 +57,16 @@ class Probing:
             return
         module, before, output = self._last
         self._last = None
+        continuations, all_found = self._context.root.continuations, True
         for index, part in enumerate(parts(output)[0]):
-            for name, value in names.items():
-                if value is part and name in before and isinstance(part, torch.Tensor):
-                    self._context.root.continuations.learn(module, index, name)
+            if not isinstance(part, torch.Tensor):
+                continue
+            found = [name for name, value in names.items() if value is part and name in before]
+            all_found &= bool(found)
+            for name in found:
+                continuations.learn(module, index, name)
+        if all_found:
+            continuations.settled.add(type(module))  # pyright: ignore[reportUnknownArgumentType]
 
     # --- module calls ------------------------------------------------------------------------------------
 

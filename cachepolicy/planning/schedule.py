@@ -438,16 +438,19 @@ def advanced(inputs: Inputs, decision: Decision, now: Mapping[ir.Expression, flo
         case "reuse":
             owner = -1 if decision.rule is None else decision.rule
             counted = {**memory.reuses, owner: memory.reuses.get(owner, 0) + 1}
-            kept_on = {**memory.accumulated, **decision.accumulated}
+            more = decision.accumulated
+            kept_on = {**memory.accumulated, **more} if more else memory.accumulated
             half = inputs.tick.halved if feedback(decision.action) else memory.half
             return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen, half, memory.gap)
         case "compute":
-            kept = {key: (value, *memory.kept.get(key, ()))[:KEPT_LIMIT] for key, value in now.items()}
-            lasting = {
-                key: value
-                for key, value in {**memory.accumulated, **decision.accumulated}.items()
-                if key[1].function in LASTING
-            }
+            # Most rules remember nothing. Then the empty tables of the memory go on.
+            kept: Mapping[ir.Expression, tuple[float, ...]] = memory.kept
+            if now or kept:
+                kept = {key: (value, *kept.get(key, ()))[:KEPT_LIMIT] for key, value in now.items()}
+            lasting: Accumulated = memory.accumulated
+            if lasting or decision.accumulated:
+                both = {**lasting, **decision.accumulated}
+                lasting = {key: value for key, value in both.items() if key[1].function in LASTING}
             gap = None if memory.last is None else step - memory.last
             half = inputs.tick.halved
             return Memory(step, memory.computes + 1, memory.reuses, lasting, previous, kept, seen, half, gap)

@@ -146,21 +146,21 @@ def test_a_hit_costs_less_than_the_call_it_saves() -> None:
     """A hit calls the hook and one function of torch, and a root call has a bound of its own."""
     few, many = calls_per_step(STATIC, 10), calls_per_step(STATIC, 30)
     assert 2 * 20 >= many - few
-    assert 110 >= few - 2 * 10
+    assert 95 >= few - 2 * 10
 
 
 def test_a_block_inside_an_answering_span_passes_its_inputs_through() -> None:
     """An inner block calls the hook, one function of torch and the passage. A decision has a bound of its own."""
     few, many = calls_per_step(FIRST_BLOCK, 10), calls_per_step(FIRST_BLOCK, 30)
     assert 4 * 20 >= many - few
-    assert 330 >= few - 4 * 10
+    assert 250 >= few - 4 * 10
 
 
 def test_a_miss_of_a_span_has_a_bound_for_each_block() -> None:
     """A block of a span that computes again costs a few calls above the bare block."""
     miss = FIRST_BLOCK.replace("1e9", "-1")
     few, many = calls_per_step(miss, 10), calls_per_step(miss, 30)
-    assert 16 * 20 >= many - few - (bare_calls(30) - bare_calls(10))
+    assert 13 * 20 >= many - few - (bare_calls(30) - bare_calls(10))
 
 
 @pytest.mark.parametrize("policy", [STATIC, FIRST_BLOCK])

@@ -554,9 +554,13 @@ class _Bench:
 
     def on_recorded(self, point: SchedulePoint, base: Base) -> SchedulePoint:
         """Return a schedule whose forecast is the mean PSNR of as many recorded calls as may be sampled with it."""
-        reserved = point.cost * len(self.held_out)
-        count = int((self.left - reserved) / point.cost)
-        mean = _mean_psnr(self.tried(point, base, self.training[: max(count, DECIDING // 2)]))
+        reserved = point.cost * (len(self.held_out) + 1)
+        found = list[_Measured]()
+        for call in self.training:
+            if self._key(point, base, call[0]) not in self._seen and found and self.left < reserved:
+                break
+            found += self.tried(point, base, [call])
+        mean = _mean_psnr(found)
         return replace(point, forecast=mean)
 
     def measured(self, point: SchedulePoint, base: Base) -> SchedulePoint:
@@ -601,7 +605,8 @@ class _Bench:
         first = left[0]
         if default is None or first < defaults:
             return first
-        gains = self._gains(*points[first], *points[default], self.training[: max(end, DECIDING)])
+        spare = self.left > 2 * DECIDING * (points[first][0].cost + points[default][0].cost)
+        gains = self._gains(*points[first], *points[default], self.training[: max(end, DECIDING if spare else 0)])
         return first if _clear(gains) else default
 
     def _gains(
@@ -637,7 +642,7 @@ class _Bench:
                 metric = None if self.metric is None else float(self.metric(reference.pictures, sampled.pictures))
                 return _Measured(each_psnr(reference.pictures, sampled.pictures), metric, sampled.seconds)
 
-            key = policy, str(base), id(call)
+            key = self._key(point, base, call)
             if key not in self._seen:
                 self.total += 1
                 label = f"{len(point.steps)} computed"
@@ -653,6 +658,9 @@ class _Bench:
         # Solvers of order 1 are far from converged on few steps.
         order = getattr(getattr(scheduler, "config", None), "solver_order", 1)
         return base.steps is not None and order > 1 and runs_alone(self.sampler, base, (0,)) is not None
+
+    def _key(self, point: SchedulePoint, base: Base, call: ModelCall) -> tuple[str, str, int]:
+        return f"alone {point.steps}" if point.predictor.alone else _rule(point), str(base), id(call)
 
     def placed(self, point: SchedulePoint, base: Base) -> Base:
         """Return what a schedule is sampled on: the base, or one whose scheduler runs its steps alone."""
@@ -671,7 +679,8 @@ class _Bench:
         bins = [_bin(step, calls) for step in range(calls)]
         free = sorted({bins[step] for step in range(point.steps[0] + 1, calls) if step not in point.steps})
         distinct = len({*evidence.outputs[0][0].timesteps}) == calls
-        reserved = point.cost * (len(self.held_out) + DECIDING)
+        # Two shares of the change and the schedule itself are compared, and the result is sampled on recorded calls.
+        reserved = point.cost * (len(self.held_out) + 3 * DECIDING)
         count = min(len(self.training) - 1, int((self.left - reserved) / (point.cost * (len(free) + 1))))
         if point.predictor.alone or not free or not distinct or count < FEWEST_FITTED:
             return point

@@ -51,7 +51,7 @@ def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any
     for context in (set_current_vllm_config(vllm), set_forward_context(vllm_config=vllm, omni_diffusion_config=omni)):
         _ENTERED.append(context)
         context.__enter__()
-    if not torch.distributed.is_initialized():
+    if parallel_state._SP is None:  # another engine may have set up torch.distributed
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29571")
         rank = int(os.environ.setdefault("RANK", "0"))

@@ -1,7 +1,8 @@
 """Starts vLLM-Omni once, draws what the tests ask for, and writes down what came of it: `python start_omni.py JOB`.
 
 JOB is a JSON file: `folder` of the model, `engine` arguments, `requests`, and the `output` file. Requests with the same
-`group` are under way together. Each has a `seed`, `steps`, and what it says under `cachepolicy` (`said`).
+`group` are under way together. Each has a `seed`, `steps`, further sampling parameters (`more`), further `extra`
+arguments, and what it says under `cachepolicy` (`said`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def parameters(request: dict[str, Any]) -> Any:
         num_inference_steps=request.get("steps", 8),
         seed=request.get("seed", 0),
         guidance_scale=4.0,
-        extra_args={} if said == NOTHING else {"cachepolicy": said},
+        extra_args=request.get("extra", {}) | ({} if said == NOTHING else {"cachepolicy": said}),
+        **request.get("more", {}),
     )
 
 
@@ -48,7 +50,8 @@ async def drawn(omni: Any, name: str, request: dict[str, Any]) -> dict[str, Any]
             last = output
     except Exception as error:  # noqa: BLE001 (it is what the test asks for)
         return {"error": f"{type(error).__name__}: {error}"}
-    pixels = np.asarray(last.images[0]).astype(int)
+    pixels = np.asarray(last.images[0])
+    pixels = (pixels * 255e3 if pixels.dtype.kind == "f" else pixels).astype(int)  # videos are fractions
     return {"pixels": pixels.ravel().tolist(), "record": (last.custom_output or {}).get("cachepolicy")}
 
 

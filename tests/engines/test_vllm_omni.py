@@ -46,14 +46,17 @@ TOGETHER: list[dict[str, Any]] = [
 ]
 
 
+VIDEO = {"num_frames": 5}
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Stable Diffusion 3, random weights, and the policy."""
+    """A folder with tiny pipelines, random weights, and the policy."""
     made = tmp_path_factory.mktemp("omni")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "save_sd3.py"), str(made / "sd3")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("sd3", "flux", "wan"):
+        command = [sys.executable, str(HERE / "save_tiny.py"), kind, str(made / kind)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
     (made / "some.cp").write_text(POLICY)
     return made
 
@@ -63,7 +66,8 @@ class Started:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = {"policy": str(folder / "some.cp"), "policies": {"fbc": FBC}}
+        shipped = {name: {"policy": name} for name in ("pab", "fora")}
+        self.config = {"policy": str(folder / "some.cp"), "policies": {"fbc": FBC, **shipped}}
 
     @functools.cache  # noqa: B019 (there is one for the session)
     def outcome(self, name: str) -> dict[str, Any]:
@@ -72,7 +76,8 @@ class Started:
             config = self.config if name != "wrong" else {**self.config, "params": {"m": 1}}
             engine = {"cache_backend": "cachepolicy", "cache_config": config, **engine}
         job, output = self.folder / f"{name}.json", self.folder / f"{name}-results.json"
-        told = {"folder": str(self.folder / "sd3"), "engine": engine, "requests": requests, "output": str(output)}
+        kind = name if name in {"flux", "wan"} else "sd3"
+        told = {"folder": str(self.folder / kind), "engine": engine, "requests": requests, "output": str(output)}
         job.write_text(json.dumps(told))
         with (self.folder / f"{name}.log").open("w") as log:
             subprocess.run(
@@ -100,6 +105,15 @@ _STARTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "tensor parallel": ({"tensor_parallel_size": 2}, REQUESTS),
     "sequence parallel": ({"ulysses_degree": 2}, REQUESTS),
     "wrong": ({}, []),
+    "flux": ({}, [{}, {"said": False}, *({"said": {"policy": name}} for name in ("fbc", "pab", "fora"))]),
+    "wan": (
+        {},
+        [
+            {"more": VIDEO, "extra": extra, "said": said}
+            for extra in ({}, {"sample_solver": "euler", "flow_shift": 2.0}, {})
+            for said in ({"options": {"trace": True}}, False)
+        ],
+    ),
 }
 
 
@@ -175,3 +189,31 @@ def test_a_mistake_stops_the_start(started: Started) -> None:
     assert outcome["start"]
     assert [] == outcome["results"]
     assert "error[E160]: the policy has no parameter `m`" in outcome["log"]
+
+
+def test_flux_is_served(started: Started) -> None:
+    """With the policy of the server, without one, and with others that requests name."""
+    results = started.results("flux")
+    records = [each["record"] for each in results]
+    assert [4 / 8, 7 / 8] == [records[index]["skipped_share"] for index in (0, 2)]
+    assert all(0 < each["skipped_share"] for each in (records[3], records[4]))
+    assert 5 == len({each["record"]["session"] for each in results})
+    for index in (0, 2, 3, 4):
+        assert not np.array_equal(pixels(results[1]), pixels(results[index]))
+
+
+def test_wan_is_served_by_the_scheduler_of_each_request(started: Started) -> None:
+    """Both experts run under the policy, by the timesteps of the scheduler that the request asks for."""
+    results = started.results("wan")
+    for index in (0, 2, 4):
+        trace = results[index]["record"]["trace"]
+        calls = [call for trajectory in trace["trajectories"] for call in trajectory["calls"] if call["branch"] == ""]
+        assert list(range(8)) == [call["step"] for call in calls]
+        times = [call["t"] for call in calls]
+        assert times == sorted(times, reverse=True)
+        assert 990 < times[0] <= 1000
+        assert {"transformer", "transformer_2"} == set(results[index]["record"]["digests"])
+        assert 0 < results[index]["record"]["skipped_share"]
+        assert not np.array_equal(pixels(results[index]), pixels(results[index + 1]))
+    middle = [results[index]["record"]["trace"]["trajectories"][1]["calls"][0]["t"] for index in (0, 2, 4)]
+    assert middle[0] == middle[2] != middle[1]

@@ -679,8 +679,7 @@ class _Bench:
         bins = [_bin(step, calls) for step in range(calls)]
         free = sorted({bins[step] for step in range(point.steps[0] + 1, calls) if step not in point.steps})
         distinct = len({*evidence.outputs[0][0].timesteps}) == calls
-        # Two shares of the change and the schedule itself are compared, and the result is sampled on recorded calls.
-        reserved = point.cost * (len(self.held_out) + 3 * DECIDING)
+        reserved = point.cost * (len(self.held_out) + DECIDING + 1)
         count = min(len(self.training) - 1, int((self.left - reserved) / (point.cost * (len(free) + 1))))
         if point.predictor.alone or not free or not distinct or count < FEWEST_FITTED:
             return point
@@ -723,7 +722,9 @@ class _Bench:
         matrix, vector = (torch.stack(part).sum(0) for part in zip(*found, strict=True))
         diagonal = matrix.diagonal().clamp(min=1e-12)
         change = torch.linalg.solve(matrix + RIDGE * torch.diag(diagonal), vector).tolist()
-        others = self.training[: max(DECIDING // 2, len(self.training) - count)][:DECIDING]
+        # Two shares of the change and the schedule itself are compared.
+        spare = self.left > point.cost * (len(self.held_out) + 3 * DECIDING)
+        others = self.training[: max(DECIDING // 2, len(self.training) - count)][: DECIDING if spare else DECIDING // 2]
         # The effects are those of small changes, so that a half of a large change may be better than all of it.
         best = max(
             (

@@ -170,7 +170,15 @@ class Asked:
     @property
     def identity(self) -> str:
         """Equal for requests that may share a batch."""
-        return json.dumps([self.bare, self.policy, self.params, self.options], sort_keys=True, default=repr)
+        return identity_of([self.bare, self.policy, self.params, self.options])
+
+
+def identity_of(said: Any) -> str:
+    """Return a text that is equal for equal JSON values. A caller in Python may say anything else too."""
+    try:
+        return json.dumps(said, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys of several types, a cycle, or a deep nesting
+        return f"{type(said).__name__} {id(said)}"
 
 
 _SESSION_WORDS = frozenset(inspect.signature(cachepolicy.Run.session).parameters) - {"params"}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from cachepolicy.integrations.served import (
     RequestRefusedError,
     ServedPolicies,
     alike,
+    identity_of,
     joint_group,
     line_of,
     refusal_of,
@@ -92,7 +92,7 @@ def _separating(original: Callable[..., Any]) -> Callable[..., Any]:
         said = said_by(request.sampling_params)
         if said is None:
             return key
-        return replace(key, condition_key=(key.condition_key, KEY, json.dumps(said, sort_keys=True, default=repr)))
+        return replace(key, condition_key=(key.condition_key, KEY, identity_of(said)))
 
     return build_request_batch_sampling_params_key
 

@@ -321,6 +321,22 @@ def test_the_scheduler_keeps_requests_apart_that_differ() -> None:
     assert 4 == len({key(request("a", said)) for said in (..., False, {"n": 2}, {"n": 3})})
 
 
+def test_what_is_no_json_is_refused_too(config: dict[str, Any]) -> None:
+    """A caller in Python may say anything; neither the scheduler nor the batch fails."""
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    cycle: dict[str, Any] = {}
+    cycle["n"] = cycle
+    module = sys.modules["vllm_omni.diffusion.sched.request_scheduler"]
+    said = [{1: 2, "n": 3}, {"n": {1: 2, "a": 3}}, {"n": deep}, cycle, object(), {"n": object()}]
+    requests = [request(f"r{index}", each, steps=2) for index, each in enumerate(said)]
+    assert len(said) == len({module.build_request_batch_sampling_params_key(each) for each in requests})
+    *refused, fine = Runner(config).run([*requests, request("fine", steps=2)])
+    assert all(output.error for output in refused)
+    assert fine.error is None
+
+
 def test_each_sample_of_a_batch_is_judged(config: dict[str, Any]) -> None:
     """Signals take the largest change of any sample, unless the config says otherwise."""
     for options, expected in (({}, "max"), ({"samples": "mean"}, "mean")):

@@ -22,7 +22,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined
 from cachepolicy.language.linker import alignment
 from cachepolicy.language.traversal import names_in
-from cachepolicy.language.vocabulary import NOT_LINEAR, PREDICTORS
+from cachepolicy.language.vocabulary import PREDICTORS
 from cachepolicy.planning.facts import Fact
 from cachepolicy.planning.history_spec import axis, fewest_results, is_mean, is_scaled, reach
 from cachepolicy.planning.liveness import Liveness
@@ -144,13 +144,10 @@ class StepContext:
             newest = slot.output
             history = [(slot.step, slot.rows), *[(kept.step, kept.rows) for kept in slot.older]]
         steps = [step for step, rows in history[: reach(action)] if rows.serves(self.rows)]
-        kept = [rows for _, rows in history[: reach(action)]]
         try:
             self.arguments(action, site)
         except Undefined:
             return UNDEFINED_ARGUMENT
-        if action.predictor in NOT_LINEAR and any(rows.half is not None for rows in [self.rows, *kept]):
-            return Fact.HALF
         if action.predictor == "band" and self.spread:
             return Fact.SPREAD
         if len(steps) < fewest_results(action):

@@ -24,7 +24,6 @@ class Fact(StrEnum):
     """Another site of a forward pass that was repeated with every site computing."""
     TOO_LARGE = "the weights of its predictor are too large"
     """Its prediction could overflow for any history."""
-    HALF = "its predictor works on no half of a guidance batch"
     SPREAD = "its tokens are spread over processes"
     NOT_FINITE = "its answer would not be finite"
     PEER_REFUSED = "another process could not reuse"

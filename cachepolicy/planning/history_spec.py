@@ -9,7 +9,7 @@ from typing import Literal, cast
 from cachepolicy.language import ir
 from cachepolicy.language.installed_predictors import installed
 from cachepolicy.language.traversal import inner_predictor
-from cachepolicy.language.vocabulary import PREDICTORS
+from cachepolicy.language.vocabulary import NOT_LINEAR, PREDICTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,22 @@ def needed_results(action: ir.Action) -> int:
             return fewest_results(action)
         case _:
             return 1
+
+
+def whole_results(action: ir.Action) -> int:
+    """Returns how many of the newest results must be of a whole guidance batch to answer a call of one.
+
+    Most predictors leave out older results of half a batch. `weights`, `align` and `band` do not.
+    """
+    if not needed_results(action):
+        return 0
+    every = isinstance(action, ir.Predict) and (is_whole(action) or fewest_results(action) > 1)
+    return reach(action) if every else 1
+
+
+def is_whole(action: ir.Action) -> bool:
+    """Returns whether the action answers and reads whole guidance batches only."""
+    return isinstance(action, ir.Predict) and action.predictor in NOT_LINEAR
 
 
 def kept_pairs(action: ir.ApproximateUncond) -> int:

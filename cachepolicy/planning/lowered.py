@@ -15,8 +15,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.closures import Closure, Compiler, Constant
 from cachepolicy.language.evaluate import Undefined, finite
 from cachepolicy.language.vocabulary import CLOCK, LASTING
-from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import is_mean, needed_results
+from cachepolicy.planning.history_spec import is_mean
 from cachepolicy.planning.plan import BoundRule
 from cachepolicy.planning.schedule import (
     ANSWERS,
@@ -24,7 +23,6 @@ from cachepolicy.planning.schedule import (
     BOUND_IN_ALL,
     COND_COMPUTES,
     DUE,
-    HALF_KEPT,
     RULE_COMPUTES,
     TWO_CALLS,
     UNDEFINED_ARGUMENT,
@@ -33,6 +31,7 @@ from cachepolicy.planning.schedule import (
     Accumulated,
     Decider,
     Decision,
+    History,
     Inputs,
     Memory,
     Tables,
@@ -448,15 +447,9 @@ def _bound_gate(bound: ir.Bound, rule: int, count: Closure) -> Gate:
 def _answer_gates(bound: BoundRule, compiler: Compiler) -> list[Gate]:
     """Returns what decides whether a site can answer, once the clauses of its rule allow it."""
     gates = list[Gate]()
-    needed = needed_results(bound.rule.action)
-    if needed:
-
-        def history(inputs: Inputs, _slots: Sequence[Any]) -> str | None:
-            if inputs.memory.computes < needed:
-                return Fact.NO_HISTORY
-            return HALF_KEPT if inputs.memory.half and not inputs.tick.halved else None
-
-        gates.append(history)
+    history = History(bound.rule.action)
+    if history.needed:
+        gates.append(history.missing)
     gates += [_argument_gate(compiler.closure(argument.value)) for argument in bound.arguments]
     gates.append(lambda inputs, _slots: inputs.fact)
     return gates

@@ -10,6 +10,7 @@ from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.linker import is_measured
 from cachepolicy.language.traversal import close_signals, names_in, substitute, walk
+from cachepolicy.planning.history_spec import whole_results
 from cachepolicy.planning.plan import BoundRule, Plan
 from cachepolicy.planning.schedule import FRESH, HIDDEN, Decision, Inputs, Memory, Tick, advance, decide, hides, prepare
 from cachepolicy.planning.simulation import MeasuredNumbers, Schedule, replay, simulate
@@ -144,10 +145,11 @@ def _outcomes(
 def _state(rules: Sequence[BoundRule], memory: Memory) -> tuple[object, ...]:
     """Returns what tells two memories of a group apart: the last compute, and what else its rules read."""
     read = set[str]().union(*(names_in(bound.rule) for bound in rules))
+    whole = max((whole_results(bound.rule.action) for bound in rules), default=0)
     counted = [bound.index for bound in rules if any(limit.scope == "all" for limit in bound.rule.bounds)]
     return (
         memory.last,
-        memory.half,
+        memory.half if memory.half is not None and memory.half < whole else None,
         memory.gap if "gap" in read else None,
         memory.computes if "computes" in read else None,
         *(memory.reuses.get(rule, 0) for rule in counted),

@@ -12,9 +12,9 @@ from cachepolicy.errors import PolicyError, counted
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.traversal import names_in
-from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING
+from cachepolicy.language.vocabulary import KEPT_LIMIT, LASTING, WINDOW_LIMIT
 from cachepolicy.planning.facts import Fact
-from cachepolicy.planning.history_spec import feedback, is_mean, needed_results
+from cachepolicy.planning.history_spec import feedback, is_mean, is_whole, needed_results, whole_results
 from cachepolicy.planning.plan import BoundRule, Plan, measured_clauses
 
 DUE = "its schedule says so"
@@ -27,7 +27,10 @@ UNDEFINED_ARGUMENT = "an argument of its action has no value"
 """The reason of a site that computes because its action reads a number that is missing or not finite."""
 
 HALF_KEPT = "the history holds half of the guidance batch"
-"""The reason of a site that computes in a call of a whole guidance batch, because it last ran on half of one."""
+"""The reason of a site that computes in a call of a whole guidance batch, because it lately ran on half of one."""
+
+HALF_CALLED = "its predictor works on no half of a guidance batch"
+"""The reason of a site that computes in a call of half a guidance batch, which `align` and `band` do not answer."""
 
 UNOWNED = "no rule owns it"
 RULE_COMPUTES = "the rule computes"
@@ -91,7 +94,7 @@ class Memory:
         previous: Numbers at the last step that were measured, by the expression below `prev`.
         kept: Numbers at the last computes, newest first, by the expression below `kept`.
         seen: Step of `previous`.
-        half: Whether the newest result is one of half a guidance batch.
+        half: How many results are newer than the newest one of half a guidance batch; None if no such result is near.
         gap: Steps between the last two computes; None before the second.
     """
 
@@ -102,7 +105,7 @@ class Memory:
     previous: Mapping[ir.Expression, float] = field(default_factory=dict[ir.Expression, float])
     kept: Mapping[ir.Expression, tuple[float, ...]] = field(default_factory=dict[ir.Expression, tuple[float, ...]])
     seen: int | None = None
-    half: bool = False
+    half: int | None = None
     gap: int | None = None
 
     def age(self, step: int) -> int:
@@ -231,17 +234,41 @@ def _owned(bound: BoundRule, inputs: Inputs, environment: Environment) -> Decisi
 
 
 def _answered(bound: BoundRule, inputs: Inputs, environment: Environment, verdict: Any) -> Decision:
-    needed = needed_results(bound.rule.action)
-    if needed:
-        if inputs.memory.computes < needed:
-            return verdict("compute", Fact.NO_HISTORY)
-        if inputs.memory.half and not inputs.tick.halved:
-            return verdict("compute", HALF_KEPT)
+    missing = History(bound.rule.action).missing(inputs)
+    if missing is not None:
+        return verdict("compute", missing)
     if undefined_argument(bound, environment) is not None:
         return verdict("compute", UNDEFINED_ARGUMENT)
     if inputs.fact is not None:
         return verdict("compute", inputs.fact)
     return verdict("reuse", ANSWERS)
+
+
+class History:
+    """What an action needs of the results of a site before it can answer.
+
+    Args:
+        action: The action.
+
+    Attributes:
+        needed: How many results there must be.
+    """
+
+    __slots__ = ("_halves", "_whole", "needed")
+
+    def __init__(self, action: ir.Action) -> None:
+        self.needed = needed_results(action)
+        self._whole = whole_results(action)
+        self._halves = not is_whole(action)
+
+    def missing(self, inputs: Inputs, _slots: object = None) -> str | None:
+        """Returns the reason if the results of the site or the rows of the call do not let the action answer."""
+        half = inputs.memory.half
+        if inputs.memory.computes < self.needed:
+            return Fact.NO_HISTORY
+        if inputs.tick.halved:
+            return None if self._halves else HALF_CALLED
+        return HALF_KEPT if half is not None and half < self._whole else None
 
 
 def undefined_argument(bound: BoundRule, environment: Environment) -> ir.Argument | None:
@@ -440,7 +467,7 @@ def advanced(inputs: Inputs, decision: Decision, now: Mapping[ir.Expression, flo
             counted = {**memory.reuses, owner: memory.reuses.get(owner, 0) + 1}
             more = decision.accumulated
             kept_on = {**memory.accumulated, **more} if more else memory.accumulated
-            half = inputs.tick.halved if feedback(decision.action) else memory.half
+            half = _half(inputs) if feedback(decision.action) else memory.half
             return Memory(memory.last, memory.computes, counted, kept_on, previous, memory.kept, seen, half, memory.gap)
         case "compute":
             # Most rules remember nothing. Then the empty tables of the memory go on.
@@ -452,10 +479,18 @@ def advanced(inputs: Inputs, decision: Decision, now: Mapping[ir.Expression, flo
                 both = {**lasting, **decision.accumulated}
                 lasting = {key: value for key, value in both.items() if key[1].function in LASTING}
             gap = None if memory.last is None else step - memory.last
-            half = inputs.tick.halved
+            half = _half(inputs)
             return Memory(step, memory.computes + 1, memory.reuses, lasting, previous, kept, seen, half, gap)
         case _:
             assert_never(decision.verdict)
+
+
+def _half(inputs: Inputs) -> int | None:
+    """Returns `Memory.half` after a result of this call."""
+    if inputs.tick.halved:
+        return 0
+    half = inputs.memory.half
+    return None if half is None or half + 1 >= WINDOW_LIMIT else half + 1
 
 
 def _measured(rules: Sequence[BoundRule], inputs: Inputs) -> dict[ir.Expression, float]:

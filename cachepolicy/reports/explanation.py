@@ -12,10 +12,12 @@ from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate
 from cachepolicy.language.formatter import format_node
 from cachepolicy.language.traversal import names_in, walk
-from cachepolicy.planning.history_spec import needed_results
 from cachepolicy.planning.plan import BoundRule, Plan, find_site
 from cachepolicy.planning.schedule import (
+    HALF_CALLED,
+    HALF_KEPT,
     Decision,
+    History,
     Inputs,
     accumulate,
     due,
@@ -201,9 +203,12 @@ def _clauses(bound: BoundRule, inputs: Inputs, environment: Environment) -> Iter
             defined = False
         text = f"`{format_node(argument)}` has a value"
         yield _clause(text, defined, argument.value, environment)
-    if needed := needed_results(rule.action):
+    history = History(rule.action)
+    if needed := history.needed:
         what = "something is" if needed == 1 else f"{needed} results are"
         yield Clause(f"{what} kept from an earlier step", inputs.memory.computes >= needed)
+    if (missing := history.missing(inputs)) in {HALF_CALLED, HALF_KEPT}:
+        yield Clause(missing, holds=False)
     if inputs.fact is not None:
         yield Clause(inputs.fact, holds=False)
 

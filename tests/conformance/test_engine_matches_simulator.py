@@ -404,6 +404,48 @@ def test_a_history_of_half_a_batch_does_not_answer_a_whole_one(action: str, sele
     assert {"CRRCRR" if action == "skip" else "CRRCCR"} == set(rows.values())
 
 
+ALIGN = "predict align(probe: seen, clip: [0.5, 2]) of residual"
+BAND = 'predict band(transform: "dct", cut: 0.3, low: taylor(order: 0), high: taylor(order: 1))'
+
+
+@pytest.mark.parametrize("probe", ["input(model)", "residual(blocks[0])"])
+@pytest.mark.parametrize("follow", ["", " follow cond"])
+@pytest.mark.parametrize("selector", ["blocks[1:]", "each blocks[1:]", '"^blocks.1.attn$"'])
+@pytest.mark.parametrize("action", [ALIGN, BAND])
+def test_predictors_of_whole_batches_compute_in_halves(action: str, selector: str, follow: str, probe: str) -> None:
+    """Steps 1, 3 and 5 run half of the batch, where they compute, so that the history at steps 2 and 4 holds halves."""
+    rules = f"match model every 2 -> {strategies.APPROXIMATION}\nmatch {selector} -> {action}{follow}"
+    policy = parse(f"signal seen = {probe}\n{rules}")
+    (trajectory,) = agree(policy, Loop(CLOCK, ("",), range(6), batched=True), toy=Toy(blocks=3), steps=6)
+    rows = trajectory.rows("")
+    assert {} == trajectory.facts
+    assert "CRCRCR" == rows.pop("model")
+    assert {"CCCCCC"} == set(rows.values())
+
+
+@pytest.mark.parametrize(
+    ("action", "row"),
+    [
+        ("predict taylor(order: 2)", "CCCRRR"),
+        ("predict weights(of: [2, -1])", "CCCCRR"),
+        ("predict weights(of: [3, -3, 1])", "CCCCCR"),
+        (BAND, "CCCCRR"),
+        (BAND.replace("order: 1", "order: 2"), "CCCCCR"),
+        (ALIGN, "CCCCRR"),
+    ],
+)
+@pytest.mark.parametrize("selector", ["blocks[1:]", "attention"])
+def test_the_half_behind_the_newest_result_counts_too(selector: str, action: str, row: str) -> None:
+    """Step 1 runs half of the batch. What reads several results computes until its result is no longer among them."""
+    model = f"match model on {{0, 2, 3, 4, 5}} -> {strategies.APPROXIMATION}"
+    policy = parse(f"signal seen = input(model)\n{model}\nmatch {selector} on {{0, 1, 2}} -> {action}")
+    (trajectory,) = agree(policy, Loop(CLOCK, ("",), range(6), batched=True), steps=6)
+    rows = trajectory.rows("")
+    assert {} == trajectory.facts
+    assert "CRCCCC" == rows.pop("model")
+    assert {row} == set(rows.values())
+
+
 CLOCK = (900.0, 800.0, 700.0, 600.0, 500.0, 400.0)
 
 

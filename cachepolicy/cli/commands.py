@@ -14,6 +14,7 @@ import click
 from cachepolicy._resources import shipped_policies
 from cachepolicy.cli import options, output
 from cachepolicy.cli._plan import show_overview, show_plan
+from cachepolicy.cli._publish import publish
 from cachepolicy.errors import Diagnostic, PolicyError, counted, to_json
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format as format_policy
@@ -28,6 +29,7 @@ from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import Expectations, check, check_text, run_expectations
 from cachepolicy.planning.guidance import without_uncond
+from cachepolicy.planning.module_tree import builtin
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.references import with_references
 from cachepolicy.reports import text as report_text
@@ -410,6 +412,28 @@ def _list_presets(policies: Mapping[str, ir.Policy], model: str, *, as_json: boo
         output.say(f"{name}: preset {preset.name}{source}{chosen}\n  {settings}")
     if not found:
         output.say(f"no shipped policy has a preset for `{facts.class_name}`")
+
+
+@main.command("publish")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repo", metavar="OWNER/NAME", help="The repository in a hub where the folder will be.")
+@click.option("--license", "licence", metavar="ID", help="The licence of the policies, e.g. apache-2.0.")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Steps of the schedules (default: as tuned, else 50).")
+@click.option("--force", is_flag=True, help="Replace a README.md that was not written by this command.")
+@options.model
+@output.guarded
+def publish_command(
+    *, folder: Path, repo: str | None, licence: str | None, steps: int | None, force: bool, model: str | None
+) -> None:
+    """Write a README.md for a folder of policies, to be shared in a repository or a package.
+
+    All policies are checked, and their expectations are run. A `comparison.json` that `compare --json` has printed is
+    shown.
+    """
+    blueprint = Blueprint(builtin()) if model is None else read_model(model)
+    facts = blueprint.skeleton.facts
+    shown = "a generic diffusion transformer" if facts is None else f"`{facts.class_name}`"
+    publish(folder, blueprint, shown, steps=steps, repo=repo, licence=licence, force=force)
 
 
 @main.command("show")

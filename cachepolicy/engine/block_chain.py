@@ -136,6 +136,7 @@ class Chain:
         leads: Blocks whose inputs have to be copied before they run.
         clones: Whether blocks modify their inputs in place.
         signature: Shapes, dtypes and devices of the first block's inputs. None after a compute in a graph.
+        rows: The rows of the batch that these inputs had.
         autocast: The autocast dtypes, with which graphs detect changed dtypes instead.
         answers: How the blocks answer, made from `links`, or None.
     """
@@ -145,6 +146,7 @@ class Chain:
     endings: dict[int, Ending] = field(default_factory=dict[int, Ending])
     history: list[list[ChainEntry]] = field(default_factory=list[list[ChainEntry]])
     signature: tuple[Any, ...] | None = None
+    rows: BatchView = WHOLE
     autocast: tuple[Any, ...] | None = None
     clones: bool = False
     splits: set[int] = field(default_factory=set[int])
@@ -284,6 +286,25 @@ def signature(names: Names) -> tuple[Any, ...]:
     return tuple([
         (key, value.shape, value.dtype, value.device) for key, value in names.items() if isinstance(value, torch.Tensor)
     ])  # fmt: skip
+
+
+def alike(kept: tuple[Any, ...] | None, stored: BatchView, present: tuple[Any, ...] | None, rows: BatchView) -> bool:
+    """Return True if one signature is equal to another, or has the form that the other has on its rows.
+
+    Args:
+        kept: The signature of a stored result.
+        stored: The rows of that result.
+        present: The signature of a call.
+        rows: The rows of that call.
+    """
+    if kept == present:
+        return True
+    if kept is None or present is None or len(kept) != len(present):
+        return False
+    return all(
+        now in (before, (before[0], rows.shape(before[1], stored), *before[2:]))
+        for before, now in zip(kept, present, strict=True)
+    )
 
 
 def rebuilt(shape: OutputStructure, tensors: Sequence[Any]) -> Any:

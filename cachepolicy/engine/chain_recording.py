@@ -18,6 +18,7 @@ from cachepolicy.engine.block_chain import (
     Link,
     Names,
     OutputStructure,
+    alike,
     parts,
     signature,
 )
@@ -293,8 +294,11 @@ class Recorder:
         if self._spoilt is not None or not self._entries:
             chain.forget()
             return self._spoilt or "no block of the span ran"
-        chain.put(self._entries, self._keeps.depth, follows=chain.signature == self._signature)
-        chain.links, chain.endings, chain.signature = self._links, self._ends, self._signature
+        before, now = (chain.signature, chain.rows), (self._signature, self._keeps.rows)
+        # Results of half a guidance batch and of whole ones are kept side by side.
+        chain.put(self._entries, self._keeps.depth, follows=alike(*before, *now) or alike(*now, *before))
+        chain.links, chain.endings = self._links, self._ends
+        chain.signature, chain.rows = now
         return None
 
 

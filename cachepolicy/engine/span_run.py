@@ -20,6 +20,7 @@ from cachepolicy.engine.block_chain import (
     Link,
     Names,
     Passage,
+    alike,
     fed_back,
     handed_on,
     led,
@@ -151,15 +152,8 @@ class SpanRun:
             return reason  # without a signature, a graph stored it, and the root model has checked the arguments
         if self._ledger.shared(self.number) and (excess := self._context.excess(self.number, action)) is not None:
             return excess
-        present = signature(names)
-        if chain.signature == present:
-            return None
-        rows, stored = self._context.rows, chain.history[0][0].rows
-        same = len(chain.signature) == len(present) and all(
-            now in (kept, (kept[0], rows.shape(kept[1], stored), *kept[2:]))
-            for kept, now in zip(chain.signature, present, strict=True)
-        )
-        return None if same else Fact.MISFIT
+        fits = alike(chain.signature, chain.rows, signature(names), self._context.rows)
+        return None if fits else Fact.MISFIT
 
     def _unsound(self, action: ir.Action | None, names: Names | None) -> str | None:
         """Return why the answer of the span would not be finite, or None. Checked answers are kept.

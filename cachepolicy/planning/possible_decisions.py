@@ -184,7 +184,7 @@ class Outlooks:
         if is_mean(rule.action) and moment.branch in COND_BRANCHES | UNCOND_BRANCHES:
             return {_COMPUTE}
         answers = _answers(rule.action)
-        if rule.follow is not None and moment.branch != rule.follow:
+        if rule.follow is not None and moment.branch not in (rule.follow, ""):
             leader = replace(moment, branch=rule.follow)
             follows = self._owned(bound, group, leader, self._view(group, leader, None))
             return {_COMPUTE, answers} if answers in follows else {_COMPUTE}

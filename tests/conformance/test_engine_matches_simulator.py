@@ -446,6 +446,53 @@ def test_the_half_behind_the_newest_result_counts_too(selector: str, action: str
     assert {row} == set(rows.values())
 
 
+SIDE_BY_SIDE = (
+    "reuse",
+    "predict linear(weight: 0.5, feedback: true)",
+    "predict taylor(order: 2)",
+    "predict weights(of: [3, -3, 1])",
+)
+
+
+@pytest.mark.parametrize("selector", ["blocks", "attention"])
+@pytest.mark.parametrize("action", SIDE_BY_SIDE)
+def test_results_of_whole_batches_and_of_halves_are_kept_side_by_side(action: str, selector: str) -> None:
+    """Steps 3 to 5 run half of the batch and are answered from the results of both, by sites and by spans."""
+    model = f"match model on {{0, 2}} -> {strategies.APPROXIMATION}"
+    policy = parse(f"{model}\nmatch {selector} on {{0, 1, 2}} -> {action}")
+    (trajectory,) = agree(policy, Loop(CLOCK, ("",), range(6), batched=True), steps=6)
+    rows = trajectory.rows("")
+    assert {} == trajectory.facts
+    assert "CRCRRR" == rows.pop("model")
+    assert {"CCCRRR"} == set(rows.values())
+
+
+@pytest.mark.parametrize("action", SIDE_BY_SIDE)
+def test_a_span_predicts_from_both_what_its_last_block_predicts(action: str) -> None:
+    """An answer that replaces the output of the last block is that of the whole span."""
+
+    def predictions(selector: str) -> Tensor:
+        model, (x, y) = GuidedToy(Toy()).eval(), inputs(Toy())
+        redraw(model, 0)
+        rules = f"match model on {{0, 2}} -> approximate uncond copy\nmatch {selector} on {{0, 1, 2}} -> {action}"
+        with torch.no_grad(), cachepolicy.apply(model, parse(rules), guidance=True, steps=6):
+            found = list[Tensor]()
+            for t in CLOCK:
+                found.append(model(x.repeat(2, 1, 1), torch.tensor(t), torch.cat([-y, y])))
+                x = x - 0.1 * found[-1].mean(0, keepdim=True)
+        return torch.stack(found)
+
+    assert torch.equal(predictions('"^blocks.1$"'), predictions("blocks"))
+
+
+def test_a_mean_of_a_guidance_batch_has_no_branch_to_follow() -> None:
+    """A call without a name decides for itself, so that its history is kept for it."""
+    policy = parse("match attention every 3 -> reuse mean follow cond")
+    (trajectory,) = agree(policy, Loop(CLOCK, ("",), range(6), batched=True), steps=6)
+    assert {} == trajectory.facts
+    assert {"CRRCRR"} == set(trajectory.rows("").values())
+
+
 CLOCK = (900.0, 800.0, 700.0, 600.0, 500.0, 400.0)
 
 

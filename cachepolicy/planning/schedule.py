@@ -254,20 +254,23 @@ class History:
         needed: How many results there must be.
     """
 
-    __slots__ = ("_halves", "_whole", "needed")
+    __slots__ = ("_halves", "_mean", "_whole", "needed")
 
     def __init__(self, action: ir.Action) -> None:
         self.needed = needed_results(action)
         self._whole = whole_results(action)
         self._halves = not is_whole(action)
+        self._mean = is_mean(action)
 
     def missing(self, inputs: Inputs, _slots: object = None) -> str | None:
         """Returns the reason if the results of the site or the rows of the call do not let the action answer."""
         half = inputs.memory.half
         if inputs.memory.computes < self.needed:
             return Fact.NO_HISTORY
-        if inputs.tick.halved:
-            return None if self._halves else HALF_CALLED
+        if inputs.tick.halved and not self._halves:
+            return HALF_CALLED
+        if inputs.tick.halved and not self._mean:
+            return None
         return HALF_KEPT if half is not None and half < self._whole else None
 
 

@@ -485,6 +485,16 @@ def test_a_span_predicts_from_both_what_its_last_block_predicts(action: str) -> 
     assert torch.equal(predictions('"^blocks.1$"'), predictions("blocks"))
 
 
+def test_half_a_batch_has_no_mean() -> None:
+    """Step 2 computes in half a batch, so that steps 3 and 5 have no two halves to take the mean of."""
+    policy = parse(f"match model on {{0}} -> {strategies.APPROXIMATION}\nmatch attention every 2 -> reuse mean")
+    (trajectory,) = agree(policy, Loop(CLOCK, ("",), range(6), batched=True), steps=6)
+    assert {} == trajectory.facts
+    rows = trajectory.rows("")
+    assert "CRRRRR" == rows.pop("model")
+    assert {"CRCCCC"} == set(rows.values())
+
+
 def test_a_mean_of_a_guidance_batch_has_no_branch_to_follow() -> None:
     """A call without a name decides for itself, so that its history is kept for it."""
     policy = parse("match attention every 3 -> reuse mean follow cond")

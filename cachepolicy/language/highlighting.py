@@ -94,6 +94,7 @@ _DECLARATIONS = (
 )
 _LATER = (
     Colouring(r"\bwithin(?=[ \t]+[^ \t=:])", ("clause",)),
+    Colouring(r"\btokens(?=[ \t]*:)", ("clause",)),
     Colouring(r"^tuned(?=[ \t]+over\b)", ("statement",)),
     Colouring(rf"^(preset)({_GAP})({_NAME})({_GAP})(for)\b", ("statement", "space", "declared", "space", "clause")),
 )

@@ -98,7 +98,7 @@ def test_a_loop_hits_or_misses_as_its_name_says():
     for what, letter in (("hit", "R"), ("miss", "C")):
         loop = overhead.ours(overhead.Stack(2), 3, overhead.HITS_AND_MISSES[what], tensors=True)
         loop.seconds()
-        rows = loop.model.__dict__["_cachepolicy"].run.trace.rows()
+        rows = loop.model.__dict__["_cachepolicy"].attachment.trace.rows()
         assert {"blocks.0": f"C{letter * 4}", "blocks.1": f"C{letter * 4}"} == rows
 
 

@@ -34,6 +34,7 @@ class Kind:
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     labelled: bool = True
+    uncached: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     def call(self, seed: int) -> dict[str, Any]:
         """One call."""
@@ -50,9 +51,10 @@ class Kind:
         sampler = Sampler(self.target, self.options.get("sample"), self.options.get("scheduler"))
         ratios = list[float]()
         for seed in seeds:
-            expected = sampler(self.call(seed)).pictures
+            if seed not in self.uncached:
+                self.uncached[seed] = sampler(self.call(seed)).pictures
             with cachepolicy.apply(self.target, policy):
-                ratios += each_psnr(expected, sampler(self.call(seed)).pictures)
+                ratios += each_psnr(self.uncached[seed], sampler(self.call(seed)).pictures)
         return statistics.fmean(ratios)
 
 
@@ -105,7 +107,7 @@ def test_the_tuned_policy_beats_uniform_ones_on_other_seeds(name: str) -> None:
     found = kind.tuned(keep_scheduler=True)
     assert found.evaluations <= 64
     assert found.chosen.cost <= 0.5 + 1e-9
-    seeds = range(20, 26)
+    seeds = range(20, 38)  # single pictures differ by many dB in their ratio
     best = kind.quality(found.policy, seeds)
     for uniform in UNIFORM:
         assert best > kind.quality(cachepolicy.parse(uniform), seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -170,9 +171,7 @@ def _dynamic(config: Fields, values: Mapping[str, object], total: float, *, foll
 
 
 def _threshold(config: Fields, default: float) -> float:
-    threshold = config.number("residual_diff_threshold", default)
-    if threshold <= 0:
-        config.refuse("residual_diff_threshold", "0 never reuses, which is the bare model")
+    threshold = config.threshold("residual_diff_threshold", default, low=-math.inf)
     # From 1 on, cache-dit reuses without measuring.
     return _ABOVE_ALL if threshold >= 1 else threshold
 

@@ -165,9 +165,7 @@ _UNKNOWN_SHIFT = (
 def _window(
     node: Fields, workflow: Workflow, names: tuple[str, str], defaults: tuple[float, float]
 ) -> dict[str, float]:
-    start, end = (node.number(name, default, low=0, high=1) for name, default in zip(names, defaults, strict=True))
-    if start >= end:
-        node.refuse(names[0], f"the range is empty, because `{names[1]}` is not above it")
+    start, end = node.window(names, defaults)
     return {"start": start, "end": end, "shift": workflow.shift() or 1.0}
 
 
@@ -191,9 +189,7 @@ match blocks[1:] when final_t <= t <= first_t
 
 def _first_block_cache(node: Fields, workflow: Workflow) -> Conversion:
     node.only("object_to_patch", "diffusion_model", why="the policy is for the denoiser")
-    threshold = node.number("residual_diff_threshold", 0, low=0)
-    if threshold == 0:
-        node.refuse("residual_diff_threshold", "0 never reuses, which is the bare model")
+    threshold = node.threshold("residual_diff_threshold", 0)
     values = {"threshold": threshold, "streak": node.limit("max_consecutive_cache_hits")}
     window = _window(node, workflow, ("start", "end"), (0, 1))
     if window["start"] <= 0 and window["end"] >= 1:
@@ -296,9 +292,7 @@ def _first(node: Fields, workflow: Workflow) -> int:
 
 def _teacache_node(node: Fields, workflow: Workflow) -> Conversion:
     kind = node.choice("model_type", "flux", tuple(_TEACACHE_MODELS))
-    threshold = node.number("rel_l1_thresh", 0.4, low=0)
-    if threshold == 0:
-        node.refuse("rel_l1_thresh", "0 never reuses, which is the bare model")
+    threshold = node.threshold("rel_l1_thresh", 0.4)
     first = _first(node, workflow)
     end = node.number("end_percent", 1, low=0, high=1)
     node.ignore("cache_device")
@@ -339,12 +333,8 @@ _COUNTED = ("chroma", "qwen_image")
 
 def _magcache_node(node: Fields, workflow: Workflow) -> Conversion:
     kind = node.choice("model_type", "wan2.1_t2v_1.3B", tuple(_MAGCACHE_MODELS))
-    threshold = node.number("magcache_thresh", 0.06, low=0)
-    if threshold == 0:
-        node.refuse("magcache_thresh", "0 never reuses, which is the bare model")
-    most = node.whole("magcache_K", 2)
-    if most == 0:
-        node.refuse("magcache_K", "0 never reuses, which is the bare model")
+    threshold = node.threshold("magcache_thresh", 0.06)
+    most = node.most("magcache_K", 2)
     share = node.number("retention_ratio", 0.2, low=0, high=1)
     start, end = node.whole("start_step", 0), node.whole("end_step", -1, low=-(10**6))
     steps = workflow.steps()

@@ -76,12 +76,10 @@ def _magcache(config: Fields) -> Conversion:
     steps = config.whole("num_inference_steps", 28, low=1)
     values = {
         "threshold": config.number("threshold", 0.06, low=0),
-        "skips": config.whole("max_skip_steps", 3),
+        "skips": config.most("max_skip_steps", 3),
         "retention": config.number("retention_ratio", 0.2, low=0, high=1),
         "ratios": [_shortest(ratio) for ratio in config.numbers("mag_ratios")],
     }
-    if values["skips"] == 0:
-        config.refuse("max_skip_steps", "0 never reuses, which is the bare model")
     return Conversion(using("magcache", values, tuple(values)), (f"The setting is for {steps} steps.",), steps)
 
 

@@ -70,11 +70,9 @@ def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
         if "mag_ratios" not in setting:
             setting.refuse("mag_ratios", "vLLM-Omni chooses a model's ratios by itself; give them")
         setting.only("mag_calibrate", False, why="`cachepolicy calibrate` measures a model's ratios")
-        if setting.whole("mag_max_skip_steps", 5) == 0:
-            setting.refuse("mag_max_skip_steps", "0 never reuses, which is the bare model")
         given = {
             "threshold": setting.number("mag_threshold", 0.24, low=0),
-            "skips": setting.whole("mag_max_skip_steps", 5),
+            "skips": setting.most("mag_max_skip_steps", 5),
             "retention": setting.number("mag_retention_ratio", 0.1, low=0, high=1),
             "ratios": setting.numbers("mag_ratios"),
         }
@@ -210,28 +208,19 @@ _REFUSED_MODES = {
 
 
 def _easycache(setting: Fields) -> Conversion:
-    values = {
-        "threshold": setting.number("threshold", 0.2, low=0),
-        "start": setting.number("start", 0.15, low=0, high=1),
-        "end": setting.number("end", 0.95, low=0, high=1),
-    }
-    if values["start"] >= values["end"]:
-        setting.refuse("start", "the range is empty, because `end` is not above it")
+    threshold = setting.number("threshold", 0.2, low=0)
+    start, end = setting.window(("start", "end"), (0.15, 0.95))
     notes = ("The range is one of noise levels. `shift` is that of the model's; 1 is a model without a shift.",)
-    return Conversion(written(EASYCACHE, values), notes)
+    return Conversion(written(EASYCACHE, {"threshold": threshold, "start": start, "end": end}), notes)
 
 
 def _ucache(setting: Fields) -> Conversion:
     setting.only("relative", 1, True, why="the threshold is relative to the size of the output")
     setting.only("reset", 1, True, why="a compute starts the sum of a rule anew")
-    values = {
-        "threshold": setting.number("threshold", 1.0, low=0),
-        "first": setting.number("start", 0.15, low=0, high=1),
-        "last": setting.number("end", 0.95, low=0, high=1),
-        "decay": setting.number("decay", 1.0, low=0, high=1),
-    }
-    if values["first"] >= values["last"]:
-        setting.refuse("start", "the range is empty, because `end` is not above it")
+    threshold = setting.number("threshold", 1.0, low=0)
+    first, last = setting.window(("start", "end"), (0.15, 0.95))
+    decay = setting.number("decay", 1.0, low=0, high=1)
+    values = {"threshold": threshold, "first": first, "last": last, "decay": decay}
     return Conversion(using("ucache", values, ("threshold",)))
 
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.loader import SHIPPED, load
 from cachepolicy.language.params import typed
 from cachepolicy.language.parser import parse
+
+_Bound = TypeVar("_Bound", int, float)
 
 
 @cache
@@ -173,9 +175,22 @@ class Fields:
     def limit(self, name: str, default: int = -1) -> int | None:
         """Returns a field that bounds a number of reuses: -1 stands for no bound."""
         value = self.whole(name, default, low=-1)
-        if value == 0:
-            self.refuse(name, "0 never reuses, which is the bare model")
-        return None if value < 0 else value
+        return None if value < 0 else self._reusing(name, value)
+
+    def most(self, name: str, default: int) -> int:
+        """Returns a field that bounds a number of reuses and has to allow one."""
+        return self._reusing(name, self.whole(name, default))
+
+    def threshold(self, name: str, default: float, *, low: float = 0) -> float:
+        """Returns a field that is the smallest change that computes: a number from `low`, above 0."""
+        return self._reusing(name, self.number(name, default, low=low))
+
+    def window(self, names: tuple[str, str], defaults: tuple[float, float]) -> tuple[float, float]:
+        """Returns two fields that are shares from 0 to 1, the first one below the second one."""
+        start, end = (self.number(name, default, low=0, high=1) for name, default in zip(names, defaults, strict=True))
+        if start >= end:
+            self.refuse(names[0], f"the range is empty, because `{names[1]}` is not above it")
+        return start, end
 
     def switch(self, name: str, *, default: bool) -> bool:
         """Returns a field that is true or false."""
@@ -245,6 +260,12 @@ class Fields:
         if unread:
             known = ", ".join(f"`{name}`" for name in sorted(self._read))
             self.refuse(unread[0], f"it is no field that is known; known are {known}")
+
+    def _reusing(self, name: str, value: _Bound) -> _Bound:
+        """Returns the value of a field that is a bound of reuse, unless it allows none."""
+        if value <= 0:
+            self.refuse(name, "0 never reuses, which is the bare model")
+        return value
 
     def _mistyped(self, name: str, takes: str, value: object, *, code: str = "E161") -> NoReturn:
         shown = repr(value)

@@ -118,12 +118,7 @@ def dbcache(
         threshold: The default of `residual_diff_threshold`.
         both: Whether the warm-up holds beside a mask.
     """
-    values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", first, low=1)}
-    if last := config.whole("Bn_compute_blocks", 0):
-        values["end"] = -last
-    values |= {
-        "threshold": _threshold(config, threshold),
-        "warmup": config.whole("max_warmup_steps", warmup),
+    values = _span(config, first, warmup, threshold) | {
         "streak": config.limit("max_continuous_cached_steps"),
         "most": config.limit("max_cached_steps"),
         "order": order,
@@ -168,6 +163,17 @@ def _dynamic(config: Fields, values: Mapping[str, object], total: float, *, foll
         return _with_pauses(changed, interval)
 
     return inlined("dbcache", values, change)
+
+
+def _span(config: Fields, first: int = 8, warmup: int = 8, threshold: float = 0.08) -> dict[str, object]:
+    """Returns the params that DBCache and DBPrune share: the blocks that are reused, the threshold and the warm-up."""
+    values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", first, low=1)}
+    if last := config.whole("Bn_compute_blocks", 0):
+        values["end"] = -last
+    return values | {
+        "threshold": _threshold(config, threshold),
+        "warmup": config.whole("max_warmup_steps", warmup),
+    }
 
 
 def _threshold(config: Fields, default: float) -> float:
@@ -218,10 +224,7 @@ def _mask(config: Fields) -> str | None:
 
 def dbprune(config: Fields) -> ir.Policy:
     """Returns the policy of a DBPrune setting."""
-    values: dict[str, object] = {"first": config.whole("Fn_compute_blocks", 8, low=1)}
-    if last := config.whole("Bn_compute_blocks", 0):
-        values["end"] = -last
-    values |= {"threshold": _threshold(config, 0.08), "warmup": config.whole("max_warmup_steps", 8)}
+    values = _span(config)
     for name in ("max_continuous_cached_steps", "max_cached_steps"):
         config.only(name, -1, why="cache-dit counts the steps of all blocks together, a rule those of each block")
     config.only("steps_computation_mask", why="the policy `dbprune` has no mask")

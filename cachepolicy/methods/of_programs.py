@@ -60,12 +60,12 @@ def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
         renamed = {"steps_computation_mask": "scm_steps_mask_policy", "steps_computation_policy": "scm_steps_policy"}
         setting.rename(renamed)
         setting.default("max_continuous_cached_steps", 3)
-        policy = dbcache(setting, order, first=1, warmup=4, threshold=0.24)
+        conversion = Conversion(dbcache(setting, order, first=1, warmup=4, threshold=0.24))
     elif backend in {"tea_cache", "teacache"}:
         if "coefficients" not in setting:
             setting.refuse("coefficients", "vLLM-Omni chooses a model's polynomial by itself; give it")
         threshold = setting.number("rel_l1_thresh", 0.2, low=0)
-        policy = teacache(threshold, setting.numbers("coefficients"), _NORM, positive=True)
+        conversion = Conversion(teacache(threshold, setting.numbers("coefficients"), _NORM, positive=True))
     elif backend == "mag_cache":
         if "mag_ratios" not in setting:
             setting.refuse("mag_ratios", "vLLM-Omni chooses a model's ratios by itself; give them")
@@ -77,8 +77,8 @@ def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
             "ratios": setting.numbers("mag_ratios"),
         }
         steps = setting.whole("num_inference_steps", 28, low=1)
-        setting.finish()
-        return Conversion(using("magcache", given, tuple(given)), (f"The setting is for {steps} steps.",), steps)
+        note = f"The setting is for {steps} steps."
+        conversion = Conversion(using("magcache", given, tuple(given)), (note,), steps)
     elif backend == "sea_cache":
         named = {
             "threshold": "sea_threshold",
@@ -89,12 +89,10 @@ def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
         setting.rename(named)
         setting.ignore("num_inference_steps")
         conversion = seacache(setting)
-        setting.finish()
-        return conversion
     else:
         outer.refuse("cache_backend", "`cache_dit`, `tea_cache`, `mag_cache` and `sea_cache` are expressed")
     setting.finish()
-    return Conversion(policy)
+    return conversion
 
 
 def of_sglang(values: Mapping[str, Any]) -> Conversion:
@@ -309,12 +307,11 @@ def of_xdit(values: Mapping[str, Any]) -> Conversion:
     steps = setting.get("num_inference_steps")
     if config:
         setting.finish()
-    inner = {**(values if not config else {}), **cast("Mapping[str, Any]", config)}
-    for name in ("cache_method", "cache_config"):
-        inner.pop(name, None)
+    flat = cast("Mapping[str, Any]", config) or values
+    inner = {name: value for name, value in flat.items() if name not in {"cache_method", "cache_config"}}
     fields = Fields("`cache_config`", inner)
     fields.default("num_inference_steps", steps)
-    policy_name = inner.pop("scm_policy", "fast")
+    policy_name = inner.get("scm_policy", "fast")  # None is no mask
     fields.ignore("scm_policy")
     if "steps_computation_mask" not in fields and policy_name is not None:
         if "num_inference_steps" not in fields:
@@ -329,8 +326,7 @@ def of_xdit(values: Mapping[str, Any]) -> Conversion:
 
 
 def _xdit_teacache(setting: Fields) -> Conversion:
-    first_block = setting.switch("use_fbcache", default=False)
-    if first_block:
+    if setting.switch("use_fbcache", default=False):
         why = "xDiT adds what the blocks after the first one gave to the input of the first one, which loses its part"
         setting.refuse("use_fbcache", why)
     if not setting.switch("use_teacache", default=False):

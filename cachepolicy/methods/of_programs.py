@@ -327,7 +327,7 @@ def of_xdit(values: Mapping[str, Any]) -> Conversion:
 
 def _xdit_teacache(setting: Fields) -> Conversion:
     if setting.switch("use_fbcache", default=False):
-        why = "xDiT adds what the blocks after the first one gave to the input of the first one, which loses its part"
+        why = "xDiT adds the residual of the later blocks to the input of the first one, whose own residual is lost"
         setting.refuse("use_fbcache", why)
     if not setting.switch("use_teacache", default=False):
         setting.refuse("use_teacache", "no cache is on, which is the bare model")

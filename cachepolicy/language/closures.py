@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachepolicy.language import ir
-from cachepolicy.language.evaluate import ARITHMETIC, COMPARE, FUNCTIONS, Undefined, entry_of, finite
+from cachepolicy.language.evaluate import ARITHMETIC, COMPARE, FUNCTIONS, Undefined, entry_of, finite, reads_steps
 from cachepolicy.language.vocabulary import ACCUMULATORS, MEMORIES
 
 Closure = Callable[[Any, Any], Any]
@@ -111,7 +111,7 @@ class Compiler:
         if values is None:
             return _undefined(f"table `{lookup.table}` is not known here")
         index, name = self.closure(lookup.index), lookup.table
-        steps = self.leaf(_STEPS) if lookup.index == _STEP else None
+        steps = self.leaf(_STEPS) if reads_steps(lookup) else None
 
         def entry(x: Any, y: Any) -> float:
             at = index(x, y)
@@ -134,7 +134,7 @@ class Compiler:
         return [value, form], _contained(as_closure(value), as_closure(form))
 
 
-_STEP, _STEPS = ir.Name(name="step"), ir.Name(name="steps")
+_STEPS = ir.Name(name="steps")
 
 
 def as_closure(form: Form) -> Closure:

@@ -127,7 +127,10 @@ def _named(name: str, environment: Environment) -> Any:
 
 def reads_steps(node: ir.Node) -> bool:
     """Returns True for a lookup whose index is `step`, which is scaled to the number of steps."""
-    return isinstance(node, ir.Lookup) and node.index == ir.Name(name="step")
+    return isinstance(node, ir.Lookup) and node.index == _STEP
+
+
+_STEP = ir.Name(name="step")
 
 
 def _looked_up(expression: ir.Lookup, environment: Environment) -> float:

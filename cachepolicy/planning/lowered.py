@@ -36,8 +36,8 @@ from cachepolicy.planning.schedule import (
     Memory,
     Tables,
     advanced,
-    clock_words,
     floored,
+    progress,
     unfollowed,
 )
 
@@ -163,11 +163,6 @@ class LoweredRule:
 # --- what closures read ----------------------------------------------------------------------------------
 
 
-def _progress(inputs: Inputs) -> float | None:
-    step, steps = inputs.tick.step, inputs.tick.steps
-    return None if steps is None else step / (steps - 1) if steps > 1 else 0.0
-
-
 _WORDS: Mapping[str, Callable[[Inputs], Any]] = {
     "step": lambda inputs: inputs.tick.step,
     "t": lambda inputs: inputs.tick.t,
@@ -175,16 +170,11 @@ _WORDS: Mapping[str, Callable[[Inputs], Any]] = {
     "sigma": lambda inputs: inputs.tick.sigma,
     "branch": lambda inputs: inputs.tick.branch,
     "uncond_skipped": lambda inputs: inputs.tick.uncond_skipped,
-    "progress": _progress,
+    "progress": lambda inputs: progress(inputs.tick.step, inputs.tick.steps),
     "age": lambda inputs: inputs.memory.age(inputs.tick.step),
     "gap": lambda inputs: inputs.memory.gap,
     "computes": lambda inputs: inputs.memory.computes,
 }
-
-
-def _word(name: str) -> Callable[[Inputs], Any]:
-    """Returns the function that reads a clock word."""
-    return _WORDS.get(name) or (lambda inputs: clock_words(inputs.tick, inputs.memory)[name])
 
 
 def _checked(name: str, read: Callable[[Inputs], Any]) -> Closure:
@@ -203,7 +193,7 @@ def _checked(name: str, read: Callable[[Inputs], Any]) -> Closure:
 def _clock_leaf(expression: ir.Expression) -> Closure | None:
     """Returns the closure of a name in a `when`, which reads the clock only."""
     if isinstance(expression, ir.Name) and expression.name in CLOCK:
-        return _checked(expression.name, _word(expression.name))
+        return _checked(expression.name, _WORDS[expression.name])
     return None
 
 
@@ -211,7 +201,7 @@ def _raw(name: str) -> Callable[[Inputs], Any]:
     """Returns the function that reads a name. A signal may be called like a clock word that was added later."""
     if name not in CLOCK:
         return lambda inputs: inputs.signals.get(name)
-    word = _word(name)
+    word = _WORDS[name]
     return lambda inputs: inputs.signals[name] if name in inputs.signals else word(inputs)
 
 

@@ -14,7 +14,7 @@ from cachepolicy.language.traversal import names_in
 from cachepolicy.planning._possible_values import BOTH, EITHER, Range, Truth, View, known, truth
 from cachepolicy.planning.history_spec import feedback, history_depth, is_mean, needed_results
 from cachepolicy.planning.plan import BoundRule
-from cachepolicy.planning.schedule import Program, Tick, due, floored
+from cachepolicy.planning.schedule import Program, Tick, due, floored, progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class Outlooks:
         steps = self.end(moment.now)
         if steps is not None:
             names["steps"] = steps
-            names["progress"] = _progress(moment.step, steps)
+            names["progress"] = EITHER if isinstance(moment.step, Range) else progress(moment.step, steps)
         if self.ahead.timesteps is not None:
             self._scheduled(names, moment.step, self.ahead.timesteps)
         elif moment.now.t is not None:
@@ -238,12 +238,6 @@ class Outlooks:
         names["t"] = timesteps[step]
         if self.ahead.sigmas is not None and step < len(self.ahead.sigmas):
             names["sigma"] = self.ahead.sigmas[step]
-
-
-def _progress(step: int | Range, steps: int) -> Any:
-    if isinstance(step, Range):
-        return EITHER
-    return step / (steps - 1) if steps > 1 else 0.0
 
 
 def _answers(action: ir.Action) -> Event:

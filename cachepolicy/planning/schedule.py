@@ -358,15 +358,18 @@ def holds(clause: ir.Expression | None, environment: Environment) -> bool:
         return False
 
 
+def progress(step: int, steps: int | None) -> float | None:
+    """Returns the clock word `progress`, from 0 to 1; None if the number of steps is not known."""
+    return None if steps is None else step / (steps - 1) if steps > 1 else 0.0
+
+
 def clock_words(tick: Tick, memory: Memory) -> dict[str, Any]:
     """Returns the clock as names of the language; None for what is not known."""
-    steps = tick.steps
-    progress = None if steps is None else tick.step / (steps - 1) if steps > 1 else 0.0
     return {
         "step": tick.step,
         "t": tick.t,
-        "steps": steps,
-        "progress": progress,
+        "steps": tick.steps,
+        "progress": progress(tick.step, tick.steps),
         "sigma": tick.sigma,
         "branch": tick.branch,
         "uncond_skipped": tick.uncond_skipped,

@@ -37,11 +37,16 @@ class CallArguments:
         if isinstance(value, list | tuple) and value and all(_is_number(item) for item in value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
             value = torch.tensor([float(item) for item in value])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if isinstance(value, torch.Tensor) and value.ndim and value.numel() > 1:
-            latents = self.named.get(self.latents or "")
+            latents = self.latent_input
             rows = len(latents) if isinstance(latents, torch.Tensor | list | tuple) else 0  # pyright: ignore[reportUnknownArgumentType]
             if value.shape[0] == value.numel() == rows:
                 value = value.flatten()[0] if value.stride(0) == 0 else RowTimesteps(value)
         self.time = value
+
+    @property
+    def latent_input(self) -> Any:
+        """The latents, or None."""
+        return self.named.get(self.latents or "")
 
     def signature(self) -> tuple[Any, ...]:
         """Return shapes, dtypes and devices of all tensors. Histories apply only to calls with the same signature."""

@@ -135,7 +135,7 @@ class Guide:
         """Return why the batch may not have two halves, or None. Batches of equal size are examined once."""
         key = (_batch(arguments), source.samples)
         if self._examined is None or self._examined[0] != key:
-            self._examined = (key, source.problem(arguments.named.get(arguments.latents or ""), model))
+            self._examined = (key, source.problem(arguments.latent_input, model))
         return self._examined[1]
 
     def _several_calls(self, step: int, calls: int) -> bool:
@@ -150,7 +150,7 @@ class Guide:
         self, arguments: CallArguments, args: tuple[Any, ...], settings: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the root model with the conditional half of all batched values."""
-        only, lists = settings.get("inputs") or None, isinstance(arguments.named.get(arguments.latents or ""), list)
+        only, lists = settings.get("inputs") or None, isinstance(arguments.latent_input, list)
         named = conditional(arguments.named, _batch(arguments), settings["layout"], only, lists=lists)
         names = list(named)
         positional = tuple(named[name] for name in names[: len(args)])
@@ -193,8 +193,7 @@ class Guide:
         self._kept = []
         if not keeping.bands:
             return output
-        latents = arguments.named.get(arguments.latents or "")
-        latents = latents if isinstance(latents, torch.Tensor) else None
+        latents = arguments.latent_input if isinstance(arguments.latent_input, torch.Tensor) else None
         for number, (prediction, (uncond, cond)) in enumerate(zip(predictions, pairs, strict=True)):
             if number > 0 and prediction.ndim == _SEQUENCE:
                 frames = Frames("BSC", (1, 1, prediction.shape[1]))  # a second stream, such as audio
@@ -247,4 +246,4 @@ _SEQUENCE = 3  # dimensions of a batch of token sequences (B, S, C)
 
 
 def _batch(arguments: CallArguments) -> int:
-    return rows_of(arguments.named.get(arguments.latents or ""))
+    return rows_of(arguments.latent_input)

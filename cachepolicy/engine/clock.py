@@ -149,7 +149,7 @@ def read(clock: Clock, calls: Calls, sources: Sources, root: Root, arguments: Ca
     """
     context = CONTEXT.get()
     named = arguments.named
-    latents = SeenLatents(named.get(arguments.latents or ""))
+    latents = SeenLatents(arguments.latent_input)
     besides = (arguments.latents, arguments.timestep)
     conditioning = calls.conditioning({name: value for name, value in named.items() if name not in besides})
     name = context.name if context is not None else None

@@ -43,7 +43,7 @@ def layout(call: ForwardPass) -> Layout:
     """Return what the arguments of a call show of the grids of its tokens."""
     arguments = call.arguments
     patch = getattr(getattr(call.owner.module, "config", None), "patch_size", None)
-    return layout_of(arguments.named, arguments.named.get(arguments.latents or ""), patch)
+    return layout_of(arguments.named, arguments.latent_input, patch)
 
 
 def before(call: ForwardPass, site: int, action: ir.ApproximateUncond) -> None:

@@ -197,9 +197,8 @@ class RootModel(Handle):
             self._start(session, state, reading)
             if self.tuned_for is not None:
                 skipped = 0 if session.clock.before else session.clock.begin
-                latents = arguments.named.get(arguments.latents or "")
                 guidance = here.guidance if here is not None else None
-                self.tuned_for.compare_run(sources, reading.tick.steps, skipped, latents, guidance)
+                self.tuned_for.compare_run(sources, reading.tick.steps, skipped, arguments.latent_input, guidance)
         if state.execution.skipped and self.graphs.derives and (args or kwargs):
             self.graphs.derive(state.execution, args, kwargs)
         call = self._decided(session, state, reading, arguments, args, kwargs)

@@ -48,7 +48,7 @@ def observed(sampler: Sampler, call: ModelCall) -> Generator[Circumstances]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if seen.latents is None:
             arguments = arguments_of(root, args, kwargs)
-            latents = arguments.named.get(arguments.latents or "")
+            latents = arguments.latent_input
             seen.latents = [*latents.shape[1:]] if isinstance(latents, torch.Tensor) else None
 
     handle = inner.register_forward_pre_hook(hook, with_kwargs=True)

@@ -95,7 +95,7 @@ class Continuations:
         return OutputStructure(tuple(inputs), tuple(constants), call.kind, call.fields)
 
     def _input(self, call: BlockCall, index: int, output: torch.Tensor, taken: Sequence[str | None], name: str) -> str:
-        known = call.learnt.get(index) or self._known.get((type(call.module).__qualname__, index))
+        known = call.learnt.get(index) or self.input_of(call.module, index)
         if known is not None and known in call.names and known not in taken:
             return known
         alike = [

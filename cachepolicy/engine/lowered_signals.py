@@ -7,7 +7,7 @@ over tensors are left to the interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from cachepolicy.engine.streams import SignalValue, Stream
 from cachepolicy.language import ir
@@ -46,6 +46,14 @@ def lowered(signals: Signals, expression: ir.Expression) -> Measure:
             return Compiler(lambda node: _leaf(signals, node), signals.tables).closure(expression)
 
 
+def is_stateful(node: ir.Node) -> TypeGuard[ir.Call | ir.Over]:
+    """Return True for a norm, a memory, `cross` and `over`, which a run measures or remembers."""
+    return isinstance(node, ir.Over) or (isinstance(node, ir.Call) and node.function in _STATEFUL)
+
+
+_STATEFUL = NORMS | MEMORIES | {"cross"}
+
+
 def _is_constant(expression: ir.Expression) -> bool:
     return isinstance(expression, ir.Number)
 
@@ -61,7 +69,7 @@ def _is_interpreted(expression: ir.Expression) -> bool:
 
 def _leaf(signals: Signals, node: ir.Expression) -> Closure | None:
     """Return the closure of a number that a run measures or remembers, of a clock word, or of an external."""
-    if isinstance(node, ir.Over) or (isinstance(node, ir.Call) and node.function in NORMS | MEMORIES | {"cross"}):
+    if is_stateful(node):
         measure, label = signals.measure(node), f"`{node.function}(...)`"
 
         def number(measuring: Measuring, site: int) -> float:

@@ -11,8 +11,8 @@ import torch
 
 from cachepolicy.engine.distributed.consensus import Agreement
 from cachepolicy.engine.distributed.norms import Share, in_pieces, norm_alone, share
-from cachepolicy.engine.lowered_signals import Measure, lowered
-from cachepolicy.engine.streams import Layout, SignalValue, Stream, half_of, norm_of, of_tokens, wiener, worst_norm
+from cachepolicy.engine.lowered_signals import Measure, is_stateful, lowered
+from cachepolicy.engine.streams import NO_LAYOUT, SignalValue, Stream, half_of, norm_of, of_tokens, wiener, worst_norm
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Environment, Undefined, evaluate, finite
 from cachepolicy.language.traversal import children, close_signals, is_stream, replace_outermost, walk
@@ -181,7 +181,6 @@ class Remembered:
         return bool(self.previous or self.kept or self.crossed)
 
 
-_NO_LAYOUT = Layout()
 _NO_NUMBERS: Mapping[str, float] = {}
 _ANY_SITE = (-1,)
 
@@ -213,7 +212,7 @@ class Measuring:
         self._memory_of = memory_of
         self._others = others
         self._made: dict[tuple[ir.Expression, int], Stream] = {}
-        self.layout = _NO_LAYOUT
+        self.layout = NO_LAYOUT
         self.rows: int | None = None
         """The number of rows of a guidance batch, None if the call is no such batch."""
         self.cond = 1
@@ -598,6 +597,6 @@ def _is_measured(node: ir.Call | ir.Over) -> bool:
 
 def _outermost(node: ir.Node) -> list[ir.Call | ir.Over]:
     """Return the outermost norms, memories, `cross` and `over` below a node."""
-    if isinstance(node, ir.Over) or (isinstance(node, ir.Call) and node.function in NORMS | MEMORIES | {"cross"}):
+    if is_stateful(node):
         return [node]
     return [call for child in children(node) for call in _outermost(child)]

@@ -184,12 +184,6 @@ def identity_of(said: Any) -> str:
 _SESSION_WORDS = frozenset(inspect.signature(cachepolicy.Run.session).parameters) - {"params"}
 
 
-def said_by(sampling_params: Any) -> Any:
-    """Return what the extra arguments of a request say under `cachepolicy`, or None."""
-    extra: Any = getattr(sampling_params, "extra_args", None)
-    return cast("Mapping[str, Any]", extra).get(KEY) if isinstance(extra, Mapping) else None
-
-
 class RequestRefusedError(Exception):
     """A request cannot be served as it asks; other requests are not concerned."""
 
@@ -256,6 +250,18 @@ class ServedPolicies:
             self._current = name
             self.counts["attached"] += 1
             return self._run
+
+    def read(self, said: Any) -> Asked:
+        """Read what a request says, as `Asked.of` does.
+
+        Raises:
+            RequestRefusedError: It has another form.
+        """
+        try:
+            return Asked.of(said, self.config)
+        except PolicyError as error:
+            self.counts["refused"] += 1
+            raise RequestRefusedError(refusal_of(error)) from error
 
     def serve(
         self,

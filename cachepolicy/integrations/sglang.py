@@ -27,7 +27,6 @@ from cachepolicy.integrations.served import (
     ServedPolicies,
     joint_group,
     line_of,
-    refusal_of,
 )
 
 CONFIG = "CACHEPOLICY_CONFIG"
@@ -111,24 +110,19 @@ def _policies(stage: Any) -> ServedPolicies:
 def _drawing(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the denoising loop of a request: its session."""
     served = _policies(stage)
-    try:
-        asked = Asked.of(_said_by(batch), served.config)
-    except PolicyError as error:
-        served.counts["refused"] += 1
-        raise ValueError(f"cachepolicy: {refusal_of(error)}") from error
     own = [name for name in ("enable_teacache", "enable_spectrum") if getattr(batch, name, False)]
     own += ["Cache-DiT"] if getattr(stage, "_cache_dit_enabled", False) else []
-    if own and not asked.bare:
-        logger.warning("the request asks for a cache of SGLang (%s), which runs without a policy", ", ".join(own))
-        asked = Asked(bare=True)
     name = str(getattr(batch, "request_id", None) or "request")
-    options = {"scheduler": ctx.scheduler}
     try:
+        asked = served.read(_said_by(batch))
+        if own and not asked.bare:
+            logger.warning("the request asks for a cache of SGLang (%s), which runs without a policy", ", ".join(own))
+            asked = Asked(bare=True)
         result, record = served.serve(
             asked,
             f"{name} {next(_numbers)}",
             lambda: original(stage, ctx, batch, *args, **kwargs),
-            options=options,
+            options={"scheduler": ctx.scheduler},
         )
     except RequestRefusedError as error:
         raise ValueError(f"cachepolicy: {error}") from error

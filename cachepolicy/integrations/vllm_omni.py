@@ -30,8 +30,6 @@ from cachepolicy.integrations.served import (
     identity_of,
     joint_group,
     line_of,
-    refusal_of,
-    said_by,
 )
 
 logger = logging.getLogger("vllm_omni.cachepolicy")  # vLLM-Omni shows what is logged under its name
@@ -89,12 +87,18 @@ def _separating(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def build_request_batch_sampling_params_key(request: Any) -> Any:
         key = original(request)
-        said = said_by(request.sampling_params)
+        said = _said_by(request.sampling_params)
         if said is None:
             return key
         return replace(key, condition_key=(key.condition_key, KEY, identity_of(said)))
 
     return build_request_batch_sampling_params_key
+
+
+def _said_by(sampling_params: Any) -> Any:
+    """Return what the extra arguments of a request say under `cachepolicy`, or None."""
+    extra: Any = getattr(sampling_params, "extra_args", None)
+    return cast("Mapping[str, Any]", extra).get(KEY) if isinstance(extra, Mapping) else None
 
 
 def _reporting(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,11 +247,10 @@ class Requests:
         asked, refused = list[Asked | None](), dict[int, str]()
         for index, each in enumerate(params):
             try:
-                asked.append(Asked.of(said_by(each), self.served.config))
-            except PolicyError as error:
-                self.served.counts["refused"] += 1
+                asked.append(self.served.read(_said_by(each)))
+            except RequestRefusedError as error:
                 asked.append(None)
-                refused[index] = refusal_of(error)
+                refused[index] = str(error)
         return asked, refused
 
     def _serve(self, asked: Asked, batch: Any, key: str, requests: int, call: Any) -> tuple[Any, dict[str, Any]]:
@@ -266,8 +269,7 @@ class Requests:
             result, record = self._serve(asked, batch, "+".join(ids), len(ids), call)
         except RequestRefusedError as error:
             return [_refusal(str(error), request) for request in ids]
-        outputs = result if isinstance(result, list) else [result]
-        for output in outputs:
+        for output in _listed(result):
             setattr(output, KEY, record)
         return result
 
@@ -284,8 +286,7 @@ class Requests:
             logger.warning(
                 "%s: %d requests ask for different things, and %s: all compute", "+".join(ids), len(ids), reason
             )
-            bare = self._answered(Asked(bare=True), batch, ids, call)
-            kept = bare if isinstance(bare, list) else [bare]
+            kept = _listed(self._answered(Asked(bare=True), batch, ids, call))
             return [kept[index] if output is None else output for index, output in enumerate(outputs)]
         if len(groups) > 1:
             self.served.counts["split"] += 1
@@ -295,9 +296,14 @@ class Requests:
         for asked, members in groups:
             part = replace(batch, requests=[batch.requests[index] for index in members])
             result = self._answered(asked, part, [ids[index] for index in members], call)
-            for index, output in zip(members, result if isinstance(result, list) else [result], strict=True):
+            for index, output in zip(members, _listed(result), strict=True):
                 outputs[index] = output
         return outputs
+
+
+def _listed(result: Any) -> list[Any]:
+    """Return the outputs of a pipeline as a list. It returns one output for one request, or a list."""
+    return result if isinstance(result, list) else [result]
 
 
 def _inseparable(batch: Any) -> str:

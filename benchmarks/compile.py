@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,11 @@ from typing import Any
 
 import torch
 import torch._dynamo as dynamo
-from diffusers import FirstBlockCacheConfig
-from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers.hooks import apply_pyramid_attention_broadcast
 from torch import Tensor, nn
 
 import cachepolicy
-from benchmarks import pab
+from benchmarks import fbc, pab
 from benchmarks._measure import Spread, one_thread, spread, table, timed
 from benchmarks.pab import twin
 
@@ -48,24 +45,17 @@ def diffusers_pab(model: nn.Module, loop: pab.Loop) -> None:
 
 def ours_fbc(model: nn.Module, loop: pab.Loop) -> None:
     """`fbc.cp`."""
-    cachepolicy.apply(model, "fbc", timestep=loop.current, threshold=THRESHOLD)
+    fbc.ours(model, THRESHOLD, loop.current)
 
 
-def diffusers_fbc(model: nn.Module, _: pab.Loop) -> None:
+def diffusers_fbc(model: nn.Module, loop: pab.Loop) -> None:
     """The same as diffusers' hooks, in one cache context for good."""
-    apply_first_block_cache(model, FirstBlockCacheConfig(THRESHOLD))
-    _set_cache_context(model, CacheContext("only"))
+    fbc.diffusers(model, THRESHOLD, loop.current)
 
 
-def cache_dit_fbc(model: nn.Module, _: pab.Loop) -> None:
+def cache_dit_fbc(model: nn.Module, loop: pab.Loop) -> None:
     """cache-dit's F1B0, without its warm-up and its limits."""
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
-    import cache_dit as library
-
-    config = library.DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=THRESHOLD, max_warmup_steps=0
-    )
-    library.enable_cache(model, cache_config=config)
+    fbc.cache_dit(model, THRESHOLD, loop.current)
 
 
 def none(_: nn.Module, __: pab.Loop) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,6 +188,7 @@ def diffusers(model: nn.Module, threshold: float, _current: Callable[[], float])
 
 def cache_dit(model: nn.Module, threshold: float, _current: Callable[[], float]) -> None:
     """cache-dit's first n = 1 blocks, last n = 0, without its warm-up and its limits."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     import cache_dit as library
 
     config = library.DBCacheConfig(

@@ -20,7 +20,6 @@ import functools
 import gc
 import importlib.util
 import json
-import os
 import platform
 import random
 import statistics
@@ -33,20 +32,20 @@ from typing import Any
 
 import torch
 from diffusers import (
-    FirstBlockCacheConfig,
     FluxTransformer2DModel,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     WanTransformer3DModel,
 )
-from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast, apply_taylorseer_cache
+from diffusers.hooks import apply_pyramid_attention_broadcast, apply_taylorseer_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cachepolicy
+from benchmarks import fbc
 from benchmarks._measure import table
-from benchmarks.pab import twin
+from benchmarks.pab import picture_ids, twin
 
 GIB = 2**30
 
@@ -123,13 +122,11 @@ def flux(device: torch.device, dtype: torch.dtype, *, small: bool) -> Subject:
         joint_attention_dim=joint, pooled_projection_dim=32 if small else 768, guidance_embeds=True,
     )  # fmt: skip
     draw = _random(device, dtype)
-    rows, columns = torch.meshgrid(torch.arange(edge), torch.arange(edge), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     inputs = {
         "encoder_hidden_states": draw(1, text, joint),
         "pooled_projections": draw(1, 32 if small else 768),
         "guidance": torch.full((1,), 3.5, device=device, dtype=dtype),
-        "img_ids": places.to(device, dtype),
+        "img_ids": picture_ids(edge).to(device, dtype),
         "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
     }
     last = f"single_transformer_blocks.{single - 1}.attn.to_q"
@@ -167,10 +164,16 @@ _TAYLOR = TaylorSeerCacheConfig(
 identifiers match no module of Wan."""
 
 
-def _ours(policy: Any, **params: Any) -> Put:
+def _ours(policy: str | cachepolicy.Policy) -> Put:
+    def put(model: nn.Module, subject: Subject, _: float) -> None:
+        cachepolicy.apply(model, policy, timestep=subject.known)
+
+    return put
+
+
+def _fbc(system: str) -> Put:
     def put(model: nn.Module, subject: Subject, threshold: float) -> None:
-        given = {**params, "threshold": threshold} if policy == "fbc" else params
-        cachepolicy.apply(model, policy, timestep=subject.known, **given)
+        fbc.SYSTEMS[system](model, threshold, subject.known)
 
     return put
 
@@ -190,27 +193,10 @@ def _diffusers_pab(model: nn.Module, subject: Subject, _: float) -> None:
     apply_pyramid_attention_broadcast(model, config)
 
 
-def _diffusers_fbc(model: nn.Module, _: Subject, threshold: float) -> None:
-    """In one cache context for good; pipelines enter one a step."""
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold))
-    _set_cache_context(model, CacheContext("only"))
-
-
 def _diffusers_taylorseer(model: nn.Module, _: Subject, __: float) -> None:
     """Every fourth step, of attention."""
     apply_taylorseer_cache(model, _TAYLOR)
     _set_cache_context(model, CacheContext("only"))
-
-
-def _cache_dit_fbc(model: nn.Module, _: Subject, threshold: float) -> None:
-    """F1B0, without warm-up and limits."""
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
-    import cache_dit as library
-
-    config = library.DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold, max_warmup_steps=0
-    )
-    library.enable_cache(model, cache_config=config)
 
 
 def _bare(_: nn.Module, __: Subject, ___: float) -> None:
@@ -221,9 +207,9 @@ WAYS: Mapping[str, Put] = {
     "bare": _bare,
     "PAB, ours": _ours("pab"),
     "PAB, diffusers": _diffusers_pab,
-    "FBC, ours": _ours("fbc"),
-    "FBC, diffusers": _diffusers_fbc,
-    "FBC, cache-dit": _cache_dit_fbc,
+    "FBC, ours": _fbc("ours"),
+    "FBC, diffusers": _fbc("diffusers"),
+    "FBC, cache-dit": _fbc("cache-dit"),
     "TaylorSeer, ours": _ours(cachepolicy.parse(cachepolicy.convert(_TAYLOR))),
     "TaylorSeer, diffusers": _diffusers_taylorseer,
     "planned list, ours": _planned,

@@ -53,14 +53,18 @@ class Setting:
 
     def inputs(self) -> dict[str, Tensor]:
         """What stays the same in all steps."""
-        rows, columns = torch.meshgrid(torch.arange(self.edge), torch.arange(self.edge), indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
         return {
             "encoder_hidden_states": torch.randn(1, self.text, 64),
             "pooled_projections": torch.randn(1, 64),
-            "img_ids": places.float(),
+            "img_ids": picture_ids(self.edge),
             "txt_ids": torch.zeros(self.text, 3),
         }
+
+
+def picture_ids(edge: int) -> Tensor:
+    """Flux' positions of the picture tokens, `(edge * edge, 3)`: 0, the row and the column."""
+    rows, columns = torch.meshgrid(torch.arange(edge), torch.arange(edge), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
 
 
 class Loop:

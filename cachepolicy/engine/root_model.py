@@ -207,10 +207,7 @@ class RootModel(Handle):
         if execution.approximation is not None or execution.signals.crossed or execution.takes_mean:
             samples = sources.follower.rows if sources.follower is not None else None
             call.source = GuidanceSource(session_config.options.guidance, pipeline, samples)
-        guidance_observer.describe(call)
-        if state.execution.takes_mean:
-            call.context.guided = state.guide.rows(arguments, call.source, self.module) is not None
-        root_site.before(call)
+        self._enter(call)
         if state.audited:
             call.compares = call.answered or call.halved
             call.learns = self.graphs.used(whole=compiler)  # the answers are compared outside graphs
@@ -220,6 +217,13 @@ class RootModel(Handle):
                 self.graphs.prepare(call, whole=compiler)
         call.codes = step_effects.planned_codes(call)
         return call
+
+    def _enter(self, call: ForwardPass) -> None:
+        """Let a decided call see its arguments, and answer the root model if that is what the policy says."""
+        guidance_observer.describe(call)
+        if call.context.execution.takes_mean:
+            call.context.guided = call.state.guide.rows(call.arguments, call.source, self.module) is not None
+        root_site.before(call)
 
     def _start(self, session: Session, state: State, reading: Reading) -> None:
         """Start a trajectory: release the state of the last one on all root models of the session."""
@@ -362,7 +366,7 @@ class RootModel(Handle):
             refuse_again(self, "the model wrote into its own arguments")
         anew = self._decided(session, state, reading, call.arguments, args, kwargs, earlier=call.context)
         anew.started, anew.source = call.started, call.source
-        root_site.before(anew)
+        self._enter(anew)
         anew.codes = step_effects.planned_codes(anew)
         return anew
 

@@ -297,6 +297,31 @@ def test_a_forward_that_runs_again_computes_every_site() -> None:
     checks.trace_agrees(trajectory)
 
 
+class WithReferences(WithAnother):
+    """A loop whose tokens are those of a picture, then those of references, as `img_ids` tells."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, img_ids: Tensor | None = None) -> Tensor:
+        """The loop over all tokens."""
+        return super().forward(x, t, y)
+
+
+def test_a_forward_that_runs_again_measures_the_same_tokens() -> None:
+    """What it remembers for the next step is of the tokens of the picture, as in any other forward."""
+    text = 'signal d = l1(prev(input(model, tokens: "latent")))\nmatch "attn$" every 2 -> reuse\n'
+    model = WithReferences()
+    x, y = torch.cat([torch.ones(1, 2, 8), torch.full((1, 2, 8), 9.0)], dim=1), inputs(Toy())[1]
+    ids = torch.tensor([[0.0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])
+    with torch.no_grad(), cachepolicy.apply(model, parse(text + 'match "^other$" while d < 2 -> reuse')) as attached:
+        for t in TIMESTEPS:
+            model(x, torch.tensor(t), y, img_ids=ids)
+        trajectory = last(attached)
+    assert Fact.RERUN == trajectory.facts["other", 5, ""]
+    other = next(site.index for site in trajectory.plan.sites if site.name == "other")
+    assert 1.0 == trajectory.calls[-1].signals[other]["d"]
+    assert "CRRRRCR" == trajectory.rows()["other"]
+    checks.trace_agrees(trajectory)
+
+
 class Writes(Loop):
     """A loop that writes into the latents it is given."""
 

@@ -17,7 +17,7 @@ from cachepolicy.planning.guidance import reads_guidance, without_uncond
 from cachepolicy.planning.open_signals import replay_open, simulate_open
 from cachepolicy.planning.plan import Plan
 from cachepolicy.planning.references import with_references
-from cachepolicy.planning.simulation import Schedule, numbers_by_branch, refuse_unknown
+from cachepolicy.planning.simulation import Schedule, numbers_by_step, refuse_unknown
 from cachepolicy.reports import overview
 from cachepolicy.reports import text as report_text
 from cachepolicy.reports.html.page import page
@@ -88,7 +88,7 @@ def _recorded(plan: Plan, trajectory: Trajectory, sampled: SampledModel) -> Sche
     given = sampled.arguments["signals"]
     refuse_unknown(plan, given)
     steps = ticks[0].steps or 1 + max(tick.step for tick in ticks)
-    series = {name: numbers_by_branch(name, value, steps, [""])[""] for name, value in given.items()}
+    series = {name: numbers_by_step(name, value, steps) for name, value in given.items()}
     measured = dict[tuple[int, str], dict[int, dict[str, float]]]()
     for tick, call in zip(ticks, trajectory.calls, strict=True):
         first = next(iter(call.signals.values()), dict[str, float]())

@@ -157,7 +157,7 @@ def simulate(
     error = untold(bound, ticks[0]) if ticks else None
     if error is not None:
         raise error
-    series = {name: numbers_by_branch(name, value, steps, branches) for name, value in (signals or {}).items()}
+    series = {name: _by_branch(name, value, steps, branches) for name, value in (signals or {}).items()}
     values = {
         (tick.step, tick.branch): {name: numbers[tick.branch][tick.step] for name, numbers in series.items()}
         for tick in ticks
@@ -269,20 +269,18 @@ def evenly(steps: int) -> list[float]:
     return [999.0 * (steps - 1 - step) / (steps - 1) if steps > 1 else 999.0 for step in range(steps)]
 
 
-def numbers_by_branch(
-    name: str, value: SignalValues, steps: int, branches: Sequence[str]
-) -> Mapping[str, Sequence[float]]:
-    """Returns the given numbers of a signal by branch and step.
+def _by_branch(name: str, value: SignalValues, steps: int, branches: Sequence[str]) -> Mapping[str, Sequence[float]]:
+    if isinstance(value, Mapping):
+        return {branch: numbers_by_step(name, value.get(branch, ()), steps) for branch in branches}
+    return dict.fromkeys(branches, numbers_by_step(name, value, steps))
+
+
+def numbers_by_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[float]:
+    """Returns the given numbers of a signal by step.
 
     Raises:
         PolicyError: E255, there is not one number for each step.
     """
-    if isinstance(value, Mapping):
-        return {branch: _by_step(name, value.get(branch, ()), steps) for branch in branches}
-    return dict.fromkeys(branches, _by_step(name, value, steps))
-
-
-def _by_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[float]:
     if isinstance(value, int | float):
         return [float(value)] * steps
     if len(value) != steps:

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachepolicy.errors import PolicyError, nearest
 from cachepolicy.language.vocabulary import (
@@ -24,9 +25,6 @@ from cachepolicy.language.vocabulary import (
     Label,
     Type,
 )
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 GROUP = "cachepolicy.predictors"
 """The group of the entry points."""
@@ -67,9 +65,7 @@ def installed_names() -> tuple[str, ...]:
 @lru_cache(maxsize=4)
 def _entries(_path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
     """Returns the entry points by name. The first on the path counts, and names of the language are not replaced."""
-    from importlib.metadata import entry_points  # it takes longer to import than most policies to read
-
-    found = dict[str, "EntryPoint"]()
+    found = dict[str, EntryPoint]()
     for entry in entry_points(group=GROUP):
         if entry.name not in PREDICTORS:
             found.setdefault(entry.name, entry)

@@ -38,6 +38,11 @@ def shipped_policies() -> dict[str, Traversable]:
     return dict(sorted(policies.items()))
 
 
+def policy_stem(name: str) -> str:
+    """Returns the name of a policy file without its suffix, or another name unchanged."""
+    return next((name.removesuffix(suffix) for suffix in POLICY_SUFFIXES if name.endswith(suffix)), name)
+
+
 def template(name: str) -> str:
     """Returns the text of a template file for HTML reports."""
     return (files("cachepolicy.reports.html") / "templates" / name).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TypeGuard, cast
 
-from cachepolicy._resources import POLICY_SUFFIXES, shipped_policies
+from cachepolicy._resources import POLICY_SUFFIXES, policy_stem, shipped_policies
 from cachepolicy._strict_json import InvalidDocumentError, validate_json
 from cachepolicy.errors import Diagnostic, PolicyError, Span, suggestion
 from cachepolicy.language import ir
@@ -96,7 +96,7 @@ def _bare(name: str) -> bool:
 
 def _named(name: str, folder: Path) -> ir.Policy:
     """Loads a shipped policy, one of an installed package, or a file of `folder` by its bare name."""
-    stem = _stem(name)
+    stem = policy_stem(name)
     names = (name, *(stem + suffix for suffix in POLICY_SUFFIXES))
     beside = next((file for file in names if is_file(folder / file)), None)
     if stem in shipped_policies():
@@ -113,13 +113,6 @@ def _named(name: str, folder: Path) -> ir.Policy:
     if package is not None:
         return read_policy(package, name)
     raise PolicyError.of("E150", f"no shipped policy and no file `{name}`", help=_near(stem, folder))
-
-
-def _stem(name: str) -> str:
-    for suffix in POLICY_SUFFIXES:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
 
 
 def _near(stem: str, folder: Path) -> str | None:
@@ -168,7 +161,7 @@ def _from_hub(name: HubName) -> ir.Policy:
 
 
 def _shipped(name: str) -> ir.Policy:
-    stem, policies = _stem(name), shipped_policies()
+    stem, policies = policy_stem(name), shipped_policies()
     if stem not in policies:
         raise PolicyError.of("E150", f"no shipped policy `{stem}`", help=suggestion(stem, list(policies)))
     return parse(policies[stem].read_bytes(), source=f"{SHIPPED}{policies[stem].name}")
@@ -202,7 +195,7 @@ def _content(path: Path, shown: str) -> bytes:
         with path.open("rb") as file:
             content = file.read(TEXT_LIMIT + 1)
     except FileNotFoundError as error:
-        near = _near(_stem(path.name), path.parent)
+        near = _near(policy_stem(path.name), path.parent)
         raise PolicyError.of("E150", f"no file `{shown}`", help=near) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -273,10 +266,10 @@ def load_used(name: str, user: ir.Policy) -> ir.Policy:
         raise _outside(name, "a policy in a hub is loaded by name, and not by another policy")
     folder = _folder(user)
     repository = _repository(user)
-    if repository is not None and not (_bare(name) and (_stem(name) in shipped_policies() or ":" in name)):
+    if repository is not None and not (_bare(name) and (policy_stem(name) in shipped_policies() or ":" in name)):
         _refuse_ways_out(name)
         return _from_hub(repository.beside(name))
-    if _bare(name) and (folder is None or _stem(name) in shipped_policies() or not _is_there(folder / name)):
+    if _bare(name) and (folder is None or policy_stem(name) in shipped_policies() or not _is_there(folder / name)):
         return _named(name, folder) if folder is not None else _without_folder(name)
     if folder is None:
         raise _outside(name, "a text has no folder, so it uses shipped policies only")
@@ -323,7 +316,7 @@ def path_of(source_name: str | None) -> Path | None:
     """Returns the path of the file that `Policy.source_name` refers to, or `None` for a text."""
     if source_name is None or not source_name.startswith(SHIPPED):
         return Path(source_name) if _is_file_name(source_name) else None
-    policy_path = shipped_policies().get(_stem(source_name.removeprefix(SHIPPED)))
+    policy_path = shipped_policies().get(policy_stem(source_name.removeprefix(SHIPPED)))
     return policy_path if isinstance(policy_path, Path) else None
 
 

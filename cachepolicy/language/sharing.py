@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cachepolicy._resources import POLICY_SUFFIXES
+from cachepolicy._resources import POLICY_SUFFIXES, policy_stem
 from cachepolicy.errors import PolicyError, counted, suggestion
 from cachepolicy.language.vocabulary import TEXT_LIMIT
 
@@ -55,12 +55,12 @@ def packaged(name: str) -> Path | None:
     if not colon or not entry_points(group=GROUP, name=package):
         return None
     policies = packaged_policies()
-    stem = next((policy.removesuffix(suffix) for suffix in POLICY_SUFFIXES if policy.endswith(suffix)), policy)
-    if f"{package}:{stem}" not in policies:
+    known = f"{package}:{policy_stem(policy)}"
+    if known not in policies:
         names = [name for name in policies if name.startswith(f"{package}:")]
-        help = suggestion(f"{package}:{stem}", names) or "`cachepolicy list` shows those that it has"
+        help = suggestion(known, names) or "`cachepolicy list` shows those that it has"
         raise PolicyError.of("E150", f"the installed package `{package}` has no policy `{policy}`", help=help)
-    return policies[f"{package}:{stem}"]
+    return policies[known]
 
 
 def _folders(entry: EntryPoint) -> Iterator[Path]:

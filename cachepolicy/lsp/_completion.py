@@ -155,19 +155,18 @@ def _labels(document: PolicyDocument, chunk: Chunk, ahead: Lookahead) -> Iterato
             settable = (*_declared(document, {"param", "signal", "external"}), *_explained(("t", "sigma"), "clock"))
             candidates = {completion.text: completion for completion in settable}
         case "match" if "->" in read:
-            methods = {**PREDICTORS, **APPROXIMATIONS}
-            named = next((text for text in reversed(read) if text in methods or text in installed_names()), "")
-            labels = methods.get(named) or _installed_labels(named)
+            methods = {*PREDICTORS, *APPROXIMATIONS, *installed_names()}
+            labels = _labels_of_method(next((text for text in reversed(read) if text in methods), ""))
             candidates = {name: Completion(name, "label", f"{name}: {label.type}") for name, label in labels.items()}
         case _:
             return
     yield from (completion for name, completion in candidates.items() if name not in read)
 
 
-def _installed_labels(name: str) -> Mapping[str, Label]:
-    """Returns the arguments of an installed predictor. A package that cannot be used has none here."""
+def _labels_of_method(name: str) -> Mapping[str, Label]:
+    """Returns the arguments of a predictor or approximation. One of a package that cannot be used has none."""
     try:
-        return (labels_of(name) if name else None) or {}
+        return APPROXIMATIONS.get(name) or labels_of(name) or {}
     except PolicyError:
         return {}
 

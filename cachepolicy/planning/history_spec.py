@@ -78,10 +78,10 @@ def keeping(rules: Sequence[ir.Rule], *, span: bool, halves: bool) -> Keeping:
 
 def history_depth(action: ir.Predict) -> int:
     """Returns the largest number of computed results that a predictor reads."""
-    given = {argument.label: argument.value for argument in action.arguments}
-    inner = [predictor for value in given.values() if (predictor := inner_predictor(value)) is not None]
+    inner = _inner_predictors(action)
     if inner:
         return max(map(history_depth, inner))
+    given = {argument.label: argument.value for argument in action.arguments}
     match action.predictor, given:
         case "weights", {"of": ir.ListOf(items=items)}:
             return len(items)
@@ -95,6 +95,11 @@ def history_depth(action: ir.Predict) -> int:
             return 2
 
 
+def _inner_predictors(action: ir.Predict) -> list[ir.Predict]:
+    """Returns the predictors that the arguments of an action name."""
+    return [inner for argument in action.arguments if (inner := inner_predictor(argument.value)) is not None]
+
+
 def chebyshev_window(order: int) -> int:
     """Returns how many results `chebyshev` reads without a window: as many as the authors' code."""
     return max(order + 1, 6)
@@ -102,7 +107,7 @@ def chebyshev_window(order: int) -> int:
 
 def fewest_results(action: ir.Predict) -> int:
     """Returns the smallest number of results that a predictor can answer from. With fewer, the site computes."""
-    inner = [predictor for each in action.arguments if (predictor := inner_predictor(each.value)) is not None]
+    inner = _inner_predictors(action)
     if inner:
         return max(map(fewest_results, inner))
     return history_depth(action) if action.predictor == "weights" else 1

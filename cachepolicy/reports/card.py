@@ -11,6 +11,7 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.formatter import format_node
 from cachepolicy.planning.simulation import Schedule
+from cachepolicy.reports.comparison import markdown_lines
 from cachepolicy.reports.text import draw, summary
 
 MARK = "<!-- written by `cachepolicy publish` -->"
@@ -152,8 +153,7 @@ def _distance(value: Any) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for cells in (heads, ["---"] * len(heads), *rows):
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return markdown_lines([heads, ["---"] * len(heads), *rows])
 
 
 def _anchor(heading: str) -> str:

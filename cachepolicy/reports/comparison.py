@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -161,8 +161,13 @@ def text_table(rows: Sequence[Row]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Return the table in Markdown."""
     heads, table = cells(rows)
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(markdown_lines([heads, ["---", *["--:"] * (len(heads) - 1)], *table]))
+
+
+def markdown_lines(lines: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table in Markdown from its cells: those of the heads, the alignments and the rows."""
+    for line in lines:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |"
 
 
 def csv_table(rows: Sequence[Row]) -> str:

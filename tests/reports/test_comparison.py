@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -45,6 +46,12 @@ def test_tables_have_a_line_for_each_row():
     assert "equal" in text
     assert "41.3" in text
     assert "converged" not in text
+
+
+def test_a_bar_in_a_name_starts_no_cell():
+    """It is escaped in Markdown."""
+    named = replace(row(0, 0.5, 40.0), name="a | b")
+    assert markdown_table([named]).splitlines()[2].startswith(r"| a \| b | 0.500 |")
 
 
 def comparison() -> str:

@@ -18,19 +18,9 @@ from cachepolicy.integrations.vllm_omni import unpack
 from cachepolicy.planning.module_tree import tree_from_json
 from cachepolicy.testing.models import redraw
 from tests.support import engine_models
+from tests.support.engine_models import draw
 
 TIMES = [999.0, 850.0, 700.0, 550.0, 400.0, 250.0, 120.0, 60.0]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
-
-
-def pooled(width: int) -> list[dict[str, Tensor]]:
-    return [
-        {"encoder_hidden_states": draw(1, 5, width, seed=n), "pooled_projections": draw(1, width, seed=9 + n)}
-        for n in (0, 1)
-    ]
 
 
 def built(family: str) -> tuple[Any, Callable[[Tensor, float, int], Tensor], Tensor]:
@@ -44,22 +34,15 @@ def built(family: str) -> tuple[Any, Callable[[Tensor, float, int], Tensor], Ten
     model.eval()
     unpack(model)  # as the plugin does
     if family == "sd3":
-        said = [
-            {"encoder_hidden_states": draw(1, 5, 16, seed=n), "pooled_projections": draw(1, 16, seed=9 + n)}
-            for n in (0, 1)
-        ]
+        said = engine_models.prompts(16, 16)
 
         def call(x: Tensor, t: float, branch: int) -> Tensor:
             return model(hidden_states=x, timestep=torch.tensor([t]), return_dict=False, **said[branch])[0]
 
         return model, call, draw(1, 4, 16, 16)
     if family == "flux":
-        said = [
-            {"encoder_hidden_states": draw(1, 5, 32, seed=n), "pooled_projections": draw(1, 32, seed=9 + n)}
-            for n in (0, 1)
-        ]
-        places, words = torch.zeros(16, 3), torch.zeros(5, 3)
-        places[:, 1], places[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+        said = engine_models.prompts(32, 32)
+        words, places = engine_models.flux_positions().split((5, 16))
 
         def call(x: Tensor, t: float, branch: int) -> Tensor:
             given = {"img_ids": places, "txt_ids": words, "return_dict": False, **said[branch]}

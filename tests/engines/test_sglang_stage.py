@@ -23,10 +23,6 @@ from tests.support import engine_models
 POLICY = "cachepolicy 1\nparam n: int = 2 in [1, inf)\nmatch blocks[1:] when 100 < t < 950 every n -> reuse residual\n"
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
-
-
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """SGLang's stage with its own loop around a step that only calls the model and the scheduler."""
@@ -47,12 +43,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     model = engine_models.BUILDERS["sglang", "flux"]()
     redraw(model, 0)
-    places = torch.zeros(21, 3)
-    places[5:, 1], places[5:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    turning = model.rotary_emb(places)
-    said = [
-        {"encoder_hidden_states": draw(1, 5, 32, seed=n), "pooled_projections": draw(1, 16, seed=9 + n)} for n in (0, 1)
-    ]
+    turning = model.rotary_emb(engine_models.flux_positions())
+    said = engine_models.prompts(32, 16)
 
     class Stage(denoising.DenoisingStage):
         def _before_denoising_loop(self, ctx: Any, batch: Any, server_args: Any) -> None:
@@ -89,7 +81,7 @@ def run(stage: Any, said: Any = ..., steps: int = 8) -> tuple[Tensor, dict[str, 
     ctx = SimpleNamespace(
         scheduler=scheduler,
         timesteps=scheduler.timesteps,
-        latents=draw(1, 16, 4),
+        latents=engine_models.draw(1, 16, 4),
         extra={},
         is_warmup=False,
         num_inference_steps=steps,

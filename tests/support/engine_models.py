@@ -15,6 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 RECORDED = Path(__file__).parents[1] / "data" / "engine_trees.json"
 
 FAMILIES = ("flux", "wan", "qwen_image", "sd3", "z_image")
@@ -31,7 +34,6 @@ def _omni(path: str, name: str, *args: Any, **sizes: Any) -> Any:
 @functools.cache
 def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any:
     """Enter the contexts of vLLM-Omni for the rest of the process, and return its config."""
-    import torch
     from vllm.config import set_current_vllm_config
     from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, TransformerConfig
     from vllm_omni.diffusion.distributed import parallel_state
@@ -52,17 +54,21 @@ def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any
         _ENTERED.append(context)
         context.__enter__()
     if parallel_state._SP is None:  # another engine may have set up torch.distributed
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29571")
-        rank = int(os.environ.setdefault("RANK", "0"))
-        os.environ.setdefault("LOCAL_RANK", "0")
-        os.environ.setdefault("WORLD_SIZE", "1")
-        parallel_state.init_distributed_environment(world_size=processes, rank=rank)
+        _name_processes("29571")
+        parallel_state.init_distributed_environment(world_size=processes, rank=int(os.environ["RANK"]))
         parallel_state.initialize_model_parallel(**parallel)
     return omni
 
 
 _ENTERED: list[Any] = []
+
+
+def _name_processes(port: str) -> None:
+    """Tell torch.distributed of one process, unless the environment tells of several."""
+    one = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in one.items():
+        os.environ.setdefault(name, value)
+
 
 SD3 = {
     "num_layers": 3,
@@ -161,10 +167,7 @@ class _Arguments(SimpleNamespace):
 @functools.cache
 def sglang_world() -> None:
     """Set up what the models of SGLang ask for, for one process."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29573")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
+    _name_processes("29573")
     from sglang.multimodal_gen.runtime.distributed import parallel_state
     from sglang.multimodal_gen.runtime.server_args.server_args import set_global_server_args
 
@@ -188,8 +191,6 @@ def _sglang(module: str, name: str, config: str, **sizes: Any) -> Callable[[], A
 
 def _diffsynth(module: str, name: str, **sizes: Any) -> Callable[[], Any]:
     def build() -> Any:
-        import torch
-
         with torch.device("meta"):
             made = getattr(importlib.import_module(f"diffsynth.models.{module}"), name)(**sizes)
         if hasattr(made, "single_blocks"):  # their number is no argument
@@ -279,6 +280,26 @@ BUILDERS: dict[tuple[str, str], Callable[[], Any]] = {
     ("diffsynth", "z_image"): _diffsynth("z_image_dit", "ZImageDiT", n_layers=2, n_refiner_layers=1),
 }
 """DiffSynth 2.1.12 has no Stable Diffusion 3."""
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Draw an argument of a model."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def prompts(width: int, pooled: int) -> list[dict[str, Tensor]]:
+    """Draw what a model with pooled prompts is called with for the two branches of guidance."""
+    return [
+        {"encoder_hidden_states": draw(1, 5, width, seed=n), "pooled_projections": draw(1, pooled, seed=9 + n)}
+        for n in (0, 1)
+    ]
+
+
+def flux_positions() -> Tensor:
+    """Return the positions of 5 words and of 4 x 4 tokens of a picture, as FLUX takes them."""
+    places = torch.zeros(21, 3)
+    places[5:, 1], places[5:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
+    return places
 
 
 def path_of(model: Any) -> str:

@@ -15,22 +15,20 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 import cachepolicy  # noqa: E402
 from cachepolicy import PolicyError  # noqa: E402
 from cachepolicy.engine.introspection import describe  # noqa: E402
 from cachepolicy.methods.settings import preset_values  # noqa: E402
+from tests.methods import transcriptions as reference  # noqa: E402
 from tests.methods.scripted import Scripted, letters, run  # noqa: E402
-from tests.methods.test_policies import Draw  # noqa: E402
+from tests.methods.test_policies import SEEDS, Draw, totals  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
     pytest.mark.filterwarnings("ignore:the policy can never"),
     pytest.mark.filterwarnings("ignore:warning"),
 ]
-
-SEEDS = st.integers(0, 2**32 - 1)
 
 
 def workflow(kind: str, steps: int | None = None, **inputs: Any) -> dict[str, Any]:
@@ -158,30 +156,25 @@ def test_magcache_node(seed: int) -> None:
 # --- EasyCache of ComfyUI and stable-diffusion.cpp
 
 
-def mean(first: list[float], second: list[float]) -> float:
-    """The mean absolute difference."""
-    return sum(abs(a - b) for a, b in zip(first, second, strict=True)) / len(first)
-
-
 @given(SEEDS)
 def test_easycache_of_programs(seed: int) -> None:
     """In the range of noise levels the first two steps compute, and changes are those from the last computed step."""
     draw = Draw(seed)
     inputs, added = draw.stream(), draw.stream()
-    outputs = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(inputs, added, strict=True)]
+    outputs = totals(inputs, added)
     threshold, start, end = draw.random.uniform(0.01, 0.6), draw.random.uniform(0, 0.4), draw.random.uniform(0.6, 1)
     row, kept, rate, total = "", None, None, 0.0
     for step, (x, v) in enumerate(zip(inputs, outputs, strict=True)):
         t = 999 - 999 * step / max(1, draw.steps - 1)
         computes = True
         if 1000 * (1 - end) < t <= 1000 * (1 - start):
-            change = None if kept is None else mean(x, kept[0])
+            change = None if kept is None else reference.mean_abs(reference.minus(x, kept[0]))
             if kept is not None and rate is not None and change is not None:
-                total += rate * change / mean(kept[1], [0.0] * 4)
+                total += rate * change / reference.mean_abs(kept[1])
                 computes = total >= threshold
             if computes:
                 if kept is not None and change:
-                    rate = mean(v, kept[1]) / change
+                    rate = reference.mean_abs(reference.minus(v, kept[1])) / change
                 kept, total = (x, v), 0.0
         row += "C" if computes else "R"
     option = f"threshold={threshold!r},start={start!r},end={end!r}"
@@ -288,14 +281,10 @@ def test_routers_of_learning_to_cache(suffix: str, steps: int, tmp_path: Path) -
     expected = {}
     for place, component in enumerate(("attn1", "ff")):
         for block in range(blocks):
-            row, kept = "", False
-            for left in range(steps - 1, -1, -1):
-                if left % 2 == 1:
-                    kept = False
-                high = 1 / (1 + math.exp(-float(scores[f"{left}.prob"][2 * block + place]))) > 0.6
-                reuses = kept and not high
-                row, kept = row + ("R" if reuses else "C"), True
-            expected[f"transformer_blocks.{block}.{component}"] = row
+            logits = [float(scores[f"{left}.prob"][2 * block + place]) for left in range(steps)]
+            module = [1 / (1 + math.exp(-logit)) for logit in logits]
+            (row,) = reference.learning_to_cache([module], 0.6, alternate=True)
+            expected[f"transformer_blocks.{block}.{component}"] = letters(row)
     policy = converted({"path": str(path), "thres": 0.6})
     assert expected == dict(cachepolicy.simulate(policy, steps=steps, skeleton=skeleton_of("dit")).rows)
     assert cachepolicy.convert(path).startswith(

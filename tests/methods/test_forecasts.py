@@ -11,19 +11,17 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
 from tests.methods import transcriptions as reference  # noqa: E402
 from tests.methods.scripted import Scripted, letters, run  # noqa: E402
+from tests.methods.test_policies import SEEDS  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
     pytest.mark.filterwarnings("ignore:the policy can never"),
 ]
-
-SEEDS = st.integers(0, 2**32 - 1)
 
 
 class FeedForward(nn.Sequential):

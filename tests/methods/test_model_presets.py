@@ -17,6 +17,8 @@ from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.patterns import searcher
 from cachepolicy.language.presets import ModelFacts, fits
+from tests.methods import transcriptions as reference
+from tests.methods.scripted import letters
 from tests.support import zoo
 
 PRESETS = {
@@ -148,14 +150,7 @@ def test_hidream_is_planned_by_its_timesteps() -> None:
     """TeaCache by the timestep decides on a model as the authors' loop does."""
     times = [1000 * (1 - step / 24) ** 1.3 for step in range(24)]
     coefficients = [0.5, 1.0, 0.02]
-    expected, total = "", 0.0
-    for step, time in enumerate(times):
-        change = abs(time - times[step - 1]) / times[step - 1]
-        total += 0.5 * change**2 + change + 0.02
-        if step in (0, 23) or total >= 0.3:
-            expected, total = expected + "C", 0.0
-        else:
-            expected += "R"
+    expected = letters(reference.teacache([[time] for time in times], coefficients, 0.3))
     model = zoo.build("hidream")
     with cachepolicy.apply(
         model, "teacache_timestep", steps=24, coefficients=coefficients, threshold=0.3, trace=True

@@ -13,9 +13,10 @@ from hypothesis import assume, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from cachepolicy.engine import streams  # noqa: E402
-from cachepolicy.engine.distributed.norms import MESSAGE_WIDTH, TERMS, dtype_of, norm_of, numbers_of, share, summed  # noqa: E402
+from cachepolicy.engine.distributed.norms import MESSAGE_WIDTH, dtype_of, norm_of, numbers_of, share, summed  # noqa: E402
+from cachepolicy.language.vocabulary import NORMS  # noqa: E402
 
-FUNCTIONS = [*((name, 2) for name in TERMS), ("l1", 1), ("l2", 1)]
+FUNCTIONS = [*((name, 2) for name in sorted(NORMS)), ("l1", 1), ("l2", 1)]
 PRECISION = {torch.float64: 1e-12, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
@@ -82,7 +83,7 @@ def test_copies_of_one_tensor_have_its_norm(function, dtype, seed, samples, cuts
     assert once == pytest.approx(combined(name, [given] * copies, by_sample=False), rel=PRECISION[dtype], abs=1e-12)
 
 
-@pytest.mark.parametrize("function", TERMS)
+@pytest.mark.parametrize("function", sorted(NORMS))
 def test_one_nan_makes_the_norm_nan(function):
     """Wherever the NaN is, with one norm a sample too."""
     given = tensors(0, 2, 2, 6, torch.float32)

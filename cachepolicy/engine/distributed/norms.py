@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-TERMS = {"l1": 1, "l2": 1, "relative_l1": 2, "cosine": 3, "differing": 1}
-"""The number of sums per norm."""
 MESSAGE_WIDTH = 6
 """Numbers per sample in a message: up to three sums, and the element count of each."""
 

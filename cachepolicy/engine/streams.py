@@ -95,6 +95,10 @@ class Layout:
     total: int | None = None
     grids: tuple[tuple[int, ...], ...] = ()
 
+    def grid_of(self, tokens: int) -> tuple[int, ...] | None:
+        """Return the grid of a sequence of this many tokens, or None if nothing tells it."""
+        return next((grid for grid in self.grids if math.prod(grid) == tokens), None)
+
 
 NO_LAYOUT = Layout()
 """Stands for calls that tell nothing of their tokens."""
@@ -219,7 +223,7 @@ def wiener(x: torch.Tensor, beta: float, sigma: float, layout: Layout) -> torch.
         Undefined: The axes of the tensor are not known.
     """
     if x.ndim == _SEQUENCE:
-        grid = next((grid for grid in layout.grids if math.prod(grid) == x.shape[1]), None)
+        grid = layout.grid_of(x.shape[1])
         if grid is None:
             raise Undefined(f"nothing tells the grid of {x.shape[1]} tokens")
         return _filtered(x.unflatten(1, grid), beta, sigma).flatten(1, len(grid))
@@ -292,9 +296,7 @@ def low_band(x: torch.Tensor, transform: str, cut: float, layout: Layout) -> tor
     """
     if x.ndim < _SEQUENCE:
         return x
-    grid: tuple[int, ...] = tuple(x.shape[1:2])
-    if transform == "dct":
-        grid = next((grid for grid in layout.grids if math.prod(grid) == x.shape[1]), grid)
+    grid = (layout.grid_of(x.shape[1]) if transform == "dct" else None) or (x.shape[1],)
     values = x.unflatten(1, grid) if x.ndim == _SEQUENCE else x.movedim(1, -1)
     values = values if values.element_size() > 2 else values.float()
     low = _low_cosines(values, cut) if transform == "dct" else _low_waves(values, cut)

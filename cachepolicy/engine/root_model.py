@@ -279,7 +279,7 @@ class RootModel(Handle):
         # Another branch may read what this one measures.
         if execution.signals.numbers and (execution.signals.crossed or liveness.measures(tick, now=True)):
             measuring = Measuring(
-                execution.signals, branch.remembered, tick, execution.program.tables,
+                execution.signals, branch.remembered, tick,
                 memory_of=lambda site: branch.memories[branch.partition.group_of[site]],
                 others=lambda name: None if (other := state.sibling(known, name)) is None else other.remembered,
                 worst=options.samples == "max", agreement=state.agreement, undefined=self.remeasured,

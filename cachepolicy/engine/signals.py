@@ -190,7 +190,7 @@ class Measuring:
 
     __slots__ = (
         "_agreed", "_externals", "_known", "_made", "_memory_of", "_now", "_others", "_reduced", "_signals", "_step",
-        "_tables", "_tick", "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows", "seen",
+        "_tick", "_undefined", "_worst", "agreement", "cond", "layout", "past", "rows", "seen",
     )  # fmt: skip
 
     def __init__(
@@ -198,7 +198,6 @@ class Measuring:
         signals: Signals,
         past: Remembered,
         tick: Tick,
-        tables: Mapping[str, Sequence[int | float]],
         *,
         memory_of: Callable[[int], Memory],
         others: Callable[[str], Remembered | None],
@@ -222,7 +221,6 @@ class Measuring:
         self.agreement = agreement
         self._agreed: dict[tuple[ir.Call, int], float] = {}
         self._signals = signals
-        self._tables = tables
         self._known: Environment | None = None
         self._step = tick.step
         self._now: Inputs | None = None
@@ -237,15 +235,15 @@ class Measuring:
         """The clock, the externals and the tables. Most signals read none of them."""
         if self._known is None:
             names = {**clock_words(self._tick, Memory(self._step)), **self._externals}
-            self._known = Environment(names, self._tables)
+            self._known = Environment(names, self._signals.tables)
         return self._known
 
     def at(self, site: int) -> Inputs:
         """Return the clock and the externals at a site, or at no site in particular (-1)."""
         if site >= 0:
-            return Inputs(self._tick, self._memory_of(site), self._externals, self._tables)
+            return Inputs(self._tick, self._memory_of(site), self._externals, self._signals.tables)
         if self._now is None:
-            self._now = Inputs(self._tick, Memory(self._step), self._externals, self._tables)
+            self._now = Inputs(self._tick, Memory(self._step), self._externals, self._signals.tables)
         return self._now
 
     def see(self, probe: ir.Probe, tensor: torch.Tensor, *, shared: bool = True) -> None:

@@ -93,7 +93,7 @@ def test_lowered_signals_measure_as_the_interpreter(
         outcomes = list[Any]()
         for signals, past in zip(ways, pasts, strict=True):
             measuring = Measuring(
-                signals, past[tick.branch], tick, {}, memory_of=lambda _site, memory=memory: memory,
+                signals, past[tick.branch], tick, memory_of=lambda _site, memory=memory: memory,
                 others=past.get, undefined=frozenset(),
             )  # fmt: skip
             if halves:

@@ -9,14 +9,13 @@ from typing import Any
 
 from cachepolicy._strict_json import load_json
 from cachepolicy.cli import output
-from cachepolicy.cli.options import SampledModel
+from cachepolicy.cli.options import SampledModel, as_called
 from cachepolicy.errors import PolicyError
 from cachepolicy.planning import cost_model
 from cachepolicy.planning.cost_model import Work
-from cachepolicy.planning.guidance import reads_guidance, without_uncond
+from cachepolicy.planning.guidance import reads_guidance
 from cachepolicy.planning.open_signals import replay_open, simulate_open
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.references import with_references
 from cachepolicy.planning.simulation import Schedule, numbers_by_step, refuse_unknown
 from cachepolicy.reports import overview
 from cachepolicy.reports import text as report_text
@@ -49,8 +48,7 @@ def show_plan(
         PolicyError: The file cannot be written (E152).
     """
     guidance = sampled.guidance
-    plan = without_uncond(plan) if guidance.form == "distilled" else plan
-    plan = with_references(plan, sampled.blueprint.references)
+    plan = as_called(plan, sampled.blueprint, guidance)
     simulated = simulate_open(plan, **sampled.arguments) if trajectory is None else _recorded(plan, trajectory, sampled)
     work = _work(sampled, picture, shapes)
     outlook = held = most = None

@@ -28,10 +28,8 @@ from cachepolicy.language.vocabulary import TEXT_LIMIT
 from cachepolicy.methods.convert import convert
 from cachepolicy.planning.bind import bind
 from cachepolicy.planning.check import Expectations, check, check_text, run_expectations
-from cachepolicy.planning.guidance import without_uncond
 from cachepolicy.planning.module_tree import builtin
 from cachepolicy.planning.plan import Plan
-from cachepolicy.planning.references import with_references
 from cachepolicy.reports import text as report_text
 from cachepolicy.reports.diff import compare, draw_diff
 from cachepolicy.reports.explanation import Explanation, explain, explain_run
@@ -142,9 +140,8 @@ def _check(name: str, blueprint: Blueprint | None) -> tuple[Diagnostic, ...]:
         plan = bind(resolve(policy, model=blueprint.skeleton.facts), blueprint.skeleton)
     except PolicyError as error:
         return (*found, *error.diagnostics)
-    plan = without_uncond(plan) if blueprint.guidance.form == "distilled" else plan
     known = {(finding.code, finding.span) for finding in found}
-    further = with_references(plan, blueprint.references).warnings
+    further = options.as_called(plan, blueprint, blueprint.guidance).warnings
     return (*found, *(finding for finding in further if (finding.code, finding.span) not in known))
 
 

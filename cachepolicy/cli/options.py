@@ -14,8 +14,10 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.evaluate import Undefined, constant
 from cachepolicy.language.parser import parse_value
-from cachepolicy.planning.guidance import Guidance
+from cachepolicy.planning.guidance import Guidance, without_uncond
 from cachepolicy.planning.module_tree import Skeleton, builtin, sites_skeleton
+from cachepolicy.planning.plan import Plan
+from cachepolicy.planning.references import with_references
 from cachepolicy.tools.meta_model import Blueprint, read_model
 
 Command = Callable[..., Any]
@@ -205,6 +207,15 @@ def _numbers(name: str, value: Any) -> Any:
         if all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             return result
     raise click.UsageError(f"Invalid value for '--signal': `{name}` takes a number, or a list of one for each step")
+
+
+def as_called(plan: Plan, blueprint: Blueprint, guidance: Guidance) -> Plan:
+    """Returns a plan as the calls of the model's pipeline are: without the unconditional half that they do not have.
+
+    The plan has warnings for what they do not have (W516), and for the reference pictures that they hold (W517).
+    """
+    plan = without_uncond(plan) if guidance.form == "distilled" else plan
+    return with_references(plan, blueprint.references)
 
 
 def model_and_clock(values: Mapping[str, Any]) -> SampledModel:

@@ -9,7 +9,8 @@ from typing import Any, cast
 from cachepolicy._resources import POLICY_SUFFIXES
 from cachepolicy._strict_json import InvalidDocumentError, load_json
 from cachepolicy.cli import output
-from cachepolicy.errors import Diagnostic, PolicyError, counted
+from cachepolicy.cli.options import as_called
+from cachepolicy.errors import Diagnostic, PolicyError
 from cachepolicy.language import ir
 from cachepolicy.language.linker import resolve
 from cachepolicy.language.loader import read_policy
@@ -62,7 +63,7 @@ def publish(
     published = [_published(file, blueprint, steps) for file in files]
     text = card(published, model=model, repo=repo, licence=licence, comparison=_comparison(folder / _COMPARISON))
     output.write(str(target), text.encode())
-    output.say(f"{target}: {counted(len(files), 'policy') if len(files) == 1 else f'{len(files)} policies'}")
+    output.say(f"{target}: {'1 policy' if len(files) == 1 else f'{len(files)} policies'}")
     for one in published:
         output.say(f"  {one.file}  policy {one.schedule.plan.resolved.digest[:12]}  sha256 {one.sha256}")
     if repo is not None:
@@ -85,8 +86,9 @@ def _published(file: Path, blueprint: Blueprint, steps: int | None) -> Published
     policy = read_policy(file, str(file))
     tuned = next((one.steps for one in policy.statements if isinstance(one, ir.Tuned)), _STEPS)
     skeleton = blueprint.skeleton
-    plan = bind(resolve(policy, model=skeleton.facts), skeleton)
-    schedule = simulate_open(plan, steps=steps or tuned, branches=blueprint.guidance.branches)
+    guidance = blueprint.guidance
+    plan = as_called(bind(resolve(policy, model=skeleton.facts), skeleton), blueprint, guidance)
+    schedule = simulate_open(plan, steps=steps or tuned, branches=guidance.branches)
     return Published(file.name, file.read_bytes(), policy, schedule)
 
 

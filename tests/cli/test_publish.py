@@ -99,3 +99,18 @@ def test_a_file_that_is_no_comparison_is_named(folder: Path, content: str) -> No
 def test_a_folder_without_policies_is_refused(tmp_path: Path) -> None:
     """There is nothing to publish."""
     assert (2, True) == ((done := publish(tmp_path)).exit_code, "E150" in done.output)
+
+
+def test_a_card_knows_that_a_distilled_model_has_no_unconditional_half(folder: Path, tmp_path: Path) -> None:
+    """Its schedules are those of `plan`: `approximate uncond` computes."""
+    pytest.importorskip("diffusers")
+    model = tmp_path / "model"
+    (model / "transformer").mkdir(parents=True)
+    config = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True, "num_layers": 1, "num_single_layers": 1}
+    (model / "transformer" / "config.json").write_text(json.dumps(config))
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (folder / "fast.cp").write_text("match model every 2 -> approximate uncond delta\n")
+    options = ("--model", str(model), "--steps", "4")
+    assert "CCCC" in CliRunner().invoke(main, ["plan", str(folder / "fast.cp"), *options]).output
+    assert 0 == publish(folder, *options).exit_code
+    assert "CCCC" in (folder / "README.md").read_text()

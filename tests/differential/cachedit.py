@@ -32,6 +32,9 @@ from cachepolicy._resources import shipped_policies
 STEPS = 12
 TIMESTEPS = tuple(950.0 - 70 * step for step in range(STEPS))
 
+ALWAYS = 1e9
+"""A threshold above all changes."""
+
 TWO_STREAMS = ForwardPattern.Pattern_1
 """The pattern of blocks that take hidden states and the text's, and return the text's first."""
 
@@ -148,13 +151,17 @@ def shipped(name: str, lists: list[str]) -> str:
 
 
 def params_of(config: Any, order: int = 0) -> dict[str, Any]:
-    """The params of `dbcache` for a setting of cache-dit with dynamic decisions."""
+    """The params of `dbcache` for a setting of cache-dit with dynamic decisions.
+
+    From a threshold of 1 on, cache-dit reuses without measuring.
+    """
+    threshold = config.residual_diff_threshold
     bounds = {"streak": config.max_continuous_cached_steps, "most": config.max_cached_steps}
     mask = config.steps_computation_mask
     return {
         "first": config.Fn_compute_blocks,
         **({"end": -config.Bn_compute_blocks} if config.Bn_compute_blocks else {}),
-        "threshold": config.residual_diff_threshold,
+        "threshold": ALWAYS if threshold >= 1 else threshold,
         "warmup": 0 if mask else config.max_warmup_steps,
         **{key: value for key, value in bounds.items() if value >= 0},
         "order": order,

@@ -18,6 +18,7 @@ import cache_dit
 import torch
 from blocks import blocks, run_bare
 from cachedit import (
+    ALWAYS,
     STEPS,
     TIMESTEPS,
     TWO_STREAMS,
@@ -95,9 +96,6 @@ DEEP: dict[str, dict[str, Any]] = {
 }
 """Enough blocks for eight at the beginning and eight at the end of each list."""
 
-ALWAYS = 1e9
-"""A threshold above all changes. From 1 on, cache-dit reuses without measuring."""
-
 
 class Draw:
     """A random setting of DBCache, whose threshold is one of the changes that cache-dit measures without reuse."""
@@ -146,8 +144,6 @@ class Draw:
         if config.steps_computation_mask and config.steps_computation_policy == "static":
             return run_ours(self.name, self.model, cachepolicy.parse(per_list(policy, lists)), **self.options)
         params = params_of(config, self.order)
-        if params["threshold"] >= 1:
-            params["threshold"] = ALWAYS
         text = "double_dbcache" if len(lists) == 2 else cachepolicy.parse(shipped("dbcache", lists))
         return run_ours(self.name, self.model, text, params, **self.options)
 
@@ -252,7 +248,6 @@ def prune(name: str, seed: int, **options: Any) -> None:
     if lists:
         params = params_of(setting)
         kept = {key: params[key] for key in ("first", "end", "threshold", "warmup") if key in params}
-        kept["threshold"] = ALWAYS if kept["threshold"] >= 1 else kept["threshold"]
         ours = run_ours(name, model, cachepolicy.parse(shipped("dbprune", lists)), kept, **options)
     else:
         ours = run_ours(name, model, cachepolicy.parse(cachepolicy.convert(setting)), **options)
@@ -314,7 +309,7 @@ def test_a_forecast_from_the_first_steps(order: int) -> None:
     config = dbcache(residual_diff_threshold=1.5)
     theirs, reuse = (run_theirs(name, model, config, each).run for each in (order, 0))
     assert difference(reuse, theirs) is None
-    params = params_of(config) | {"threshold": ALWAYS}
+    params = params_of(config)
     assert difference(theirs, run_ours(name, model, "dbcache", params)) is None
     ours = run_ours(name, model, "dbcache", params | {"order": order})
     assert theirs.computed == ours.computed
@@ -368,7 +363,7 @@ def test_a_second_picture_begins_anew() -> None:
     config = dbcache(residual_diff_threshold=1.5, num_inference_steps=STEPS)
     twice = TIMESTEPS * 2
     theirs = run_theirs(name, model, config, timesteps=twice).run
-    ours = run_ours(name, model, "dbcache", params_of(config) | {"threshold": ALWAYS}, timesteps=twice)
+    ours = run_ours(name, model, "dbcache", params_of(config), timesteps=twice)
     assert STEPS in reused(theirs)
     assert STEPS not in reused(ours)
 

@@ -737,14 +737,8 @@ def _cosine_wave(size: int, k: int, n: int) -> float:
     return math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (n + 0.5) * k / size)
 
 
-def dct_bands(vector: Vector, cut: float) -> tuple[list[float], list[float]]:
-    """FreqCa's split (arXiv:2510.08669) of one axis by the DCT: the low band and the high band."""
-    low, high = grid_bands([vector], cut)
-    return low[0], high[0]
-
-
 def grid_bands(grid: Sequence[Vector], cut: float) -> tuple[list[list[float]], list[list[float]]]:
-    """FreqCa's split of a grid by the DCT of both axes: the low band and the high band.
+    """FreqCa's split (arXiv:2510.08669) of a grid by the DCT of both axes: the low band and the high band.
 
     The low band has the waves whose distance from the frequency 0 is at most the share `cut` of the largest one.
     """

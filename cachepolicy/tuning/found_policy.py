@@ -47,7 +47,7 @@ class MeasuredPolicy(FoundPolicy):
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any], kw_only=True)
-    compared: Callable[..., Comparison] | None = field(default=None, repr=False, compare=False, kw_only=True)
+    compared: Callable[..., Comparison] = field(repr=False, compare=False, kw_only=True)
 
     def report(self, path: str | os.PathLike[str], **options: Any) -> Comparison:
         """Sample the held-out calls beside what costs as much, and write all evidence as one HTML file.
@@ -65,7 +65,6 @@ class MeasuredPolicy(FoundPolicy):
             OSError: The file cannot be written.
             PolicyError: A call fails (E213).
         """
-        assert self.compared is not None
         comparison = self.compared({"tuned": self}, **options)
         comparison.report(path, title="A tuned policy", summary=self._summary())
         return comparison

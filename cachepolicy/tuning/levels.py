@@ -58,9 +58,8 @@ class LevelTuning(FoundPolicy):
         numbers = list(dict.fromkeys(steps for steps, _ in self.results))
         for number in numbers:
             levels = {level: one for (steps, level), one in self.results.items() if steps == number}
-            compared = next(iter(levels.values())).compared
-            assert compared is not None
-            found[number] = compared({f"{LEVEL} {level:g}": one for level, one in levels.items()}, **options)
+            first = next(iter(levels.values()))
+            found[number] = first.compared({f"{LEVEL} {level:g}": one for level, one in levels.items()}, **options)
             file = Path(path)
             where = file if len(numbers) == 1 else file.with_stem(f"{file.stem}-{number}")
             title = "A tuned policy" if number is None else f"A tuned policy at {counted(number, 'step')}"

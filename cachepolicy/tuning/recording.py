@@ -242,7 +242,7 @@ class _Stream:
             self._index = torch.randint(sample.numel(), (ELEMENTS,), generator=generator).to(sample.device)
             self.start = self._pick(sample)
         self.outputs.append(output)
-        given = None if output.shape != sample.shape else scaled(sample, latents)
+        given = None if output.shape != sample.shape else _scaled(sample, latents)
         if given is not None:
             self.residuals.append(output.float() - given.float())
         self.picked.append(self._pick(output))
@@ -284,7 +284,7 @@ def _first_tensor(answer: Any) -> torch.Tensor | None:
     return first if isinstance(first, torch.Tensor) else None
 
 
-def scaled(sample: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor | None:
+def _scaled(sample: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor | None:
     """Return the rows of a denoiser's latents that are a multiple of a scheduler's sample, None if none are.
 
     Args:

@@ -560,13 +560,12 @@ class _Bench:
             if self._key(point, base, call[0]) not in self._seen and found and self.left < reserved:
                 break
             found += self.tried(point, base, [call])
-        mean = _mean_psnr(found)
-        return replace(point, forecast=mean)
+        return replace(point, forecast=_mean_psnr(found))
 
     def measured(self, point: SchedulePoint, base: Base) -> SchedulePoint:
         """Sample the held-out calls with a schedule."""
         found = self.tried(point, base, self.held_out)
-        ratios = [ratio for one in found for ratio in one.psnr]
+        ratios = _ratios(found)
         metrics = [one.metric for one in found if one.metric is not None]
         cached = sum(one.seconds for one in found)
         return replace(
@@ -578,14 +577,13 @@ class _Bench:
             metric=statistics.fmean(metrics) if metrics else None,
         )
 
-    def best(self, points: Sequence[tuple[SchedulePoint, Base]], size: int, *, defaults: int = 0) -> int:
+    def best(self, points: Sequence[tuple[SchedulePoint, Base]], *, defaults: int = 0) -> int:
         """Return the index of the best schedule on recorded calls, by successive halving.
 
-        Each round samples `size` more calls with the better half of the schedules that are left.
+        Each round samples `ROUND` more calls with the better half of the schedules that are left.
 
         Args:
             points: The schedules and their bases.
-            size: The calls of a round.
             defaults: How many of the first schedules are evenly spaced. The best of these is returned unless another
                 schedule is clearly better.
         """
@@ -594,8 +592,8 @@ class _Bench:
         default: int | None = None
         end = 0
         while len(left) > 1 and end < len(self.training):
-            end = min(end + size, len(self.training))
-            if self.left < size * sum(points[index][0].cost for index in left):
+            end = min(end + ROUND, len(self.training))
+            if self.left < ROUND * sum(points[index][0].cost for index in left):
                 break
             for index in left:
                 scores[index] = self.score(self.tried(*points[index], self.training[:end]))
@@ -625,7 +623,7 @@ class _Bench:
         """Return the number by which schedules are compared."""
         if self.metric is not None:
             return statistics.fmean(one.metric or 0.0 for one in found)
-        ratios = [ratio for one in found for ratio in one.psnr]
+        ratios = _ratios(found)
         return statistics.fmean(ratios) + (percentile(ratios, 10) if len(ratios) >= FEW_SAMPLES else 0.0)
 
     def tried(self, point: SchedulePoint, base: Base, calls: Sequence[tuple[ModelCall, Sample]]) -> list[_Measured]:
@@ -633,7 +631,6 @@ class _Bench:
         found = list[_Measured]()
         # Where no policy is needed, the scheduler has the steps.
         rule = None if point.predictor.alone else _rule(point)
-        policy = rule or f"only {point.steps}"
         placed = self.placed(point, base)
         for call, reference in calls:
 
@@ -647,7 +644,7 @@ class _Bench:
                 self.total += 1
                 label = f"{len(point.steps)} computed"
                 self._seen[key] = self._recall(
-                    "measured", call, base, measure, _MEASURED, label, policy=policy, cost=point.cost
+                    "measured", call, base, measure, _MEASURED, label, policy=key[0], cost=point.cost
                 )
             found.append(self._seen[key])
         return found
@@ -660,7 +657,7 @@ class _Bench:
         return base.steps is not None and order > 1 and runs_alone(self.sampler, base, (0,)) is not None
 
     def _key(self, point: SchedulePoint, base: Base, call: ModelCall) -> tuple[str, str, int]:
-        return f"alone {point.steps}" if point.predictor.alone else _rule(point), str(base), id(call)
+        return f"only {point.steps}" if point.predictor.alone else _rule(point), str(base), id(call)
 
     def placed(self, point: SchedulePoint, base: Base) -> Base:
         """Return what a schedule is sampled on: the base, or one whose scheduler runs its steps alone."""
@@ -782,8 +779,12 @@ def _clear(gains: Sequence[float]) -> bool:
     return statistics.fmean(gains) > statistics.stdev(gains) / math.sqrt(len(gains))
 
 
+def _ratios(found: Sequence[_Measured]) -> list[float]:
+    return [ratio for one in found for ratio in one.psnr]
+
+
 def _mean_psnr(found: Sequence[_Measured]) -> float:
-    return statistics.fmean(ratio for one in found for ratio in one.psnr)
+    return statistics.fmean(_ratios(found))
 
 
 def _bin(step: int, calls: int) -> int:
@@ -836,7 +837,7 @@ class _Search:
         options = [(one, frontier) for one, frontier in zip(self._all, frontiers, strict=True) if count in frontier]
         options += [(one, _alone(frontier)) for one, frontier in options if self._bench.may_run_alone(one.base)]
         pairs = [(frontier[count], one.base) for one, frontier in options]
-        self.evidence, self.frontier = options[self._bench.best(pairs, ROUND)]
+        self.evidence, self.frontier = options[self._bench.best(pairs)]
         alone = self.frontier[count].predictor.alone
         gap = self._gap_of(self.evidence)
         even = _even(self.evidence, predictor, gap)
@@ -853,9 +854,9 @@ class _Search:
             for group in (ways, evens)
         )
         self.frontier = ways[0]
-        pairs = [(frontier[count], self.evidence.base) for frontier in (*evens, *ways)]
         ways = [*evens, *ways]
-        best = self._bench.best(pairs, ROUND, defaults=len(evens))
+        pairs = [(frontier[count], self.evidence.base) for frontier in ways]
+        best = self._bench.best(pairs, defaults=len(evens))
         # The even schedules may lack some counts, for which those of the first way are taken.
         self.frontier = {**self.frontier, **ways[best]}
         self._adjust(self.frontier[count])

@@ -16,7 +16,7 @@ import cachepolicy  # noqa: E402
 from cachepolicy import PolicyError  # noqa: E402
 from cachepolicy.methods.of_cache_dit import NAMED, named_mask  # noqa: E402
 from tests.methods.scripted import Scripted, letters, run, tensor  # noqa: E402
-from tests.methods.test_policies import Draw, zeros  # noqa: E402
+from tests.methods.test_policies import SEEDS, Draw, totals, zeros  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the policy reused nothing"),
@@ -58,14 +58,14 @@ def decisions(config: Any, heads: list[list[float]]) -> str:
     return letters(row)
 
 
-@given(st.integers(0, 2**32 - 1))
+@given(SEEDS)
 def test_dbcache_of_cache_dit(seed: int) -> None:
     """The converted policy runs the middle blocks at the steps at which cache-dit's context manager does."""
     cache_dit = pytest.importorskip("cache_dit")
     draw = Draw(seed)
     choose = draw.random
     streams = [draw.stream() for _ in range(4)]
-    heads = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(*streams[:2], strict=True)]
+    heads = totals(*streams[:2])
     mask = choose.choice([None, [1, *(choose.randint(0, 1) for _ in range(draw.steps - 1))]])
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=2,
@@ -134,7 +134,7 @@ def test_masks_of_cache_dit_by_name(name: str) -> None:
     assert f'steps_mask = "{named_mask(name, 28)}"' in cachepolicy.convert(setting)
 
 
-@given(st.integers(0, 2**32 - 1))
+@given(SEEDS)
 def test_the_bound_of_all_changes_of_cache_dit(seed: int) -> None:
     """A bound of the sum of all changes ends the reuse where cache-dit's context manager ends it."""
     cache_dit = pytest.importorskip("cache_dit")

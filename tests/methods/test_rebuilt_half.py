@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import cachepolicy  # noqa: E402
+from tests.methods.test_policies import SEEDS  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore:the policy reused nothing")]
 
@@ -29,7 +29,7 @@ class Adds(nn.Module):
         return hidden_states + encoder_hidden_states
 
 
-@given(st.integers(0, 2**32 - 1))
+@given(SEEDS)
 def test_fastercache(seed: int) -> None:
     """At each rebuilt step the kept low and high bands are multiplied by their factors, where the timestep is in their
     ranges, and once more at the next one."""

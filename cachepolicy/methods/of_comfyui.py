@@ -199,13 +199,15 @@ def _first_block_cache(node: Fields, workflow: Workflow) -> Conversion:
 
 # --- ComfyUI-TeaCache -------------------------------------------------------------------------------------------
 
-_NORM = 'output("^(transformer_)?blocks\\.0\\.norm1$")'
+NORM = 'output("^(transformer_)?blocks\\.0\\.norm1$")'
+"""The modulated input of the first block, where a module gives it."""
+
 _TEACACHE_MODELS = {
-    "flux": ("teacache", "flux", _NORM),
-    "flux-kontext": ("teacache", "flux_kontext", _NORM),
+    "flux": ("teacache", "flux", NORM),
+    "flux-kontext": ("teacache", "flux_kontext", NORM),
     "ltxv": ("teacache_inline", "ltx_video", 'input("^transformer_blocks\\.0\\.attn1$")'),
     "lumina_2": ("teacache", "lumina2_timestep", 'output("^time_caption_embed\\.timestep_embedder$")'),
-    "hunyuan_video": ("teacache", "hunyuan_video", _NORM),
+    "hunyuan_video": ("teacache", "hunyuan_video", NORM),
     "hidream_i1_full": ("teacache_timestep", "hidream_full", ""),
     "hidream_i1_dev": ("teacache", "hidream_dev", 'output("^x_embedder$")'),
     "hidream_i1_fast": ("teacache", "hidream_fast", 'output("^x_embedder$")'),

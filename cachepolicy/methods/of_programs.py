@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from cachepolicy.errors import PolicyError
 from cachepolicy.methods.of_cache_dit import dbcache
-from cachepolicy.methods.of_comfyui import EASYCACHE, teacache
+from cachepolicy.methods.of_comfyui import EASYCACHE, NORM, teacache
 from cachepolicy.methods.of_diffusers import seacache
 from cachepolicy.methods.settings import Conversion, Fields, preset_values, using, written
 
@@ -42,9 +42,6 @@ SGLANG = "SGLANG_CACHE_DIT_"
 OPTION = "--cache-mode"
 """The option by which a command line of stable-diffusion.cpp is recognised."""
 
-_NORM = 'output("^(transformer_)?blocks\\.0\\.norm1$")'
-"""The modulated input of the first block, where a module gives it."""
-
 
 def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
     """Returns the policy of `cache_backend` and `cache_config` of vLLM-Omni."""
@@ -65,7 +62,7 @@ def of_vllm_omni(values: Mapping[str, Any]) -> Conversion:
         if "coefficients" not in setting:
             setting.refuse("coefficients", "vLLM-Omni chooses a model's polynomial by itself; give it")
         threshold = setting.number("rel_l1_thresh", 0.2, low=0)
-        conversion = Conversion(teacache(threshold, setting.numbers("coefficients"), _NORM, positive=True))
+        conversion = Conversion(teacache(threshold, setting.numbers("coefficients"), NORM, positive=True))
     elif backend == "mag_cache":
         if "mag_ratios" not in setting:
             setting.refuse("mag_ratios", "vLLM-Omni chooses a model's ratios by itself; give them")

@@ -3,8 +3,8 @@ policy adacache "AdaCache"
 source "arXiv:2411.02397"
 
 # Each computed step decides how many steps later the next one computes: the less the residual of one block changed per
-# step since the computed step before, the later. The first two steps compute, since no change is known before, and the last
-# two.
+# step since the computed step before, the later. The first two steps compute, since no change is known before them, and the
+# last two steps compute.
 #
 # Left out: the regularisation by motion, which needs the layout of the frames. The codebook is that for 100 steps. The
 # authors measure block 13 of 28; `probe` is to be set to the middle of a model.

@@ -384,26 +384,34 @@ def _due(schedule: ir.ScheduleClause, compiler: Compiler) -> Closure:
 
 
 def _every(schedule: ir.Every, compiler: Compiler) -> Closure:
-    interval, step, age = compiler.closure(schedule.interval), _raw("step"), _raw("age")
-    offset = _one if schedule.offset is None else compiler.closure(schedule.offset)
-    steps = compiler.closure(ir.Name(name="steps"))
-
-    def over(inputs: Inputs, slots: Sequence[Any], every: Any) -> bool:
-        match schedule.anchor:
-            case "compute":
-                return age(inputs) >= every
-            case "end":
-                return (steps(inputs, slots) - 1 - step(inputs)) % every == 0
-            case "start" if schedule.offset is None:
-                return step(inputs) % every == 0
-            case "start":
-                return (step(inputs) - floored(offset(inputs, slots))) % every == 0
+    interval, count = compiler.closure(schedule.interval), _counted(schedule, compiler)
+    since_compute = schedule.anchor == "compute"
 
     def due(inputs: Inputs, slots: Sequence[Any]) -> bool:
         every = floored(interval(inputs, slots))
-        return every is None or every <= 0 or over(inputs, slots, every)
+        if every is None or every <= 0:
+            return True
+        number = count(inputs, slots)
+        return number >= every if since_compute else number % every == 0
 
     return due
+
+
+def _counted(schedule: ir.Every, compiler: Compiler) -> Closure:
+    """Returns the closure of the number of steps since, or until, what an `every` is anchored to."""
+    step = _raw("step")
+    match schedule.anchor:
+        case "compute":
+            age = _raw("age")
+            return lambda inputs, _slots: age(inputs)
+        case "end":
+            steps = compiler.closure(ir.Name(name="steps"))
+            return lambda inputs, slots: steps(inputs, slots) - 1 - step(inputs)
+        case "start":
+            if schedule.offset is None:
+                return lambda inputs, _slots: step(inputs)
+            offset = compiler.closure(schedule.offset)
+            return lambda inputs, slots: step(inputs) - floored(offset(inputs, slots))
 
 
 def _condition_gate(condition: Closure) -> Gate:

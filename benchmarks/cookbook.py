@@ -86,8 +86,8 @@ def _presets(policy: ir.Policy) -> str:
     lines = [
         "## Presets",
         "",
-        "Published settings for models, which were not measured here. The one that fits a model is taken by itself;",
-        'those that its configuration does not tell are chosen by `preset="NAME"`. Figures are those of the source.',
+        "Published settings for models, which were not measured here. `apply` takes the one that fits the model. Those",
+        'that a configuration does not tell are chosen by `preset="NAME"`. Figures are those of the source.',
         "",
         "| preset | class | taken | sets | source |",
         "| --- | --- | --- | --- | --- |",
@@ -98,8 +98,8 @@ def _presets(policy: ir.Policy) -> str:
         settings = ", ".join(f"{setting.name} = {short_text(setting.value)}" for setting in preset.settings)
         where, _, claim = (preset.origin or "").partition(" (")
         source = f"[{where.partition('/tree/')[0]}](https://{where})" + (f" ({claim}" if claim else "")
-        model = preset.for_class.removeprefix("^").removesuffix("$")
-        lines.append(f"| `{preset.name}` | `{model}` | {when} | `{settings}` | {source} |")
+        model = "any" if preset.for_class == "." else f"`{preset.for_class.removeprefix('^').removesuffix('$')}`"
+        lines.append(f"| `{preset.name}` | {model} | {when} | `{settings}` | {source} |")
     return "\n".join(lines)
 
 
@@ -118,17 +118,17 @@ def _sites(name: str, skeleton: Skeleton) -> str:
     text = TEXTS.get(name, Text("", ""))
     plan = cachepolicy.plan(cachepolicy.load(name), skeleton=skeleton, **text.values)
     values = ", ".join(f"`{param} = {value}`" for param, value in text.values.items())
-    given = f" with {values}" if values else ""
     series = {signal: [0.0, *(list(numbers) * STEPS)][:STEPS] for signal, numbers in text.signals.items()}
     schedule = cachepolicy.simulate(plan, steps=STEPS, signals=series)
-    says = f"On the emoji model, over {STEPS} steps{given}:"
+    says = f"On the emoji model, over {STEPS} steps{f' with {values}' if values else ''}:"
     if text.signals:
         ((signal, numbers),) = text.signals.items()
-        shown, again = ", ".join(map(str, numbers)), " and again so"
+        shown = f"the repeating values {', '.join(map(str, numbers))}"
         if len(numbers) >= STEPS:
-            runs = [(number, len(list(run))) for number, run in groupby(numbers)]
-            shown, again = ", then ".join(f"{number} at {length} steps" for number, length in runs), ""
-        says = f"When it reuses depends on what `{signal}` measures. Were it {shown}{again}{given}:"
+            runs = (f"{number} at {len(list(run))} steps" for number, run in groupby(numbers))
+            shown = f"the values {', then '.join(runs)}"
+        params = f" and the params {values}" if values else ""
+        says = f"The steps at which it reuses depend on `{signal}`. For {shown}{params}:"
     return f"{says}\n\n```text\n{draw(schedule, width=110)}\n```"
 
 

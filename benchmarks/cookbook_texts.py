@@ -1,4 +1,4 @@
-"""What the cookbook says about single policies: how the method works, and where it ends."""
+"""What the cookbook says about single policies: how the method works, and its limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Text:
 
     Attributes:
         works: How the method works.
-        limits: Where it ends, as a list in Markdown.
+        limits: Its limits, as a list in Markdown.
         values: Params of the policy for the grid on the emoji model.
         signals: The series of each signal for the grid, which is repeated.
     """

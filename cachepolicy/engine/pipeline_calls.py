@@ -45,8 +45,7 @@ class PipelineCall:
                 known: dict[str, Any] = {"key": outer.key, "session_config": outer.session_config}
             else:
                 known = {"owner": Owner(type(self._pipeline).__name__)}
-            here = Entered(self._sessions, pipeline=self._pipeline, guidance=self._guidance, **known)
-            self._here = here
+            self._here = Entered(self._sessions, pipeline=self._pipeline, guidance=self._guidance, **known)
         return self._here.inside()
 
     @contextlib.contextmanager

@@ -172,9 +172,9 @@ class RootModel(Handle):
     def _begun(
         self, session: Session, here: Entered | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiler: bool
     ) -> ForwardPass:
-        mine = here is not None and here.of(self.attachment.sessions)
+        mine = here if here is not None and here.of(self.attachment.sessions) else None
         if session.session_config is None:
-            session.session_config = (here.session_config if here is not None and mine else None) or self.session_config
+            session.session_config = (mine.session_config if mine is not None else None) or self.session_config
         session_config = session.session_config
         state = session.states.get(self.name)
         if state is None:
@@ -183,7 +183,7 @@ class RootModel(Handle):
             state.account = None if budget is None else Account(budget)
         arguments = arguments_of(self.root, args, kwargs)
         pipeline = here.pipeline if here is not None else None
-        sources = session_config.sources(self.attachment, pipeline if here is not None and mine else None)
+        sources = session_config.sources(self.attachment, mine.pipeline if mine is not None else None)
         context = CONTEXT.get()
         before = None if context is None or not context.own else (copy.copy(session.clock), state.calls.copy())
         try:

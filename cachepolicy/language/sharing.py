@@ -162,12 +162,13 @@ def fetch(name: HubName) -> tuple[bytes, HubName]:
         help = "pip install 'cachepolicy[hub]'"
         raise PolicyError.of("E172", f"`{name}` needs the package `huggingface_hub`", help=help) from error
     hub = _Hub(huggingface_hub, errors, name)
-    path = hub.path()
+    file = name.file or hub.only_file()
+    path = hub.path(file)
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     # The cache has a folder for each commit: `snapshots/COMMIT/FILE`.
-    commit = path.parts[-1 - len(PurePosixPath(hub.file).parts)]
-    found = replace(name, file=hub.file, revision=commit if _COMMIT.fullmatch(commit) else name.revision, sha256=digest)
+    commit = path.parts[-1 - len(PurePosixPath(file).parts)]
+    found = replace(name, file=file, revision=commit if _COMMIT.fullmatch(commit) else name.revision, sha256=digest)
     if name.sha256 not in (None, digest):
         help = f"compare the two files before you use this one; its name is `{found}`"
         raise PolicyError.of("E171", f"`{replace(name, sha256=None)}` has another digest than its name says", help=help)
@@ -182,18 +183,14 @@ class _Hub:
         # The library reads the variables when it is imported, which may be before they were set.
         self._endpoint = os.environ.get("HF_ENDPOINT")
         self._place = {"repo_id": name.repo, "revision": name.revision, "cache_dir": os.environ.get("HF_HUB_CACHE")}
-        self.file = name.file or ""
 
-    def path(self) -> Path:
-        """Returns the path of the file in the cache, after a download where one is needed."""
-        self.file = self._name.file or self._only_file()
+    def path(self, file: str) -> Path:
+        """Returns the path of a file in the cache, after a download where one is needed."""
         if _COMMIT.fullmatch(self._name.revision or ""):
-            cached = self._library.try_to_load_from_cache(filename=self.file, **self._place)
+            cached = self._library.try_to_load_from_cache(filename=file, **self._place)
             if isinstance(cached, str):
                 return Path(cached)
-        url = self._library.hf_hub_url(
-            self._name.repo, self.file, revision=self._name.revision, endpoint=self._endpoint
-        )
+        url = self._library.hf_hub_url(self._name.repo, file, revision=self._name.revision, endpoint=self._endpoint)
 
         def download(offline: bool) -> str:
             if not offline:
@@ -202,12 +199,12 @@ class _Hub:
                     message = f"`{self._name}` is too large: a policy has at most {TEXT_LIMIT} bytes"
                     raise PolicyError.of("E153", message)
             return self._library.hf_hub_download(
-                filename=self.file, endpoint=self._endpoint, local_files_only=offline, **self._place
+                filename=file, endpoint=self._endpoint, local_files_only=offline, **self._place
             )
 
         return Path(self._ask(download))
 
-    def _only_file(self) -> str:
+    def only_file(self) -> str:
         """Returns the policy file that is meant where the name gives none."""
 
         def names(offline: bool) -> list[str]:

@@ -59,8 +59,8 @@ def main() -> None:
     """Check, plan, explain and run caching policies for diffusion models.
 
     A policy is a name (`cachepolicy list`), the path of a file, `hf:OWNER/REPOSITORY[:FILE][@REVISION]` for one in a
-    hub, or `-` for standard input. Exit codes: 0 no
-    error, 1 an error in a policy or a failed expectation, 2 an unusable command line or file.
+    hub, or `-` for standard input. Exit codes: 0 no error, 1 an error in a policy or a failed expectation, 2 an
+    unusable command line or file.
     """
 
 

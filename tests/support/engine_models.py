@@ -24,15 +24,8 @@ FAMILIES = ("flux", "wan", "qwen_image", "sd3", "z_image")
 ENGINES = ("vllm_omni", "sglang", "diffsynth")
 
 
-def _omni(path: str, name: str, *args: Any, **sizes: Any) -> Any:
-    """A model of vLLM-Omni, in the contexts that its constructor asks for."""
-    omni_world()
-    kind = getattr(importlib.import_module(f"vllm_omni.diffusion.models.{path}"), name)
-    return kind(*args, **sizes)
-
-
 @functools.cache
-def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any:
+def _omni_world(config: tuple[tuple[str, Any], ...]) -> Any:
     """Enter the contexts of vLLM-Omni for the rest of the process, and return its config."""
     from vllm.config import set_current_vllm_config
     from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, TransformerConfig
@@ -40,13 +33,12 @@ def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.vllm_config import create_diffusion_vllm_config
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     omni = OmniDiffusionConfig(
         model=None,
         dtype=torch.float32,
-        num_gpus=processes,
+        num_gpus=1,
         tf_model_config=TransformerConfig.from_dict(dict(config)),
-        parallel_config=DiffusionParallelConfig(**parallel),
+        parallel_config=DiffusionParallelConfig(),
     )
     vllm = create_diffusion_vllm_config(torch.device("cpu"), omni)
     # the contexts are never left
@@ -55,8 +47,8 @@ def omni_world(config: tuple[tuple[str, Any], ...] = (), **parallel: int) -> Any
         context.__enter__()
     if parallel_state._SP is None:  # another engine may have set up torch.distributed
         _name_processes("29571")
-        parallel_state.init_distributed_environment(world_size=processes, rank=int(os.environ["RANK"]))
-        parallel_state.initialize_model_parallel(**parallel)
+        parallel_state.init_distributed_environment(world_size=1, rank=0)
+        parallel_state.initialize_model_parallel()
     return omni
 
 
@@ -64,7 +56,7 @@ _ENTERED: list[Any] = []
 
 
 def _name_processes(port: str) -> None:
-    """Tell torch.distributed of one process, unless the environment tells of several."""
+    """Tell torch.distributed of one process."""
     one = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for name, value in one.items():
         os.environ.setdefault(name, value)
@@ -86,72 +78,16 @@ SD3 = {
 }
 
 
-def _omni_sd3() -> Any:
-    config = omni_world(tuple(SD3.items()))
-    return _omni("sd3.sd3_transformer", "SD3Transformer2DModel", od_config=config)
+def _omni(path: str, name: str, config: dict[str, Any] | None = None, **sizes: Any) -> Callable[[], Any]:
+    """Return what builds a model of vLLM-Omni. One that takes the config of the engine gets sizes from `config`."""
 
+    def build() -> Any:
+        world = _omni_world(tuple((config or {}).items()))
+        given = {} if config is None else {"od_config": world}
+        kind = getattr(importlib.import_module(f"vllm_omni.diffusion.models.{path}"), name)
+        return kind(**given, **sizes)
 
-def _omni_flux() -> Any:
-    sizes = {"num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
-    return _omni(
-        "flux.flux_transformer",
-        "FluxTransformer2DModel",
-        od_config=omni_world((("num_layers", 2),)),
-        in_channels=4,
-        pooled_projection_dim=32,
-        guidance_embeds=False,
-        axes_dims_rope=(4, 4, 8),
-        **sizes,
-    )
-
-
-def _omni_qwen() -> Any:
-    return _omni(
-        "qwen_image.qwen_image_transformer",
-        "QwenImageTransformer2DModel",
-        od_config=omni_world(),
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
-def _omni_wan() -> Any:
-    return _omni(
-        "wan2_2.wan2_2_transformer",
-        "WanTransformer3DModel",
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
-
-
-def _omni_z_image() -> Any:
-    return _omni(
-        "z_image.z_image_transformer",
-        "ZImageTransformer2DModel",
-        in_channels=4,
-        dim=64,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[8, 12, 12],
-        axes_lens=[64, 32, 32],
-    )
+    return build
 
 
 class _Arguments(SimpleNamespace):
@@ -165,7 +101,7 @@ class _Arguments(SimpleNamespace):
 
 
 @functools.cache
-def sglang_world() -> None:
+def _sglang_world() -> None:
     """Set up what the models of SGLang ask for, for one process."""
     _name_processes("29573")
     from sglang.multimodal_gen.runtime.distributed import parallel_state
@@ -178,7 +114,7 @@ def sglang_world() -> None:
 
 def _sglang(module: str, name: str, config: str, **sizes: Any) -> Callable[[], Any]:
     def build() -> Any:
-        sglang_world()
+        _sglang_world()
         configs, _, kind = config.rpartition(".")
         made = getattr(importlib.import_module(f"sglang.multimodal_gen.configs.models.dits.{configs}"), kind)()
         for key, value in sizes.items():
@@ -203,11 +139,60 @@ def _diffsynth(module: str, name: str, **sizes: Any) -> Callable[[], Any]:
 _SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "hidden_size": 32}
 
 BUILDERS: dict[tuple[str, str], Callable[[], Any]] = {
-    ("vllm_omni", "flux"): _omni_flux,
-    ("vllm_omni", "wan"): _omni_wan,
-    ("vllm_omni", "qwen_image"): _omni_qwen,
-    ("vllm_omni", "sd3"): _omni_sd3,
-    ("vllm_omni", "z_image"): _omni_z_image,
+    ("vllm_omni", "flux"): _omni(
+        "flux.flux_transformer",
+        "FluxTransformer2DModel",
+        {"num_layers": 2},
+        in_channels=4,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 4, 8),
+    ),
+    ("vllm_omni", "wan"): _omni(
+        "wan2_2.wan2_2_transformer",
+        "WanTransformer3DModel",
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+    ),
+    ("vllm_omni", "qwen_image"): _omni(
+        "qwen_image.qwen_image_transformer",
+        "QwenImageTransformer2DModel",
+        {},
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    ),
+    ("vllm_omni", "sd3"): _omni("sd3.sd3_transformer", "SD3Transformer2DModel", SD3),
+    ("vllm_omni", "z_image"): _omni(
+        "z_image.z_image_transformer",
+        "ZImageTransformer2DModel",
+        in_channels=4,
+        dim=64,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 12, 12],
+        axes_lens=[64, 32, 32],
+    ),
     ("sglang", "flux"): _sglang(
         "flux",
         "FluxTransformer2DModel",

@@ -20,8 +20,6 @@ from cachepolicy.integrations import sglang as plugin
 from cachepolicy.testing.models import redraw
 from tests.support import engine_models
 
-POLICY = "cachepolicy 1\nparam n: int = 2 in [1, inf)\nmatch blocks[1:] when 100 < t < 950 every n -> reuse residual\n"
-
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -32,7 +30,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from sglang.multimodal_gen.runtime.server_args.server_args import get_global_server_args
 
     path = tmp_path / "some.cp"
-    path.write_text(POLICY)
+    path.write_text(engine_models.POLICY)
     monkeypatch.setenv(plugin.CONFIG, json.dumps({"policy": str(path)}))
     hooked = ("__init__", "_run_denoising_loop", "_maybe_get_bcg_runner")
     kept = {name: vars(denoising.DenoisingStage)[name] for name in hooked}

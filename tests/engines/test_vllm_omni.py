@@ -18,9 +18,9 @@ pytest.importorskip("vllm_omni")
 
 import numpy as np
 
+from tests.support.engine_models import FBC, POLICY
+
 HERE = Path(__file__).parent
-POLICY = "cachepolicy 1\nparam n: int = 2 in [1, inf)\nmatch blocks[1:] when 100 < t < 950 every n -> reuse residual\n"
-FBC = {"policy": "fbc", "params": {"threshold": 50.0}}
 
 REQUESTS: list[dict[str, Any]] = [
     {},

@@ -20,15 +20,14 @@ import cachepolicy
 from cachepolicy.errors import PolicyError
 from cachepolicy.integrations import sglang as plugin
 from tests.support import recorded_sglang as recorded
+from tests.support.engine_models import FBC, POLICY
 from tests.support.recorded_sglang import HookRegistry, request, run
-
-TEXT = "cachepolicy 1\nparam n: int = 2 in [1, inf)\nmatch blocks[1:] when 100 < t < 950 every n -> reuse residual\n"
 
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
     path = tmp_path / "some.cp"
-    path.write_text(TEXT)
+    path.write_text(POLICY)
     return path
 
 
@@ -37,8 +36,7 @@ def hooked(policy: Path) -> Iterator[Any]:
     """The class of the stage, with the hooks of a server that has a policy."""
     with pytest.MonkeyPatch.context() as patch:
         stage = recorded.installed(patch)
-        fbc = {"policy": "fbc", "params": {"threshold": 50.0}}
-        patch.setenv(plugin.CONFIG, json.dumps({"policy": str(policy), "policies": {"fbc": fbc}}))
+        patch.setenv(plugin.CONFIG, json.dumps({"policy": str(policy), "policies": {"fbc": FBC}}))
         plugin.register()
         HookRegistry.apply_hooks()
         yield stage
@@ -73,7 +71,7 @@ def test_without_a_config_nothing_is_hooked(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_request_gets_what_apply_gives(hooked: Any) -> None:
     """With the params of the server, its own, another policy of the server, and without a policy."""
     stage = hooked(recorded.TOY.build(), None)
-    parsed = cachepolicy.parse(TEXT)
+    parsed = cachepolicy.parse(POLICY)
     assert torch.equal(applied(parsed), run(stage, request()))
     assert torch.equal(applied(parsed, n=4), run(stage, request({"n": 4})))
     assert torch.equal(applied("fbc", threshold=50.0), run(stage, request({"policy": "fbc"})))
@@ -103,7 +101,7 @@ def test_garbage_is_refused_for_that_request_alone(hooked: Any, said: Any) -> No
     stage = hooked(recorded.TOY.build(), None)
     with pytest.raises(ValueError, match="cachepolicy: E"):
         run(stage, request(said))
-    assert torch.equal(applied(cachepolicy.parse(TEXT)), run(stage, request()))
+    assert torch.equal(applied(cachepolicy.parse(POLICY)), run(stage, request()))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_the_config_may_be_a_file(hooked: Any, monkeypatch: pytest.MonkeyPatch, 
     path = policy.with_suffix(".json")
     path.write_text(json.dumps({"policy": str(policy), "params": {"n": 4}}))
     monkeypatch.setenv(plugin.CONFIG, str(path))
-    assert torch.equal(applied(cachepolicy.parse(TEXT), n=4), run(hooked(recorded.TOY.build(), None), request()))
+    assert torch.equal(applied(cachepolicy.parse(POLICY), n=4), run(hooked(recorded.TOY.build(), None), request()))
 
 
 def test_a_stage_that_loads_late_gets_its_policy_then(hooked: Any) -> None:
@@ -131,7 +129,7 @@ def test_a_stage_that_loads_late_gets_its_policy_then(hooked: Any) -> None:
     stage = hooked(None, None)
     for _ in range(2):
         stage.transformer = recorded.TOY.build()
-        assert torch.equal(applied(cachepolicy.parse(TEXT)), run(stage, request()))
+        assert torch.equal(applied(cachepolicy.parse(POLICY)), run(stage, request()))
 
 
 def test_a_cache_of_sglang_runs_alone(hooked: Any, caplog: pytest.LogCaptureFixture) -> None:

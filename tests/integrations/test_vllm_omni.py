@@ -24,10 +24,8 @@ from cachepolicy.errors import PolicyError
 from cachepolicy.integrations import vllm_omni as plugin
 from cachepolicy.tracing.trace import from_json
 from tests.support import recorded_vllm_omni as omni
+from tests.support.engine_models import FBC, POLICY
 from tests.support.recorded_vllm_omni import Runner, TinyPipeline, request
-
-POLICY = "cachepolicy 1\nparam n: int = 2 in [1, inf)\nmatch blocks[1:] when 100 < t < 950 every n -> reuse residual\n"
-FBC = {"policy": "fbc", "params": {"threshold": 50.0}}
 
 
 @pytest.fixture(autouse=True)

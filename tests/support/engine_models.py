@@ -20,6 +20,12 @@ from torch import Tensor
 
 RECORDED = Path(__file__).parents[1] / "data" / "engine_trees.json"
 
+POLICY = "cachepolicy 1\nparam n: int = 2 in [1, inf)\nmatch blocks[1:] when 100 < t < 950 every n -> reuse residual\n"
+"""The policy of a server in the tests of the plugins."""
+
+FBC = {"policy": "fbc", "params": {"threshold": 50.0}}
+"""The setting of another one that requests may name: it reuses from the second step on."""
+
 FAMILIES = ("flux", "wan", "qwen_image", "sd3", "z_image")
 ENGINES = ("vllm_omni", "sglang", "diffsynth")
 

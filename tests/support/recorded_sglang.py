@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import functools
 import sys
-import types
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from cachepolicy.testing.models import Toy, inputs
+from tests.support.stand_ins import install
 
 TOY = Toy(blocks=4)
 
@@ -114,15 +114,7 @@ def installed(patch: pytest.MonkeyPatch) -> Any:
         "sglang.multimodal_gen.runtime.distributed.parallel_state": {"_SP": None, "_TP": None},
         denoising: {"DenoisingStage": stage},
     }
-    for path, content in members.items():
-        parts = path.split(".")
-        for length in range(1, len(parts) + 1):
-            name = ".".join(parts[:length])
-            if name not in sys.modules:
-                patch.setitem(sys.modules, name, types.ModuleType(name))
-                if length > 1:
-                    setattr(sys.modules[".".join(parts[: length - 1])], parts[length - 1], sys.modules[name])
-        vars(sys.modules[path]).update(content)
+    install(patch, members)
     return stage
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from cachepolicy.testing.models import Toy, inputs
+from tests.support.stand_ins import install
 
 
 class CacheBackend:
@@ -141,40 +141,24 @@ def format_diffusion_outputs(
 
 
 _MODULES: dict[str, dict[str, Any]] = {
-    "vllm": {},
-    "vllm.distributed": {},
     "vllm.distributed.parallel_state": {"_TP": None},
-    "vllm_omni": {},
-    "vllm_omni.diffusion": {},
-    "vllm_omni.diffusion.cache": {},
     "vllm_omni.diffusion.cache.base": {"CacheBackend": CacheBackend},
     "vllm_omni.diffusion.cache.selector": {"get_cache_backend": get_cache_backend},
     "vllm_omni.diffusion.data": {"DiffusionOutput": DiffusionOutput, "DiffusionCacheConfig": DiffusionCacheConfig},
-    "vllm_omni.diffusion.distributed": {},
     "vllm_omni.diffusion.distributed.parallel_state": {"_SP": None},
-    "vllm_omni.diffusion.worker": {},
     "vllm_omni.diffusion.worker.diffusion_model_runner": {"get_cache_backend": get_cache_backend},
     "vllm_omni.diffusion.diffusion_engine": {"format_diffusion_outputs": format_diffusion_outputs},
     "vllm_omni.diffusion.output_formatter": {"format_diffusion_outputs": format_diffusion_outputs},
-    "vllm_omni.diffusion.sched": {},
     "vllm_omni.diffusion.sched.request_scheduler": {
         "build_request_batch_sampling_params_key": build_request_batch_sampling_params_key
     },
-    "vllm_omni.diffusion.forward_context": {},
 }
 
 
 def installed(patch: pytest.MonkeyPatch, context: ForwardContext | None = None) -> None:
     """Let the stand-ins be what `import vllm_omni` finds, until the patch is undone."""
-    for name, members in _MODULES.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(members)
-        patch.setitem(sys.modules, name, module)
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
     shown = context or ForwardContext()
-    sys.modules["vllm_omni.diffusion.forward_context"].get_forward_context = lambda: shown
+    install(patch, {**_MODULES, "vllm_omni.diffusion.forward_context": {"get_forward_context": lambda: shown}})
 
 
 # --- a pipeline and its runner ---------------------------------------------------------------------------

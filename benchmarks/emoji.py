@@ -1,4 +1,4 @@
-"""Pictures of the emoji model under the shipped policies, next to the uncached run and to fewer steps.
+"""Pictures of the emoji model under PAB, First Block Cache and FasterCache, beside the uncached run and fewer steps.
 
 Every way draws the same pictures from the same noise, a few at a time; for each few all ways run in turn, in an order
 of its own. FLOPs are counted as they run, in a pass that is not timed. `python -m benchmarks.emoji`
